@@ -1,0 +1,1 @@
+"""From files and hub ids to token ids, rows and batches. Nothing here imports the model."""

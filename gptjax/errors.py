@@ -1,0 +1,24 @@
+"""The one exception that means "the user can fix this": it ends a run with one line and exit code 2."""
+
+
+class UserError(Exception):
+    """Wrong use or wrong input.
+
+    The message is one line that says what is wrong, where (file, row, column or flag) and what to
+    write instead. ``launch.py`` prints it as ``error: MESSAGE`` and exits with code 2; every other
+    exception is a bug of ours and keeps its traceback.
+    """
+
+
+class TrainingDiverged(Exception):
+    """Several updates in a row were not finite. ``launch.py`` exits with code 3."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop (SIGTERM) and has saved. ``launch.py`` exits with code 75."""
+
+
+def require(condition: object, message: str) -> None:
+    """Raises `UserError` with `message` unless `condition` is true."""
+    if not condition:
+        raise UserError(message)
