@@ -1,0 +1,334 @@
+"""Checkpoints: orbax writes them (asynchronously, atomically, whatever the mesh), we name and check them.
+
+    WORKDIR/checkpoints/STAGE/STEP/   params, optimizer   the arrays
+                                      meta                configuration, tokenizer, task, checksums
+
+`meta` carries all that is needed to use the weights. Every array's checksum is stored and verified:
+orbax notices files that are missing or cut short, but not flipped bytes.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from etils import epath
+from orbax.checkpoint import checkpoint_managers
+
+from gptjax import config as config_lib
+from gptjax import metrics as metrics_lib
+from gptjax.config import CheckpointConfig, ModelConfig
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tasks import TaskSpec
+from gptjax.errors import UserError, require
+from gptjax.state import TrainState
+
+_FOLDER = "checkpoints"
+_DAMAGED = "damaged"
+STAGES = ("pretrain", "finetune", "finetune_from_scratch")
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What belongs to the weights besides the arrays."""
+
+    stage: str
+    model: ModelConfig
+    tokenizer_json: str
+    tokenizer_hash: str
+    task: TaskSpec | None
+    metric: str
+    """The validation score that ranks the checkpoints of the stage."""
+    experiment: dict[str, Any]
+    """The whole configuration as plain values."""
+    data_fingerprint: str
+    """Hash of the training data."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON-ready values."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any], where: str) -> "Meta":
+        """Reads `to_dict`'s values; `where` names the checkpoint in errors."""
+        task = values["task"]
+        if task is not None:
+            lists = {name: tuple(task[name]) for name in ("choices", "labels")}
+            task = TaskSpec(**{**task, **lists})
+        model = config_lib.from_dict(ModelConfig, values["model"], where)
+        meta = Meta(**{**values, "task": task, "model": model})
+        tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
+        require(
+            tokenizer.hash == meta.tokenizer_hash,
+            f"{where}: the tokenizer inside is not the one that the weights were trained with "
+            f"(hash {tokenizer.hash[:12]}, not {meta.tokenizer_hash[:12]})",
+        )
+        return meta
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    def checksum(x: jax.Array) -> jax.Array:
+        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
+        words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
+        # Odd weights by position: no exchange of two words, and no single flip, goes unnoticed.
+        weights = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(2) + jnp.uint32(1)
+        return (words * weights).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(checksum, tree)
+
+
+def checksums(tree: Any) -> dict[str, int]:
+    """Returns array path -> 32-bit checksum; integer sums, so the same on every mesh."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(tree)))
+    return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+@contextlib.contextmanager
+def _disk_errors(path: epath.Path) -> Iterator[None]:
+    """A full disk and the like are the user's to mend: one line, and the last checkpoint stays."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text
+        code = getattr(error, "errno", None)
+        if full or code in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"{path}: no space left on the disk; the last checkpoint is kept") from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise UserError(f"{path}: cannot write there ({text})") from error
+        raise
+
+
+class Checkpoints:
+    """The checkpoints of one stage of one workdir."""
+
+    def __init__(
+        self,
+        workdir: str,
+        stage: str,
+        policy: CheckpointConfig = CheckpointConfig(),  # noqa: B008 (never written to)
+        metric: str = "loss",
+        read_only: bool = False,
+    ):
+        """Opens (and where not read-only creates) WORKDIR/checkpoints/STAGE.
+
+        Args:
+          workdir: the run's folder.
+          stage: one of `STAGES`.
+          policy: how many newest and best to keep.
+          metric: name of the validation score that ranks them.
+          read_only: for using a checkpoint.
+        """
+        self.directory = epath.Path(workdir).absolute() / _FOLDER / stage
+        self._damaged = self.directory.parent / _DAMAGED
+        self._metric = metric
+        policies = [
+            checkpoint_managers.LatestN(policy.keep_newest),
+            checkpoint_managers.BestN(
+                get_metric_fn=self._score,
+                n=policy.keep_best,
+                keep_checkpoints_without_metrics=False,
+            ),
+        ]
+        options = ocp.CheckpointManagerOptions(
+            create=not read_only,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            best_fn=self._score,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+        )
+        with _disk_errors(self.directory):
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+
+    def _score(self, metrics: dict[str, float]) -> float:
+        return metrics_lib.rank(self._metric, metrics.get(self._metric))
+
+    def steps(self) -> list[int]:
+        """Returns the steps at hand, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the validation scores of a step; {} where it was saved without."""
+        return dict(self._manager.metrics(step) or {})
+
+    def best_first(self) -> list[int]:
+        """Returns the steps by validation score, best first, the newest of equals before."""
+        scores = {step: self.metrics(step) for step in self.steps()}
+        return sorted(scores, key=lambda step: (self._score(scores[step]), step), reverse=True)
+
+    def delete(self, step: int) -> None:
+        """Removes a step."""
+        self._manager.delete(step)
+
+    def save(
+        self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Saves in the background; a failed earlier save surfaces here or in `wait`."""
+        values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
+        arrays = {"step": state.step, "opt_state": state.opt_state}
+        with _disk_errors(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    optimizer=ocp.args.StandardSave(arrays),
+                    meta=ocp.args.JsonSave(values),
+                ),
+                metrics=metrics,
+                force=True,
+            )
+
+    def meta(self, step: int) -> tuple[Meta, dict[str, int]]:
+        """Returns what lies beside the weights of a step, and the checksums of its arrays."""
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        values = dict(self._manager.restore(step, args=args)["meta"])
+        sums = values.pop("checksums")
+        values.pop("step")
+        return Meta.from_dict(values, str(self.directory / str(step))), sums
+
+    def restore(self, step: int, like: TrainState) -> TrainState:
+        """Returns the state of `step`, laid out like `like` (arrays or shapes with shardings).
+
+        Raises:
+          ValueError: an array's checksum is not the saved one. orbax's own errors on broken files.
+        """
+        arrays = {"step": like.step, "opt_state": like.opt_state}
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                params=ocp.args.StandardRestore(_abstract(like.params)),
+                optimizer=ocp.args.StandardRestore(_abstract(arrays)),
+            ),
+        )
+        state = TrainState(params=restored["params"], **restored["optimizer"])
+        _verify(checksums(state), self.meta(step)[1])
+        return state
+
+    def restore_params(self, step: int, like: Any) -> Any:
+        """Returns the parameters alone (a third of the bytes), laid out like `like`."""
+        args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
+        params = self._manager.restore(step, args=args)["params"]
+        saved = self.meta(step)[1]
+        prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey("params"),))
+        _verify({prefix + name: value for name, value in checksums(params).items()}, saved)
+        return params
+
+    def restore_best_params(self, like: Any) -> tuple[int, Any]:
+        """Returns the best step that is not damaged, and its parameters."""
+        for step in self.best_first():
+            try:
+                return step, self.restore_params(step, like)
+            except Exception as error:  # whatever broken files make orbax raise
+                self._set_aside(step, error)
+        raise UserError(f"{self.directory}: every checkpoint is damaged")
+
+    def restore_newest(
+        self, like: TrainState, check: Callable[[Meta], None]
+    ) -> tuple[TrainState, int] | None:
+        """Returns the newest undamaged state and its step; None where there is no checkpoint.
+
+        A damaged one is named in the log and moved to WORKDIR/checkpoints/damaged, and the one
+        before it is tried.
+
+        Args:
+          like: shapes and shardings of the state.
+          check: raises `UserError` if a checkpoint belongs to another experiment.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                check(self.meta(step)[0])
+                return self.restore(step, like), step
+            except UserError:
+                raise
+            except Exception as error:  # whatever broken files make orbax raise
+                damaged.append(step)
+                self._set_aside(step, error)
+        require(
+            not damaged,
+            f"{self.directory}: every checkpoint is damaged (moved to {self._damaged}); "
+            "start again with another --workdir",
+        )
+        return None
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        logging.warning(
+            "checkpoint %s is damaged (%s); trying another", self.directory / str(step), brief(error)
+        )
+        self._damaged.mkdir(parents=True, exist_ok=True)
+        target = self._damaged / f"{self.directory.name}-{step}"
+        if target.exists():
+            target.rmtree()
+        (self.directory / str(step)).rename(target)
+        self._manager.reload()
+
+    def wait(self) -> None:
+        """Waits for the saves in the background, and raises what went wrong with them."""
+        with _disk_errors(self.directory):
+            self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, then releases the threads."""
+        with _disk_errors(self.directory):
+            self._manager.close()
+
+
+def brief(error: Exception) -> str:
+    """An error of a library on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _verify(found: dict[str, int], saved: dict[str, int]) -> None:
+    for name, value in found.items():
+        if saved.get(name) != value:
+            raise ValueError(f"array {name} does not have the checksum it was saved with")
+
+
+def find(path: str) -> tuple[str, str, int | None]:
+    """Returns (workdir, stage, step or None) that `--checkpoint=PATH` means.
+
+    PATH is a workdir (its last stage), WORKDIR/checkpoints/STAGE, or one STEP below that.
+
+    Raises:
+      UserError: there is no checkpoint.
+    """
+    place = epath.Path(path).absolute()
+    if place.name.isdigit() and place.parent.name in STAGES and place.exists():
+        return str(place.parents[2]), place.parent.name, int(place.name)
+    if place.name in STAGES and place.parent.name == _FOLDER:
+        workdir, stages = place.parents[1], [place.name]
+    else:
+        workdir, stages = place, ["finetune", "pretrain"]
+    for stage in stages:
+        folder = workdir / _FOLDER / stage
+        if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
+            return str(workdir), stage, None
+    raise UserError(
+        f"--checkpoint={path}: no checkpoint there; give the --workdir of a finished training"
+    )
+
+
+def open_for_use(path: str) -> tuple[Checkpoints, int, Meta]:
+    """Opens what `--checkpoint=PATH` means: (its stage's checkpoints, the step, what lies beside it).
+
+    A workdir or stage means the step with the best validation score.
+    """
+    workdir, stage, step = find(path)
+    newest = Checkpoints(workdir, stage, read_only=True)
+    meta = newest.meta(newest.steps()[-1] if step is None else step)[0]
+    if step is not None:
+        return newest, step, meta
+    checkpoints = Checkpoints(workdir, stage, metric=meta.metric, read_only=True)
+    step = checkpoints.best_first()[0]
+    return checkpoints, step, checkpoints.meta(step)[0]

@@ -1,0 +1,447 @@
+"""The typed configuration of an experiment: what `experiments/*.py` build and `--config.FIELD=VALUE` override.
+
+Plain dataclasses that `ml_collections.config_flags` reads and type-checks as they are. They can be
+written to until `validate` has checked and frozen them; from then on they are constants, so that a
+part of the configuration may be a static (hashed) argument of a jitted function.
+"""
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from gptjax.errors import UserError, require
+
+ACTIVATIONS = ("gelu_tanh", "relu")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full", "dots")
+SCHEDULES = ("cosine", "linear", "constant")
+TASKS = ("classification", "entailment", "similarity", "multiple_choice", "regression")
+TOKENIZERS = ("bpe", "gpt1", "character")
+LINE_BREAKS = ("auto", "keep", "join")
+
+
+class _Config:
+    """Refuses writes once frozen."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if self.__dict__.get("_frozen"):
+            raise dataclasses.FrozenInstanceError(f"cannot assign to {name}: configuration is final")
+        object.__setattr__(self, name, value)
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class ModelConfig(_Config):
+    """Sizes and numerics of the decoder. The defaults are GPT-1 (117M)."""
+
+    vocab_size: int = 0
+    """Rows of the token embedding; 0: as many as the tokenizer has."""
+    context_length: int = 512
+    """Longest sequence in tokens: rows of the position embedding."""
+    num_layers: int = 12
+    width: int = 768
+    num_heads: int = 12
+    ffn_width: int = 0
+    """0: four times the width."""
+    activation: str = "gelu_tanh"
+    segment_types: int = 0
+    """Rows of a segment embedding over `token_types`; 0: none."""
+    embedding_dropout: float = 0.1
+    attention_dropout: float = 0.1
+    residual_dropout: float = 0.1
+    head_dropout: float = 0.1
+    """Dropout on the state that the task head reads."""
+    init_std: float = 0.02
+    layer_norm_epsilon: float = 1e-5
+    dtype: str = "float32"
+    """Of activations and matrix products; parameters, softmax, logits and losses are float32."""
+    remat: str = "none"
+    """What a block recomputes in the backward pass: none, dots (all but matrix products), full."""
+    unroll: int = 1
+    """Layers per iteration of the scan over layers: more compile time, faster steps."""
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.num_heads
+
+    @property
+    def hidden_ffn_width(self) -> int:
+        """Width inside the feed-forward layer."""
+        return self.ffn_width or 4 * self.width
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class TokenizerConfig(_Config):
+    """Which tokenizer to train or load."""
+
+    kind: str = "bpe"
+    """bpe: GPT-1 style BPE trained on the text; gpt1: a vocabulary/merges pair; character."""
+    vocab_size: int = 8000
+    """Size of a trained BPE vocabulary, `<unk>` included, the four special tokens not."""
+    file: str = ""
+    """A saved `tokenizer.json`; replaces training."""
+    vocab_file: str = ""
+    """With kind gpt1: `encoder_bpe_40000.json`."""
+    merges_file: str = ""
+    """With kind gpt1: `vocab_40000.bpe`."""
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class OptimizerConfig(_Config):
+    """Adam with decoupled decay, global clipping and a schedule."""
+
+    learning_rate: float = 2.5e-4
+    schedule: str = "cosine"
+    """After the warm-up, down to 0 at the last step: cosine, linear; or constant."""
+    warmup_steps: int = 0
+    warmup_fraction: float = 0.0
+    """Share of all steps; used where `warmup_steps` is 0."""
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.01
+    """Decoupled; on every array with two or more dimensions (not on biases and gains)."""
+    clip_norm: float = 1.0
+    """Global norm of the gradient; 0: no clipping."""
+    accumulation: int = 1
+    """Micro-batches a step; the objective does not depend on it."""
+    max_bad_steps: int = 5
+    """Non-finite updates are skipped and counted; this many in a row end the run (exit code 3)."""
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class PretrainConfig(_Config):
+    """Language modelling on windows of contiguous text."""
+
+    dataset: str = ""
+    """`builtin`, or a hub data set such as `owner/name:config` with a text column."""
+    text: str = "text"
+    """Column of the text in a hub data set."""
+    train_files: str = ""
+    """Globs, comma-separated."""
+    validation_files: str = ""
+    """Globs; empty: the last `validation_fraction` of the training text is held out."""
+    validation_fraction: float = 0.1
+    line_breaks: str = "auto"
+    """keep; join: hard-wrapped lines inside a paragraph; auto: join where a file is hard-wrapped."""
+    batch_size: int = 64
+    """Windows a step, over all devices."""
+    window: int = 0
+    """Tokens a window; 0: the model's context length."""
+    steps: int = 0
+    epochs: float = 0.0
+    """Used where `steps` is 0."""
+    eval_every: int = 0
+    """Steps between validations; 0: only at the end."""
+    save_every: int = 1000
+    """Steps between checkpoints (every validation saves too)."""
+    eval_batches: int = 0
+    """Validation batches; 0: all of them."""
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(warmup_steps=2000)
+    )
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class FinetuneConfig(_Config):
+    """Joint training on labelled text: task loss + lm_weight * LM loss."""
+
+    dataset: str = ""
+    """`builtin:TASK`, or a hub data set such as `nyu-mll/glue:mrpc`."""
+    train_file: str = ""
+    validation_file: str = ""
+    test_file: str = ""
+    validation_split: str = "validation"
+    """Name of the hub data set's validation split."""
+    test_split: str = ""
+    """Name of the hub data set's labelled test split, if it has one."""
+    validation_fraction: float = 0.1
+    """Of the training rows, held out where there is no validation file."""
+    columns: str = ""
+    """Names of the columns, comma-separated, for a file without a header."""
+    task: str = "classification"
+    text: str = "text"
+    text_pair: str = ""
+    choices: str = ""
+    """Columns of the answers, comma-separated (task multiple_choice)."""
+    label: str = "label"
+    metrics: str = ""
+    """Comma-separated, the first selects the best checkpoint; empty: the usual ones of the task."""
+    lm_weight: float = 0.5
+    """Lambda of the joint loss."""
+    batch_size: int = 32
+    """Examples a step, over all devices."""
+    epochs: float = 3.0
+    steps: int = 0
+    """Replaces `epochs` where it is not 0."""
+    row_length: int = 0
+    """Tokens of a packed row; 0: chosen from the lengths of the examples."""
+    evals_per_epoch: float = 1.0
+    save_every: int = 1000
+    compare_from_scratch: bool = False
+    """Also fine-tune from random weights, to show what pretraining gains."""
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(
+            learning_rate=6.25e-5, schedule="linear", warmup_fraction=0.002
+        )
+    )
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class MeshConfig(_Config):
+    """Devices along each axis of the mesh; -1 (once): all that are left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class CheckpointConfig(_Config):
+    """Which checkpoints stay."""
+
+    keep_newest: int = 2
+    keep_best: int = 1
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Experiment(_Config):
+    """One run: a tokenizer, a model, and up to two stages."""
+
+    name: str = "experiment"
+    seed: int = 0
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    pretrain: PretrainConfig | None = None
+    finetune: FinetuneConfig | None = None
+    init_from: str = ""
+    """A gptjax workdir or checkpoint: its tokenizer, sizes and weights are the starting point."""
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+# What may differ when a workdir is continued: where the run runs, not what it computes.
+_RESUMABLE = ("mesh", "checkpoint", "model.remat", "model.unroll")
+
+T = TypeVar("T")
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Splits a comma-separated list of names: ``"a, b"`` -> ``("a", "b")``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """Returns " (did you mean X?)" for the name most like `name`, or ""."""
+    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f" (did you mean {match[0]}?)" if match else ""
+
+
+def _inner_type(annotation: Any) -> Any:
+    """`X | None` -> `X`; anything else unchanged."""
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        return next(arg for arg in typing.get_args(annotation) if arg is not type(None))
+    return annotation
+
+
+def field_names(cls: Any, prefix: str = "") -> Iterator[str]:
+    """Yields the dotted names of all fields below a configuration class."""
+    for field in dataclasses.fields(cls):
+        yield prefix + field.name
+        inner = _inner_type(field.type)
+        if dataclasses.is_dataclass(inner):
+            yield from field_names(inner, f"{prefix}{field.name}.")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Returns the configuration as plain JSON-ready values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Builds `cls` from `to_dict`'s values; an unknown field is a `UserError` that names `where`."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kwargs = {}
+    for name, value in values.items():
+        require(name in fields, f"{where}: unknown field {name}{nearest(name, fields)}")
+        inner = _inner_type(fields[name].type)
+        if dataclasses.is_dataclass(inner) and value is not None:
+            value = from_dict(typing.cast(Any, inner), value, where)
+        kwargs[name] = value
+    return cls(**kwargs)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Lists "field: old -> new" for every field that may not change when a run is continued."""
+    found = []
+    for key in old.keys() | new.keys():
+        name, left, right = prefix + key, old.get(key), new.get(key)
+        if left == right or name in _RESUMABLE:
+            continue
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += differences(left, right, name + ".")
+        else:
+            found.append(f"{name}: {json.dumps(left)} -> {json.dumps(right)}")
+    return sorted(found)
+
+
+def _freeze(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _freeze(value)
+    object.__setattr__(config, "_frozen", True)
+
+
+def _positive(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"--config.{where}.{name}={value}: must be greater than 0")
+
+
+def _choice(config: Any, where: str, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    require(
+        value in allowed,
+        f"--config.{where}.{name}={value}: must be one of {', '.join(allowed)}"
+        f"{nearest(value, allowed)}",
+    )
+
+
+def _fraction(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"--config.{where}.{name}={value}: must be at least 0 and below 1")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _positive(model, "model", "context_length", "num_layers", "width", "num_heads", "init_std")
+    _positive(model, "model", "layer_norm_epsilon", "unroll")
+    _choice(model, "model", "activation", ACTIVATIONS)
+    _choice(model, "model", "dtype", DTYPES)
+    _choice(model, "model", "remat", REMATS)
+    _fraction(model, "model", "embedding_dropout", "attention_dropout")
+    _fraction(model, "model", "residual_dropout", "head_dropout")
+    require(
+        model.width % model.num_heads == 0,
+        f"--config.model.num_heads={model.num_heads}: must divide --config.model.width={model.width}",
+    )
+    require(
+        model.segment_types in (0, 2, 3),
+        f"--config.model.segment_types={model.segment_types}: must be 0 (none), 2 or 3 (with padding)",
+    )
+    for name in ("vocab_size", "ffn_width"):
+        value = getattr(model, name)
+        require(value >= 0, f"--config.model.{name}={value}: must not be negative")
+
+
+def _validate_optimizer(optimizer: OptimizerConfig, where: str) -> None:
+    where = f"{where}.optimizer"
+    _positive(optimizer, where, "learning_rate", "epsilon", "accumulation", "max_bad_steps")
+    _fraction(optimizer, where, "beta1", "beta2", "warmup_fraction")
+    _choice(optimizer, where, "schedule", SCHEDULES)
+    for name in ("weight_decay", "clip_norm", "warmup_steps"):
+        value = getattr(optimizer, name)
+        require(value >= 0, f"--config.{where}.{name}={value}: must not be negative")
+
+
+def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
+    _positive(pretrain, "pretrain", "batch_size", "save_every")
+    _choice(pretrain, "pretrain", "line_breaks", LINE_BREAKS)
+    require(
+        pretrain.steps > 0 or pretrain.epochs > 0,
+        "--config.pretrain.steps: give the number of steps (or --config.pretrain.epochs)",
+    )
+    require(
+        bool(pretrain.dataset) != bool(pretrain.train_files),
+        "--config.pretrain.train_files: give text files, or --config.pretrain.dataset, and not both",
+    )
+    require(
+        pretrain.window != 1 and 0 <= pretrain.window <= model.context_length,
+        f"--config.pretrain.window={pretrain.window}: must be 2 to "
+        f"--config.model.context_length={model.context_length}",
+    )
+    _fraction(pretrain, "pretrain", "validation_fraction")
+    require(
+        pretrain.validation_files or pretrain.validation_fraction > 0,
+        "--config.pretrain.validation_fraction: must be above 0 without validation_files",
+    )
+    _validate_optimizer(pretrain.optimizer, "pretrain")
+
+
+def _validate_finetune(finetune: FinetuneConfig) -> None:
+    _positive(finetune, "finetune", "batch_size", "save_every", "evals_per_epoch")
+    _choice(finetune, "finetune", "task", TASKS)
+    require(
+        finetune.steps > 0 or finetune.epochs > 0,
+        f"--config.finetune.epochs={finetune.epochs}: must be greater than 0",
+    )
+    require(
+        bool(finetune.dataset) != bool(finetune.train_file),
+        "--config.finetune.train_file: give a labelled file, or --config.finetune.dataset, "
+        "and not both",
+    )
+    require(
+        finetune.lm_weight >= 0,
+        f"--config.finetune.lm_weight={finetune.lm_weight}: must not be negative",
+    )
+    _fraction(finetune, "finetune", "validation_fraction")
+    pair = finetune.task in ("entailment", "similarity", "regression")
+    require(
+        not pair or finetune.text_pair,
+        f"--config.finetune.text_pair: task {finetune.task} needs the column of the second text",
+    )
+    require(
+        pair or not finetune.text_pair,
+        f"--config.finetune.text_pair={finetune.text_pair}: task {finetune.task} takes one text; "
+        "use --config.finetune.task=entailment or similarity for two",
+    )
+    many = len(split_names(finetune.choices))
+    require(
+        (many >= 2) == (finetune.task == "multiple_choice"),
+        "--config.finetune.choices: the columns of the answers, two or more, comma-separated, "
+        "go with --config.finetune.task=multiple_choice",
+    )
+    _validate_optimizer(finetune.optimizer, "finetune")
+
+
+def _validate_mesh(mesh: MeshConfig) -> None:
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    require(
+        sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes),
+        f"--config.mesh: data, fsdp, tensor = {sizes}: sizes must be positive, at most one -1",
+    )
+
+
+def validate(experiment: Experiment) -> Experiment:
+    """Checks every field, then freezes and returns the experiment.
+
+    Raises:
+      UserError: the first wrong field, with its flag and what to write instead.
+    """
+    _validate_model(experiment.model)
+    _choice(experiment.tokenizer, "tokenizer", "kind", TOKENIZERS)
+    _positive(experiment.tokenizer, "tokenizer", "vocab_size")
+    require(
+        experiment.pretrain or experiment.finetune,
+        "--config: the experiment has no stage; give it a pretrain or a finetune part",
+    )
+    if experiment.pretrain:
+        _validate_pretrain(experiment.pretrain, experiment.model)
+    if experiment.finetune:
+        _validate_finetune(experiment.finetune)
+        pretrained = bool(experiment.pretrain or experiment.init_from)
+        require(
+            pretrained or not experiment.finetune.compare_from_scratch,
+            "--config.finetune.compare_from_scratch: needs pretraining or --config.init_from",
+        )
+    _validate_mesh(experiment.mesh)
+    _positive(experiment.checkpoint, "checkpoint", "keep_newest")
+    if experiment.checkpoint.keep_best < 0:
+        raise UserError("--config.checkpoint.keep_best: must not be negative")
+    _freeze(experiment)
+    return experiment

@@ -1,0 +1,112 @@
+"""The splits of a stage: where its configuration says they come from, as `datasets` tables."""
+
+import dataclasses
+from typing import Any
+
+from gptjax import config as config_lib
+from gptjax.config import FinetuneConfig, PretrainConfig
+from gptjax.data import builtin, sources
+from gptjax.data.tasks import TaskSpec
+from gptjax.errors import require
+
+BUILTIN = "builtin"
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """A split: its rows and what to call it in an error message."""
+
+    rows: Any
+    """`datasets.Dataset`"""
+    where: str
+
+    def columns(self, names: tuple[str, ...]) -> dict[str, list[Any]]:
+        """Returns column name -> values."""
+        return {name: list(self.rows[name]) for name in names}
+
+
+def text_splits(config: PretrainConfig) -> dict[str, Any]:
+    """Returns {"train", "validation"} -> `datasets.Dataset` with a column `text`."""
+    if config.dataset == BUILTIN:
+        return {name: builtin.builtin_text(name) for name in ("train", "validation")}
+    if config.dataset:
+        train = sources.load_hub(config.dataset, "train")
+        sources.require_columns(train, [config.text], config.dataset)
+        train = train.select_columns([config.text]).rename_columns({config.text: "text"})
+    else:
+        train = sources.read_text(config.train_files, config.line_breaks)
+    if config.validation_files:
+        validation = sources.read_text(config.validation_files, config.line_breaks)
+    else:
+        train, validation = sources.holdout_text(train, config.validation_fraction)
+    return {"train": train, "validation": validation}
+
+
+def task_spec(config: FinetuneConfig) -> TaskSpec:
+    """Returns the task that the configuration describes, its label names still unknown."""
+    return TaskSpec(
+        kind=config.task,
+        text=config.text,
+        text_pair=config.text_pair,
+        choices=config_lib.split_names(config.choices),
+        label=config.label,
+    )
+
+
+def read_labelled(path: str, columns: str, needed: tuple[str, ...]) -> Table:
+    """Reads a table file and checks that it has the columns `needed`."""
+    rows = sources.read_table(path, config_lib.split_names(columns))
+    sources.require_columns(rows, list(needed), path)
+    return Table(rows, path)
+
+
+def _from_hub(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> Table:
+    rows = sources.load_hub(config.dataset, split)
+    where = f"{config.dataset} ({split})"
+    sources.require_columns(rows, list(needed), where)
+    return Table(rows, where)
+
+
+def labelled_splits(config: FinetuneConfig, seed: int) -> dict[str, Table]:
+    """Returns {"train", "validation"} and, where there is one, "test".
+
+    Without a validation file a part of train is held out; rows of equal text stay together.
+    """
+    spec = task_spec(config)
+    needed = (*spec.text_columns, spec.label)
+    if config.dataset.startswith(BUILTIN + ":"):
+        return _builtin(config.dataset, needed)
+    if config.dataset:
+        tables = {
+            "train": _from_hub(config, "train", needed),
+            "validation": _from_hub(config, config.validation_split, needed),
+        }
+        if config.test_split:
+            tables["test"] = _from_hub(config, config.test_split, needed)
+        return tables
+    files = {"train": config.train_file, "validation": config.validation_file}
+    files["test"] = config.test_file
+    tables = {
+        name: read_labelled(path, config.columns, needed) for name, path in files.items() if path
+    }
+    if "validation" not in tables:
+        require(
+            config.validation_fraction > 0,
+            "--config.finetune.validation_fraction: must be above 0 without validation_file",
+        )
+        train, validation = sources.holdout(
+            tables["train"].rows, list(spec.text_columns), config.validation_fraction, seed
+        )
+        where = f"{config.train_file} (held out)"
+        tables |= {"train": Table(train, config.train_file), "validation": Table(validation, where)}
+    return tables
+
+
+def _builtin(dataset: str, needed: tuple[str, ...]) -> dict[str, Table]:
+    name = dataset.removeprefix(BUILTIN + ":")
+    tables = {}
+    for split in ("train", "validation", "test"):
+        where = f"{dataset} ({split})"
+        tables[split] = Table(builtin.builtin_task(name, split), where)
+        sources.require_columns(tables[split].rows, list(needed), where)
+    return tables

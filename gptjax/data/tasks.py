@@ -1,0 +1,246 @@
+"""The paper's input transformations: a labelled row becomes the token sequences of one example.
+
+classification     start text extract
+entailment         start text delimiter text_pair extract
+similarity         both orders of the two texts (regression too: it is similarity with a real target)
+multiple choice    start text delimiter answer extract, one per answer
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gptjax.config import nearest
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import UserError, require
+
+Rows = Mapping[str, Sequence[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """What a task head predicts, and from which columns."""
+
+    kind: str
+    """classification, entailment, similarity, multiple_choice or regression."""
+    text: str
+    text_pair: str = ""
+    choices: tuple[str, ...] = ()
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    """Names of the classes, or of the answers, in the order of the head's outputs."""
+
+    @property
+    def num_candidates(self) -> int:
+        """C: token sequences per example."""
+        if self.kind == "multiple_choice":
+            return len(self.choices)
+        return 2 if self.kind in ("similarity", "regression") else 1
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the linear head per state."""
+        return 1 if self.kind in ("multiple_choice", "regression") else len(self.labels)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that are read besides the label."""
+        return tuple(name for name in (self.text, self.text_pair, *self.choices) if name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenised examples; sequence c of example i is `tokens[i * C + c]`, C = num_candidates."""
+
+    num_candidates: int
+    tokens: list[np.ndarray]
+    """int32 [length] each."""
+    second_start: np.ndarray
+    """int32 [n * C]: where the second text begins (the sequence's length where there is none)."""
+    labels: np.ndarray | None
+    """int32 or float32 [n]; None where the rows carry no label column."""
+    cut: int
+    """Examples whose text was cut to fit the context."""
+    empty: int
+    """Examples with an empty text."""
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.num_candidates
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [n]: tokens of all sequences of each example."""
+        lengths = np.array([len(t) for t in self.tokens], np.int32)
+        return lengths.reshape(-1, self.num_candidates).sum(axis=1, dtype=np.int32)
+
+
+def as_text(value: Any) -> str:
+    """A cell as text: None is empty."""
+    return "" if value is None else str(value)
+
+
+def _order(names: set[str]) -> tuple[str, ...]:
+    """Numbers in numeric order, anything else in alphabetic order."""
+    try:
+        return tuple(sorted(names, key=float))
+    except ValueError:
+        return tuple(sorted(names))
+
+
+def find_labels(spec: TaskSpec, rows: Rows, where: str) -> TaskSpec:
+    """Returns `spec` with the label names that the training rows use.
+
+    Classes are the distinct labels, numbers in numeric order. Answers of a multiple choice may be
+    numbered from 0 or from 1 (from 1 where no 0 but the number of answers occurs) or lettered.
+
+    Raises:
+      UserError: an empty label, one class only, or labels that do not number the answers.
+    """
+    if spec.kind == "regression":
+        return spec
+    seen: set[str] = set()
+    for number, value in enumerate(rows[spec.label], 1):
+        name = as_text(value).strip()
+        require(name, f"{where}: row {number}, column {spec.label}: the label is empty")
+        seen.add(name)
+    if spec.kind != "multiple_choice":
+        require(
+            len(seen) > 1,
+            f"{where}: column {spec.label}: every row has the label {next(iter(seen), '')!r}; "
+            "a classifier needs at least two",
+        )
+        return dataclasses.replace(spec, labels=_order(seen))
+    count = len(spec.choices)
+    numbered = tuple(str(i) for i in range(count))
+    from_one = tuple(str(i + 1) for i in range(count))
+    letters = tuple(chr(ord("A") + i) for i in range(count))
+    options = [from_one, numbered] if from_one[-1] in seen else [numbered, from_one]
+    for names in (*options, letters):
+        if seen <= set(names):
+            return dataclasses.replace(spec, labels=names)
+    raise UserError(
+        f"{where}: column {spec.label}: labels {', '.join(_order(seen)[:5])} do not number the "
+        f"{count} answers; use 0 to {count - 1}, 1 to {count}, or letters from A"
+    )
+
+
+def _labels(spec: TaskSpec, values: Sequence[Any], where: str) -> np.ndarray:
+    if spec.kind == "regression":
+        targets = np.zeros(len(values), np.float32)
+        for i, value in enumerate(values):
+            try:
+                targets[i] = float(value)
+            except (TypeError, ValueError):
+                targets[i] = math.nan
+            require(
+                math.isfinite(targets[i]),
+                f"{where}: row {i + 1}, column {spec.label}: {as_text(value)!r} is not a number",
+            )
+        return targets
+    ids = {name: i for i, name in enumerate(spec.labels)}
+    classes = np.zeros(len(values), np.int32)
+    for i, value in enumerate(values):
+        name = as_text(value).strip()
+        require(
+            name in ids,
+            f"{where}: row {i + 1}, column {spec.label}: label {name!r} was not seen in training; "
+            f"known labels: {', '.join(spec.labels[:10])}{nearest(name, ids)}",
+        )
+        classes[i] = ids[name]
+    return classes
+
+
+def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
+    """Returns how many tokens of two texts to keep so that they fit `budget` together.
+
+    The longer is cut first; a text is cut below half the budget only if it is shorter.
+    >>> cut_pair(10, 2, 8), cut_pair(10, 9, 8), cut_pair(3, 3, 8)
+    ((6, 2), (4, 4), (3, 3))
+    """
+    if first + second <= budget:
+        return first, second
+    half = budget // 2
+    keep_second = min(second, max(half, budget - first))
+    return min(first, budget - keep_second), keep_second
+
+
+class _Builder:
+    """Joins tokenised texts with the special tokens, cutting to the context length."""
+
+    def __init__(self, tokenizer: Tokenizer, context_length: int):
+        require(
+            context_length >= 5,
+            f"--config.model.context_length={context_length}: a pair of texts needs at least 5",
+        )
+        self._start, self._delimiter, self._extract = (
+            np.array([i], np.int32)
+            for i in (tokenizer.start_id, tokenizer.delimiter_id, tokenizer.extract_id)
+        )
+        self._context = context_length
+        self.cut = False
+
+    def single(self, text: np.ndarray) -> tuple[np.ndarray, int]:
+        keep = self._context - 2
+        self.cut |= len(text) > keep
+        tokens = np.concatenate([self._start, text[:keep], self._extract])
+        return tokens, len(tokens)
+
+    def pair(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
+        keep, keep_second = cut_pair(len(first), len(second), self._context - 3)
+        self.cut |= keep < len(first) or keep_second < len(second)
+        parts = [self._start, first[:keep], self._delimiter, second[:keep_second], self._extract]
+        return np.concatenate(parts), keep + 2
+
+
+def encode(
+    spec: TaskSpec,
+    rows: Rows,
+    tokenizer: Tokenizer,
+    context_length: int,
+    where: str,
+    labelled: bool = True,
+) -> Examples:
+    """Tokenises labelled rows into examples.
+
+    Args:
+      spec: the task, with its label names.
+      rows: column name -> values, all columns equally long.
+      tokenizer: text -> ids.
+      context_length: longest sequence; longer ones are cut inside their texts and counted.
+      where: the file or data set, for error messages.
+      labelled: whether to read the label column.
+
+    Raises:
+      UserError: a label that training did not see, or a target that is not a number.
+    """
+    columns = {
+        name: tokenizer.encode_batch([as_text(value) for value in rows[name]])
+        for name in spec.text_columns
+    }
+    builder = _Builder(tokenizer, context_length)
+    tokens: list[np.ndarray] = []
+    second_start: list[int] = []
+    cut = empty = 0
+    for i in range(len(rows[spec.text])):
+        texts = [columns[name][i] for name in spec.text_columns]
+        builder.cut = False
+        if spec.kind == "classification":
+            built = [builder.single(texts[0])]
+        elif spec.kind == "entailment":
+            built = [builder.pair(*texts)]
+        elif spec.kind == "multiple_choice":
+            built = [builder.pair(texts[0], answer) for answer in texts[1:]]
+        else:
+            built = [builder.pair(*texts), builder.pair(*reversed(texts))]
+        tokens += [sequence for sequence, _ in built]
+        second_start += [start for _, start in built]
+        cut += builder.cut
+        empty += any(len(text) == 0 for text in texts)
+    labels = _labels(spec, rows[spec.label], where) if labelled else None
+    return Examples(
+        spec.num_candidates, tokens, np.array(second_start, np.int32), labels, cut, empty
+    )

@@ -1,0 +1,215 @@
+"""Tokenizers on the `tokenizers` library: GPT-1 style BPE, GPT-1's own vocabulary, characters.
+
+Every tokenizer is one `tokenizer.json`: its normalisation, vocabulary and decoder. Ids are the
+vocabulary's own, then the special tokens in the order of `SPECIALS`.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from gptjax.config import TokenizerConfig
+from gptjax.data import text
+from gptjax.errors import UserError, require
+
+UNKNOWN = "<unk>"
+START, DELIMITER, EXTRACT, PADDING = "_start_", "_delimiter_", "_classify_", "<pad>"
+SPECIALS = (START, DELIMITER, EXTRACT, PADDING)
+END_OF_WORD = "</w>"
+
+# Texts handed to the Rust side at once: enough to keep all cores busy, few enough to stay small.
+_CHUNK = 1024
+
+
+class Tokenizer:
+    """Text <-> token ids.
+
+    Attributes:
+      start_id, delimiter_id, extract_id, padding_id, unknown_id: ids of the special tokens.
+      hash: SHA-256 of the serialised tokenizer; equal hash, equal ids.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer):
+        self._backend = backend
+        for name in (*SPECIALS, UNKNOWN):
+            require(backend.token_to_id(name) is not None, f"tokenizer: token {name} is missing")
+        self.start_id: int = backend.token_to_id(START)
+        self.delimiter_id: int = backend.token_to_id(DELIMITER)
+        self.extract_id: int = backend.token_to_id(EXTRACT)
+        self.padding_id: int = backend.token_to_id(PADDING)
+        self.unknown_id: int = backend.token_to_id(UNKNOWN)
+
+    def __len__(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._backend.get_vocab_size()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the serialised tokenizer."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of one text; special tokens written out in a text are plain text."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns int32 [length] ids of each text, tokenised on all cores."""
+        ids: list[np.ndarray] = []
+        for start in range(0, len(texts), _CHUNK):
+            encodings = self._backend.encode_batch_fast(
+                texts[start : start + _CHUNK], add_special_tokens=False
+            )
+            ids += [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, without special tokens."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int:
+        """Returns the id of a token as the vocabulary spells it."""
+        return self._backend.token_to_id(token)
+
+    def token(self, token_id: int) -> str:
+        """Returns the token of one id as the vocabulary spells it."""
+        return self._backend.id_to_token(int(token_id))
+
+    def to_json(self) -> str:
+        """Returns the serialised tokenizer."""
+        return self._backend.to_str(pretty=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json`."""
+        pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+def _add_specials(backend: tokenizers.Tokenizer) -> Tokenizer:
+    # Added as plain vocabulary would let a user's text forge them; `encode_special_tokens` makes
+    # the tokenizer read such text as ordinary characters.
+    backend.add_special_tokens([*SPECIALS])
+    backend.encode_special_tokens = True
+    return Tokenizer(backend)
+
+
+def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
+    """Reads `to_json`'s text; a broken one is a `UserError` that names `where`."""
+    try:
+        backend = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{where}: not a tokenizer ({error})") from error
+    backend.encode_special_tokens = True
+    return Tokenizer(backend)
+
+
+def load(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a `tokenizer.json` file."""
+    return from_json(_read(path), str(path))
+
+
+def _read(path: str | os.PathLike[str]) -> str:
+    try:
+        return pathlib.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
+    )
+    backend.normalizer = text.normalizer()
+    backend.pre_tokenizer = text.pre_tokenizer()
+    backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
+    return backend
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a GPT-1 style BPE: lower case, `</w>` ends a word, `<unk>` for unseen characters.
+
+    Args:
+      texts: the training texts.
+      vocab_size: ids besides the four special tokens; fewer where the text is too small.
+    """
+    backend = _bpe({}, [])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[UNKNOWN],
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+        # Rare scripts must not crowd out merges; GPT-1's own alphabet has 238 symbols.
+        limit_alphabet=min(1000, max(1, vocab_size // 4)),
+    )
+    characters: set[str] = set()
+    first, second = itertools.tee(texts)
+    for chunk in first:
+        characters.update(chunk)
+    normal = backend.normalizer.normalize_str(" ".join(sorted(characters))) + text.NEWLINE
+    # One extra text of all characters as one-letter words: each is then known at a word's end, and
+    # the line break too.
+    backend.train_from_iterator(itertools.chain([normal], second), trainer)
+    return _add_specials(backend)
+
+
+def load_gpt1(vocab_file: str, merges_file: str) -> Tokenizer:
+    """Loads GPT-1's own pair: `encoder_bpe_40000.json` and `vocab_40000.bpe`."""
+    try:
+        vocabulary = json.loads(_read(vocab_file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{vocab_file}: not JSON ({error})") from error
+    lines = _read(merges_file).split("\n")
+    merges = []
+    for number, line in enumerate(lines, 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        pair = line.split()
+        require(len(pair) == 2, f"{merges_file}: line {number}: a merge is two symbols, not {line!r}")
+        merges.append((pair[0], pair[1]))
+    try:
+        backend = _bpe(vocabulary, merges)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{merges_file}: does not fit {vocab_file} ({error})") from error
+    return _add_specials(backend)
+
+
+def train_characters(texts: Iterable[str]) -> Tokenizer:
+    """One token a character, in code point order: for teaching and tiny models."""
+    characters = sorted(set(itertools.chain.from_iterable(texts)))
+    vocabulary = {name: i for i, name in enumerate([UNKNOWN, *characters])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return _add_specials(backend)
+
+
+def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
+    """Loads or trains the tokenizer that `config` describes; `texts` is read only to train."""
+    if config.file:
+        return load(config.file)
+    if config.kind == "gpt1":
+        require(
+            config.vocab_file and config.merges_file,
+            "--config.tokenizer.kind=gpt1: give --config.tokenizer.vocab_file and .merges_file",
+        )
+        return load_gpt1(config.vocab_file, config.merges_file)
+    if config.kind == "character":
+        return train_characters(texts)
+    return train_bpe(texts, config.vocab_size)
+
+
+def vocabulary_pair(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
+    """Returns the (vocabulary, merges) pair of a BPE tokenizer without its special tokens."""
+    model = json.loads(tokenizer.to_json())["model"]
+    if model["type"] != "BPE":
+        return None
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return model["vocab"], merges

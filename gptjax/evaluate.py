@@ -1,0 +1,144 @@
+"""Scores of a model on a split: every token and every example counted exactly once."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax import metrics, sharding
+from gptjax.data import loader
+from gptjax.data.packing import Packer
+from gptjax.data.tasks import Examples, TaskSpec
+from gptjax.losses import Sum
+from gptjax.state import Params
+
+# (params, batch) -> (Losses, task logits), from `steps.jit_eval_step`.
+EvalStep = Callable[[Params, Any], Any]
+
+
+def never() -> bool:
+    """The default of `stop`: evaluate to the end."""
+    return False
+
+
+def _mean(part: Sum) -> float:
+    return float(part.total) / max(float(part.weight), 1e-9)
+
+
+def language_model(
+    step: EvalStep,
+    params: Params,
+    stream: np.ndarray,
+    window: int,
+    rows: int,
+    mesh: Mesh,
+    limit: int = 0,
+    stop: Callable[[], bool] = never,
+) -> dict[str, float] | None:
+    """Returns {"loss": nats per token, "perplexity"} over windows in order; None if stopped.
+
+    Args:
+      step: the jitted eval step.
+      params: of the model.
+      stream: int32 [n] token ids.
+      window: tokens seen at once; the first of each is not predicted.
+      rows: windows a batch.
+      mesh: the devices.
+      limit: batches at most; 0: all.
+      stop: asked between batches.
+    """
+    sums = []
+    for batch in loader.text_in_order(stream, window, rows, limit):
+        if stop():
+            return None
+        sums.append(step(params, sharding.to_devices(batch, mesh))[0].lm)
+    # Added in float64 on the host: a float32 total of millions of tokens would lose digits.
+    parts = jax.device_get(sums)
+    total = sum(float(part.total) for part in parts)
+    loss = total / max(sum(float(part.weight) for part in parts), 1e-9)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What the model says about every example of a split."""
+
+    logits: np.ndarray
+    """float32 [n, O]: class logits, answer scores, or [n, 1] regression values."""
+    lm_loss: float
+    """Nats per token over all sequences."""
+    task_loss: float
+    """Mean over the examples; 0 without labels."""
+
+
+def run_task(
+    step: EvalStep,
+    params: Params,
+    examples: Examples,
+    packer: Packer,
+    batch_size: int,
+    mesh: Mesh,
+    stop: Callable[[], bool] = never,
+) -> Outputs | None:
+    """Runs every example once, packed, and returns the outputs in order; None if stopped."""
+    waiting, sums = [], []
+    logits: np.ndarray | None = None
+    for batch, index in loader.examples_in_order(examples, packer, batch_size):
+        if stop():
+            return None
+        losses, out = step(params, sharding.to_devices(batch, mesh))
+        waiting.append((index, out))
+        sums.append(losses)
+        if len(waiting) > 1:  # fetched one batch late, so that the device never waits
+            logits = _scatter(logits, len(examples), *waiting.pop(0))
+    for pair in waiting:
+        logits = _scatter(logits, len(examples), *pair)
+    assert logits is not None
+    parts = jax.device_get(sums)
+    lm = Sum(*(sum(float(getattr(p.lm, f)) for p in parts) for f in ("total", "weight")))
+    task = Sum(*(sum(float(getattr(p.task, f)) for p in parts) for f in ("total", "weight")))
+    return Outputs(logits, _mean(lm), _mean(task))
+
+
+def _scatter(logits: np.ndarray | None, count: int, index: np.ndarray, out: Any) -> np.ndarray:
+    out = jax.device_get(out)
+    if logits is None:
+        logits = np.zeros((count, out.shape[-1]), np.float32)
+    real = index >= 0
+    logits[index[real]] = out[real]
+    return logits
+
+
+def predictions(spec: TaskSpec, logits: np.ndarray) -> np.ndarray:
+    """Returns int [n] best classes or answers, or float32 [n] regression values."""
+    return logits[:, 0] if spec.kind == "regression" else logits.argmax(axis=1)
+
+
+def task(
+    spec: TaskSpec,
+    names: tuple[str, ...],
+    step: EvalStep,
+    params: Params,
+    examples: Examples,
+    packer: Packer,
+    batch_size: int,
+    mesh: Mesh,
+    lm_weight: float,
+    stop: Callable[[], bool] = never,
+) -> dict[str, float] | None:
+    """Returns "loss" (joint), "task_loss", "lm_loss" and the metrics `names`; None if stopped."""
+    outputs = run_task(step, params, examples, packer, batch_size, mesh, stop)
+    if outputs is None:
+        return None
+    found = predictions(spec, outputs.logits)
+    scores = metrics.compute(names, examples.labels, found, len(spec.labels))
+    losses = {
+        "loss": outputs.task_loss + lm_weight * outputs.lm_loss,
+        "task_loss": outputs.task_loss,
+        "lm_loss": outputs.lm_loss,
+    }
+    return losses | scores

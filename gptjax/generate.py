@@ -1,0 +1,167 @@
+"""Text from a prompt: prefill once, then one token at a time against the key/value cache.
+
+Letters of shapes: N samples, T tokens, V vocabulary.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.errors import require
+from gptjax.model import GPT, Cache, new_cache
+from gptjax.state import Params
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """0: always the most likely token."""
+    top_k: int = 0
+    """Draw among the k most likely; 0: all."""
+    top_p: float = 1.0
+    """Draw among the fewest most likely tokens whose probabilities reach top_p."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"--temperature={self.temperature}: must not be negative")
+        require(self.top_k >= 0, f"--top_k={self.top_k}: must not be negative")
+        require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")
+
+
+def filtered(logits_NV: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
+    """Returns the logits over the temperature, -inf where top_k or top_p leaves a token out.
+
+    Equal logits share their fate: a tie at the edge keeps all of its tokens.
+    """
+    logits_NV = logits_NV / jnp.maximum(temperature, 1e-6)
+    descending_NV = -jnp.sort(-logits_NV, axis=-1)
+    size = logits_NV.shape[-1]
+    last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
+    floor_N1 = jax.lax.dynamic_slice_in_dim(descending_NV, last, 1, axis=-1)
+    probabilities_NV = jax.nn.softmax(jnp.where(descending_NV < floor_N1, -jnp.inf, descending_NV))
+    before_NV = jnp.cumsum(probabilities_NV, axis=-1) - probabilities_NV
+    kept_NV = (before_NV < top_p) & (descending_NV >= floor_N1)
+    floor_N1 = jnp.where(kept_NV, descending_NV, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_NV < floor_N1, -jnp.inf, logits_NV)
+
+
+def draw(logits_NV: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
+    """Returns int32 [N]: the next token of each sample."""
+    sampled_N = jax.random.categorical(key, filtered(logits_NV, temperature, top_k, top_p))
+    return jnp.where(temperature == 0, logits_NV.argmax(-1), sampled_N).astype(jnp.int32)
+
+
+def _next_logits(model: GPT, params: Params, x_N1D: Array, banned_V: Array) -> Array:
+    logits_N1V = model.apply({"params": params}, x_N1D, method="lm_logits")
+    return jnp.where(banned_V, -jnp.inf, logits_N1V[:, 0])
+
+
+@functools.partial(jax.jit, static_argnames=("model", "samples"))
+def _prefill(
+    model: GPT, params: Params, prompt_1T: Array, length: Array, banned_V: Array, samples: int
+) -> tuple[Cache, Array]:
+    """Runs the prompt (padded at its end) once; returns the cache and logits of `samples` copies."""
+    cache = new_cache(model.config, prompt_1T.shape[0], model.config.context_length)
+    x_NTD, cache = model.apply({"params": params}, prompt_1T, cache, jnp.int32(0), method="decode")
+    # What the padding wrote is overwritten by later tokens before any query can see it.
+    x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
+    logits_NV = _next_logits(model, params, x_N1D, banned_V)
+    copies = samples // prompt_1T.shape[0]
+    cache = {name: jnp.repeat(value, copies, axis=1) for name, value in cache.items()}
+    return cache, jnp.repeat(logits_NV, copies, axis=0)
+
+
+@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+def _decode(
+    model: GPT,
+    params: Params,
+    cache: Cache,
+    logits_NV: Array,
+    banned_V: Array,
+    start: Array,
+    count: Array,
+    drawn: Array,
+    key: Array,
+    sampling: tuple[Array, Array, Array],
+) -> Array:
+    """Draws `count` tokens from position `start` on; returns int32 [N, context] (the first count).
+
+    One compiled loop for any prompt, count and sampling. `drawn` tokens came before (in earlier
+    windows): the key of a draw is its index among all draws.
+    """
+    out_NT = jnp.zeros((logits_NV.shape[0], model.config.context_length), jnp.int32)
+
+    def body(i: Array, carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
+        out_NT, cache, logits_NV = carry
+        token_N = draw(logits_NV, jax.random.fold_in(key, drawn + i), *sampling)
+        out_NT = jax.lax.dynamic_update_slice_in_dim(out_NT, token_N[:, None], i, axis=1)
+        x_N1D, cache = model.apply(
+            {"params": params}, token_N[:, None], cache, start + i, method="decode"
+        )
+        return out_NT, cache, _next_logits(model, params, x_N1D, banned_V)
+
+    return jax.lax.fori_loop(0, count, body, (out_NT, cache, logits_NV))[0]
+
+
+def _bucket(length: int, limit: int) -> int:
+    """The next power of two, at least 16: few shapes are compiled."""
+    return min(limit, max(16, 1 << (length - 1).bit_length()))
+
+
+def window_start(length: int, context_length: int) -> int:
+    """Returns from which token on a text of `length` tokens conditions the next one.
+
+    All of it while it fits; then the last half context, so that half a context can be written
+    before the window moves again (learned positions do not allow it to slide).
+    """
+    return 0 if length < context_length else length - max(1, context_length // 2)
+
+
+def generate(
+    model: GPT,
+    params: Params,
+    prompt: np.ndarray,
+    max_new_tokens: int,
+    num_samples: int,
+    sampling: Sampling,
+    seed: int,
+    banned: np.ndarray,
+) -> np.ndarray:
+    """Returns int32 [N, max_new_tokens]: continuations of one prompt.
+
+    Args:
+      model: any head; only the decoder is used.
+      params: its parameters.
+      prompt: int32 [T], at least one token; its end counts where it exceeds the context.
+      max_new_tokens: may exceed the context (see `window_start`).
+      num_samples: N.
+      sampling: how tokens are drawn.
+      seed: of the draws.
+      banned: bool [V], tokens never drawn.
+    """
+    key = jax.random.key(seed)
+    numbers = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+    context = model.config.context_length
+    texts = prompt[None].astype(np.int32)
+    done = 0
+    while done < max_new_tokens:
+        window = texts[:, window_start(texts.shape[1], context) :]
+        length = window.shape[1]
+        padded = np.zeros((window.shape[0], _bucket(length, context)), np.int32)
+        padded[:, :length] = window
+        cache, logits = _prefill(model, params, padded, length, banned, num_samples)
+        count = min(max_new_tokens - done, context - length)
+        out = _decode(
+            model, params, cache, logits, banned, jnp.int32(length), jnp.int32(count),
+            jnp.int32(done), key, numbers,
+        )  # fmt: skip
+        texts = np.repeat(texts, num_samples // texts.shape[0], axis=0)
+        texts = np.concatenate([texts, np.asarray(out)[:, :count]], axis=1)
+        done += count
+    return texts[:, len(prompt) :]

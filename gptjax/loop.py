@@ -1,0 +1,412 @@
+"""The orchestrator of training: data -> stages -> steps, checkpoints, scores, report."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax import checkpoint, flops, optim, report, sharding, state, steps, telemetry
+from gptjax import config as config_lib
+from gptjax import model as model_lib
+from gptjax import stages as stages_lib
+from gptjax.checkpoint import Checkpoints, Meta
+from gptjax.config import Experiment, ModelConfig
+from gptjax.data import splits
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import Preempted, TrainingDiverged, UserError, require
+from gptjax.preemption import StopRequest
+from gptjax.stages import Scores, Stage
+from gptjax.state import Params, TrainState
+from gptjax.steps import StepOutput
+
+# Records of a training in metrics.jsonl: about so many, whatever its length.
+_RECORDS = 500
+SCRATCH = "finetune_from_scratch"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What the stages of one run share."""
+
+    experiment: Experiment
+    workdir: str
+    mesh: Mesh
+    tokenizer: Tokenizer
+    model: ModelConfig
+    log: telemetry.MetricsLog
+    stop: StopRequest
+    is_main: bool
+
+    def say(self, text: str) -> None:
+        """Prints a line, in one process only."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+def run(experiment: Experiment, workdir: str) -> dict[str, Any]:
+    """Trains the experiment's stages in order, continuing where `workdir` stands.
+
+    Returns:
+      The summary, also written to WORKDIR/summary.json.
+
+    Raises:
+      UserError: wrong configuration, data, or a workdir of another experiment.
+      Preempted: asked to stop; the state is saved.
+      TrainingDiverged: several updates in a row were not finite.
+    """
+    config_lib.validate(experiment)
+    is_main = jax.process_index() == 0
+    with StopRequest() as stop:
+        mesh = sharding.make_mesh(experiment.mesh)
+        _check_workdir(experiment, workdir)
+        data = _load_data(experiment)
+        tokenizer, model = _tokenizer_and_model(experiment, workdir, data)
+        with telemetry.MetricsLog(workdir, enabled=is_main) as log:
+            context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main)
+            stages = _build_stages(context, data)
+            del data
+            _write_start(context)
+            summary = _train_stages(context, stages)
+    _report(context, summary, stages)
+    return summary
+
+
+def _check_workdir(experiment: Experiment, workdir: str) -> None:
+    """Refuses a workdir whose checkpoints belong to another configuration."""
+    path = os.path.join(workdir, "config.json")
+    folder = os.path.join(workdir, "checkpoints")
+    if not (os.path.exists(path) and os.path.isdir(folder)):
+        return
+    found = config_lib.differences(telemetry.read_json(path), config_lib.to_dict(experiment))
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    require(
+        not found,
+        f"--workdir={workdir}: holds another experiment ({'; '.join(found[:3])}{more}); "
+        "choose another --workdir or give the same configuration",
+    )
+
+
+def _load_data(experiment: Experiment) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    if experiment.pretrain:
+        data["pretrain"] = splits.text_splits(experiment.pretrain)
+    if experiment.finetune:
+        data["finetune"] = splits.labelled_splits(experiment.finetune, experiment.seed)
+    return data
+
+
+def _tokenizer_and_model(
+    experiment: Experiment, workdir: str, data: dict[str, Any]
+) -> tuple[Tokenizer, ModelConfig]:
+    """The tokenizer (of `init_from`, of the workdir, or newly trained) and the sizes that go with it."""
+    model = experiment.model
+    if experiment.init_from:
+        meta = checkpoint.open_for_use(experiment.init_from)[2]
+        sizes = ("vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width")
+        sizes += ("activation", "segment_types", "layer_norm_epsilon")
+        model = dataclasses.replace(model, **{name: getattr(meta.model, name) for name in sizes})
+        return tokenizer_lib.from_json(meta.tokenizer_json), model
+    saved = os.path.join(workdir, "tokenizer.json")
+    if os.path.exists(saved) and os.path.isdir(os.path.join(workdir, "checkpoints")):
+        tokenizer = tokenizer_lib.load(saved)
+    else:
+        texts: Iterator[str]
+        if experiment.pretrain:
+            texts = stages_lib.pretrain_texts(data["pretrain"])
+        else:
+            assert experiment.finetune is not None
+            texts = stages_lib.finetune_texts(data["finetune"], experiment.finetune)
+        tokenizer = tokenizer_lib.build(experiment.tokenizer, texts)
+    size = model.vocab_size or len(tokenizer)
+    require(
+        size >= len(tokenizer),
+        f"--config.model.vocab_size={size}: the tokenizer has {len(tokenizer)} ids",
+    )
+    return tokenizer, dataclasses.replace(model, vocab_size=size)
+
+
+def _build_stages(context: Run, data: dict[str, Any]) -> list[Stage]:
+    experiment = context.experiment
+    shared = (context.tokenizer, context.mesh, experiment.seed)
+    stages = []
+    if experiment.pretrain:
+        stages.append(
+            stages_lib.pretrain(experiment.pretrain, context.model, data["pretrain"], *shared)
+        )
+    if experiment.finetune:
+        stage = stages_lib.finetune(experiment.finetune, context.model, data["finetune"], *shared)
+        stages.append(stage)
+        if experiment.finetune.compare_from_scratch:
+            stages.append(dataclasses.replace(stage, name=SCRATCH, notes=()))
+    return stages
+
+
+def _write_start(context: Run) -> None:
+    """Writes what describes the run, once all of its input has been found good."""
+    if context.is_main:
+        path = os.path.join(context.workdir, "config.json")
+        telemetry.write_json(path, config_lib.to_dict(context.experiment))
+        with telemetry.disk_errors(context.workdir):
+            context.tokenizer.save(os.path.join(context.workdir, "tokenizer.json"))
+
+
+def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
+    path = os.path.join(context.workdir, "summary.json")
+    old = telemetry.read_json(path) if os.path.exists(path) else {}
+    summary: dict[str, Any] = {}
+    pretrained: Params | None = None
+    for stage in stages:
+        for note in stage.notes:
+            context.say(note)
+        start_from = None if stage.name == SCRATCH else pretrained
+        if start_from is None and stage.name != SCRATCH and context.experiment.init_from:
+            start_from = _load_params(context.experiment.init_from, context.mesh)
+        params, summary[stage.name] = _train_stage(context, stage, start_from, old.get(stage.name))
+        if stage.name == "pretrain":
+            pretrained = params
+        if context.is_main:
+            telemetry.write_json(path, summary)
+    return summary
+
+
+def _initial_state(context: Run, stage: Stage) -> Callable[[jax.Array], TrainState]:
+    optimizer = optim.build(stage.optimizer, stage.total_steps)
+    return lambda key: state.create(model_lib.init_params(stage.model, key), optimizer)
+
+
+def _train_stage(
+    context: Run, stage: Stage, pretrained: Params | None, old: dict[str, Any] | None
+) -> tuple[Params, dict[str, Any]]:
+    """Trains one stage to its end; returns its best parameters and its part of the summary."""
+    make = _initial_state(context, stage)
+    meta = _meta(context, stage)
+    checkpoints = Checkpoints(
+        context.workdir, stage.name, context.experiment.checkpoint,
+        stage.metric,
+    )  # fmt: skip
+    try:
+        key = jax.random.key(context.experiment.seed)
+        like = state.abstract(make, context.mesh, key)
+        found = checkpoints.restore_newest(like, lambda other: _same_run(meta, other))
+        if found is None:
+            train_state, start = _begin(make, context.mesh, key, pretrained), 0
+        else:
+            train_state, start = found
+            context.say(f"{stage.name}: continuing at step {start:,} of {stage.total_steps:,}")
+        context.log.rewind(stage.name, start)
+        speed = _Trainer(context, stage, checkpoints, meta).train(train_state, start)
+        del train_state
+        best, params = checkpoints.restore_best_params(like.params)
+        scores = checkpoints.metrics(best)
+    finally:
+        checkpoints.close()
+    speed = speed or (old or {}).get("tokens_per_second", 0.0)
+    return params, _stage_summary(context, stage, params, scores, speed)
+
+
+def _begin(
+    make: Callable[[jax.Array], TrainState], mesh: Mesh, key: jax.Array, pretrained: Params | None
+) -> TrainState:
+    """A state at step 0, from random weights or (all but the task head) from `pretrained` ones."""
+    fresh = state.born_sharded(make, mesh, key)
+    if pretrained is None:
+        return fresh
+    return fresh.replace(params=state.merge_params(pretrained, fresh.params, ("task_head",)))
+
+
+def _meta(context: Run, stage: Stage) -> Meta:
+    return Meta(
+        stage=stage.name,
+        model=context.model,
+        tokenizer_json=context.tokenizer.to_json(),
+        tokenizer_hash=context.tokenizer.hash,
+        task=stage.spec,
+        metric=stage.metric,
+        experiment=config_lib.to_dict(context.experiment),
+        data_fingerprint=stage.fingerprint,
+    )
+
+
+def _same_run(ours: Meta, other: Meta) -> None:
+    """Refuses to continue a checkpoint of another tokenizer, task or training data."""
+    for name, what in (
+        ("tokenizer_hash", "tokenizer"),
+        ("task", "task"),
+        ("data_fingerprint", "training data"),
+    ):
+        require(
+            getattr(ours, name) == getattr(other, name),
+            f"--workdir: its {ours.stage} checkpoint was made with another {what}; "
+            "restore what it was, or choose another --workdir",
+        )
+
+
+class _Trainer:
+    """The loop over the steps of one stage."""
+
+    def __init__(self, context: Run, stage: Stage, checkpoints: Checkpoints, meta: Meta):
+        self._context, self._stage, self._checkpoints, self._meta = (
+            context, stage, checkpoints, meta
+        )  # fmt: skip
+        self._every = max(1, stage.total_steps // _RECORDS)
+        optimizer = optim.build(stage.optimizer, stage.total_steps)
+        self._rate = optim.schedule(stage.optimizer, stage.total_steps)
+        self._step = steps.jit_train_step(
+            context.mesh,
+            model=stage.model,
+            objective=stage.objective,
+            optimizer=optimizer,
+            micro=stage.optimizer.accumulation,
+            seed=context.experiment.seed,
+        )
+
+    def train(self, train_state: TrainState, start: int) -> float:
+        """Runs steps [start, total); returns the tokens per second, or 0 where none was run."""
+        context, stage = self._context, self._stage
+        total, pending = stage.total_steps, None
+        with telemetry.Progress(stage.name, total, start, context.is_main) as progress:
+            self._progress = progress
+            self._maybe_validate(train_state, start)
+            for step, batch in enumerate(stage.batches.iterate(start, total), start + 1):
+                if context.stop():
+                    self._read(pending)
+                    self._stop_if_asked(train_state, step - 1)
+                tokens = int((batch.segment_ids > 0).sum())
+                train_state, output = self._step(
+                    train_state, sharding.to_devices(batch, context.mesh)
+                )
+                # Read one step late: by then the device has it, and works on the next.
+                self._read(pending)
+                pending = (step, output, tokens)
+                if step % stage.save_every == 0 or self._validation_due(step):
+                    self._read(pending)
+                    pending = None
+                    self._maybe_validate(train_state, step)
+                    self._save(train_state, step)
+            self._read(pending)
+            speed = progress.tokens_per_second
+        self._checkpoints.wait()
+        return speed
+
+    def _read(self, pending: tuple[int, StepOutput, int] | None) -> None:
+        """Fetches a step's output, logs it, and ends the run after too many bad steps in a row."""
+        if pending is None:
+            return
+        step, device_output, tokens = pending
+        output: StepOutput = jax.device_get(device_output)
+        values = _scores(self._stage, output)
+        self._progress.update(step, values["loss"], tokens)
+        if step % self._every == 0 or step in (1, self._stage.total_steps):
+            values["gradient_norm"] = float(output.gradient_norm)
+            values["learning_rate"] = float(self._rate(step - 1))
+            self._context.log.write(self._stage.name, "train", step, values)
+        bad, limit = int(output.bad_steps), self._stage.optimizer.max_bad_steps
+        if bad == 1:
+            logging.warning("%s: step %d was not finite and is skipped", self._stage.name, step)
+        if bad >= limit:
+            raise TrainingDiverged(
+                f"{self._stage.name}: {bad} updates in a row were not finite, the last at step "
+                f"{step}; checkpoints are kept in {self._checkpoints.directory}; "
+                "try a smaller learning rate"
+            )
+
+    def _validation_due(self, step: int) -> bool:
+        stage = self._stage
+        return step > 0 and (step % stage.eval_every == 0 or step == stage.total_steps)
+
+    def _maybe_validate(self, train_state: TrainState, step: int) -> None:
+        """Validates and saves where a validation is due and the step's checkpoint has no scores."""
+        have = step in self._checkpoints.steps()
+        if not self._validation_due(step) or (have and self._checkpoints.metrics(step)):
+            return
+        with self._progress.paused():
+            scores = self._stage.validate(train_state.params, self._context.stop)
+            self._stop_if_asked(train_state, step)
+            assert scores is not None
+            self._context.log.write(self._stage.name, "validation", step, scores)
+            if have:  # saved by a run that was stopped before it could validate
+                self._checkpoints.delete(step)
+            self._save(train_state, step, scores)
+
+    def _save(self, train_state: TrainState, step: int, scores: Scores | None = None) -> None:
+        if step in self._checkpoints.steps():
+            return
+        with self._progress.paused():
+            self._checkpoints.save(step, train_state, self._meta, scores)
+
+    def _stop_if_asked(self, train_state: TrainState, step: int) -> None:
+        if not self._context.stop():
+            return
+        self._save(train_state, step)
+        self._checkpoints.wait()
+        raise Preempted(
+            f"{self._stage.name}: asked to stop; saved at step {step:,} of "
+            f"{self._stage.total_steps:,}; the same command continues there"
+        )
+
+
+def _scores(stage: Stage, output: StepOutput) -> Scores:
+    """The training losses of one step, as means."""
+    sums = output.losses
+    lm = float(sums.lm.total) / max(float(sums.lm.weight), 1e-9)
+    if stage.spec is None:
+        return {"loss": lm}
+    task = float(sums.task.total) / max(float(sums.task.weight), 1e-9)
+    return {"loss": task + stage.objective.lm_weight * lm, "task_loss": task, "lm_loss": lm}
+
+
+def _stage_summary(
+    context: Run, stage: Stage, params: Params, scores: Scores, speed: float
+) -> dict[str, Any]:
+    if stage.spec is None:
+        window = context.experiment.pretrain.window if context.experiment.pretrain else 0
+        per_token = flops.train_flops_per_token(
+            context.model, window or context.model.context_length
+        )
+        # Virtual CPU devices share the cores that one device's products already use in full.
+        devices = 1 if jax.default_backend() == "cpu" else context.mesh.size
+        ceiling = flops.matmul_ceiling(context.model.dtype) * devices
+        return {
+            "steps": stage.total_steps,
+            "validation_loss": scores["loss"],
+            "validation_perplexity": scores["perplexity"],
+            "tokens_per_second": speed,
+            "mfu": per_token * speed / ceiling,
+        }
+    summary: dict[str, Any] = {"steps": stage.total_steps, "validation": scores}
+    if stage.test is not None:
+        summary["test"] = stage.test(params)
+        context.log.write(stage.name, "test", stage.total_steps, summary["test"])
+    return summary | {"floor": stage.floors, "tokens_per_second": speed}
+
+
+def _load_params(path: str, mesh: Mesh) -> Params:
+    """Returns the parameters of a checkpoint, laid out on the mesh."""
+    checkpoints, step, meta = checkpoint.open_for_use(path)
+    model = stages_lib.make_model(meta.model, meta.task)
+    like = state.abstract(lambda key: model_lib.init_params(model, key), mesh, jax.random.key(0))
+    try:
+        return checkpoints.restore_params(step, like)
+    except Exception as error:  # whatever broken files make orbax raise
+        reason = checkpoint.brief(error)
+        raise UserError(f"--config.init_from={path}: step {step} is damaged ({reason})") from error
+
+
+def _report(context: Run, summary: dict[str, Any], stages: list[Stage]) -> None:
+    """Plots, the table of results and the commands to try next."""
+    if not context.is_main:
+        return
+    report.loss_plot(context.workdir)
+    floors = next((stage.floors for stage in stages if stage.spec), {})
+    commands = [f"python launch.py --mode=generate --checkpoint={context.workdir} --prompt='The '"]
+    if "finetune" in summary:
+        commands.append(
+            f"python launch.py --mode=predict --checkpoint={context.workdir} --input=ROWS.csv "
+            "--output=predictions.csv"
+        )
+    print(report.results_table(summary, floors, context.workdir, commands))

@@ -1,0 +1,156 @@
+"""Losses as (sum, weight): divided once, globally, so that padding, packing, sharding and
+accumulation cannot change the objective.
+
+L3 = L2 + lambda * L1 (Radford et al. 2018, equation 5), each part a mean over its weight.
+"""
+
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gptjax.batch import Batch
+
+Array = jax.Array
+
+# Logits held at a time in the LM loss, in elements (64 MiB of float32).
+_LOGITS = 2**24
+
+
+@flax.struct.dataclass
+class Sum:
+    """A weighted sum and its weight, float32 scalars; add the parts, then divide once."""
+
+    total: Array
+    weight: Array
+
+    def __add__(self, other: "Sum") -> "Sum":
+        return Sum(self.total + other.total, self.weight + other.weight)
+
+
+def lm_targets(batch: Batch) -> Array:
+    """Returns int32 [B, T]: token t + 1 at t (anything at the end, where the weight is 0)."""
+    return jnp.roll(batch.tokens, -1, axis=1)
+
+
+def lm_chunks(rows: int, length: int, vocabulary: int) -> int:
+    """Returns into how many pieces the time axis is cut: a divisor of `length`."""
+    wanted = min(length, math.ceil(rows * length * vocabulary / _LOGITS))
+    return next(n for n in range(wanted, length + 1) if length % n == 0)
+
+
+def _logits(x_BTD: Array, embedding_VD: Array) -> Array:
+    return jnp.einsum(
+        "BTD,VD->BTV", x_BTD, embedding_VD, preferred_element_type=jnp.float32
+    )
+
+
+def _chunked(x: Array, chunks: int) -> Array:
+    """[B, T, ...] -> [chunks, B, T / chunks, ...]: the batch axis stays whole, and sharded."""
+    rows, length = x.shape[:2]
+    return jnp.moveaxis(x.reshape(rows, chunks, length // chunks, *x.shape[2:]), 1, 0)
+
+
+def _one_hot(targets_BT: Array, vocabulary: int) -> Array:
+    # A comparison with an iota, unlike a gather, needs no communication where V is sharded.
+    return targets_BT[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)
+
+
+def _chunk_loss(x_BTD: Array, embedding_VD: Array, targets_BT: Array, weights_BT: Array):  # type: ignore[no-untyped-def]
+    """Returns the chunk's loss and what its gradient needs: logits, log-sum-exp, one-hot."""
+    logits_BTV = _logits(x_BTD, embedding_VD)
+    lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
+    hot_BTV = _one_hot(targets_BT, embedding_VD.shape[0])
+    picked_BT = jnp.where(hot_BTV, logits_BTV, 0).sum(-1)
+    return ((lse_BT - picked_BT) * weights_BT).sum(), (logits_BTV, lse_BT, hot_BTV)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def lm_cross_entropy(
+    x_BTD: Array, embedding_VD: Array, targets_BT: Array, weights_BT: Array, chunks: int
+) -> Array:
+    """Returns the sum over t of weight * -log softmax(x E^T)[target], a float32 scalar.
+
+    Works through `chunks` pieces of the time axis and keeps the logits of one at a time. Under
+    differentiation the gradients are computed in the forward pass, where the logits are at hand:
+    three matrix products a piece, none repeated.
+
+    Args:
+      x_BTD: last states, in the compute dtype.
+      embedding_VD: tied output projection, in the compute dtype.
+      targets_BT: int32 next tokens.
+      weights_BT: float32, 0 where nothing is predicted. Not differentiated.
+      chunks: a divisor of T, from `lm_chunks`.
+    """
+    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
+        x, targets, weights = piece
+        return total + _chunk_loss(x, embedding_VD, targets, weights)[0], None
+
+    pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+    return jax.lax.scan(add, jnp.float32(0), pieces)[0]
+
+
+def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks):  # type: ignore[no-untyped-def]
+    dtype = x_BTD.dtype
+
+    def add(carry, piece):  # type: ignore[no-untyped-def]
+        total, d_embedding_VD = carry
+        x, targets, weights = piece
+        loss, (logits, lse, hot) = _chunk_loss(x, embedding_VD, targets, weights)
+        probabilities = jnp.exp(logits - lse[..., None])
+        d_logits = ((probabilities - hot) * weights[..., None]).astype(dtype)
+        d_x = jnp.einsum(
+            "BTV,VD->BTD", d_logits, embedding_VD, preferred_element_type=jnp.float32
+        )
+        d_embedding_VD += jnp.einsum(
+            "BTV,BTD->VD", d_logits, x, preferred_element_type=jnp.float32
+        )
+        return (total + loss, d_embedding_VD), d_x.astype(dtype)
+
+    pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+    start = (jnp.float32(0), jnp.zeros(embedding_VD.shape, jnp.float32))
+    (total, d_embedding_VD), d_x = jax.lax.scan(add, start, pieces)
+    d_x_BTD = jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape)
+    return total, (d_x_BTD, d_embedding_VD.astype(embedding_VD.dtype))
+
+
+def _lm_backward(chunks, residuals, g):  # type: ignore[no-untyped-def]
+    d_x_BTD, d_embedding_VD = residuals
+    return (d_x_BTD * g).astype(d_x_BTD.dtype), (d_embedding_VD * g).astype(d_embedding_VD.dtype), None, None
+
+
+lm_cross_entropy.defvjp(_lm_forward, _lm_backward)
+
+
+def lm_loss(x_BTD: Array, embedding_VD: Array, batch: Batch) -> Sum:
+    """Returns the LM loss L1 of a batch: sum of weighted nats, sum of the weights."""
+    rows, length = batch.tokens.shape
+    chunks = lm_chunks(rows, length, embedding_VD.shape[0])
+    total = lm_cross_entropy(
+        x_BTD, embedding_VD.astype(x_BTD.dtype), lm_targets(batch), batch.lm_weights, chunks
+    )
+    return Sum(total, batch.lm_weights.sum())
+
+
+def task_loss(kind: str, logits: Array, batch: Batch) -> Sum:
+    """Returns the task loss L2: cross-entropy over classes or answers, squared error of a target.
+
+    Args:
+      kind: as in `TaskSpec.kind`.
+      logits: from `GPT.task_logits`, float32 [B, E, O] or [B, E, C].
+      batch: its labels, candidate_mask and example_mask.
+    """
+    if kind == "regression":
+        losses_BE = jnp.square(logits[..., 0] - batch.labels)
+    else:
+        if kind == "multiple_choice":
+            # Padding slots have no candidate at all; the floor keeps their softmax finite.
+            logits = jnp.where(batch.candidate_mask > 0, logits, jnp.finfo(jnp.float32).min)
+        log_probabilities = jax.nn.log_softmax(logits, axis=-1)
+        losses_BE = -jnp.take_along_axis(log_probabilities, batch.labels[..., None], -1)[..., 0]
+    weights_BE = batch.example_mask
+    # `where`, not a product alone: nothing that padding computes may reach the sum or its gradient.
+    losses_BE = jnp.where(weights_BE > 0, losses_BE * weights_BE, 0.0)
+    return Sum(losses_BE.sum(), weights_BE.sum())

@@ -1,0 +1,269 @@
+"""GPT-1 as pure Flax modules: the only file that knows Flax's module system.
+
+Letters of shapes: B rows, T tokens, D width, H heads, K width of a head, F width of the
+feed-forward layer, V vocabulary, L layers, E examples of a row, C candidates of an example,
+S cache entries, O outputs of the task head.
+
+The decoder is post-LN: x = norm(x + dropout(sublayer(x))), without a final layer norm
+(Radford et al. 2018, section 3.1 and 4.1).
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gptjax import attention
+from gptjax import dropout as dropout_lib
+from gptjax.config import ModelConfig
+
+Array = jax.Array
+Cache = dict[str, Array]
+Params = dict[str, Any]
+
+
+def _activation(name: str, x: Array) -> Array:
+    return nn.relu(x) if name == "relu" else nn.gelu(x, approximate=True)
+
+
+class Dropout(nn.Module):
+    """Dropout by counter hash (see `gptjax.dropout`)."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: Array, deterministic: bool) -> Array:
+        """Returns `x` with elements dropped, or `x` itself where deterministic."""
+        if deterministic or self.rate == 0:
+            return x
+        words = dropout_lib.key_words(self.make_rng("dropout"))
+        return dropout_lib.dropout(x, words, self.rate)
+
+
+class Linear(nn.Module):
+    """x @ kernel + bias over the last `inputs` axes of x, to the axes `features`.
+
+    The kernel is float32 and cast to `dtype` for the product, which accumulates in float32.
+    """
+
+    features: tuple[int, ...]
+    inputs: int
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns [..., *features] in the compute dtype."""
+        dtype = jnp.dtype(self.config.dtype)
+        shape = x.shape[x.ndim - self.inputs :] + self.features
+        kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
+        bias = self.param("bias", nn.initializers.zeros, self.features)
+        contract = (tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs)))
+        y = jax.lax.dot_general(
+            x.astype(dtype), kernel.astype(dtype), (contract, ((), ())),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+        return (y + bias).astype(dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm in float32, epsilon inside the square root."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Returns (x - mean) / sqrt(variance + epsilon) * scale + bias over the last axis."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:])
+        y = x.astype(jnp.float32)
+        y = y - y.mean(-1, keepdims=True)
+        variance = jnp.square(y).mean(-1, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + self.config.layer_norm_epsilon)
+        return (y * scale + bias).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Masked multi-head self-attention."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, visible_BTS: Array, deterministic: bool, cache: Cache | None, offset: Array
+    ) -> tuple[Array, Cache | None]:
+        """Returns the output [B, T, D] and the cache with this call's keys and values written in."""
+        config = self.config
+        heads, width = config.num_heads, config.head_width
+        qkv_BT3HK = Linear((3, heads, width), 1, config, name="qkv")(x_BTD)
+        q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
+        if cache is not None:
+            k_BTHK, v_BTHK = (
+                jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), offset, 1)
+                for name, new in (("key", k_BTHK), ("value", v_BTHK))
+            )
+            cache = {"key": k_BTHK, "value": v_BTHK}
+        words = None
+        if not deterministic and config.attention_dropout > 0:
+            words = dropout_lib.key_words(self.make_rng("dropout"))
+        y_BTHK = attention.attend(
+            q_BTHK, k_BTHK, v_BTHK, visible_BTS, config.attention_dropout, words
+        )
+        return Linear((config.width,), 2, config, name="out")(y_BTHK), cache
+
+
+class Block(nn.Module):
+    """One decoder block: attention and feed-forward, each with dropout, residual and layer norm."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: Array, visible_BTS: Array, deterministic: bool, cache: Cache | None, offset: Array
+    ) -> tuple[Array, Cache | None]:
+        """Returns the next [B, T, D] and the updated cache."""
+        config = self.config
+        y_BTD, cache = Attention(config, name="attention")(
+            x_BTD, visible_BTS, deterministic, cache, offset
+        )
+        y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
+        x_BTD = LayerNorm(config, name="norm1")(x_BTD + y_BTD)
+        h_BTF = Linear((config.hidden_ffn_width,), 1, config, name="ffn_in")(x_BTD)
+        h_BTF = _activation(config.activation, h_BTF)
+        y_BTD = Linear((config.width,), 1, config, name="ffn_out")(h_BTF)
+        y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
+        return LayerNorm(config, name="norm2")(x_BTD + y_BTD), cache
+
+
+class GPT(nn.Module):
+    """The decoder with its tied LM head and, where `num_outputs` is not 0, a linear task head."""
+
+    config: ModelConfig
+    num_outputs: int = 0
+    sum_candidates: bool = False
+    """Similarity and regression: the states of an example's candidates are summed."""
+
+    def setup(self) -> None:
+        """Declares the parameters; every block's are stacked on a leading axis of size L."""
+        config = self.config
+        init = nn.initializers.normal(config.init_std)
+        self.token_embedding = self.param("token_embedding", init, (config.vocab_size, config.width))
+        self.position_embedding = self.param(
+            "position_embedding", init, (config.context_length, config.width)
+        )
+        if config.segment_types:
+            self.segment_embedding = self.param(
+                "segment_embedding", init, (config.segment_types, config.width)
+            )
+        self.embedding_dropout = Dropout(config.embedding_dropout)
+        block = Block
+        if config.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            block = nn.remat(
+                Block,
+                policy=policy if config.remat == "dots" else None,
+                prevent_cse=False,
+                static_argnums=(3,),
+            )
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            length=config.num_layers,
+            unroll=min(config.unroll, config.num_layers),
+        )(config)
+        if self.num_outputs:
+            self.head_dropout = Dropout(config.head_dropout)
+            self.task_head = Linear((self.num_outputs,), 1, _float32(config))
+
+    def _embed(self, tokens_BT: Array, positions_BT: Array, token_types_BT: Array | None) -> Array:
+        x_BTD = self.token_embedding[tokens_BT] + self.position_embedding[positions_BT]
+        if self.config.segment_types and token_types_BT is not None:
+            x_BTD = x_BTD + self.segment_embedding[token_types_BT]
+        return x_BTD
+
+    def hidden(
+        self,
+        tokens_BT: Array,
+        segment_ids_BT: Array,
+        positions_BT: Array,
+        token_types_BT: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Returns the last block's states [B, T, D] in the compute dtype.
+
+        Args:
+          tokens_BT, segment_ids_BT, positions_BT, token_types_BT: as in `gptjax.batch.Batch`.
+          deterministic: no dropout; else the rng `dropout` is needed.
+        """
+        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT)
+        x_BTD = self.embedding_dropout(x_BTD, deterministic).astype(self.config.dtype)
+        visible_BTS = attention.causal_segments(segment_ids_BT)
+        x_BTD, _ = self.blocks(x_BTD, visible_BTS, deterministic, None, jnp.int32(0))
+        return x_BTD
+
+    def decode(self, tokens_BT: Array, cache: Cache, offset: Array) -> tuple[Array, Cache]:
+        """Runs T further tokens of B sequences against the cache (dropout off).
+
+        Args:
+          tokens_BT: the tokens at positions offset..offset + T - 1 (cut to the context length).
+          cache: from `new_cache`, filled up to `offset`.
+          offset: int32 scalar.
+
+        Returns:
+          The states [B, T, D] and the cache filled up to offset + T.
+        """
+        positions_T = offset + jnp.arange(tokens_BT.shape[1])
+        positions_T = jnp.minimum(positions_T, self.config.context_length - 1)
+        x_BTD = self._embed(tokens_BT, positions_T[None], jnp.zeros_like(tokens_BT))
+        visible_1TS = attention.causal_cached(positions_T, cache["key"].shape[2])
+        return self.blocks(x_BTD.astype(self.config.dtype), visible_1TS, True, cache, offset)
+
+    def lm_logits(self, x_BTD: Array) -> Array:
+        """Returns float32 [B, T, V]: the states times the token embedding, transposed (tied)."""
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.einsum(
+            "BTD,VD->BTV", x_BTD, self.token_embedding.astype(dtype),
+            preferred_element_type=jnp.float32,
+        )  # fmt: skip
+
+    def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:
+        """Returns float32 outputs of the task head on the states at the extract tokens.
+
+        [B, E, O] for classification and entailment (C = 1) and for summed candidates, but where
+        O = 1 [B, E, C]: a score per answer of a multiple choice; C = 1 in a regression (summed).
+        """
+        rows, slots, candidates = extract_BEC.shape
+        index = extract_BEC.reshape(rows, slots * candidates, 1)
+        x_BECD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
+        x_BECD = x_BECD.reshape(rows, slots, candidates, -1)
+        if self.sum_candidates:
+            x_BECD = x_BECD.sum(axis=2, keepdims=True)
+        y_BECO = self.task_head(self.head_dropout(x_BECD, deterministic))
+        return y_BECO[..., 0] if self.num_outputs == 1 else y_BECO[:, :, 0]
+
+    def __call__(self, tokens_BT: Array) -> Array:
+        """Touches every parameter: what `init` traces. Returns the states [B, T, D]."""
+        ones = jnp.ones_like(tokens_BT)
+        x_BTD = self.hidden(tokens_BT, ones, jnp.zeros_like(tokens_BT), jnp.zeros_like(tokens_BT))
+        if self.num_outputs:
+            self.task_logits(x_BTD, jnp.zeros((tokens_BT.shape[0], 1, 1), jnp.int32))
+        return x_BTD
+
+
+def _float32(config: ModelConfig) -> ModelConfig:
+    """The same configuration computing in float32: the task head's few outputs stay exact."""
+    return dataclasses.replace(config, dtype="float32")
+
+
+def init_params(model: GPT, key: Array) -> Params:
+    """Returns the parameter tree: N(0, init_std) weights, zero biases, unit gains."""
+    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
+    """Returns an empty cache: key and value [L, B, S, H, K], S = length."""
+    shape = (config.num_layers, batch, length, config.num_heads, config.head_width)
+    return {name: jnp.zeros(shape, config.dtype) for name in ("key", "value")}

@@ -1,0 +1,186 @@
+"""The modes of `launch.py` besides training: files in, files or text out."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import sys
+from typing import Any
+
+from gptjax import api, config, telemetry
+from gptjax.config import nearest
+from gptjax.data import sources, splits
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tasks import as_text
+from gptjax.errors import UserError, require
+
+_OUTPUTS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
+
+
+def _columns(gpt: api.LoadedGPT) -> str:
+    """The column names that the model was trained with, for files without a header."""
+    finetune = gpt.meta.experiment.get("finetune") or {}
+    return finetune.get("columns", "")
+
+
+def _read_rows(gpt: api.LoadedGPT, path: str, labelled: bool) -> splits.Table:
+    require(gpt.task, f"--checkpoint: {gpt.path} was not fine-tuned for a task")
+    assert gpt.task is not None
+    names = config.split_names(_columns(gpt))
+    label = (gpt.task.label,) if labelled else ()
+    if not labelled and gpt.task.label in names:
+        # New rows have no label yet; a file with one more column than that has one all the same.
+        with contextlib.suppress(UserError):
+            return splits.read_labelled(path, _columns(gpt), gpt.task.text_columns)
+        names = tuple(name for name in names if name != gpt.task.label)
+    return splits.read_labelled(path, ",".join(names), (*gpt.task.text_columns, *label))
+
+
+def predict(checkpoint: str, input_path: str, output_path: str) -> None:
+    """Writes label and probabilities (or the number) of every row of a file, in order.
+
+    The output's columns: `row` (from 1), `prediction`, and a `probability_LABEL` for each label.
+    """
+    require(checkpoint, "--checkpoint: give the --workdir of a finished fine-tuning")
+    require(input_path, "--input: give the file with the rows to predict")
+    require(output_path, "--output: give the file to write (.csv, .tsv or .jsonl)")
+    ending = os.path.splitext(output_path)[1].lower()
+    require(
+        ending in _OUTPUTS,
+        f"--output={output_path}: the ending must be one of {', '.join(_OUTPUTS)}",
+    )
+    gpt = api.load(checkpoint)
+    assert gpt.task is None or gpt.task is not None
+    table = _read_rows(gpt, input_path, labelled=False)
+    assert gpt.task is not None
+    found = gpt.predict(table.columns(gpt.task.text_columns))
+    records = []
+    for i, label in enumerate(found.labels):
+        record: dict[str, Any] = {"row": i + 1, "prediction": label}
+        if found.probabilities is not None:
+            for name, value in zip(found.label_names, found.probabilities[i], strict=True):
+                record[f"probability_{name}"] = round(float(value), 6)
+        records.append(record)
+    telemetry.write_atomically(output_path, _table(records, _OUTPUTS[ending]).encode())
+    notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
+    notes += [f"{found.empty:,} with an empty text"] if found.empty else []
+    print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
+
+
+def _table(records: list[dict[str, Any]], delimiter: str) -> str:
+    if not delimiter:
+        return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    text = io.StringIO()
+    if delimiter == "\t":
+        # Like the files we read: tabs and no quoting, so that rows stay lines.
+        lines = [list(records[0])] + [list(record.values()) for record in records]
+        return "".join("\t".join(_plain(cell) for cell in line) + "\n" for line in lines)
+    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
+    return text.getvalue()
+
+
+def _plain(cell: Any) -> str:
+    return " ".join(as_text(cell).split()) if isinstance(cell, str) else str(cell)
+
+
+def evaluate(checkpoint: str, split: str, input_path: str) -> None:
+    """Prints losses and metrics of a checkpoint on a split of its experiment, or on a file."""
+    require(checkpoint, "--checkpoint: give the --workdir of a finished training")
+    gpt = api.load(checkpoint)
+    if gpt.task is not None:
+        where, scores = _evaluate_task(gpt, split, input_path)
+    else:
+        where, scores = _evaluate_text(gpt, split, input_path)
+    print(json.dumps({"checkpoint": gpt.path, "data": where, **scores}))
+
+
+def _evaluate_task(
+    gpt: api.LoadedGPT, split: str, input_path: str
+) -> tuple[str, dict[str, float]]:
+    assert gpt.task is not None
+    finetune = config.from_dict(
+        config.FinetuneConfig, gpt.meta.experiment["finetune"], gpt.path
+    )
+    if input_path:
+        table = _read_rows(gpt, input_path, labelled=True)
+    else:
+        tables = splits.labelled_splits(finetune, gpt.meta.experiment["seed"])
+        _require_split(split, tables)
+        table = tables[split]
+    rows = table.columns((*gpt.task.text_columns, gpt.task.label))
+    return table.where, gpt.evaluate(rows, table.where, finetune.metrics)
+
+
+def _evaluate_text(
+    gpt: api.LoadedGPT, split: str, input_path: str
+) -> tuple[str, dict[str, float]]:
+    pretrain = config.from_dict(
+        config.PretrainConfig, gpt.meta.experiment["pretrain"], gpt.path
+    )
+    if input_path:
+        return input_path, gpt.evaluate_text(
+            sources.read_text(input_path, pretrain.line_breaks)["text"]
+        )
+    tables = splits.text_splits(pretrain)
+    _require_split(split, tables)
+    return f"{split} split", gpt.evaluate_text(tables[split]["text"])
+
+
+def _require_split(split: str, tables: dict[str, Any]) -> None:
+    require(
+        split in tables,
+        f"--split={split}: must be one of {', '.join(tables)}{nearest(split, tables)}",
+    )
+
+
+def generate(
+    checkpoint: str,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    num_samples: int,
+    seed: int,
+) -> None:
+    """Prints texts that begin with the prompt."""
+    require(checkpoint, "--checkpoint: give the --workdir of a finished training")
+    gpt = api.load(checkpoint)
+    texts = gpt.generate(prompt, max_new_tokens, temperature, top_k, top_p, num_samples, seed)
+    for i, text in enumerate(texts):
+        if num_samples > 1:
+            print(f"--- {i + 1} of {num_samples}")
+        print(text)
+
+
+def train_tokenizer(
+    tokenizer_config: config.TokenizerConfig, input_path: str, output_path: str
+) -> None:
+    """Trains a tokenizer on text files; writes `tokenizer.json` and the vocabulary/merges pair."""
+    require(input_path, "--input: give the text files (comma-separated globs)")
+    require(output_path, "--output: give the folder to write")
+    require(
+        tokenizer_config.vocab_size > 0,
+        f"--config.tokenizer.vocab_size={tokenizer_config.vocab_size}: must be greater than 0",
+    )
+    require(
+        tokenizer_config.kind in config.TOKENIZERS,
+        f"--config.tokenizer.kind={tokenizer_config.kind}: must be one of "
+        f"{', '.join(config.TOKENIZERS)}",
+    )
+    texts = sources.read_text(input_path)["text"]
+    tokenizer = tokenizer_lib.build(tokenizer_config, texts)
+    with telemetry.disk_errors(output_path):
+        os.makedirs(output_path, exist_ok=True)
+    files = {"tokenizer.json": tokenizer.to_json()}
+    pair = tokenizer_lib.vocabulary_pair(tokenizer)
+    if pair is not None:
+        files["vocab.json"] = json.dumps(pair[0], ensure_ascii=False)
+        files["merges.txt"] = "\n".join(["#version: 0.2", *pair[1], ""])
+    for name, text in files.items():
+        telemetry.write_atomically(os.path.join(output_path, name), text.encode())
+    print(f"{len(tokenizer):,} tokens -> {output_path} ({', '.join(files)})")
+    sys.stdout.flush()

@@ -1,0 +1,212 @@
+"""The stages of an experiment: configuration and tokenised data -> what the loop trains."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax import evaluate, metrics, sharding, steps
+from gptjax.batch import Batch
+from gptjax.config import FinetuneConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from gptjax.data import loader, splits, tasks
+from gptjax.data.packing import Packer
+from gptjax.data.tasks import Examples, TaskSpec
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import require
+from gptjax.model import GPT
+from gptjax.state import Params
+from gptjax.steps import Objective
+
+Scores = dict[str, float]
+
+
+class Batches(Protocol):
+    """The training batches, by step."""
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yields the batches of steps [start, stop)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """All that the loop needs to know of a stage."""
+
+    name: str
+    model: GPT
+    objective: Objective
+    optimizer: OptimizerConfig
+    total_steps: int
+    eval_every: int
+    save_every: int
+    batches: Batches
+    validate: Callable[[Params, Callable[[], bool]], Scores | None]
+    """(params, stop) -> scores on the validation split; None if stopped."""
+    test: Callable[[Params], Scores] | None
+    metric: str
+    """The validation score that ranks checkpoints."""
+    fingerprint: str
+    """Hash of the training data."""
+    spec: TaskSpec | None = None
+    floors: dict[str, Scores] = dataclasses.field(default_factory=dict)
+    """Split -> scores of the majority answer."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user about the data."""
+
+
+def make_model(config: ModelConfig, spec: TaskSpec | None) -> GPT:
+    """Returns the model with the head that the task needs."""
+    if spec is None:
+        return GPT(config)
+    summed = spec.kind in ("similarity", "regression")
+    return GPT(config, num_outputs=spec.num_outputs, sum_candidates=summed)
+
+
+def fingerprint(*arrays: np.ndarray | None) -> str:
+    """Returns a hash of the arrays' contents."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        if array is not None:
+            digest.update(f"{array.dtype}{array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _texts(table: Any) -> Iterator[str]:
+    for start in range(0, len(table), 1000):
+        yield from table[start : start + 1000]["text"]
+
+
+def pretrain_texts(data: dict[str, Any]) -> Iterator[str]:
+    """Yields the training texts, for the tokenizer to learn from."""
+    return _texts(data["train"])
+
+
+def finetune_texts(data: dict[str, splits.Table], config: FinetuneConfig) -> Iterator[str]:
+    """Yields the training texts, for the tokenizer to learn from."""
+    for values in data["train"].columns(splits.task_spec(config).text_columns).values():
+        yield from map(tasks.as_text, values)
+
+
+def pretrain(
+    config: PretrainConfig,
+    model_config: ModelConfig,
+    data: dict[str, Any],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    seed: int,
+) -> Stage:
+    """Builds the pretraining stage from the tables of `splits.text_splits`."""
+    streams = {name: loader.token_stream(_texts(table), tokenizer) for name, table in data.items()}
+    window = config.window or model_config.context_length
+    divisor = sharding.batch_divisor(mesh) * config.optimizer.accumulation
+    require(
+        config.batch_size % divisor == 0,
+        f"--config.pretrain.batch_size={config.batch_size}: must be a multiple of {divisor} "
+        "(devices along data and fsdp, times accumulation)",
+    )
+    require(
+        len(streams["validation"]) > 1,
+        "--config.pretrain.validation_files: the validation text is empty",
+    )
+    batches = loader.TextBatches(streams["train"], window, config.batch_size, seed)
+    total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
+    model, objective = make_model(model_config, None), Objective()
+    step = steps.jit_eval_step(mesh, model, objective)
+
+    def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
+        return evaluate.language_model(
+            step, params, streams["validation"], window, config.batch_size, mesh,
+            config.eval_batches, stop,
+        )  # fmt: skip
+
+    unknown = float((streams["train"] == tokenizer.unknown_id).mean())
+    epochs = total * config.batch_size / batches.windows
+    notes = (
+        f"pretrain: {len(streams['train']):,} training tokens ({unknown:.2%} unknown), "
+        f"{len(streams['validation']):,} for validation",
+        f"pretrain: {total:,} steps of {config.batch_size} x {window} tokens, {epochs:.1f} epochs",
+    )
+    return Stage(
+        "pretrain", model, objective, config.optimizer, total,
+        config.eval_every or total, config.save_every, batches, validate, None,
+        "loss", fingerprint(streams["train"]), notes=notes,
+    )  # fmt: skip
+
+
+def _encode(
+    data: dict[str, splits.Table], spec: TaskSpec, tokenizer: Tokenizer, context_length: int
+) -> dict[str, Examples]:
+    examples = {}
+    for name, table in data.items():
+        rows = table.columns((*spec.text_columns, spec.label))
+        examples[name] = tasks.encode(spec, rows, tokenizer, context_length, table.where)
+    return examples
+
+
+def _note(name: str, examples: Examples, context_length: int) -> str:
+    text = f"finetune: {len(examples):,} {name} examples"
+    if examples.cut:
+        text += f", {examples.cut:,} cut to fit {context_length} tokens"
+    if examples.empty:
+        text += f", {examples.empty:,} with an empty text"
+    return text
+
+
+def finetune(
+    config: FinetuneConfig,
+    model_config: ModelConfig,
+    data: dict[str, splits.Table],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    seed: int,
+) -> Stage:
+    """Builds the fine-tuning stage from the tables of `splits.labelled_splits`."""
+    names = metrics.parse(config.metrics, config.task)
+    spec = splits.task_spec(config)
+    label_values = {spec.label: data["train"].columns((spec.label,))[spec.label]}
+    spec = tasks.find_labels(spec, label_values, data["train"].where)
+    examples = _encode(data, spec, tokenizer, model_config.context_length)
+    train = examples["train"]
+    floors = {
+        name: metrics.floor(names, split.labels, len(spec.labels))
+        for name, split in examples.items()
+        if name != "train"
+    }
+    devices = sharding.batch_divisor(mesh)
+    packer = Packer(
+        train.lengths, config.batch_size, config.row_length, devices * config.optimizer.accumulation
+    )
+    total = config.steps or math.ceil(config.epochs * len(train) / config.batch_size)
+    model = make_model(model_config, spec)
+    objective = Objective(spec.kind, config.lm_weight)
+    eval_step = steps.jit_eval_step(mesh, model, objective)
+
+    def score(name: str) -> Callable[..., Scores | None]:
+        lengths = examples[name].lengths
+        split_packer = Packer(lengths, config.batch_size, packer.row_length, devices)
+
+        def run(params: Params, stop: Callable[[], bool] = evaluate.never) -> Scores | None:
+            return evaluate.task(
+                spec, names, eval_step, params, examples[name], split_packer,
+                config.batch_size, mesh, config.lm_weight, stop,
+            )  # fmt: skip
+
+        return run
+
+    batches = loader.TaskBatches(train, packer, config.batch_size, seed)
+    every = max(1, round(len(train) / config.batch_size / config.evals_per_epoch))
+    notes = [_note(name, split, model_config.context_length) for name, split in examples.items()]
+    notes.append(
+        f"finetune: {total:,} steps of {config.batch_size} examples packed in rows of "
+        f"{packer.row_length} tokens, task + {config.lm_weight:g} * LM"
+    )
+    arrays = [np.concatenate(train.tokens), train.lengths, train.labels]
+    return Stage(
+        "finetune", model, objective, config.optimizer, total, every, config.save_every,
+        batches, score("validation"), score("test") if "test" in examples else None,
+        names[metrics.PRIMARY], fingerprint(*arrays), spec, floors, tuple(notes),
+    )  # fmt: skip

@@ -1,0 +1,173 @@
+"""The pure train and eval steps, and their jitted wrappers. No I/O here."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gptjax import losses, sharding
+from gptjax.batch import Batch
+from gptjax.losses import Sum
+from gptjax.model import GPT
+from gptjax.state import Params, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What is minimised: the LM loss alone, or task + lm_weight * LM."""
+
+    kind: str = ""
+    """The task's kind; empty in pretraining."""
+    lm_weight: float = 1.0
+
+
+@flax.struct.dataclass
+class Losses:
+    """Sums of one batch. `task` has weight 0 in pretraining."""
+
+    lm: Sum
+    task: Sum
+
+    def __add__(self, other: "Losses") -> "Losses":
+        return Losses(self.lm + other.lm, self.task + other.task)
+
+
+@flax.struct.dataclass
+class StepOutput:
+    """What a train step reports, all scalars."""
+
+    losses: Losses
+    gradient_norm: jax.Array
+    bad_steps: jax.Array
+    """Non-finite updates in a row, all of them skipped."""
+
+
+def weights(batch: Batch) -> Losses:
+    """Returns the weights of a batch's losses, with zero totals."""
+    zero = jnp.float32(0)
+    task = zero if batch.example_mask is None else batch.example_mask.sum()
+    return Losses(Sum(zero, batch.lm_weights.sum()), Sum(zero, task))
+
+
+def joint(objective: Objective, sums: Losses, weight: Losses) -> jax.Array:
+    """Returns task / its weight + lm_weight * LM / its weight (the weights of the whole batch)."""
+    def mean(part: Sum, whole: Sum) -> jax.Array:
+        return part.total / jnp.maximum(whole.weight, 1e-9)
+
+    lm = objective.lm_weight * mean(sums.lm, weight.lm)
+    return lm + mean(sums.task, weight.task) if objective.kind else lm
+
+
+def forward(
+    model: GPT,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+) -> tuple[Losses, jax.Array | None]:
+    """Returns the loss sums of a batch and the task logits; dropout only with a key."""
+    variables, deterministic = {"params": params}, key is None
+    rngs = {} if key is None else {"dropout": key}
+    x_BTD = model.apply(
+        variables, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
+        deterministic, rngs=rngs, method="hidden",
+    )  # fmt: skip
+    sums = weights(batch)
+    if objective.lm_weight:
+        sums = sums.replace(lm=losses.lm_loss(x_BTD, params["token_embedding"], batch))
+    if not objective.kind:
+        return sums, None
+    logits = model.apply(
+        variables, x_BTD, batch.extract, deterministic, rngs=rngs, method="task_logits"
+    )
+    return sums.replace(task=losses.task_loss(objective.kind, logits, batch)), logits
+
+
+def _micro_batches(batch: Batch, count: int) -> Batch:
+    """[B, ...] -> [count, B / count, ...]; rows stay on the device that holds them."""
+    def split(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
+
+    return jax.tree.map(split, batch)
+
+
+def gradients(
+    model: GPT, objective: Objective, params: Params, batch: Batch, key: jax.Array, micro: int
+) -> tuple[Params, Losses]:
+    """Returns the gradient of the joint loss and the loss sums, over `micro` micro-batches.
+
+    Every micro-batch is divided by the weights of the whole batch, so that their gradients add up
+    to the gradient of one large batch, however unevenly the padding falls.
+    """
+    whole = weights(batch)
+
+    def loss(params: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Losses]:
+        sums, _ = forward(model, objective, params, part, key)
+        return joint(objective, sums, whole), sums
+
+    grad = jax.grad(loss, has_aux=True)
+    if micro == 1:
+        return grad(params, batch, key)
+
+    def add(carry: tuple[Params, Losses], xs: tuple[Batch, jax.Array]):  # type: ignore[no-untyped-def]
+        part, i = xs
+        new = grad(params, part, jax.random.fold_in(key, i))
+        return jax.tree.map(jnp.add, carry, new), None
+
+    zeros = jax.tree.map(jnp.zeros_like, (params, whole))
+    return jax.lax.scan(add, zeros, (_micro_batches(batch, micro), jnp.arange(micro)))[0]
+
+
+def train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    model: GPT,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    micro: int,
+    seed: int,
+) -> tuple[TrainState, StepOutput]:
+    """One update: gradients of the joint loss, then the optimizer. Dropout keys come of the step."""
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    grads, sums = gradients(model, objective, state.params, batch, key, micro)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    output = StepOutput(sums, optax.global_norm(grads), opt_state.notfinite_count)
+    return TrainState(state.step + 1, params, opt_state), output
+
+
+def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch], Any]:
+    """Returns the jitted `train_step`: state donated and kept in its layout, output replicated.
+
+    Args:
+      mesh: the devices.
+      **kwargs: the keyword arguments of `train_step`.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
+        new_state, output = train_step(state, batch, **kwargs)
+        places = sharding.state_sharding(new_state, mesh)
+        return (
+            jax.lax.with_sharding_constraint(new_state, places),
+            jax.lax.with_sharding_constraint(output, sharding.replicated(mesh)),
+        )
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def jit_eval_step(
+    mesh: Mesh, model: GPT, objective: Objective
+) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:
+    """Returns the jitted `forward` without dropout; loss sums and logits come back replicated."""
+
+    def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
+        output = forward(model, objective, params, batch)
+        return jax.lax.with_sharding_constraint(output, sharding.replicated(mesh))
+
+    return jax.jit(step)

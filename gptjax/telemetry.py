@@ -1,0 +1,270 @@
+"""What a person sees of a run while it trains, and the files it leaves behind.
+
+Everything here takes host numbers and writes from one process: the others pass ``enabled=False``.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from gptjax.errors import UserError
+
+STAGES = ("pretrain", "finetune", "finetune_from_scratch")
+"""The order in which the stages of a run follow each other."""
+
+
+_PLAIN_LINE_SECONDS = _FLUSH_SECONDS = 10.0
+
+PathLike = str | os.PathLike[str]
+
+
+@contextlib.contextmanager
+def disk_errors(path: PathLike) -> Iterator[None]:
+    """Turns a full or read-only disk into a `UserError`: one line that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {os.fspath(path)}: {error.strerror or error}; "
+            "free space, fix its permissions, or choose another folder with --workdir"
+        ) from error
+
+
+def write_atomically(path: PathLike, data: bytes) -> None:
+    """Puts `data` at `path`, making its folder, so that no reader ever sees half a file."""
+    folder, name = os.path.split(os.path.abspath(path))
+    # Not `tempfile`: its files are readable by their owner only, and would stay so.
+    temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
+    with disk_errors(path):
+        os.makedirs(folder, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(temporary)
+            raise
+
+
+def json_ready(value: Any) -> Any:
+    """`value` with NumPy numbers as Python's, and NaN and infinities, which JSON lacks, as null."""
+    if isinstance(value, Mapping):
+        return {str(k): json_ready(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(v) for v in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return json_ready(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def write_json(path: PathLike, obj: Any) -> None:
+    """Writes `obj` as JSON, atomically, keys in their order; `UserError` when the disk refuses."""
+    write_atomically(path, json.dumps(json_ready(obj), indent=2, allow_nan=False).encode() + b"\n")
+
+
+def read_json(path: PathLike) -> Any:
+    """Reads a JSON file that `write_json` wrote; a broken one is a `UserError`."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{os.fspath(path)}: cannot be read as JSON ({error})") from error
+
+
+def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """The whole lines of metrics.jsonl and their records, without what a killed process left."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                record = json.loads(line)
+                if line.endswith(b"\n") and {"step", "stage", "split"} <= set(record):
+                    yield line, record
+
+
+def read(workdir: PathLike) -> list[dict[str, Any]]:
+    """The records of ``WORKDIR/metrics.jsonl``, oldest first; [] when there is none."""
+    return [record for _, record in _lines(os.path.join(workdir, "metrics.jsonl"))]
+
+
+def _event(**fields: Any) -> bytes:
+    """A TensorBoard event; messages inside it are given as dicts."""
+    from tensorboardX.proto import event_pb2
+
+    return event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
+
+
+def _open_events(folder: str, purge_from: int | None) -> Any:
+    """A new file of events in `folder`, which tells TensorBoard to forget older ones' last steps.
+
+    Not tensorboardX' SummaryWriter: its queue blocks for ever once a full disk has killed its
+    thread, and two of its files made in one second are the same file.
+    """
+    from tensorboardX import RecordWriter
+
+    os.makedirs(folder, exist_ok=True)
+    # TensorBoard reads the files of a folder in the order of their names.
+    writer = RecordWriter(os.path.join(folder, f"events.out.tfevents.{time.time_ns()}"))
+    writer.write(_event(file_version="brain.Event:2"))
+    if purge_from is not None:
+        writer.write(_event(step=purge_from, session_log={"status": "START"}))
+    return writer
+
+
+class MetricsLog:
+    """``metrics.jsonl`` in a working directory, and the same numbers under ``tensorboard/``.
+
+    A line is ``{"step", "stage", "split", NAME: float or null, ...}``, on disk when `write`
+    returns. Use as a context manager, or call `close`. A full disk is a `UserError` everywhere.
+
+    Args:
+      workdir: made if missing.
+      enabled: False in every process but one: all methods then do nothing.
+    """
+
+    def __init__(self, workdir: PathLike, enabled: bool = True):
+        self._enabled = enabled
+        self._path = os.path.join(workdir, "metrics.jsonl")
+        self._events_dir = os.path.join(workdir, "tensorboard")
+        self._events: dict[str, Any] = {}
+        self._next_flush = 0.0
+        self._purge_from: dict[str, int] = {}
+        if enabled:
+            self._open(lambda record: True)
+
+    def _open(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        # Rewritten even to keep all: a new line must not be glued to half a line.
+        with disk_errors(self._path):
+            kept = b"".join(line for line, record in _lines(self._path) if keep(record))
+        write_atomically(self._path, kept)
+        with disk_errors(self._path):
+            self._file = open(self._path, "ab")  # noqa: SIM115
+
+    def write(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
+        """Adds one line. `values` are host numbers; one that is not finite is written as null."""
+        if not self._enabled:
+            return
+        floats = {name: float(value) for name, value in values.items()}
+        record = {"step": int(step), "stage": stage, "split": split, **floats}
+        with disk_errors(self._path):
+            self._file.write(json.dumps(json_ready(record)).encode() + b"\n")
+            self._file.flush()
+        tagged = [(f"{stage}/{split}/{name}", v) for name, v in floats.items() if math.isfinite(v)]
+        scalars = [{"tag": tag, "simple_value": value} for tag, value in tagged]
+        with disk_errors(self._events_dir):
+            if stage not in self._events:
+                # A folder for each stage, because steps, and what to forget, start again in each.
+                folder = os.path.join(self._events_dir, stage)
+                self._events[stage] = _open_events(folder, self._purge_from.pop(stage, None))
+            self._events[stage].write(_event(step=int(step), summary={"value": scalars}))
+            if time.monotonic() > self._next_flush:  # it waits for the disk: not on every line
+                self._events[stage].flush()
+                self._next_flush = time.monotonic() + _FLUSH_SECONDS
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forgets what follows `step` of `stage`, one of `STAGES`: a resumed run repeats it."""
+        if not self._enabled:
+            return
+        later = STAGES[STAGES.index(stage) + 1 :]
+        self.close()
+        self._open(lambda r: r["step"] <= step if r["stage"] == stage else r["stage"] not in later)
+        self._purge_from = {stage: step + 1, **dict.fromkeys(later, 0)}
+
+    def close(self) -> None:
+        """Flushes and closes all files."""
+        if self._enabled:
+            with disk_errors(self._path):
+                self._file.close()
+            events, self._events = self._events, {}
+            with disk_errors(self._events_dir):
+                for writer in events.values():
+                    writer.flush()
+                    writer.close()
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Progress:
+    """Step, loss, tokens per second and time left on stderr: a bar, or lines if no terminal.
+
+    Speed and time left are measured from the end of the first update, which compiles. Every process
+    may read `tokens_per_second`; only an enabled one writes. A context manager.
+
+    Args:
+      stage: shown at the front.
+      total_steps: the last step of the stage.
+      start_step: steps done before (a resumed run).
+      enabled: whether to write.
+    """
+
+    def __init__(self, stage: str, total_steps: int, start_step: int = 0, enabled: bool = True):
+        self._stage, self._total, self._enabled = stage, total_steps, enabled
+        self._tokens, self._seconds = 0, 0.0
+        self._first_step: int | None = None
+        self._last_time = self._last_line = -math.inf
+        self._bar = None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            # Not tqdm's own rate: it counts the compilation, and evaluations.
+            layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}"
+            shape: dict[str, Any] = {"bar_format": layout, "dynamic_ncols": True}
+            self._bar = tqdm(desc=stage, total=total_steps, initial=start_step, **shape)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Since the first update, without pauses; 0.0 before the second."""
+        return self._tokens / self._seconds if self._seconds else 0.0
+
+    def update(self, step: int, loss: float, tokens: int) -> None:
+        """Shows that `step` steps of the stage are done, `tokens` more than at the last update."""
+        now = time.perf_counter()
+        if self._first_step is None:
+            self._first_step = step
+        else:
+            self._tokens += tokens
+            self._seconds += now - self._last_time
+        self._last_time = now
+        if not self._enabled:
+            return
+        text = f"loss {loss:.4f}"
+        if self._seconds:
+            left = (self._total - step) * self._seconds / max(step - self._first_step, 1)
+            minutes, seconds = divmod(max(round(left), 0), 60)
+            text += f", {self.tokens_per_second:,.0f} tokens/s, "
+            text += f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif now - self._last_line >= _PLAIN_LINE_SECONDS or step >= self._total:
+            print(f"{self._stage} {step}/{self._total} {text}", file=sys.stderr, flush=True)
+            self._last_line = now
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training (evaluation, saving), so that the speed does not count it."""
+        start = time.perf_counter()
+        yield
+        self._last_time += time.perf_counter() - start
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

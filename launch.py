@@ -1,0 +1,160 @@
+"""Everything that gptjax does, by absl flags: `python launch.py --help`.
+
+python launch.py                                     the quickstart, into runs/quickstart
+python launch.py --config=experiments/NAME.py        another experiment
+python launch.py --config.finetune.epochs=1          one field of it changed
+python launch.py --mode=predict --checkpoint=DIR --input=FILE --output=FILE
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from gptjax.errors import Preempted, TrainingDiverged, UserError, require
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+QUICKSTART = os.path.join(FOLDER, "experiments", "quickstart.py")
+FLAGS = flags.FLAGS
+
+MODE = flags.DEFINE_enum(
+    "mode", "train", ["train", "evaluate", "predict", "generate", "tokenizer"], "What to do."
+)
+CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    help_string="Experiment file, by default experiments/quickstart.py; --config.FIELD=VALUE "
+    "changes one field of it.",
+)
+WORKDIR = flags.DEFINE_string("workdir", "", "train: folder of the run; empty: runs/NAME.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "evaluate, predict, generate: a workdir, a stage or a step of it."
+)
+INPUT = flags.DEFINE_string(
+    "input", "", "predict, evaluate: a file of rows (evaluate of a language model: text files); "
+    "tokenizer: text files (comma-separated globs)."
+)  # fmt: skip
+OUTPUT = flags.DEFINE_string(
+    "output", "", "predict: the file to write (.csv, .tsv, .jsonl); tokenizer: the folder."
+)
+SPLIT = flags.DEFINE_string("split", "validation", "evaluate: split of the experiment's own data.")
+PROMPT = flags.DEFINE_string("prompt", "", "generate: how the text begins.")
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "generate: tokens to add.")
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "generate: 0 takes the most likely token.")
+TOP_K = flags.DEFINE_integer("top_k", 0, "generate: draw among the k most likely; 0: all.")
+TOP_P = flags.DEFINE_float("top_p", 1.0, "generate: draw among the likeliest p of probability.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "generate: texts to draw.")
+SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
+
+
+def _train() -> None:
+    from gptjax import loop
+
+    loop.run(CONFIG.value, WORKDIR.value or os.path.join("runs", CONFIG.value.name))
+
+
+def _evaluate() -> None:
+    from gptjax import modes
+
+    modes.evaluate(CHECKPOINT.value, SPLIT.value, INPUT.value)
+
+
+def _predict() -> None:
+    from gptjax import modes
+
+    modes.predict(CHECKPOINT.value, INPUT.value, OUTPUT.value)
+
+
+def _generate() -> None:
+    from gptjax import modes
+
+    modes.generate(
+        CHECKPOINT.value, PROMPT.value, MAX_NEW_TOKENS.value, TEMPERATURE.value,
+        TOP_K.value, TOP_P.value, NUM_SAMPLES.value, SEED.value,
+    )  # fmt: skip
+
+
+def _tokenizer() -> None:
+    from gptjax import modes
+
+    modes.train_tokenizer(CONFIG.value.tokenizer, INPUT.value, OUTPUT.value)
+
+
+_MODES: dict[str, Callable[[], None]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "generate": _generate,
+    "tokenizer": _tokenizer,
+}
+
+
+def _error(error: object, code: int) -> int:
+    """Prints one line and returns the exit code."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    return code
+
+
+def _check_config_flags(argv: list[str]) -> None:
+    """Names a missing experiment file, and the nearest field for one that does not exist."""
+    from gptjax import config
+
+    fields = list(config.field_names(config.Experiment))
+    for argument in argv:
+        name, _, value = argument.lstrip("-").partition("=")
+        if name == "config":
+            path = value.partition(":")[0]
+            known = sorted(os.listdir(os.path.join(FOLDER, "experiments")))
+            known = [file for file in known if file.endswith(".py")]
+            near = config.nearest(os.path.basename(path), known) or f"; there are {', '.join(known)}"
+            require(os.path.isfile(path), f"--config={value}: no such file{near}")
+        field = name.removeprefix("config.")
+        known_field = field == name or field in fields
+        require(known_field, f"--{name}: no such field{config.nearest(field, fields)}")
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; a wrong one is one line and exit code 2."""
+    if not any(argument.lstrip("-").startswith("config=") for argument in argv):
+        argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
+    try:
+        _check_config_flags([argument for argument in argv[1:] if argument.startswith("-")])
+        return FLAGS(argv)
+    except (UserError, flags.Error) as error:
+        sys.exit(_error(error, 2))
+
+
+def _set_up_jax() -> None:
+    """The persistent compilation cache: the second run of a model starts at once."""
+    import jax
+
+    cache = os.environ.get("GPTJAX_CACHE", os.path.join("~", ".cache", "gptjax"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = os.path.join(os.path.expanduser(cache), "xla")
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def main(argv: list[str]) -> int:
+    """Runs the mode; returns the exit code."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger().setLevel(logging.WARNING)
+    if len(argv) > 1:
+        return _error(f"{argv[1]}: unexpected argument; flags begin with --", 2)
+    _set_up_jax()
+    try:
+        _MODES[MODE.value]()
+    except UserError as error:
+        return _error(error, 2)
+    except TrainingDiverged as error:
+        return _error(error, 3)
+    except Preempted as error:
+        return _error(error, 75)
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)
