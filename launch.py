@@ -109,7 +109,9 @@ def _check_config_flags(argv: list[str]) -> None:
             path = value.partition(":")[0]
             known = sorted(os.listdir(os.path.join(FOLDER, "experiments")))
             known = [file for file in known if file.endswith(".py")]
-            near = config.nearest(os.path.basename(path), known) or f"; there are {', '.join(known)}"
+            near = (
+                config.nearest(os.path.basename(path), known) or f"; there are {', '.join(known)}"
+            )
             require(os.path.isfile(path), f"--config={value}: no such file{near}")
         field = name.removeprefix("config.")
         known_field = field == name or field in fields

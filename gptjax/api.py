@@ -75,7 +75,7 @@ class LoadedGPT:
 
         Args:
           tokens: int32 [B, T], T at most the context length (per segment where packed).
-          segment_ids: int32 [B, T]: packed sequences 1, 2, ..., padding 0; None: one sequence a row.
+          segment_ids: int32 [B, T]: packed sequences 1, 2, ..., padding 0; None: one a row.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         require(tokens.ndim == 2, f"lm_logits: tokens must be [B, T], not {tokens.shape}")
@@ -164,7 +164,7 @@ class LoadedGPT:
         labels = [self.task.labels[i] for i in found]
         return Predictions(labels, probabilities, self.task.labels, examples.cut, examples.empty)
 
-    def evaluate(self, rows: Rows, where: str = "rows", names: str = "") -> dict[str, float]:
+    def score(self, rows: Rows, where: str = "rows", names: str = "") -> dict[str, float]:
         """Returns losses and metrics on labelled rows.
 
         Args:
@@ -173,7 +173,8 @@ class LoadedGPT:
           names: metrics, comma-separated; empty: the usual ones of the task.
         """
         examples = self.encode(rows, where, labelled=True)
-        assert self.task is not None and examples.labels is not None
+        assert self.task is not None
+        assert examples.labels is not None
         require(len(examples), f"{where}: no rows")
         chosen = metrics.parse(names, self.task.kind)
         outputs = self._run(examples, Objective(self.task.kind))
@@ -183,8 +184,8 @@ class LoadedGPT:
         losses = {"task_loss": outputs.task_loss, "lm_loss": outputs.lm_loss}
         return losses | scores | {f"floor_{name}": value for name, value in floor.items()}
 
-    def evaluate_text(self, texts: Sequence[str]) -> dict[str, float]:
-        """Returns {"loss" (nats per token), "perplexity"} of the LM on texts, one after the other."""
+    def score_text(self, texts: Sequence[str]) -> dict[str, float]:
+        """Returns {"loss" (nats per token), "perplexity"} of the LM on the texts in a row."""
         stream = loader.token_stream(texts, self.tokenizer)
         require(len(stream) > 1, "evaluate: the text has fewer than two tokens")
         step = self._step(Objective())
@@ -219,8 +220,8 @@ def _positions(segments: jax.Array) -> jax.Array:
 def _lm_logits_of(
     model: GPT, params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    x_BTD = model.apply({"params": params}, tokens, segments, positions, method="hidden")
-    return model.apply({"params": params}, x_BTD, method="lm_logits")
+    x_BTD = model_lib.run(model, params, tokens, segments, positions, method="hidden")
+    return model_lib.run(model, params, x_BTD, method="lm_logits")
 
 
 _lm_logits = jax.jit(_lm_logits_of, static_argnames=("model",))

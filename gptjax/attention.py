@@ -48,11 +48,12 @@ def attend(
       dropout_words: uint32 [2]; None: no dropout.
     """
     scale = 1 / math.sqrt(q_BTHK.shape[-1])
-    scores_BHTS = jnp.einsum(
-        "BTHK,BSHK->BHTS", q_BTHK, k_BSHK, preferred_element_type=jnp.float32
-    )
+    # Heads beside the batch first: XLA's CPU products are a third faster so, on others it is free.
+    q_BHTK, k_BHSK, v_BHSK = (jnp.moveaxis(x, 2, 1) for x in (q_BTHK, k_BSHK, v_BSHK))
+    scores_BHTS = jnp.einsum("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
     scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS * scale, jnp.finfo(jnp.float32).min)
     weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
     if dropout_words is not None and dropout_rate > 0:
         weights_BHTS = dropout_lib.dropout(weights_BHTS, dropout_words, dropout_rate)
-    return jnp.einsum("BHTS,BSHK->BTHK", weights_BHTS.astype(v_BSHK.dtype), v_BSHK)
+    y_BHTK = jnp.einsum("BHTS,BHSK->BHTK", weights_BHTS.astype(v_BSHK.dtype), v_BHSK)
+    return jnp.moveaxis(y_BHTK, 1, 2)

@@ -1,4 +1,4 @@
-"""Checkpoints: orbax writes them (asynchronously, atomically, whatever the mesh), we name and check them.
+"""Checkpoints: orbax writes them (in the background, atomically, for any mesh), we check them.
 
     WORKDIR/checkpoints/STAGE/STEP/   params, optimizer   the arrays
                                       meta                configuration, tokenizer, task, checksums
@@ -104,7 +104,9 @@ def _disk_errors(path: epath.Path) -> Iterator[None]:
         full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text
         code = getattr(error, "errno", None)
         if full or code in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"{path}: no space left on the disk; the last checkpoint is kept") from error
+            raise UserError(
+                f"{path}: no space left on the disk; the last checkpoint is kept"
+            ) from error
         if code in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise UserError(f"{path}: cannot write there ({text})") from error
         raise
@@ -185,7 +187,8 @@ class Checkpoints:
                     optimizer=ocp.args.StandardSave(arrays),
                     meta=ocp.args.JsonSave(values),
                 ),
-                metrics=metrics,
+                # Not None: orbax warns of a save without.
+                metrics=metrics or {},
                 force=True,
             )
 
@@ -264,7 +267,9 @@ class Checkpoints:
 
     def _set_aside(self, step: int, error: Exception) -> None:
         logging.warning(
-            "checkpoint %s is damaged (%s); trying another", self.directory / str(step), brief(error)
+            "checkpoint %s is damaged (%s); trying another",
+            self.directory / str(step),
+            brief(error),
         )
         self._damaged.mkdir(parents=True, exist_ok=True)
         target = self._damaged / f"{self.directory.name}-{step}"
@@ -320,7 +325,7 @@ def find(path: str) -> tuple[str, str, int | None]:
 
 
 def open_for_use(path: str) -> tuple[Checkpoints, int, Meta]:
-    """Opens what `--checkpoint=PATH` means: (its stage's checkpoints, the step, what lies beside it).
+    """Opens what `--checkpoint=PATH` means: the stage's checkpoints, the step, and its `Meta`.
 
     A workdir or stage means the step with the best validation score.
     """

@@ -1,4 +1,4 @@
-"""The typed configuration of an experiment: what `experiments/*.py` build and `--config.FIELD=VALUE` override.
+"""The typed configuration: what `experiments/*.py` build and `--config.FIELD=VALUE` override.
 
 Plain dataclasses that `ml_collections.config_flags` reads and type-checks as they are. They can be
 written to until `validate` has checked and frozen them; from then on they are constants, so that a
@@ -29,7 +29,7 @@ class _Config:
 
     def __setattr__(self, name: str, value: object) -> None:
         if self.__dict__.get("_frozen"):
-            raise dataclasses.FrozenInstanceError(f"cannot assign to {name}: configuration is final")
+            raise dataclasses.FrozenInstanceError(f"cannot assign to {name}: it is final")
         object.__setattr__(self, name, value)
 
 
@@ -127,7 +127,7 @@ class PretrainConfig(_Config):
     """Globs; empty: the last `validation_fraction` of the training text is held out."""
     validation_fraction: float = 0.1
     line_breaks: str = "auto"
-    """keep; join: hard-wrapped lines inside a paragraph; auto: join where a file is hard-wrapped."""
+    """keep; join: hard-wrapped lines in a paragraph; auto: join where a file is hard-wrapped."""
     batch_size: int = 64
     """Windows a step, over all devices."""
     window: int = 0
@@ -263,7 +263,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Builds `cls` from `to_dict`'s values; an unknown field is a `UserError` that names `where`."""
+    """Builds `cls` from `to_dict`'s values; an unknown field is a `UserError` with `where`."""
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kwargs = {}
     for name, value in values.items():
@@ -328,11 +328,12 @@ def _validate_model(model: ModelConfig) -> None:
     _fraction(model, "model", "residual_dropout", "head_dropout")
     require(
         model.width % model.num_heads == 0,
-        f"--config.model.num_heads={model.num_heads}: must divide --config.model.width={model.width}",
+        f"--config.model.num_heads={model.num_heads}: must divide "
+        f"--config.model.width={model.width}",
     )
     require(
         model.segment_types in (0, 2, 3),
-        f"--config.model.segment_types={model.segment_types}: must be 0 (none), 2 or 3 (with padding)",
+        f"--config.model.segment_types={model.segment_types}: must be 0 (none), 2 or 3",
     )
     for name in ("vocab_size", "ffn_width"):
         value = getattr(model, name)
@@ -358,7 +359,7 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
     )
     require(
         bool(pretrain.dataset) != bool(pretrain.train_files),
-        "--config.pretrain.train_files: give text files, or --config.pretrain.dataset, and not both",
+        "--config.pretrain.train_files: give text files, or --config.pretrain.dataset, not both",
     )
     require(
         pretrain.window != 1 and 0 <= pretrain.window <= model.context_length,

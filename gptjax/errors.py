@@ -1,4 +1,4 @@
-"""The one exception that means "the user can fix this": it ends a run with one line and exit code 2."""
+"""The exceptions that end a run in a way that is not a bug: one line, and an exit code."""
 
 
 class UserError(Exception):

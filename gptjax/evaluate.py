@@ -25,8 +25,10 @@ def never() -> bool:
     return False
 
 
-def _mean(part: Sum) -> float:
-    return float(part.total) / max(float(part.weight), 1e-9)
+def _mean(parts: list[Sum]) -> float:
+    # Added in float64 on the host: a float32 total of millions of tokens would lose digits.
+    total = sum(float(part.total) for part in parts)
+    return total / max(sum(float(part.weight) for part in parts), 1e-9)
 
 
 def language_model(
@@ -56,10 +58,7 @@ def language_model(
         if stop():
             return None
         sums.append(step(params, sharding.to_devices(batch, mesh))[0].lm)
-    # Added in float64 on the host: a float32 total of millions of tokens would lose digits.
-    parts = jax.device_get(sums)
-    total = sum(float(part.total) for part in parts)
-    loss = total / max(sum(float(part.weight) for part in parts), 1e-9)
+    loss = _mean(jax.device_get(sums))
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
 
@@ -99,9 +98,7 @@ def run_task(
         logits = _scatter(logits, len(examples), *pair)
     assert logits is not None
     parts = jax.device_get(sums)
-    lm = Sum(*(sum(float(getattr(p.lm, f)) for p in parts) for f in ("total", "weight")))
-    task = Sum(*(sum(float(getattr(p.task, f)) for p in parts) for f in ("total", "weight")))
-    return Outputs(logits, _mean(lm), _mean(task))
+    return Outputs(logits, _mean([p.lm for p in parts]), _mean([p.task for p in parts]))
 
 
 def _scatter(logits: np.ndarray | None, count: int, index: np.ndarray, out: Any) -> np.ndarray:
@@ -134,6 +131,7 @@ def task(
     outputs = run_task(step, params, examples, packer, batch_size, mesh, stop)
     if outputs is None:
         return None
+    assert examples.labels is not None
     found = predictions(spec, outputs.logits)
     scores = metrics.compute(names, examples.labels, found, len(spec.labels))
     losses = {

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, counted from the model, and what a device can do."""
+"""Floating-point operations of training, counted from the model, and what a device can do."""
 
 import functools
 import time

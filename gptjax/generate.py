@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import require
-from gptjax.model import GPT, Cache, new_cache
+from gptjax.model import GPT, Cache, new_cache, run
 from gptjax.state import Params
 
 Array = jax.Array
@@ -58,7 +58,7 @@ def draw(logits_NV: Array, key: Array, temperature: Array, top_k: Array, top_p: 
 
 
 def _next_logits(model: GPT, params: Params, x_N1D: Array, banned_V: Array) -> Array:
-    logits_N1V = model.apply({"params": params}, x_N1D, method="lm_logits")
+    logits_N1V = run(model, params, x_N1D, method="lm_logits")
     return jnp.where(banned_V, -jnp.inf, logits_N1V[:, 0])
 
 
@@ -66,9 +66,9 @@ def _next_logits(model: GPT, params: Params, x_N1D: Array, banned_V: Array) -> A
 def _prefill(
     model: GPT, params: Params, prompt_1T: Array, length: Array, banned_V: Array, samples: int
 ) -> tuple[Cache, Array]:
-    """Runs the prompt (padded at its end) once; returns the cache and logits of `samples` copies."""
+    """Runs the prompt (padded at its end) once; returns cache and logits of `samples` copies."""
     cache = new_cache(model.config, prompt_1T.shape[0], model.config.context_length)
-    x_NTD, cache = model.apply({"params": params}, prompt_1T, cache, jnp.int32(0), method="decode")
+    x_NTD, cache = run(model, params, prompt_1T, cache, jnp.int32(0), method="decode")
     # What the padding wrote is overwritten by later tokens before any query can see it.
     x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
     logits_NV = _next_logits(model, params, x_N1D, banned_V)
@@ -101,9 +101,7 @@ def _decode(
         out_NT, cache, logits_NV = carry
         token_N = draw(logits_NV, jax.random.fold_in(key, drawn + i), *sampling)
         out_NT = jax.lax.dynamic_update_slice_in_dim(out_NT, token_N[:, None], i, axis=1)
-        x_N1D, cache = model.apply(
-            {"params": params}, token_N[:, None], cache, start + i, method="decode"
-        )
+        x_N1D, cache = run(model, params, token_N[:, None], cache, start + i, method="decode")
         return out_NT, cache, _next_logits(model, params, x_N1D, banned_V)
 
     return jax.lax.fori_loop(0, count, body, (out_NT, cache, logits_NV))[0]
@@ -146,7 +144,11 @@ def generate(
       banned: bool [V], tokens never drawn.
     """
     key = jax.random.key(seed)
-    numbers = (jnp.float32(sampling.temperature), jnp.int32(sampling.top_k), jnp.float32(sampling.top_p))
+    numbers = (
+        jnp.float32(sampling.temperature),
+        jnp.int32(sampling.top_k),
+        jnp.float32(sampling.top_p),
+    )
     context = model.config.context_length
     texts = prompt[None].astype(np.int32)
     done = 0

@@ -26,6 +26,11 @@ from gptjax.steps import StepOutput
 
 # Records of a training in metrics.jsonl: about so many, whatever its length.
 _RECORDS = 500
+# What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
+_SIZES = (
+    "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
+    "activation", "segment_types", "layer_norm_epsilon",
+)  # fmt: skip
 SCRATCH = "finetune_from_scratch"
 
 
@@ -103,13 +108,11 @@ def _load_data(experiment: Experiment) -> dict[str, Any]:
 def _tokenizer_and_model(
     experiment: Experiment, workdir: str, data: dict[str, Any]
 ) -> tuple[Tokenizer, ModelConfig]:
-    """The tokenizer (of `init_from`, of the workdir, or newly trained) and the sizes that go with it."""
+    """The tokenizer (of `init_from`, the workdir, or new) and the sizes that go with it."""
     model = experiment.model
     if experiment.init_from:
         meta = checkpoint.open_for_use(experiment.init_from)[2]
-        sizes = ("vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width")
-        sizes += ("activation", "segment_types", "layer_norm_epsilon")
-        model = dataclasses.replace(model, **{name: getattr(meta.model, name) for name in sizes})
+        model = dataclasses.replace(model, **{name: getattr(meta.model, name) for name in _SIZES})
         return tokenizer_lib.from_json(meta.tokenizer_json), model
     saved = os.path.join(workdir, "tokenizer.json")
     if os.path.exists(saved) and os.path.isdir(os.path.join(workdir, "checkpoints")):

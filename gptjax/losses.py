@@ -42,9 +42,7 @@ def lm_chunks(rows: int, length: int, vocabulary: int) -> int:
 
 
 def _logits(x_BTD: Array, embedding_VD: Array) -> Array:
-    return jnp.einsum(
-        "BTD,VD->BTV", x_BTD, embedding_VD, preferred_element_type=jnp.float32
-    )
+    return jnp.einsum("BTD,VD->BTV", x_BTD, embedding_VD, preferred_element_type=jnp.float32)
 
 
 def _chunked(x: Array, chunks: int) -> Array:
@@ -58,7 +56,7 @@ def _one_hot(targets_BT: Array, vocabulary: int) -> Array:
     return targets_BT[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)
 
 
-def _chunk_loss(x_BTD: Array, embedding_VD: Array, targets_BT: Array, weights_BT: Array):  # type: ignore[no-untyped-def]
+def _chunk_loss(x_BTD: Array, embedding_VD: Array, targets_BT: Array, weights_BT: Array):
     """Returns the chunk's loss and what its gradient needs: logits, log-sum-exp, one-hot."""
     logits_BTV = _logits(x_BTD, embedding_VD)
     lse_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
@@ -84,6 +82,7 @@ def lm_cross_entropy(
       weights_BT: float32, 0 where nothing is predicted. Not differentiated.
       chunks: a divisor of T, from `lm_chunks`.
     """
+
     def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
         x, targets, weights = piece
         return total + _chunk_loss(x, embedding_VD, targets, weights)[0], None
@@ -92,21 +91,17 @@ def lm_cross_entropy(
     return jax.lax.scan(add, jnp.float32(0), pieces)[0]
 
 
-def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks):  # type: ignore[no-untyped-def]
+def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks):
     dtype = x_BTD.dtype
 
-    def add(carry, piece):  # type: ignore[no-untyped-def]
+    def add(carry, piece):
         total, d_embedding_VD = carry
         x, targets, weights = piece
         loss, (logits, lse, hot) = _chunk_loss(x, embedding_VD, targets, weights)
         probabilities = jnp.exp(logits - lse[..., None])
         d_logits = ((probabilities - hot) * weights[..., None]).astype(dtype)
-        d_x = jnp.einsum(
-            "BTV,VD->BTD", d_logits, embedding_VD, preferred_element_type=jnp.float32
-        )
-        d_embedding_VD += jnp.einsum(
-            "BTV,BTD->VD", d_logits, x, preferred_element_type=jnp.float32
-        )
+        d_x = jnp.einsum("BTV,VD->BTD", d_logits, embedding_VD, preferred_element_type=jnp.float32)
+        d_embedding_VD += jnp.einsum("BTV,BTD->VD", d_logits, x, preferred_element_type=jnp.float32)
         return (total + loss, d_embedding_VD), d_x.astype(dtype)
 
     pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
@@ -116,9 +111,14 @@ def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks):  # type: i
     return total, (d_x_BTD, d_embedding_VD.astype(embedding_VD.dtype))
 
 
-def _lm_backward(chunks, residuals, g):  # type: ignore[no-untyped-def]
+def _lm_backward(chunks, residuals, g):
     d_x_BTD, d_embedding_VD = residuals
-    return (d_x_BTD * g).astype(d_x_BTD.dtype), (d_embedding_VD * g).astype(d_embedding_VD.dtype), None, None
+    return (
+        (d_x_BTD * g).astype(d_x_BTD.dtype),
+        (d_embedding_VD * g).astype(d_embedding_VD.dtype),
+        None,
+        None,
+    )
 
 
 lm_cross_entropy.defvjp(_lm_forward, _lm_backward)

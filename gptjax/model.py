@@ -91,16 +91,23 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, visible_BTS: Array, deterministic: bool, cache: Cache | None, offset: Array
+        self,
+        x_BTD: Array,
+        visible_BTS: Array,
+        deterministic: bool,
+        cache: Cache | None,
+        offset: Array,
     ) -> tuple[Array, Cache | None]:
-        """Returns the output [B, T, D] and the cache with this call's keys and values written in."""
+        """Returns the output [B, T, D] and the cache with these keys and values written in."""
         config = self.config
         heads, width = config.num_heads, config.head_width
         qkv_BT3HK = Linear((3, heads, width), 1, config, name="qkv")(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
         if cache is not None:
             k_BTHK, v_BTHK = (
-                jax.lax.dynamic_update_slice_in_dim(cache[name], new.astype(cache[name].dtype), offset, 1)
+                jax.lax.dynamic_update_slice_in_dim(
+                    cache[name], new.astype(cache[name].dtype), offset, 1
+                )
                 for name, new in (("key", k_BTHK), ("value", v_BTHK))
             )
             cache = {"key": k_BTHK, "value": v_BTHK}
@@ -120,7 +127,12 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: Array, visible_BTS: Array, deterministic: bool, cache: Cache | None, offset: Array
+        self,
+        x_BTD: Array,
+        visible_BTS: Array,
+        deterministic: bool,
+        cache: Cache | None,
+        offset: Array,
     ) -> tuple[Array, Cache | None]:
         """Returns the next [B, T, D] and the updated cache."""
         config = self.config
@@ -148,7 +160,9 @@ class GPT(nn.Module):
         """Declares the parameters; every block's are stacked on a leading axis of size L."""
         config = self.config
         init = nn.initializers.normal(config.init_std)
-        self.token_embedding = self.param("token_embedding", init, (config.vocab_size, config.width))
+        self.token_embedding = self.param(
+            "token_embedding", init, (config.vocab_size, config.width)
+        )
         self.position_embedding = self.param(
             "position_embedding", init, (config.context_length, config.width)
         )
@@ -219,7 +233,9 @@ class GPT(nn.Module):
         positions_T = jnp.minimum(positions_T, self.config.context_length - 1)
         x_BTD = self._embed(tokens_BT, positions_T[None], jnp.zeros_like(tokens_BT))
         visible_1TS = attention.causal_cached(positions_T, cache["key"].shape[2])
-        return self.blocks(x_BTD.astype(self.config.dtype), visible_1TS, True, cache, offset)
+        x_BTD = x_BTD.astype(self.config.dtype)
+        states: tuple[Array, Cache] = self.blocks(x_BTD, visible_1TS, True, cache, offset)
+        return states
 
     def lm_logits(self, x_BTD: Array) -> Array:
         """Returns float32 [B, T, V]: the states times the token embedding, transposed (tied)."""
@@ -256,6 +272,12 @@ class GPT(nn.Module):
 def _float32(config: ModelConfig) -> ModelConfig:
     """The same configuration computing in float32: the task head's few outputs stay exact."""
     return dataclasses.replace(config, dtype="float32")
+
+
+def run(model: GPT, params: Params, *args: Any, method: str, key: Array | None = None) -> Any:
+    """Calls a method of the model: `model.method(*args)` with `params`, `key` for its dropout."""
+    rngs = {} if key is None else {"dropout": key}
+    return model.apply({"params": params}, *args, method=method, rngs=rngs)
 
 
 def init_params(model: GPT, key: Array) -> Params:

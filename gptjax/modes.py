@@ -51,7 +51,6 @@ def predict(checkpoint: str, input_path: str, output_path: str) -> None:
         f"--output={output_path}: the ending must be one of {', '.join(_OUTPUTS)}",
     )
     gpt = api.load(checkpoint)
-    assert gpt.task is None or gpt.task is not None
     table = _read_rows(gpt, input_path, labelled=False)
     assert gpt.task is not None
     found = gpt.predict(table.columns(gpt.task.text_columns))
@@ -97,13 +96,9 @@ def evaluate(checkpoint: str, split: str, input_path: str) -> None:
     print(json.dumps({"checkpoint": gpt.path, "data": where, **scores}))
 
 
-def _evaluate_task(
-    gpt: api.LoadedGPT, split: str, input_path: str
-) -> tuple[str, dict[str, float]]:
+def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:
     assert gpt.task is not None
-    finetune = config.from_dict(
-        config.FinetuneConfig, gpt.meta.experiment["finetune"], gpt.path
-    )
+    finetune = config.from_dict(config.FinetuneConfig, gpt.meta.experiment["finetune"], gpt.path)
     if input_path:
         table = _read_rows(gpt, input_path, labelled=True)
     else:
@@ -111,22 +106,18 @@ def _evaluate_task(
         _require_split(split, tables)
         table = tables[split]
     rows = table.columns((*gpt.task.text_columns, gpt.task.label))
-    return table.where, gpt.evaluate(rows, table.where, finetune.metrics)
+    return table.where, gpt.score(rows, table.where, finetune.metrics)
 
 
-def _evaluate_text(
-    gpt: api.LoadedGPT, split: str, input_path: str
-) -> tuple[str, dict[str, float]]:
-    pretrain = config.from_dict(
-        config.PretrainConfig, gpt.meta.experiment["pretrain"], gpt.path
-    )
+def _evaluate_text(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:
+    pretrain = config.from_dict(config.PretrainConfig, gpt.meta.experiment["pretrain"], gpt.path)
     if input_path:
-        return input_path, gpt.evaluate_text(
+        return input_path, gpt.score_text(
             sources.read_text(input_path, pretrain.line_breaks)["text"]
         )
     tables = splits.text_splits(pretrain)
     _require_split(split, tables)
-    return f"{split} split", gpt.evaluate_text(tables[split]["text"])
+    return f"{split} split", gpt.score_text(tables[split]["text"])
 
 
 def _require_split(split: str, tables: dict[str, Any]) -> None:

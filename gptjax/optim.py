@@ -17,7 +17,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     warmup = config.warmup_steps or math.ceil(config.warmup_fraction * total_steps)
     require(
         warmup < total_steps,
-        f"--config optimizer.warmup_steps={warmup}: must be below the {total_steps} steps of training",
+        f"--config: optimizer.warmup_steps={warmup} must be below the {total_steps} steps",
     )
     peak, rest = config.learning_rate, total_steps - warmup
     after: dict[str, optax.Schedule] = {

@@ -45,7 +45,7 @@ class Stage:
     batches: Batches
     validate: Callable[[Params, Callable[[], bool]], Scores | None]
     """(params, stop) -> scores on the validation split; None if stopped."""
-    test: Callable[[Params], Scores] | None
+    test: Callable[[Params], Scores | None] | None
     metric: str
     """The validation score that ranks checkpoints."""
     fingerprint: str
@@ -174,7 +174,7 @@ def finetune(
     floors = {
         name: metrics.floor(names, split.labels, len(spec.labels))
         for name, split in examples.items()
-        if name != "train"
+        if name != "train" and split.labels is not None
     }
     devices = sharding.batch_divisor(mesh)
     packer = Packer(

@@ -30,7 +30,7 @@ def create(params: Params, optimizer: optax.GradientTransformation) -> TrainStat
 
 
 def born_sharded(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Returns make(*args) with every array created in its place: none is ever whole on one device."""
+    """Returns make(*args), every array created where it belongs: none is ever whole anywhere."""
     shapes = jax.eval_shape(make, *args)
     shardings = sharding.state_sharding(shapes, mesh)
     return jax.jit(make, out_shardings=shardings)(*args)

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from gptjax import losses, sharding
 from gptjax.batch import Batch
 from gptjax.losses import Sum
-from gptjax.model import GPT
+from gptjax.model import GPT, run
 from gptjax.state import Params, TrainState
 
 
@@ -56,6 +56,7 @@ def weights(batch: Batch) -> Losses:
 
 def joint(objective: Objective, sums: Losses, weight: Losses) -> jax.Array:
     """Returns task / its weight + lm_weight * LM / its weight (the weights of the whole batch)."""
+
     def mean(part: Sum, whole: Sum) -> jax.Array:
         return part.total / jnp.maximum(whole.weight, 1e-9)
 
@@ -71,25 +72,23 @@ def forward(
     key: jax.Array | None = None,
 ) -> tuple[Losses, jax.Array | None]:
     """Returns the loss sums of a batch and the task logits; dropout only with a key."""
-    variables, deterministic = {"params": params}, key is None
-    rngs = {} if key is None else {"dropout": key}
-    x_BTD = model.apply(
-        variables, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
-        deterministic, rngs=rngs, method="hidden",
+    deterministic = key is None
+    x_BTD = run(
+        model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
+        deterministic, method="hidden", key=key,
     )  # fmt: skip
     sums = weights(batch)
     if objective.lm_weight:
-        sums = sums.replace(lm=losses.lm_loss(x_BTD, params["token_embedding"], batch))
+        sums = Losses(losses.lm_loss(x_BTD, params["token_embedding"], batch), sums.task)
     if not objective.kind:
         return sums, None
-    logits = model.apply(
-        variables, x_BTD, batch.extract, deterministic, rngs=rngs, method="task_logits"
-    )
-    return sums.replace(task=losses.task_loss(objective.kind, logits, batch)), logits
+    logits = run(model, params, x_BTD, batch.extract, deterministic, method="task_logits", key=key)
+    return Losses(sums.lm, losses.task_loss(objective.kind, logits, batch)), logits
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
     """[B, ...] -> [count, B / count, ...]; rows stay on the device that holds them."""
+
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
 
@@ -114,7 +113,7 @@ def gradients(
     if micro == 1:
         return grad(params, batch, key)
 
-    def add(carry: tuple[Params, Losses], xs: tuple[Batch, jax.Array]):  # type: ignore[no-untyped-def]
+    def add(carry: tuple[Params, Losses], xs: tuple[Batch, jax.Array]):
         part, i = xs
         new = grad(params, part, jax.random.fold_in(key, i))
         return jax.tree.map(jnp.add, carry, new), None
@@ -133,7 +132,7 @@ def train_step(
     micro: int,
     seed: int,
 ) -> tuple[TrainState, StepOutput]:
-    """One update: gradients of the joint loss, then the optimizer. Dropout keys come of the step."""
+    """One update: gradients of the joint loss, then the optimizer; dropout keys from the step."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, sums = gradients(model, objective, state.params, batch, key, micro)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -10,7 +10,6 @@ import sys
 
 import numpy as np
 import pytest
-from matplotlib.image import imread
 from tensorboardX.proto import event_pb2
 
 from gptjax import telemetry

@@ -116,7 +116,7 @@ def _prefetch(batches: TextBatches | TaskBatches, start: int, stop: int) -> Iter
 
 
 def text_in_order(stream: np.ndarray, window: int, rows: int, limit: int = 0) -> Iterator[Batch]:
-    """Yields the whole stream once, in order, in batches of `rows` windows; `limit` batches or 0."""
+    """Yields the whole stream in order, `rows` windows a batch; at most `limit` batches, 0: all."""
     starts = range(0, len(stream), window)
     if limit:
         starts = starts[: limit * rows]

@@ -2,7 +2,8 @@
 
 classification     start text extract
 entailment         start text delimiter text_pair extract
-similarity         both orders of the two texts (regression too: it is similarity with a real target)
+similarity         both orders of the two texts
+regression         the same: it is similarity with a real-valued target
 multiple choice    start text delimiter answer extract, one per answer
 """
 

@@ -39,13 +39,11 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer):
         self._backend = backend
-        for name in (*SPECIALS, UNKNOWN):
-            require(backend.token_to_id(name) is not None, f"tokenizer: token {name} is missing")
-        self.start_id: int = backend.token_to_id(START)
-        self.delimiter_id: int = backend.token_to_id(DELIMITER)
-        self.extract_id: int = backend.token_to_id(EXTRACT)
-        self.padding_id: int = backend.token_to_id(PADDING)
-        self.unknown_id: int = backend.token_to_id(UNKNOWN)
+        self.start_id = self.token_id(START)
+        self.delimiter_id = self.token_id(DELIMITER)
+        self.extract_id = self.token_id(EXTRACT)
+        self.padding_id = self.token_id(PADDING)
+        self.unknown_id = self.token_id(UNKNOWN)
 
     def __len__(self) -> int:
         """Number of ids, special tokens included."""
@@ -76,11 +74,14 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """Returns the id of a token as the vocabulary spells it."""
-        return self._backend.token_to_id(token)
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"tokenizer: it has no token {token}")
+        return found
 
     def token(self, token_id: int) -> str:
         """Returns the token of one id as the vocabulary spells it."""
-        return self._backend.id_to_token(int(token_id))
+        return self._backend.id_to_token(int(token_id)) or UNKNOWN
 
     def to_json(self) -> str:
         """Returns the serialised tokenizer."""
@@ -172,7 +173,9 @@ def load_gpt1(vocab_file: str, merges_file: str) -> Tokenizer:
         if not line or (number == 1 and line.startswith("#version")):
             continue
         pair = line.split()
-        require(len(pair) == 2, f"{merges_file}: line {number}: a merge is two symbols, not {line!r}")
+        require(
+            len(pair) == 2, f"{merges_file}: line {number}: a merge is two symbols, not {line!r}"
+        )
         merges.append((pair[0], pair[1]))
     try:
         backend = _bpe(vocabulary, merges)
