@@ -234,8 +234,9 @@ class GPT(nn.Module):
         x_BTD = self._embed(tokens_BT, positions_T[None], jnp.zeros_like(tokens_BT))
         visible_1TS = attention.causal_cached(positions_T, cache["key"].shape[2])
         x_BTD = x_BTD.astype(self.config.dtype)
-        states: tuple[Array, Cache] = self.blocks(x_BTD, visible_1TS, True, cache, offset)
-        return states
+        x_BTD, filled = self.blocks(x_BTD, visible_1TS, True, cache, offset)
+        assert filled is not None
+        return x_BTD, filled
 
     def lm_logits(self, x_BTD: Array) -> Array:
         """Returns float32 [B, T, V]: the states times the token embedding, transposed (tied)."""
