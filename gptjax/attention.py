@@ -21,7 +21,7 @@ def causal_segments(segment_ids_BT: Array) -> Array:
     """
     same_BTS = segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :]
     length = segment_ids_BT.shape[1]
-    return same_BTS & jnp.tril(jnp.ones((length, length), bool))
+    return same_BTS & jnp.tril(jnp.ones((1, length, length), bool))
 
 
 def causal_cached(query_positions_T: Array, cache_length: int) -> Array:

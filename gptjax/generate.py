@@ -59,7 +59,7 @@ def draw(logits_NV: Array, key: Array, temperature: Array, top_k: Array, top_p: 
 
 def _next_logits(model: GPT, params: Params, x_N1D: Array, banned_V: Array) -> Array:
     logits_N1V = run(model, params, x_N1D, method="lm_logits")
-    return jnp.where(banned_V, -jnp.inf, logits_N1V[:, 0])
+    return jnp.where(banned_V[None], -jnp.inf, logits_N1V[:, 0])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples"))

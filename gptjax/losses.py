@@ -53,7 +53,7 @@ def _chunked(x: Array, chunks: int) -> Array:
 
 def _one_hot(targets_BT: Array, vocabulary: int) -> Array:
     # A comparison with an iota, unlike a gather, needs no communication where V is sharded.
-    return targets_BT[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)
+    return targets_BT[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)[None, None]
 
 
 def _chunk_loss(x_BTD: Array, embedding_VD: Array, targets_BT: Array, weights_BT: Array):

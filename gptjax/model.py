@@ -28,6 +28,11 @@ def _activation(name: str, x: Array) -> Array:
     return nn.relu(x) if name == "relu" else nn.gelu(x, approximate=True)
 
 
+def _like(x: Array, y: Array) -> Array:
+    """Gives `x` leading axes of size 1, so that it broadcasts to `y` explicitly."""
+    return x.reshape((1,) * (y.ndim - x.ndim) + x.shape)
+
+
 class Dropout(nn.Module):
     """Dropout by counter hash (see `gptjax.dropout`)."""
 
@@ -64,7 +69,7 @@ class Linear(nn.Module):
             x.astype(dtype), kernel.astype(dtype), (contract, ((), ())),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
-        return (y + bias).astype(dtype)
+        return (y + _like(bias, y)).astype(dtype)
 
 
 class LayerNorm(nn.Module):
@@ -81,7 +86,7 @@ class LayerNorm(nn.Module):
         y = y - y.mean(-1, keepdims=True)
         variance = jnp.square(y).mean(-1, keepdims=True)
         y = y * jax.lax.rsqrt(variance + self.config.layer_norm_epsilon)
-        return (y * scale + bias).astype(x.dtype)
+        return (y * _like(scale, y) + _like(bias, y)).astype(x.dtype)
 
 
 class Attention(nn.Module):

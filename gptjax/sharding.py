@@ -18,7 +18,7 @@ BATCH_AXES = ("data", "fsdp")
 # Path of an array (the optimizer's copies end in the parameter's own path) -> its axes' mesh axes.
 _RULES: tuple[tuple[str, P], ...] = (
     ("token_embedding", P("tensor", "fsdp")),
-    ("(position|segment)_embedding", P(None, "fsdp")),
+    ("(position|segment)_embedding", P()),
     ("qkv/kernel", P(None, "fsdp", None, "tensor", None)),
     ("qkv/bias", P(None, None, "tensor", None)),
     ("attention/out/kernel", P(None, "tensor", None, "fsdp")),
