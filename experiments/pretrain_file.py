@@ -1,0 +1,23 @@
+"""Pretraining on your own text files.
+
+python launch.py --config=experiments/pretrain_file.py --config.pretrain.train_files='books/*.txt'
+"""
+
+from gptjax.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig, TokenizerConfig
+
+
+def get_config() -> Experiment:
+    """Returns the experiment; give it `--config.pretrain.train_files`."""
+    return Experiment(
+        name="pretrain_file",
+        model=ModelConfig(
+            context_length=128, num_layers=4, width=192, num_heads=6, init_std=0.07, unroll=4
+        ),
+        tokenizer=TokenizerConfig(vocab_size=8000),
+        pretrain=PretrainConfig(
+            batch_size=16,
+            steps=2000,
+            eval_every=500,
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, beta2=0.98),
+        ),
+    )
