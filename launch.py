@@ -107,11 +107,10 @@ def _check_config_flags(argv: list[str]) -> None:
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
             path = value.partition(":")[0]
-            known = sorted(os.listdir(os.path.join(FOLDER, "experiments")))
-            known = [file for file in known if file.endswith(".py")]
-            near = (
-                config.nearest(os.path.basename(path), known) or f"; there are {', '.join(known)}"
-            )
+            folder = os.path.relpath(os.path.dirname(QUICKSTART))
+            known = sorted(file for file in os.listdir(folder) if file.endswith(".py"))
+            paths = [os.path.join(folder, file) for file in known]
+            near = config.nearest(path, paths) or f"; {folder} has {', '.join(known)}"
             require(os.path.isfile(path), f"--config={value}: no such file{near}")
         field = name.removeprefix("config.")
         known_field = field == name or field in fields
@@ -140,10 +139,23 @@ def _set_up_jax() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+def _quiet_orbax() -> None:
+    """Of a damaged checkpoint it leaves tracebacks in the background, where we print one line."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    usual = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
 def main(argv: list[str]) -> int:
     """Runs the mode; returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)
+    absl_logging.get_absl_logger().setLevel(logging.ERROR)  # orbax warns of what we ask it to do
     if len(argv) > 1:
         return _error(f"{argv[1]}: unexpected argument; flags begin with --", 2)
     _set_up_jax()
@@ -159,4 +171,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    _quiet_orbax()
     app.run(main, flags_parser=_parse)

@@ -14,7 +14,7 @@ def get_config() -> Experiment:
     """Returns the experiment."""
     return Experiment(
         name="quickstart",
-        # GPT-1's init of 0.02 suits a width of 768; about 1 / sqrt(width) trains small models faster.
+        # GPT-1's 0.02 suits a width of 768; about 1 / sqrt(width) trains small models faster.
         model=ModelConfig(
             context_length=128, num_layers=3, width=128, num_heads=4, init_std=0.09, unroll=3
         ),

@@ -300,8 +300,8 @@ def _verify(found: dict[str, int], saved: dict[str, int]) -> None:
             raise ValueError(f"array {name} does not have the checksum it was saved with")
 
 
-def find(path: str) -> tuple[str, str, int | None]:
-    """Returns (workdir, stage, step or None) that `--checkpoint=PATH` means.
+def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
+    """Returns (workdir, stage, step or None) that `--checkpoint=PATH` (or another flag) means.
 
     PATH is a workdir (its last stage), WORKDIR/checkpoints/STAGE, or one STEP below that.
 
@@ -320,20 +320,31 @@ def find(path: str) -> tuple[str, str, int | None]:
         if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
             return str(workdir), stage, None
     raise UserError(
-        f"--checkpoint={path}: no checkpoint there; give the --workdir of a finished training"
+        f"{flag}={path}: no checkpoint there; give the --workdir of a finished training"
     )
 
 
-def open_for_use(path: str) -> tuple[Checkpoints, int, Meta]:
+def open_for_use(path: str, flag: str = "--checkpoint") -> tuple[Checkpoints, int, Meta]:
     """Opens what `--checkpoint=PATH` means: the stage's checkpoints, the step, and its `Meta`.
 
     A workdir or stage means the step with the best validation score.
     """
-    workdir, stage, step = find(path)
+    workdir, stage, step = find(path, flag)
     newest = Checkpoints(workdir, stage, read_only=True)
-    meta = newest.meta(newest.steps()[-1] if step is None else step)[0]
+    meta = _meta_for_use(newest, newest.steps()[-1] if step is None else step)
     if step is not None:
         return newest, step, meta
     checkpoints = Checkpoints(workdir, stage, metric=meta.metric, read_only=True)
     step = checkpoints.best_first()[0]
-    return checkpoints, step, checkpoints.meta(step)[0]
+    return checkpoints, step, _meta_for_use(checkpoints, step)
+
+
+def _meta_for_use(checkpoints: Checkpoints, step: int) -> Meta:
+    try:
+        return checkpoints.meta(step)[0]
+    except UserError:
+        raise
+    except Exception as error:  # whatever broken files make orbax raise
+        raise UserError(
+            f"{checkpoints.directory / str(step)}: is damaged ({brief(error)}); give another step"
+        ) from error

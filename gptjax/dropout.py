@@ -45,7 +45,9 @@ def keep(words: Array, shape: tuple[int, ...], rate: float) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def dropout(x: Array, words: Array, rate: float) -> Array:
     """Zeroes elements of `x` with probability `rate` and scales the rest by 1 / (1 - rate)."""
-    return jnp.where(keep(words, x.shape, rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
+    # In float32: bfloat16 would round the factor itself, and so bias every expectation.
+    scaled = x.astype(jnp.float32) * (1 / (1 - rate))
+    return jnp.where(keep(words, x.shape, rate), scaled, 0).astype(x.dtype)
 
 
 def _forward(x: Array, words: Array, rate: float) -> tuple[Array, Array]:

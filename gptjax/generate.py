@@ -46,7 +46,8 @@ def filtered(logits_NV: Array, temperature: Array, top_k: Array, top_p: Array) -
     floor_N1 = jax.lax.dynamic_slice_in_dim(descending_NV, last, 1, axis=-1)
     probabilities_NV = jax.nn.softmax(jnp.where(descending_NV < floor_N1, -jnp.inf, descending_NV))
     before_NV = jnp.cumsum(probabilities_NV, axis=-1) - probabilities_NV
-    kept_NV = (before_NV < top_p) & (descending_NV >= floor_N1)
+    # Rounded sums reach 1 before the last token does: top_p = 1 must keep it all the same.
+    kept_NV = ((before_NV < top_p) | (top_p >= 1)) & (descending_NV >= floor_N1)
     floor_N1 = jnp.where(kept_NV, descending_NV, jnp.inf).min(axis=-1, keepdims=True)
     return jnp.where(logits_NV < floor_N1, -jnp.inf, logits_NV)
 
@@ -77,7 +78,7 @@ def _prefill(
     return cache, jnp.repeat(logits_NV, copies, axis=0)
 
 
-@functools.partial(jax.jit, static_argnames=("model",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("model",))
 def _decode(
     model: GPT,
     params: Params,
@@ -166,4 +167,4 @@ def generate(
         texts = np.repeat(texts, num_samples // texts.shape[0], axis=0)
         texts = np.concatenate([texts, np.asarray(out)[:, :count]], axis=1)
         done += count
-    return texts[:, len(prompt) :]
+    return np.broadcast_to(texts, (num_samples, texts.shape[1]))[:, len(prompt) :]

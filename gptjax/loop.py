@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import checkpoint, flops, optim, report, sharding, state, steps, telemetry
+from gptjax import checkpoint, flops, optim, report, sharding, state, steps, telemetry, validation
 from gptjax import config as config_lib
 from gptjax import model as model_lib
 from gptjax import stages as stages_lib
@@ -64,17 +64,18 @@ def run(experiment: Experiment, workdir: str) -> dict[str, Any]:
       Preempted: asked to stop; the state is saved.
       TrainingDiverged: several updates in a row were not finite.
     """
-    config_lib.validate(experiment)
+    validation.validate(experiment)
     is_main = jax.process_index() == 0
     with StopRequest() as stop:
         mesh = sharding.make_mesh(experiment.mesh)
         _check_workdir(experiment, workdir)
         data = _load_data(experiment)
         tokenizer, model = _tokenizer_and_model(experiment, workdir, data)
+        stages = _build_stages(experiment, model, tokenizer, mesh, data)
+        del data
+        # Nothing is written before all of the input has been found good.
         with telemetry.MetricsLog(workdir, enabled=is_main) as log:
             context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main)
-            stages = _build_stages(context, data)
-            del data
             _write_start(context)
             summary = _train_stages(context, stages)
     _report(context, summary, stages)
@@ -111,7 +112,7 @@ def _tokenizer_and_model(
     """The tokenizer (of `init_from`, the workdir, or new) and the sizes that go with it."""
     model = experiment.model
     if experiment.init_from:
-        meta = checkpoint.open_for_use(experiment.init_from)[2]
+        meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")[2]
         model = dataclasses.replace(model, **{name: getattr(meta.model, name) for name in _SIZES})
         return tokenizer_lib.from_json(meta.tokenizer_json), model
     saved = os.path.join(workdir, "tokenizer.json")
@@ -133,24 +134,34 @@ def _tokenizer_and_model(
     return tokenizer, dataclasses.replace(model, vocab_size=size)
 
 
-def _build_stages(context: Run, data: dict[str, Any]) -> list[Stage]:
-    experiment = context.experiment
-    shared = (context.tokenizer, context.mesh, experiment.seed)
+def _build_stages(
+    experiment: Experiment,
+    model: ModelConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    data: dict[str, Any],
+) -> list[Stage]:
+    shared = (tokenizer, mesh, experiment.seed)
     stages = []
     if experiment.pretrain:
-        stages.append(
-            stages_lib.pretrain(experiment.pretrain, context.model, data["pretrain"], *shared)
-        )
+        stages.append(stages_lib.pretrain(experiment.pretrain, model, data["pretrain"], *shared))
     if experiment.finetune:
-        stage = stages_lib.finetune(experiment.finetune, context.model, data["finetune"], *shared)
+        stage = stages_lib.finetune(experiment.finetune, model, data["finetune"], *shared)
         stages.append(stage)
         if experiment.finetune.compare_from_scratch:
             stages.append(dataclasses.replace(stage, name=SCRATCH, notes=()))
+    for stage in stages:
+        warmup, part = stage.optimizer.warmup_steps, "finetune" if stage.spec else "pretrain"
+        require(
+            warmup < stage.total_steps,
+            f"--config.{part}.optimizer.warmup_steps={warmup}: must be below the "
+            f"{stage.total_steps} steps",
+        )
     return stages
 
 
 def _write_start(context: Run) -> None:
-    """Writes what describes the run, once all of its input has been found good."""
+    """Writes what describes the run."""
     if context.is_main:
         path = os.path.join(context.workdir, "config.json")
         telemetry.write_json(path, config_lib.to_dict(context.experiment))
@@ -201,7 +212,9 @@ def _train_stage(
         else:
             train_state, start = found
             context.say(f"{stage.name}: continuing at step {start:,} of {stage.total_steps:,}")
-        context.log.rewind(stage.name, start)
+        finished = old if start == stage.total_steps else None
+        if not finished:
+            context.log.rewind(stage.name, start)
         speed = _Trainer(context, stage, checkpoints, meta).train(train_state, start)
         del train_state
         best, params = checkpoints.restore_best_params(like.params)
@@ -209,7 +222,7 @@ def _train_stage(
     finally:
         checkpoints.close()
     speed = speed or (old or {}).get("tokens_per_second", 0.0)
-    return params, _stage_summary(context, stage, params, scores, speed)
+    return params, finished or _stage_summary(context, stage, params, scores, speed)
 
 
 def _begin(
@@ -319,8 +332,11 @@ class _Trainer:
             )
 
     def _validation_due(self, step: int) -> bool:
-        stage = self._stage
-        return step > 0 and (step % stage.eval_every == 0 or step == stage.total_steps)
+        """At every multiple of `eval_every` and at the end, but not twice right after another."""
+        left = self._stage.total_steps - step
+        return left == 0 or (
+            step > 0 and step % self._stage.eval_every == 0 and 2 * left >= self._stage.eval_every
+        )
 
     def _maybe_validate(self, train_state: TrainState, step: int) -> None:
         """Validates and saves where a validation is due and the step's checkpoint has no scores."""
@@ -332,9 +348,9 @@ class _Trainer:
             self._stop_if_asked(train_state, step)
             assert scores is not None
             self._context.log.write(self._stage.name, "validation", step, scores)
-            if have:  # saved by a run that was stopped before it could validate
-                self._checkpoints.delete(step)
-            self._save(train_state, step, scores)
+        if have:  # saved by a run that was stopped before it could validate
+            self._checkpoints.delete(step)
+        self._save(train_state, step, scores)
 
     def _save(self, train_state: TrainState, step: int, scores: Scores | None = None) -> None:
         if step in self._checkpoints.steps():

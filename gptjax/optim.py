@@ -14,11 +14,13 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
     The first update has rate peak / warm-up (not 0), the last one is still above 0.
     """
-    warmup = config.warmup_steps or math.ceil(config.warmup_fraction * total_steps)
     require(
-        warmup < total_steps,
-        f"--config: optimizer.warmup_steps={warmup} must be below the {total_steps} steps",
+        config.warmup_steps < total_steps,
+        f"--config: optimizer.warmup_steps={config.warmup_steps} must be below the "
+        f"{total_steps} steps",
     )
+    share = min(math.ceil(config.warmup_fraction * total_steps), total_steps - 1)
+    warmup = config.warmup_steps or share
     peak, rest = config.learning_rate, total_steps - warmup
     after: dict[str, optax.Schedule] = {
         "cosine": optax.cosine_decay_schedule(peak, rest),

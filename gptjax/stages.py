@@ -143,8 +143,31 @@ def _encode(
     examples = {}
     for name, table in data.items():
         rows = table.columns((*spec.text_columns, spec.label))
-        examples[name] = tasks.encode(spec, rows, tokenizer, context_length, table.where)
+        examples[name] = tasks.encode(
+            spec, rows, tokenizer, context_length, table.where, numbers=table.numbers
+        )
     return examples
+
+
+def _with_labels(spec: TaskSpec, data: dict[str, splits.Table]) -> TaskSpec:
+    """The labels of the training file, of the part that was held out of it too."""
+    train = data["train"]
+    tables = [table for table in data.values() if table is train or table.part_of == train.where]
+    values = [value for table in tables for value in table.columns((spec.label,))[spec.label]]
+    numbers = None
+    if train.numbers is not None:
+        numbers = [number for table in tables for number in table.numbers or ()]
+    return tasks.find_labels(spec, {spec.label: values}, train.where, numbers)
+
+
+def _floors(
+    names: tuple[str, ...], examples: dict[str, Examples], spec: TaskSpec
+) -> dict[str, Scores]:
+    return {
+        name: metrics.floor(names, split.labels, len(spec.labels))
+        for name, split in examples.items()
+        if name != "train" and split.labels is not None
+    }
 
 
 def _note(name: str, examples: Examples, context_length: int) -> str:
@@ -166,16 +189,10 @@ def finetune(
 ) -> Stage:
     """Builds the fine-tuning stage from the tables of `splits.labelled_splits`."""
     names = metrics.parse(config.metrics, config.task)
-    spec = splits.task_spec(config)
-    label_values = {spec.label: data["train"].columns((spec.label,))[spec.label]}
-    spec = tasks.find_labels(spec, label_values, data["train"].where)
+    spec = _with_labels(splits.task_spec(config), data)
     examples = _encode(data, spec, tokenizer, model_config.context_length)
     train = examples["train"]
-    floors = {
-        name: metrics.floor(names, split.labels, len(spec.labels))
-        for name, split in examples.items()
-        if name != "train" and split.labels is not None
-    }
+    floors = _floors(names, examples, spec)
     devices = sharding.batch_divisor(mesh)
     packer = Packer(
         train.lengths, config.batch_size, config.row_length, devices * config.optimizer.accumulation

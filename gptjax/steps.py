@@ -137,7 +137,7 @@ def train_step(
     grads, sums = gradients(model, objective, state.params, batch, key, micro)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    output = StepOutput(sums, optax.global_norm(grads), opt_state.notfinite_count)
+    output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count)
     return TrainState(state.step + 1, params, opt_state), output
 
 

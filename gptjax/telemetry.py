@@ -173,12 +173,21 @@ class MetricsLog:
                 self._next_flush = time.monotonic() + _FLUSH_SECONDS
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what follows `step` of `stage`, one of `STAGES`: a resumed run repeats it."""
+        """Forgets what follows `step` of `stage`, one of `STAGES`: a resumed run repeats it.
+
+        So is the score on the test split, which comes last.
+        """
         if not self._enabled:
             return
         later = STAGES[STAGES.index(stage) + 1 :]
         self.close()
-        self._open(lambda r: r["step"] <= step if r["stage"] == stage else r["stage"] not in later)
+
+        def comes_before(record: dict[str, Any]) -> bool:
+            if record["stage"] != stage:
+                return record["stage"] not in later
+            return record["step"] <= step and record["split"] != "test"
+
+        self._open(comes_before)
         self._purge_from = {stage: step + 1, **dict.fromkeys(later, 0)}
 
     def close(self) -> None:

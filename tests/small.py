@@ -1,12 +1,20 @@
 """Small models, texts and batches that several tests share."""
 
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gptjax import model as model_lib
-from gptjax import sharding
+from gptjax import sharding, stages, steps
+from gptjax.batch import Batch
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.data import tasks, tokenizer
+from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples, TaskSpec
 from gptjax.model import GPT
 
@@ -24,15 +32,19 @@ def config(**changes) -> ModelConfig:
 
 
 def params(model: GPT, seed: int = 0):
-    """Random parameters; biases and gains too, so that no test passes for their being 0 or 1."""
-    fresh = model_lib.init_params(model, jax.random.key(seed))
-    leaves, tree = jax.tree.flatten(fresh)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    noisy = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, noisy)
+    """Random parameters; biases and gains too, so that no test passes for their being 0 or 1.
+
+    Drawn by NumPy into the shapes of `init_params`, which takes seconds to compile.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda key: model_lib.init_params(model, key), jax.random.key(0))
+
+    def draw(path, leaf):
+        name = path[-1].key
+        std = 0.1 if name in ("bias", "scale") else model.config.init_std
+        return jnp.asarray((name == "scale") + std * rng.normal(size=leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
@@ -73,3 +85,131 @@ def examples(
         rows["label"] = (np.arange(count) % 3).tolist()
     spec = tasks.find_labels(spec, rows, "rows")
     return spec, tasks.encode(spec, rows, small_tokenizer(), context, "rows")
+
+
+def packed(
+    examples: Examples, row_length: int = 0, shape: tuple[int, int, int] | None = None, one=False
+) -> tuple[Batch, np.ndarray]:
+    """All examples in one batch, and the example of each slot (-1: none).
+
+    Args:
+      examples: to pack.
+      row_length: of the packer; 0: its own choice.
+      shape: rows, tokens, slots to pad the batch to, so that packings share a compiled function.
+      one: one example a row.
+    """
+    count = len(examples)
+    packer = Packer(examples.lengths, count, row_length)
+    if one:
+        parts = [packer.pack(examples, np.array([i])) for i in range(count)]
+        batch = jax.tree.map(lambda *x: np.concatenate(x), *(part[0] for part in parts))
+        index = np.concatenate([part[1] for part in parts])
+    else:
+        batch, index = packer.pack(examples, np.arange(count))
+    if shape is None:
+        return batch, index
+    rows, length, slots = shape
+    sizes = dict.fromkeys(("tokens", "segment_ids", "positions", "token_types", "lm_weights"), 1)
+
+    def pad(x, axis_sizes, fill=0):
+        widths = [(0, n - have) for n, have in zip(axis_sizes, x.shape, strict=False)]
+        widths += [(0, 0)] * (x.ndim - len(widths))
+        return np.pad(x, widths, constant_values=fill)
+
+    fields = {
+        field.name: pad(
+            getattr(batch, field.name), (rows, length if field.name in sizes else slots)
+        )
+        for field in dataclasses.fields(batch)
+    }
+    return Batch(**fields), pad(index, (rows, slots), -1)
+
+
+# LLVM's expensive passes change no result and take most of a test's time.
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+fast_jit = functools.partial(jax.jit, compiler_options=FAST)
+
+
+def fast_train_step(on, **kwargs):
+    """`steps.jit_train_step`, compiled fast."""
+    step = steps.jit_train_step(on, **kwargs).__wrapped__
+    return fast_jit(step, donate_argnums=0)
+
+
+def placed(tree: Any, on) -> Any:
+    """A copy of a state or of parameters on a mesh, in its layout; safe to donate."""
+    copy = jax.tree.map(np.array, jax.device_get(tree))
+    return jax.device_put(copy, sharding.state_sharding(copy, on), may_alias=False)
+
+
+def measure(model: GPT, objective: steps.Objective) -> Callable[..., dict[str, Any]]:
+    """A jitted (params, batch, key=None) -> loss, sums, gradients, states and logits of a batch."""
+
+    @fast_jit
+    def run(params, batch, key=None):
+        def loss(params):
+            sums, logits = steps.forward(model, objective, params, batch, key)
+            return steps.joint(objective, sums, steps.weights(batch)), (sums, logits)
+
+        (value, (sums, logits)), grads = jax.value_and_grad(loss, has_aux=True)(params)
+        states = model_lib.run(
+            model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
+            method="hidden",
+        )  # fmt: skip
+        lm_logits = model_lib.run(model, params, states, method="lm_logits")
+        return {
+            "loss": value, "sums": sums, "gradients": grads, "states": states,
+            "lm_logits": lm_logits, "task_logits": logits,
+        }  # fmt: skip
+
+    return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A small fine-tuning problem with its compiled measurements."""
+
+    spec: TaskSpec
+    examples: Examples
+    model: GPT
+    params: Any
+    objective: steps.Objective
+    measure: Callable[..., dict[str, Any]]
+    shape: tuple[int, int, int]
+    """Rows, tokens, slots that hold any packing of the examples: one compilation for all."""
+
+
+@functools.cache
+def task(kind: str) -> Task:
+    """The same for every test file, so that each kind compiles once a run."""
+    changes = {"classification": {"activation": "relu"}, "entailment": {"segment_types": 2}}
+    spec, data = examples(kind, count=6)
+    model = stages.make_model(config(**changes.get(kind, {})), spec)
+    objective = steps.Objective(kind, 0.5)
+    shape = (8, 128, 6)
+    return Task(spec, data, model, params(model), objective, measure(model, objective), shape)
+
+
+def assert_trees_close(actual: Any, expected: Any, tolerance: float, floor: float = 1e-6) -> float:
+    """Compares array by array: largest difference over the largest magnitude of the array.
+
+    Args:
+      actual, expected: trees of arrays.
+      tolerance: of the ratio.
+      floor: least magnitude to divide by.
+
+    Returns:
+      The largest ratio.
+    """
+    worst = 0.0
+    for (path, x), y in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape, jax.tree_util.keystr(path)
+        if not x.size:
+            continue
+        ratio = np.abs(x - y).max() / max(np.abs(y).max(), floor)
+        assert ratio <= tolerance, f"{jax.tree_util.keystr(path)}: {ratio:.2e}"
+        worst = max(worst, float(ratio))
+    return worst

@@ -59,7 +59,8 @@ class TextBatches:
     """Random contiguous windows of a token stream.
 
     An epoch cuts the stream into windows that do not overlap, starting at a random offset, and
-    visits them in random order: every token is seen once an epoch, in other windows each time.
+    visits them in random order: every token is seen at most once an epoch, in other windows each
+    time. What an offset leaves out at either end, less than two windows in all, others reach.
     """
 
     def __init__(self, stream: np.ndarray, window: int, batch_size: int, seed: int):
@@ -72,7 +73,8 @@ class TextBatches:
         self._stream, self._window, self._rows, self._seed = stream, window, batch_size, seed
         self.windows = max(1, len(stream) // window - 1)
         """Windows an epoch."""
-        self._offsets = min(window, len(stream) - self.windows * window + 1)
+        # As far as the end of the stream: no token may be out of reach of every epoch.
+        self._offsets = len(stream) - self.windows * window + 1
         order = grain.MapDataset.range(self.windows).shuffle(seed=seed % 2**32).repeat(None)
         self._batches = order.map_with_index(self._cut).batch(batch_size, batch_fn=list)
 

@@ -56,11 +56,15 @@ class Packer:
         Args:
           lengths: int [n], tokens of the examples to come.
           batch_size: examples of a batch.
-          row_length: wanted T, or 0: room for about eight examples (first-fit then wastes little).
-          divisor: B is a multiple of this (devices along the batch, micro-batches).
+          row_length: wanted T, or 0: room for about eight examples (first-fit then wastes little),
+            but no longer than lets a batch fill eight rows (so that as many devices can share it).
+          divisor: B is a multiple of this (devices along the batch, micro-batches). Rows of padding
+            are added for it and nothing else changes: the examples lie where they lay, so that
+            another number of devices sees the same dropout masks.
         """
         longest, mean = int(lengths.max()), float(lengths.mean())
-        wanted = row_length or math.ceil(min(8 * mean, batch_size * mean))
+        # A quarter of slack: a batch a little above the average must not need more rows.
+        wanted = row_length or math.ceil(min(8, 1.25 * batch_size / 8) * mean)
         self.row_length = _round_up(max(longest, wanted), 8 if row_length else 64)
         self.slots = min(batch_size, max(4, math.ceil(2 * self.row_length / mean)))
         expected_rows = math.ceil(batch_size * mean / self.row_length)

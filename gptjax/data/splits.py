@@ -19,6 +19,10 @@ class Table:
     rows: Any
     """`datasets.Dataset`"""
     where: str
+    part_of: str = ""
+    """The file that this split is a part of, where one file was divided."""
+    numbers: tuple[int, ...] | None = None
+    """Row of the file (from 1) of each row, where the split does not hold all of them."""
 
     def columns(self, names: tuple[str, ...]) -> dict[str, list[Any]]:
         """Returns column name -> values."""
@@ -94,12 +98,21 @@ def labelled_splits(config: FinetuneConfig, seed: int) -> dict[str, Table]:
             config.validation_fraction > 0,
             "--config.finetune.validation_fraction: must be above 0 without validation_file",
         )
-        train, validation = sources.holdout(
-            tables["train"].rows, list(spec.text_columns), config.validation_fraction, seed
-        )
-        where = f"{config.train_file} (held out)"
-        tables |= {"train": Table(train, config.train_file), "validation": Table(validation, where)}
+        tables |= _held_out(tables["train"], spec.text_columns, config.validation_fraction, seed)
     return tables
+
+
+def _held_out(
+    table: Table, text_columns: tuple[str, ...], fraction: float, seed: int
+) -> dict[str, Table]:
+    """Divides a table; each part remembers which rows of the file it holds."""
+    number = "row of the file"
+    rows = table.rows.add_column(number, list(range(1, len(table.rows) + 1)))
+    parts = sources.holdout(rows, list(text_columns), fraction, seed)
+    return {
+        name: Table(part.remove_columns(number), table.where, table.where, tuple(part[number]))
+        for name, part in zip(("train", "validation"), parts, strict=True)
+    }
 
 
 def _builtin(dataset: str, needed: tuple[str, ...]) -> dict[str, Table]:

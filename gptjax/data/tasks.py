@@ -87,12 +87,15 @@ def as_text(value: Any) -> str:
 def _order(names: set[str]) -> tuple[str, ...]:
     """Numbers in numeric order, anything else in alphabetic order."""
     try:
-        return tuple(sorted(names, key=float))
+        # Of a sorted list: the order of a set, which differs by process, must not decide a tie.
+        return tuple(sorted(sorted(names), key=float))
     except ValueError:
         return tuple(sorted(names))
 
 
-def find_labels(spec: TaskSpec, rows: Rows, where: str) -> TaskSpec:
+def find_labels(
+    spec: TaskSpec, rows: Rows, where: str, numbers: Sequence[int] | None = None
+) -> TaskSpec:
     """Returns `spec` with the label names that the training rows use.
 
     Classes are the distinct labels, numbers in numeric order. Answers of a multiple choice may be
@@ -104,7 +107,7 @@ def find_labels(spec: TaskSpec, rows: Rows, where: str) -> TaskSpec:
     if spec.kind == "regression":
         return spec
     seen: set[str] = set()
-    for number, value in enumerate(rows[spec.label], 1):
+    for number, value in zip(_numbers(rows[spec.label], numbers), rows[spec.label], strict=True):
         name = as_text(value).strip()
         require(name, f"{where}: row {number}, column {spec.label}: the label is empty")
         seen.add(name)
@@ -129,27 +132,38 @@ def find_labels(spec: TaskSpec, rows: Rows, where: str) -> TaskSpec:
     )
 
 
-def _labels(spec: TaskSpec, values: Sequence[Any], where: str) -> np.ndarray:
+def _numbers(values: Sequence[Any], numbers: Sequence[int] | None) -> Sequence[int]:
+    """The rows' numbers in their file: as given, or from 1."""
+    return range(1, len(values) + 1) if numbers is None else numbers
+
+
+def _labels(
+    spec: TaskSpec, values: Sequence[Any], where: str, numbers: Sequence[int] | None
+) -> np.ndarray:
+    numbers = _numbers(values, numbers)
     if spec.kind == "regression":
         targets = np.zeros(len(values), np.float32)
         for i, value in enumerate(values):
             try:
-                targets[i] = float(value)
+                with np.errstate(over="ignore"):
+                    targets[i] = float(value)
             except (TypeError, ValueError):
                 targets[i] = math.nan
             require(
                 math.isfinite(targets[i]),
-                f"{where}: row {i + 1}, column {spec.label}: {as_text(value)!r} is not a number",
+                f"{where}: row {numbers[i]}, column {spec.label}: {as_text(value)!r} is not "
+                "a number",
             )
         return targets
     ids = {name: i for i, name in enumerate(spec.labels)}
+    known = f"known labels: {', '.join(spec.labels[:10])}"
     classes = np.zeros(len(values), np.int32)
     for i, value in enumerate(values):
         name = as_text(value).strip()
         require(
             name in ids,
-            f"{where}: row {i + 1}, column {spec.label}: label {name!r} was not seen in training; "
-            f"known labels: {', '.join(spec.labels[:10])}{nearest(name, ids)}",
+            f"{where}: row {numbers[i]}, column {spec.label}: label {name!r} was not seen in "
+            f"training; {known}{nearest(name, ids)}",
         )
         classes[i] = ids[name]
     return classes
@@ -204,6 +218,7 @@ def encode(
     context_length: int,
     where: str,
     labelled: bool = True,
+    numbers: Sequence[int] | None = None,
 ) -> Examples:
     """Tokenises labelled rows into examples.
 
@@ -214,6 +229,7 @@ def encode(
       context_length: longest sequence; longer ones are cut inside their texts and counted.
       where: the file or data set, for error messages.
       labelled: whether to read the label column.
+      numbers: row of the file (from 1) of each row, for error messages; None: 1, 2, ...
 
     Raises:
       UserError: a label that training did not see, or a target that is not a number.
@@ -241,7 +257,7 @@ def encode(
         second_start += [start for _, start in built]
         cut += builder.cut
         empty += any(len(text) == 0 for text in texts)
-    labels = _labels(spec, rows[spec.label], where) if labelled else None
+    labels = _labels(spec, rows[spec.label], where, numbers) if labelled else None
     return Examples(
         spec.num_candidates, tokens, np.array(second_start, np.int32), labels, cut, empty
     )

@@ -31,8 +31,9 @@ def normalizer() -> normalizers.Normalizer:
             normalizers.NFC(),
             *(normalizers.Replace(old, new) for old, new in _PUNCTUATION.items()),
             normalizers.Lowercase(),
-            # Control characters, zero-width marks and the like carry no text.
-            normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}&&[^\n\t\r]]"), ""),
+            # Control characters, zero-width marks and the like carry no text. Form feeds and other
+            # control characters that are white space separate words: they must not join them.
+            normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}&&\S]"), ""),
             normalizers.Replace(Regex(r"\s*\n\s*"), NEWLINE),
             normalizers.Replace(Regex(r"[^\S\n]+"), " "),
         ]

@@ -10,6 +10,8 @@ import itertools
 import json
 import os
 import pathlib
+import unicodedata
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -56,15 +58,14 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of one text; special tokens written out in a text are plain text."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return self._backend.encode(_well_formed(text), add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns int32 [length] ids of each text, tokenised on all cores."""
         ids: list[np.ndarray] = []
         for start in range(0, len(texts), _CHUNK):
-            encodings = self._backend.encode_batch_fast(
-                texts[start : start + _CHUNK], add_special_tokens=False
-            )
+            chunk = [_well_formed(text) for text in texts[start : start + _CHUNK]]
+            encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
             ids += [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         return ids
 
@@ -92,10 +93,21 @@ class Tokenizer:
         pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
 
 
+def _well_formed(text: str) -> str:
+    """`text` with lone surrogates (half an emoji in JSON, stray bytes in argv) as U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def _add_specials(backend: tokenizers.Tokenizer) -> Tokenizer:
     # Added as plain vocabulary would let a user's text forge them; `encode_special_tokens` makes
-    # the tokenizer read such text as ordinary characters.
-    backend.add_special_tokens([*SPECIALS])
+    # the tokenizer read such text as ordinary characters. `<unk>` keeps the id it has.
+    backend.add_special_tokens([UNKNOWN, *SPECIALS])
     backend.encode_special_tokens = True
     return Tokenizer(backend)
 
@@ -106,6 +118,8 @@ def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
         backend = tokenizers.Tokenizer.from_str(text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{where}: not a tokenizer ({error})") from error
+    for name in (UNKNOWN, *SPECIALS):
+        require(backend.token_to_id(name) is not None, f"{where}: it has no token {name}")
     backend.encode_special_tokens = True
     return Tokenizer(backend)
 
@@ -142,46 +156,74 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
       vocab_size: ids besides the four special tokens; fewer where the text is too small.
     """
     backend = _bpe({}, [])
+    first, second = itertools.tee(texts)
+    # Rare scripts must not crowd out merges; GPT-1's own alphabet has 238 symbols.
+    symbols = _alphabet(first, min(1000, max(1, vocab_size // 4)))
+    ends = [symbol + END_OF_WORD for symbol in (*symbols, text.NEWLINE)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[UNKNOWN],
+        # Left to itself the trainer numbers symbols in the order of a randomly seeded hash map,
+        # and ids break ties among merges: each process would train another tokenizer.
+        special_tokens=[UNKNOWN, *symbols, *ends],
+        initial_alphabet=symbols,
+        limit_alphabet=len(symbols),
         end_of_word_suffix=END_OF_WORD,
         show_progress=False,
-        # Rare scripts must not crowd out merges; GPT-1's own alphabet has 238 symbols.
-        limit_alphabet=min(1000, max(1, vocab_size // 4)),
     )
-    characters: set[str] = set()
-    first, second = itertools.tee(texts)
-    for chunk in first:
-        characters.update(chunk)
-    normal = backend.normalizer.normalize_str(" ".join(sorted(characters))) + text.NEWLINE
-    # One extra text of all characters as one-letter words: each is then known at a word's end, and
-    # the line break too.
-    backend.train_from_iterator(itertools.chain([normal], second), trainer)
-    return _add_specials(backend)
+    backend.train_from_iterator(second, trainer)
+    # Built anew: the trainer has declared all its `special_tokens` special.
+    model = json.loads(backend.to_str())["model"]
+    return _add_specials(_bpe(model["vocab"], [(left, right) for left, right in model["merges"]]))
+
+
+def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
+    """Returns the most frequent characters of the normalised texts, in code point order."""
+    raw: Counter[str] = Counter()
+    for chunk in texts:
+        raw.update(unicodedata.normalize("NFC", chunk))
+    normalize = text.normalizer().normalize_str
+    counts: Counter[str] = Counter()
+    for character, count in raw.items():
+        for normal in "".join(normalize(character).split()):
+            counts[normal] += count
+    return sorted(sorted(counts, key=lambda normal: (-counts[normal], normal))[:limit])
 
 
 def load_gpt1(vocab_file: str, merges_file: str) -> Tokenizer:
     """Loads GPT-1's own pair: `encoder_bpe_40000.json` and `vocab_40000.bpe`."""
-    try:
-        vocabulary = json.loads(_read(vocab_file))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{vocab_file}: not JSON ({error})") from error
-    lines = _read(merges_file).split("\n")
+    vocabulary = _vocabulary(vocab_file)
     merges = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_read(merges_file).split("\n"), 1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
         pair = line.split()
-        require(
-            len(pair) == 2, f"{merges_file}: line {number}: a merge is two symbols, not {line!r}"
-        )
+        where = f"{merges_file}: line {number}"
+        require(len(pair) == 2, f"{where}: a merge is two symbols, not {line!r}")
+        for symbol in (*pair, "".join(pair)):
+            require(symbol in vocabulary, f"{where}: {symbol!r} is not in {vocab_file}")
         merges.append((pair[0], pair[1]))
+    return _add_specials(_bpe(vocabulary, merges))
+
+
+def _vocabulary(path: str) -> dict[str, int]:
+    """Reads token -> id. Ids must have no gap: the special tokens come after the last."""
     try:
-        backend = _bpe(vocabulary, merges)
-    except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{merges_file}: does not fit {vocab_file} ({error})") from error
-    return _add_specials(backend)
+        vocabulary = json.loads(_read(path))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    require(isinstance(vocabulary, dict), f"{path}: must be one JSON object of token: id")
+    owners: dict[int, str] = {}
+    for token, index in vocabulary.items():
+        require(
+            type(index) is int and 0 <= index < len(vocabulary) and index not in owners,
+            f"{path}: token {token!r} has the id {index!r}; the ids of {len(vocabulary)} tokens "
+            f"are 0 to {len(vocabulary) - 1}, each once",
+        )
+        owners[index] = token
+    require(UNKNOWN in vocabulary, f"{path}: it has no token {UNKNOWN}")
+    for name in SPECIALS:
+        require(name not in vocabulary, f"{path}: {name} must not be in it; it is added")
+    return vocabulary
 
 
 def train_characters(texts: Iterable[str]) -> Tokenizer:

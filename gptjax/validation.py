@@ -1,0 +1,194 @@
+"""Checks a configuration once, before anything else happens: every error names its flag."""
+
+import dataclasses
+from typing import Any
+
+from gptjax.config import (
+    TOKENIZERS,
+    Experiment,
+    FinetuneConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    nearest,
+    split_names,
+)
+from gptjax.errors import require
+
+ACTIVATIONS = ("gelu_tanh", "relu")
+DTYPES = ("float32", "bfloat16")
+REMATS = ("none", "full", "dots")
+SCHEDULES = ("cosine", "linear", "constant")
+TASKS = ("classification", "entailment", "similarity", "multiple_choice", "regression")
+LINE_BREAKS = ("auto", "keep", "join")
+
+
+def _freeze(config: Any) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _freeze(value)
+    object.__setattr__(config, "_frozen", True)
+
+
+def _positive(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"--config.{where}.{name}={value}: must be greater than 0")
+
+
+def _not_negative(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= 0, f"--config.{where}.{name}={value}: must not be negative")
+
+
+def _choice(config: Any, where: str, name: str, allowed: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    require(
+        value in allowed,
+        f"--config.{where}.{name}={value}: must be one of {', '.join(allowed)}"
+        f"{nearest(value, allowed)}",
+    )
+
+
+def _fraction(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"--config.{where}.{name}={value}: must be at least 0 and below 1")
+
+
+def _validate_model(model: ModelConfig) -> None:
+    _positive(model, "model", "context_length", "num_layers", "width", "num_heads", "init_std")
+    _positive(model, "model", "layer_norm_epsilon", "unroll")
+    require(
+        model.context_length > 1,
+        "--config.model.context_length=1: a token needs another one to follow it",
+    )
+    _choice(model, "model", "activation", ACTIVATIONS)
+    _choice(model, "model", "dtype", DTYPES)
+    _choice(model, "model", "remat", REMATS)
+    _fraction(model, "model", "embedding_dropout", "attention_dropout")
+    _fraction(model, "model", "residual_dropout", "head_dropout")
+    require(
+        model.width % model.num_heads == 0,
+        f"--config.model.num_heads={model.num_heads}: must divide "
+        f"--config.model.width={model.width}",
+    )
+    require(
+        model.segment_types in (0, 2, 3),
+        f"--config.model.segment_types={model.segment_types}: must be 0 (none), 2 or 3",
+    )
+    _not_negative(model, "model", "vocab_size", "ffn_width")
+
+
+def _validate_optimizer(optimizer: OptimizerConfig, where: str) -> None:
+    where = f"{where}.optimizer"
+    _positive(optimizer, where, "learning_rate", "epsilon", "accumulation", "max_bad_steps")
+    _fraction(optimizer, where, "beta1", "beta2", "warmup_fraction")
+    _choice(optimizer, where, "schedule", SCHEDULES)
+    _not_negative(optimizer, where, "weight_decay", "clip_norm", "warmup_steps")
+
+
+def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
+    _positive(pretrain, "pretrain", "batch_size", "save_every")
+    _not_negative(pretrain, "pretrain", "steps", "epochs", "eval_every", "eval_batches")
+    _choice(pretrain, "pretrain", "line_breaks", LINE_BREAKS)
+    require(
+        pretrain.steps > 0 or pretrain.epochs > 0,
+        "--config.pretrain.steps: give the number of steps (or --config.pretrain.epochs)",
+    )
+    require(
+        bool(pretrain.dataset) != bool(pretrain.train_files),
+        "--config.pretrain.train_files: give text files, or --config.pretrain.dataset, not both",
+    )
+    require(
+        pretrain.window != 1 and 0 <= pretrain.window <= model.context_length,
+        f"--config.pretrain.window={pretrain.window}: must be 2 to "
+        f"--config.model.context_length={model.context_length}",
+    )
+    require(
+        pretrain.dataset != "builtin" or not pretrain.validation_files,
+        "--config.pretrain.validation_files: the built-in text has a validation part of its own",
+    )
+    _fraction(pretrain, "pretrain", "validation_fraction")
+    require(
+        pretrain.validation_files or pretrain.validation_fraction > 0,
+        "--config.pretrain.validation_fraction: must be above 0 without validation_files",
+    )
+    _validate_optimizer(pretrain.optimizer, "pretrain")
+
+
+def _validate_finetune(finetune: FinetuneConfig) -> None:
+    _positive(finetune, "finetune", "batch_size", "save_every", "evals_per_epoch")
+    _not_negative(finetune, "finetune", "steps", "epochs", "row_length", "lm_weight")
+    _choice(finetune, "finetune", "task", TASKS)
+    require(
+        finetune.steps > 0 or finetune.epochs > 0,
+        f"--config.finetune.epochs={finetune.epochs}: must be greater than 0",
+    )
+    require(
+        bool(finetune.dataset) != bool(finetune.train_file),
+        "--config.finetune.train_file: give a labelled file, or --config.finetune.dataset, "
+        "and not both",
+    )
+    _fraction(finetune, "finetune", "validation_fraction")
+    pair = finetune.task in ("entailment", "similarity", "regression")
+    require(
+        not finetune.dataset or not (finetune.validation_file or finetune.test_file),
+        "--config.finetune.validation_file, .test_file: go with train_file, not with dataset",
+    )
+    require(
+        not pair or finetune.text_pair,
+        f"--config.finetune.text_pair: task {finetune.task} needs the column of the second text",
+    )
+    require(
+        pair or not finetune.text_pair,
+        f"--config.finetune.text_pair={finetune.text_pair}: task {finetune.task} takes one text; "
+        "use --config.finetune.task=entailment or similarity for two",
+    )
+    many = len(split_names(finetune.choices))
+    require(
+        (many >= 2) == (finetune.task == "multiple_choice"),
+        "--config.finetune.choices: the columns of the answers, two or more, comma-separated, "
+        "go with --config.finetune.task=multiple_choice",
+    )
+    _validate_optimizer(finetune.optimizer, "finetune")
+
+
+def _validate_mesh(mesh: MeshConfig) -> None:
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    require(
+        sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes),
+        f"--config.mesh: data, fsdp, tensor = {sizes}: sizes must be positive, at most one -1",
+    )
+
+
+def validate(experiment: Experiment) -> Experiment:
+    """Checks every field, then freezes and returns the experiment.
+
+    Raises:
+      UserError: the first wrong field, with its flag and what to write instead.
+    """
+    _validate_model(experiment.model)
+    _choice(experiment.tokenizer, "tokenizer", "kind", TOKENIZERS)
+    _positive(experiment.tokenizer, "tokenizer", "vocab_size")
+    require(
+        experiment.pretrain or experiment.finetune,
+        "--config: the experiment has no stage; give it a pretrain or a finetune part",
+    )
+    if experiment.pretrain:
+        _validate_pretrain(experiment.pretrain, experiment.model)
+    if experiment.finetune:
+        _validate_finetune(experiment.finetune)
+        pretrained = bool(experiment.pretrain or experiment.init_from)
+        require(
+            pretrained or not experiment.finetune.compare_from_scratch,
+            "--config.finetune.compare_from_scratch: needs pretraining or --config.init_from",
+        )
+    _validate_mesh(experiment.mesh)
+    _positive(experiment.checkpoint, "checkpoint", "keep_newest")
+    _not_negative(experiment.checkpoint, "checkpoint", "keep_best")
+    _freeze(experiment)
+    return experiment

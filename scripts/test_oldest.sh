@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Runs the tests with the oldest versions that requirements.txt allows (CI runs the newest).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+sed -nE 's/^([A-Za-z_-]+)>=([0-9.]+).*/\1==\2/p' requirements.txt > "$work/oldest.txt"
+python3 -m venv "$work/venv"
+"$work/venv/bin/pip" install -q -r "$work/oldest.txt" pytest pytest-timeout pytest-xdist
+"$work/venv/bin/python" -m pytest "$@"

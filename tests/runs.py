@@ -1,0 +1,245 @@
+"""Whole runs on tiny generated files, through `launch.py`: what the tests of its parts share.
+
+Importing it turns on a compilation cache that lives as long as the test session: equal models then
+compile once, in this process and in those that it starts.
+"""
+
+import atexit
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import os
+import pathlib
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from absl import flags
+
+import launch
+
+LAUNCH = os.path.abspath(launch.__file__)
+_SUBJECTS = ("the cat", "a dog", "the old man", "my friend", "a small bird", "the king")
+_VERBS = ("sat on", "saw", "ran to", "looked at", "sang near", "fell from")
+_OBJECTS = ("a tree", "the house", "the river", "a wall", "the garden", "a stone")
+
+TINY = (
+    "--config.model.num_layers=1", "--config.model.width=16", "--config.model.num_heads=2",
+    "--config.model.context_length=16", "--config.model.unroll=1", "--config.model.init_std=0.2",
+    # One size whatever the text, so that all runs share their compiled programs.
+    "--config.model.vocab_size=96", "--config.tokenizer.vocab_size=80",
+    "--config.model.embedding_dropout=0", "--config.model.attention_dropout=0",
+    "--config.model.residual_dropout=0", "--config.model.head_dropout=0",
+)  # fmt: skip
+"""A model that trains in a second."""
+
+_ROOT = pathlib.Path(tempfile.mkdtemp(prefix="gptjax-tests-"))
+atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
+_CACHE = {
+    "jax_compilation_cache_dir": str(_ROOT / "xla"),
+    "jax_enable_compilation_cache": True,
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+}
+for _name, _value in _CACHE.items():
+    jax.config.update(_name, _value)
+    os.environ[_name.upper()] = str(_value)
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Sentences of few words."""
+    rng = random.Random(seed)
+    parts = (_SUBJECTS, _VERBS, _OBJECTS)
+    return [" ".join(rng.choice(part) for part in parts) for _ in range(count)]
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Labelled rows; the label is what the first word says."""
+    rng = random.Random(seed)
+    found = []
+    for text in sentences(count, seed):
+        label = rng.choice(("no", "yes"))
+        found.append({"text": f"{'good' if label == 'yes' else 'bad'} {text}", "label": label})
+    return found
+
+
+def write(path: pathlib.Path, data: str | bytes | list[dict[str, Any]]) -> str:
+    """Writes text, bytes, or rows as CSV (their cells hold no comma and no quote)."""
+    if isinstance(data, list):
+        lines = [list(data[0])] + [list(row.values()) for row in data]
+        data = "".join(",".join(map(str, line)) + "\n" for line in lines)
+    path.write_bytes(data if isinstance(data, bytes) else data.encode())
+    return str(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """The data of the shared runs."""
+
+    text: str
+    train: str
+    validation: str
+    test: str
+
+    @property
+    def pretrain(self) -> tuple[str, ...]:
+        """Flags of a pretraining of 20 steps with validations at 10 and 20."""
+        return (
+            "--config.pretrain.dataset=", f"--config.pretrain.train_files={self.text}",
+            "--config.pretrain.batch_size=8", "--config.pretrain.steps=20",
+            "--config.pretrain.eval_every=10", "--config.pretrain.optimizer.warmup_steps=2",
+            "--config.pretrain.optimizer.learning_rate=0.01",
+        )  # fmt: skip
+
+    @property
+    def finetune(self) -> tuple[str, ...]:
+        """Flags of a fine-tuning of 20 steps with validations at 8, 16 and 20."""
+        return (
+            "--config.finetune.dataset=", f"--config.finetune.train_file={self.train}",
+            f"--config.finetune.validation_file={self.validation}",
+            f"--config.finetune.test_file={self.test}",
+            "--config.finetune.batch_size=8", "--config.finetune.steps=20",
+            "--config.finetune.compare_from_scratch=false",
+            "--config.finetune.optimizer.learning_rate=0.02",
+        )  # fmt: skip
+
+
+@functools.cache
+def files() -> Files:
+    """Text, and 64 + 21 + 19 labelled rows: sizes that no batch divides."""
+    folder = _ROOT / "data"
+    folder.mkdir()
+    return Files(
+        write(folder / "text.txt", "".join(f"{text}.\n" for text in sentences(300))),
+        write(folder / "train.csv", rows(64, 1)),
+        write(folder / "validation.csv", rows(21, 2)),
+        write(folder / "test.csv", rows(19, 3)),
+    )
+
+
+@functools.cache
+def trained() -> str:
+    """A workdir with both stages, for reading only."""
+    workdir = str(_ROOT / "trained")
+    result = main(*TINY, *files().pretrain, *files().finetune, f"--workdir={workdir}")
+    assert result.code == 0, result.err
+    return workdir
+
+
+def copy(path: pathlib.Path) -> str:
+    """A copy of `trained()` to do harm to."""
+    return str(shutil.copytree(trained(), path / "copy"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command left: exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of a command that was refused."""
+        assert self.code == 2, (self.code, self.out, self.err)
+        assert self.err.count("\n") == 1, self.err
+        assert self.err.startswith("error: "), self.err
+        return self.err.strip()
+
+
+def _forget_flags() -> None:
+    for name in list(flags.FLAGS):
+        if name.startswith("config."):
+            delattr(flags.FLAGS, name)
+        else:
+            flags.FLAGS[name].unparse()
+    flags.FLAGS.unparse_flags()
+
+
+def _parse(argv: list[str]) -> list[str]:
+    with warnings.catch_warnings():
+        # What ml_collections does, as of 1.1.
+        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+        return launch._parse(argv)
+
+
+def main(*arguments: str) -> Result:
+    """`python launch.py ARGUMENTS` in this process (on its eight devices)."""
+    out, err = io.StringIO(), io.StringIO()
+    argv = ["launch.py", *arguments]
+    _forget_flags()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        patch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+        try:
+            code = launch.main(_parse(argv))
+        except SystemExit as end:
+            code = end.code
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def start(*arguments: str, **kwargs: Any) -> subprocess.Popen:
+    """`python launch.py ARGUMENTS` in another process, with one device."""
+    command = [sys.executable, LAUNCH, *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
+
+
+def steps(workdir: str, stage: str) -> list[int]:
+    """The finished checkpoints of a stage, oldest first."""
+    folder = pathlib.Path(workdir, "checkpoints", stage)
+    if not folder.exists():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
+
+
+def arrays(workdir: str, stage: str, step: int) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Path -> (dtype, shape, bytes) of every array of a checkpoint, read without gptjax."""
+    found = {}
+    reader = ocp.PyTreeCheckpointer()
+    for item in ("params", "optimizer"):
+        path = os.path.abspath(os.path.join(workdir, "checkpoints", stage, str(step), item))
+        tree = reader.metadata(path).item_metadata.tree
+        numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        for key, value in jax.tree_util.tree_leaves_with_path(
+            reader.restore(path, restore_args=numpy)
+        ):
+            value = np.asarray(value)
+            name = item + jax.tree_util.keystr(key)
+            found[name] = (str(value.dtype), value.shape, value.tobytes())
+    reader.close()
+    return found
+
+
+def records(workdir: str) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; they hold no times."""
+    text = pathlib.Path(workdir, "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def snapshot(folder: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Path -> contents of every file below a folder."""
+    root = pathlib.Path(folder)
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in sorted(root.rglob("*"))
+        if path.is_file()
+    }
+
+
+def summary(workdir: str) -> dict[str, Any]:
+    """summary.json."""
+    return json.loads(pathlib.Path(workdir, "summary.json").read_text())

@@ -1,0 +1,174 @@
+"""The structure of the project, read from its sources: data flows one way, and nothing grows."""
+
+import ast
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "gptjax"
+
+# A module imports only what is above it. A new module has its place here.
+ORDER = (
+    *("version", "errors", "preemption", "config", "validation", "batch"),
+    *("data.text", "data.tokenizer", "data.tables", "data.sources", "data.docstrings"),
+    *("data.builtin", "data.tasks", "data.splits", "data.packing", "data.loader", "data"),
+    *("dropout", "attention", "model", "losses", "sharding", "optim", "state", "steps"),
+    *("metrics", "evaluate", "generate", "flops", "checkpoint", "telemetry", "report"),
+    *("stages", "loop", "api", "modes", ""),
+)
+# Tested by the file of the module they exist for.
+TESTED_IN = {
+    "batch": "packing",
+    "data": "architecture",
+    "data.docstrings": "builtin",
+    "errors": "config",
+    "validation": "config",
+    "version": "architecture",
+    "": "architecture",
+}
+MAX_FILE, MAX_FUNCTION = 400, 50
+
+
+def name_of(path: pathlib.Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def tree_of(name: str) -> ast.Module:
+    return ast.parse(MODULES[name].read_text(encoding="utf-8"))
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Full names of everything a tree imports, at its top or in a function."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def own_imports(name: str) -> set[str]:
+    """The modules of gptjax that a module imports."""
+    found = set()
+    for full in imports(tree_of(name)):
+        parts = full.split(".")
+        if parts[0] == "gptjax":
+            tail = ".".join(parts[1:])
+            # A module, or a name in one.
+            found.add(tail if tail in MODULES else ".".join(parts[1:-1]))
+    return found
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == sorted(MODULES)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_data_flows_one_way(name):
+    below = ORDER[ORDER.index(name) :]
+    wrong = {found for found in own_imports(name) if found in below}
+    assert not wrong, f"{name or 'gptjax'} imports {wrong}, which come after it"
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name.startswith("data")])
+def test_data_knows_only_the_contract(name):
+    allowed = {"config", "errors", "batch"}
+    wrong = {found for found in own_imports(name) if not found.startswith("data")} - allowed
+    assert not wrong
+    assert not {full for full in imports(tree_of(name)) if full.split(".")[0] in ("jax", "flax")}
+
+
+@pytest.mark.parametrize("name", ["model", "attention", "dropout", "losses"])
+def test_the_model_does_not_know_data(name):
+    assert own_imports(name) <= {"config", "errors", "batch", "dropout", "attention"}
+
+
+def test_flax_modules_are_in_model_alone():
+    users = {
+        name
+        for name in MODULES
+        for full in imports(tree_of(name))
+        if full == "flax" or full.startswith(("flax.linen", "flax.nnx"))
+    }
+    assert users == {"model"}
+
+
+def test_the_config_needs_no_library():
+    for name in ("config", "errors", "version", "preemption"):
+        roots = {full.split(".")[0] for full in imports(tree_of(name))}
+        assert roots <= set(sys.stdlib_module_names) | {"gptjax"}
+
+
+def run_python(code: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    return done.stdout.splitlines()
+
+
+_HEAVY = "('jax', 'flax', 'datasets', 'tokenizers', 'grain', 'orbax', 'matplotlib', 'sklearn')"
+
+
+def test_help_does_not_wait_for_jax():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv = ['launch.py', '--help']\n"
+        "try: runpy.run_path('launch.py', run_name='__main__')\n"
+        "except SystemExit as end: print('exit', end.code)\n"
+        f"print('loaded', [name for name in {_HEAVY} if name in sys.modules])\n"
+    )
+    lines = run_python(code)
+    assert lines[-1] == "loaded []"
+    assert any("--mode" in line for line in lines)
+
+
+def test_import_gptjax_is_light():
+    code = f"import sys, gptjax; print([n for n in {_HEAVY} if n in sys.modules]); "
+    assert run_python(code + "print(gptjax.__version__, gptjax.load.__name__)")[0] == "[]"
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), ROOT / "launch.py"], ids=lambda p: p.stem)
+def test_files_and_functions_are_short(path):
+    source = path.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= MAX_FILE
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            lines = node.end_lineno - node.lineno + 1
+            assert lines <= MAX_FUNCTION, f"{node.name} has {lines} lines"
+
+
+def tracked() -> list[pathlib.Path]:
+    """The files of the project: what git knows, or everything that is not hidden."""
+    done = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if done.returncode == 0:
+        return [ROOT / line for line in done.stdout.splitlines()]
+    files = (path for path in ROOT.rglob("*") if path.is_file())
+    return [path for path in files if "/." not in str(path.relative_to(ROOT.parent))]
+
+
+def test_nothing_refers_to_a_place_outside_the_project():
+    outside = [f"{before}/shared" for before in ("..", "work", "$WORK")]
+    for path in tracked():
+        if path.is_file() and b"\0" not in (data := path.read_bytes()):
+            text = data.decode("utf-8")
+            assert not [place for place in outside if place in text], path
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_has_a_test_file(name):
+    test = TESTED_IN.get(name, name.rpartition(".")[2])
+    assert (ROOT / "tests" / f"test_{test}.py").is_file()

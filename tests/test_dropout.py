@@ -1,0 +1,116 @@
+"""The counter hash is random enough, and dropout is what its definition says, on every mesh.
+
+Statistical bounds are 5 to 6 standard deviations of the exact distribution; keys are fixed.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gptjax import dropout
+
+SHAPES = [(100_003,), (64, 768), (4, 3, 65, 65), (2, 128, 1, 96)]
+
+
+def words(seed):
+    return dropout.key_words(jax.random.key(seed))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
+def test_the_share_of_kept_elements_is_binomial(shape, rate):
+    for seed in range(3):
+        kept = np.asarray(dropout.keep(words(seed), shape, rate))
+        sigma = np.sqrt(rate * (1 - rate) / kept.size)
+        assert abs(kept.mean() - (1 - rate)) < 5 * sigma
+        # And so along every axis: no row or column is special.
+        for axis in range(len(shape)):
+            others = tuple(a for a in range(len(shape)) if a != axis)
+            n = kept.size // shape[axis]
+            if others and n * min(rate, 1 - rate) > 50:
+                deviation = np.abs(kept.mean(others) - (1 - rate)).max()
+                assert deviation < 6 * np.sqrt(rate * (1 - rate) / n)
+
+
+def correlation_in_sigmas(a, b, rate):
+    """Of two masks, in standard deviations of that of independent ones."""
+    a, b = (x.astype(np.float64) - (1 - rate) for x in (a, b))
+    return abs((a * b).mean()) / (rate * (1 - rate)) * np.sqrt(a.size)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_masks_of_different_keys_are_independent(rate):
+    """Random keys, as `key_words` makes them, and keys that have their second word in common."""
+    shape = (64, 1024)
+    keys = [np.asarray(words(i)) for i in range(8)]
+    keys += [np.array([k[0], keys[0][1]], np.uint32) for k in keys[1:3]]
+    masks = [np.asarray(dropout.keep(jnp.asarray(k), shape, rate)) for k in keys]
+    for i, a in enumerate(masks):
+        for b in masks[:i]:
+            assert correlation_in_sigmas(a, b, rate) < 5
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+def test_elements_near_each_other_are_independent(rate):
+    """Along a row, to the next row, and at powers of two, where a weak mixer shows."""
+    flat = np.asarray(dropout.keep(words(3), (512, 768), rate)).ravel()
+    for lag in (1, 2, 3, 4, 7, 8, 16, 64, 256, 767, 768, 769, 1024, 4096, 65536):
+        assert correlation_in_sigmas(flat[lag:], flat[:-lag], rate) < 5, lag
+
+
+def test_each_element_is_binomial_over_keys():
+    """So is each pair of neighbours: no element is tied to the key's or the index's bits."""
+    rate, count = 0.1, 4000
+    keys = jax.vmap(dropout.key_words)(jax.random.split(jax.random.key(0), count))
+    masks = np.asarray(jax.vmap(lambda k: dropout.keep(k, (16, 48), rate))(keys))
+    sigma = np.sqrt(rate * (1 - rate) / count)
+    assert np.abs(masks.mean(0) - (1 - rate)).max() < 5 * sigma
+    both = (masks[:, :, 1:] & masks[:, :, :-1]).mean(0)
+    p = (1 - rate) ** 2
+    assert np.abs(both - p).max() < 5 * np.sqrt(p * (1 - p) / count)
+    # Kept elements of a mask, over the keys: the variance of independent draws, not more or less.
+    totals = masks.sum(axis=(1, 2))
+    n = 16 * 48
+    ratio = totals.var() / (n * rate * (1 - rate))
+    assert abs(ratio - 1) < 5 * np.sqrt(2 / count)
+
+
+def test_rate_0_keeps_everything():
+    assert np.asarray(dropout.keep(words(0), (1000,), 0.0)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_forward_and_gradient_use_one_mask(dtype):
+    rate, shape = 0.3, (33, 17)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    kept = np.asarray(dropout.keep(words(1), shape, rate))
+    y, pull = jax.vjp(lambda x: dropout.dropout(x, words(1), rate), x)
+    assert y.dtype == x.dtype
+    scaled = np.where(kept, np.asarray(x, np.float64) / (1 - rate), 0)
+    eps = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(np.asarray(y, np.float64), scaled, rtol=eps)
+    (g,) = pull(jnp.ones_like(y))
+    np.testing.assert_allclose(np.asarray(g, np.float64), kept / (1 - rate), rtol=eps)
+
+
+def test_the_expectation_is_the_input():
+    keys = jax.vmap(dropout.key_words)(jax.random.split(jax.random.key(1), 4000))
+    x = jnp.linspace(-2, 3, 101)
+    mean = np.asarray(jax.vmap(lambda k: dropout.dropout(x, k, 0.2))(keys)).mean(0)
+    assert (np.abs(mean - x) <= 5 * np.abs(x) * np.sqrt(0.2 / 0.8 / 4000) + 1e-6).all()
+
+
+@pytest.mark.parametrize("spec", [P("data"), P(None, "fsdp"), P(("data", "fsdp"), None, "tensor")])
+def test_jit_and_sharding_draw_the_same_mask(spec):
+    mesh = small.mesh(2, 2, 2)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 10)), jnp.float32)
+    expected = dropout.dropout(x, words(9), 0.4)
+    place = NamedSharding(mesh, spec)
+    run = jax.jit(lambda x, w: dropout.dropout(x, w, 0.4), out_shardings=place)
+    got = run(jax.device_put(x, place), words(9))
+    assert got.sharding.is_equivalent_to(place, 3)
+    np.testing.assert_array_equal(got, expected)

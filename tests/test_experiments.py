@@ -1,0 +1,80 @@
+"""Every experiment that is shipped loads, passes its own checks, and says how to run it."""
+
+import json
+import pathlib
+
+import jax
+import pytest
+import runs
+
+from gptjax import config, loop, validation
+from gptjax import model as model_lib
+from gptjax.errors import UserError
+
+FOLDER = pathlib.Path(runs.LAUNCH).parent / "experiments"
+# What a user must add, besides files that exist.
+NEEDED = {
+    "finetune_file": ["--config.finetune.train_file=rows.csv"],
+    "pretrain_file": ["--config.pretrain.train_files=a.txt"],
+    "gpt1_pretrain": ["--config.pretrain.train_files=a.txt"],
+    "gpt1_finetune": ["--config.init_from=runs/x", "--config.finetune.train_file=rows.tsv"],
+}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """(experiment, workdir) of each run that would have been started."""
+    calls = []
+    monkeypatch.setattr(loop, "run", lambda *arguments: calls.append(arguments))
+    return calls
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py")))
+def test_every_experiment_loads_and_validates(seen, name):
+    path = FOLDER / f"{name}.py"
+    result = runs.main(f"--config={path}", *NEEDED.get(name, []))
+    assert (result.code, result.err) == (0, "")
+    [(experiment, workdir)] = seen
+    assert (experiment.name, workdir) == (name, f"runs/{name}")
+    validation.validate(experiment)
+    values = json.loads(json.dumps(config.to_dict(experiment)))
+    assert config.from_dict(config.Experiment, values, "here") == experiment
+
+
+@pytest.mark.parametrize("name", sorted(NEEDED))
+def test_what_an_experiment_needs_is_named(seen, name):
+    runs.main(f"--config={FOLDER / name}.py")
+    with pytest.raises(UserError) as info:
+        validation.validate(seen[0][0])
+    assert "--config." in str(info.value)
+
+
+def test_no_flag_is_the_quickstart(seen):
+    assert runs.main().code == 0
+    [(experiment, workdir)] = seen
+    assert (experiment.name, workdir) == ("quickstart", "runs/quickstart")
+    validation.validate(experiment)
+    assert experiment.pretrain.dataset == "builtin"
+    assert experiment.finetune.compare_from_scratch
+
+
+def test_a_stage_is_dropped_and_a_field_is_changed_by_flags(seen):
+    runs.main("--config.finetune=none", "--config.pretrain.steps=200", "--workdir=w")
+    [(experiment, workdir)] = seen
+    validation.validate(experiment)
+    assert experiment.finetune is None
+    assert (experiment.pretrain.steps, workdir) == (200, "w")
+
+
+def test_the_paper_s_model_has_its_size(seen):
+    runs.main(f"--config={FOLDER}/gpt1_pretrain.py", *NEEDED["gpt1_pretrain"])
+    experiment = seen[0][0]
+    model = experiment.model
+    model.vocab_size = 40478 + 4  # the four special tokens
+    validation.validate(experiment)
+    shapes = jax.eval_shape(lambda key: model_lib.init_params(model_lib.GPT(model), key),
+                            jax.random.key(0))  # fmt: skip
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    width = 768
+    block = 4 * width * width + 4 * width + 8 * width * width + 5 * width + 4 * width
+    assert count == (40482 + 512) * width + 12 * block

@@ -1,0 +1,186 @@
+"""Generation with a cache equals recomputing everything for every token."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from gptjax import generate
+from gptjax import model as model_lib
+from gptjax.errors import UserError
+from gptjax.generate import Sampling
+from gptjax.model import GPT
+
+CONTEXT = 20
+
+
+@pytest.fixture(scope="module")
+def setup():
+    """(model, params, logits): logits(windows [N, T <= context]) by the uncached model."""
+    model = GPT(small.config(context_length=CONTEXT, segment_types=2))
+    params = small.params(model, seed=4)
+
+    @small.fast_jit
+    def run(tokens, segments, positions, last):
+        x_BTD = model_lib.run(
+            model, params, tokens, segments, positions, jnp.zeros_like(tokens), method="hidden"
+        )
+        return model_lib.run(model, params, x_BTD, method="lm_logits")[:, last]
+
+    def logits(windows):
+        padded = np.zeros((4, CONTEXT), np.int32)
+        segments = np.zeros_like(padded)
+        n, length = windows.shape
+        padded[:n, :length], segments[:n, :length] = windows, 1
+        positions = np.tile(np.arange(CONTEXT, dtype=np.int32), (4, 1))
+        return np.asarray(run(padded, segments, positions, length - 1))[:n]
+
+    return model, params, logits
+
+
+def filter_by_hand(logits, temperature, top_k, top_p):
+    """The k most likely, of them the fewest whose (renormalised) probabilities reach p."""
+    result = np.full(logits.shape, -np.inf)
+    for row, out in zip(logits.astype(np.float64) / temperature, result, strict=True):
+        allowed = np.isfinite(row)
+        if top_k:
+            allowed &= row >= np.sort(row)[::-1][min(top_k, len(row)) - 1]
+        p = np.where(allowed, np.exp(row - row[allowed].max()), 0)
+        p /= p.sum()
+        if top_p < 1:
+            order = np.argsort(-p, kind="stable")
+            needed = np.searchsorted(np.cumsum(p[order]), top_p) + 1
+            allowed &= p >= p[order[:needed]].min()
+        out[allowed] = row[allowed]
+    return result
+
+
+def naive(logits, prompt, count, samples, sampling, seed, banned):
+    """No cache: every token from the whole window, all samples from the start."""
+    texts, key = np.repeat(prompt[None], samples, axis=0), jax.random.key(seed)
+    start = generate.window_start(len(prompt), CONTEXT)
+    for i in range(count):
+        if texts.shape[1] - start >= CONTEXT:
+            start = generate.window_start(texts.shape[1], CONTEXT)
+        scores = np.where(banned, -np.inf, logits(texts[:, start:]))
+        if sampling.temperature == 0:
+            token = scores.argmax(-1)
+        else:
+            kept = filter_by_hand(scores, sampling.temperature, sampling.top_k, sampling.top_p)
+            step_key = jax.random.fold_in(key, i)
+            token = jax.random.categorical(step_key, jnp.asarray(kept, jnp.float32))
+        texts = np.concatenate([texts, np.asarray(token, np.int32)[:, None]], axis=1)
+    return texts[:, len(prompt) :]
+
+
+def prompt_of(length, seed=0):
+    return np.random.default_rng(seed).integers(97, size=length).astype(np.int32)
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(0.7, 12, 0.9)])
+@pytest.mark.parametrize(
+    ("length", "count", "samples"),
+    [(1, 6, 1), (9, 45, 1), (17, 30, 3), (19, 3, 3), (20, 25, 1), (33, 15, 3)],
+)
+def test_cached_equals_uncached(setup, length, count, samples, sampling):
+    """Prompts shorter than, equal to and longer than the context, and far past its end."""
+    model, params, logits = setup
+    banned = np.zeros(97, bool)
+    banned[[0, 7, 50]] = True
+    prompt = prompt_of(length, length)
+    got = generate.generate(model, params, prompt, count, samples, sampling, 11, banned)
+    assert got.shape == (samples, count)
+    assert got.dtype == np.int32
+    np.testing.assert_array_equal(got, naive(logits, prompt, count, samples, sampling, 11, banned))
+    assert not np.isin(got, np.flatnonzero(banned)).any()
+    if samples > 1 and sampling.temperature and count > 10:
+        assert len({row.tobytes() for row in got}) == samples, "samples are copies"
+
+
+def test_window_start_is_its_rule():
+    for context in (2, 5, 20):
+        for length in range(1, 70):
+            start = generate.window_start(length, context)
+            kept = length - start
+            assert 1 <= kept < context, "no room for a token"
+            assert kept == (length if length < context else max(1, context // 2))
+
+
+def test_prompts_of_a_bucket_and_any_sampling_share_one_compilation(setup):
+    model, params, _ = setup
+    none = np.zeros(97, bool)
+
+    def run(length, count, sampling, seed):
+        generate.generate(model, params, prompt_of(length), count, 2, sampling, seed, none)
+
+    run(3, 2, GREEDY, 0)
+    sizes = generate._prefill._cache_size(), generate._decode._cache_size()
+    for length in (1, 2, 8, 15, 16):
+        run(length, 1 + length % 4, Sampling(0.5 + length / 10, length, 0.9), length)
+    assert (generate._prefill._cache_size(), generate._decode._cache_size()) == sizes
+    run(17, 2, GREEDY, 0)  # another bucket: another prefill, the same decode
+    assert generate._prefill._cache_size() == sizes[0] + 1
+    assert generate._decode._cache_size() == sizes[1]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize("top_k", [0, 1, 5, 96, 97, 500])
+@pytest.mark.parametrize("top_p", [1.0, 0.999, 0.5, 1e-6])
+def test_filters_equal_their_definition(temperature, top_k, top_p):
+    rng = np.random.default_rng(0)
+    logits = 3 * rng.normal(size=(4, 97)).astype(np.float32)
+    logits[:, :5] = -np.inf  # banned
+    logits[1, 20] = 40.0  # nearly all the probability
+    got = np.asarray(
+        generate.filtered(
+            jnp.asarray(logits), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
+        )
+    )
+    want = filter_by_hand(logits, temperature, top_k, top_p)
+    np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
+    np.testing.assert_allclose(got[np.isfinite(got)], want[np.isfinite(want)], rtol=1e-6)
+
+
+def test_top_p_1_keeps_every_token_of_a_large_vocabulary():
+    """Float32 sums of 40,478 probabilities pass 1 before the end: the tail must stay."""
+    logits = 4 * np.random.default_rng(0).normal(size=(3, 40478)).astype(np.float32)
+    got = generate.filtered(jnp.asarray(logits), jnp.float32(1), jnp.int32(0), jnp.float32(1))
+    assert np.isfinite(got).all()
+
+
+def test_ties_at_the_edge_share_their_fate():
+    logits = jnp.array([[2.0, 1.0, 1.0, 0.0]])
+    got = generate.filtered(logits, jnp.float32(1), jnp.int32(2), jnp.float32(1))
+    np.testing.assert_array_equal(np.isfinite(got), [[True, True, True, False]])
+
+
+def test_top_k_1_is_greedy(setup):
+    model, params, _ = setup
+    none = np.zeros(97, bool)
+    one, greedy = (
+        generate.generate(model, params, prompt_of(9), 12, 1, sampling, 5, none)
+        for sampling in (Sampling(1.3, top_k=1), GREEDY)
+    )
+    np.testing.assert_array_equal(one, greedy)
+
+
+def test_draws_follow_the_probabilities():
+    """20,000 draws of 4 tokens: each share within 5 standard deviations."""
+    logits = np.log([0.5, 0.3, 0.15, 0.05]).astype(np.float32)
+    rows = jnp.tile(logits, (20_000, 1))
+    drawn = generate.draw(rows, jax.random.key(0), jnp.float32(1), jnp.int32(0), jnp.float32(1))
+    p = np.exp(logits)
+    share = np.bincount(drawn, minlength=4) / 20_000
+    assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / 20_000)).all()
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+)
+def test_sampling_out_of_range_is_a_user_error(values):
+    with pytest.raises(UserError, match=next(iter(values))):
+        Sampling(**values)

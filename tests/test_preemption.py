@@ -1,0 +1,118 @@
+"""A stop is noted, obeyed between two steps, and costs nothing but time."""
+
+import signal
+import subprocess
+import sys
+
+import pytest
+import runs
+
+from gptjax import evaluate, loop
+from gptjax.preemption import StopRequest
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_request_is_noted_and_the_second_acts_as_usual(number):
+    seen = []
+
+    def usual(*_):
+        seen.append(number)
+
+    previous = signal.signal(number, usual)
+    try:
+        with StopRequest() as stop:
+            assert not stop()
+            signal.raise_signal(number)
+            assert stop()
+            assert seen == []
+            signal.raise_signal(number)
+            assert seen == [number]
+        assert signal.getsignal(number) is usual
+        with StopRequest() as stop:
+            pass
+        assert signal.getsignal(number) is usual
+        assert not stop()
+    finally:
+        signal.signal(number, previous)
+
+
+def test_a_second_ctrl_c_interrupts():
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop()
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_sigterm_ends_the_process():
+    code = (
+        "import signal; from gptjax.preemption import StopRequest\n"
+        "with StopRequest():\n"
+        "    signal.raise_signal(signal.SIGTERM); print('alive', flush=True)\n"
+        "    signal.raise_signal(signal.SIGTERM); print('never')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "alive\n")
+
+
+class StopAfter(StopRequest):
+    """Asked to stop at the n-th question."""
+
+    left = 0
+
+    def __call__(self) -> bool:
+        StopAfter.left -= 1
+        return StopAfter.left < 0
+
+
+def command(workdir) -> list[str]:
+    return [*runs.TINY, *runs.files().pretrain, "--config.finetune=none", f"--workdir={workdir}"]
+
+
+def assert_continues_as_if_nothing_had_happened(workdir):
+    done = runs.main(*command(workdir))
+    assert done.code == 0, done.err
+    assert "pretrain: continuing at step" in done.out
+    expected = runs.trained()
+    assert runs.steps(workdir, "pretrain")[-2:] == runs.steps(expected, "pretrain") == [10, 20]
+    for step in (10, 20):
+        ours, theirs = (runs.arrays(each, "pretrain", step) for each in (workdir, expected))
+        assert ours == theirs
+    whole = [each for each in runs.records(expected) if each["stage"] == "pretrain"]
+    assert runs.records(workdir) == whole
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_asked_between_steps(tmp_path, monkeypatch, before):
+    StopAfter.left = before
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopAfter)
+        stopped = runs.main(*command(tmp_path))
+    assert stopped.code == 75
+    line = stopped.err.splitlines()[-1]
+    assert line == (
+        f"error: pretrain: asked to stop; saved at step {before} of 20; "
+        "the same command continues there"
+    )
+    assert runs.steps(str(tmp_path), "pretrain") == [before]
+    assert_continues_as_if_nothing_had_happened(str(tmp_path))
+
+
+def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
+    evaluated = evaluate.language_model
+
+    def terminated(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        scores = evaluated(*args, **kwargs)
+        assert scores is None  # it does not keep the scheduler waiting
+        return scores
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "language_model", terminated)
+        stopped = runs.main(*command(tmp_path))
+    assert stopped.code == 75
+    assert "saved at step 10 of 20" in stopped.err.splitlines()[-1]
+    assert runs.steps(str(tmp_path), "pretrain") == [10]
+    assert {each["split"] for each in runs.records(str(tmp_path))} == {"train"}
+    assert_continues_as_if_nothing_had_happened(str(tmp_path))

@@ -1,0 +1,141 @@
+"""Killed anywhere, a run continued by the same command ends with the same bits.
+
+GPTJAX_KILLS=N in the environment kills N times, at random moments, instead of a few chosen ones.
+"""
+
+import os
+import pathlib
+import random
+import re
+import signal
+import time
+
+import pytest
+import runs
+
+KILLS = int(os.environ.get("GPTJAX_KILLS", "0"))
+STAGES = ("pretrain", "finetune", "finetune_from_scratch")
+
+
+def command(workdir) -> list[str]:
+    """All three stages, with dropout, a checkpoint every few steps, and BPE training."""
+    files = runs.files()
+    return [
+        *runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}",
+        "--config.model.embedding_dropout=0.1", "--config.model.head_dropout=0.1",
+        "--config.pretrain.steps=40", "--config.pretrain.save_every=8",
+        "--config.finetune.steps=30", "--config.finetune.save_every=6",
+        "--config.finetune.compare_from_scratch=true",
+    ]  # fmt: skip
+
+
+def finish(process) -> runs.Result:
+    out, err = process.communicate(timeout=200)
+    return runs.Result(process.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> str:
+    workdir = str(tmp_path_factory.mktemp("whole") / "run")
+    result = finish(runs.start(*command(workdir)))
+    assert result.code == 0, result.err
+    return workdir
+
+
+def assert_same(workdir: str, expected: str) -> None:
+    for stage in STAGES:
+        assert runs.steps(workdir, stage) == runs.steps(expected, stage)
+        for step in runs.steps(expected, stage):
+            ours, theirs = (runs.arrays(each, stage, step) for each in (workdir, expected))
+            assert ours.keys() == theirs.keys()
+            different = [name for name in theirs if ours[name] != theirs[name]]
+            assert not different, f"{stage} {step}: {different}"
+    assert runs.records(workdir) == runs.records(expected)
+    ours, theirs = runs.summary(workdir), runs.summary(expected)
+    for values in (*ours.values(), *theirs.values()):
+        assert values.pop("tokens_per_second") >= 0
+        values.pop("mfu", None)
+    assert ours == theirs
+
+
+def recorded(workdir: str, stage: str) -> int:
+    """The last step of `stage` in the log as it is now."""
+    path = pathlib.Path(workdir, "metrics.jsonl")
+    text = path.read_text() if path.exists() else ""
+    found = re.findall(rf'^{{"step": (\d+), "stage": "{stage}", "split": "train"', text, re.M)
+    return int(found[-1]) if found else -1
+
+
+def saving(workdir: str, stage: str) -> bool:
+    """Whether a checkpoint is half-written."""
+    return any(pathlib.Path(workdir, "checkpoints", stage).glob("*orbax-checkpoint-tmp*"))
+
+
+def interrupt(workdir: str, number: signal.Signals, when) -> runs.Result:
+    """Starts the run and sends it a signal as soon as `when` is true."""
+    process = runs.start(*command(workdir))
+    while process.poll() is None and not when():
+        time.sleep(0.001)
+    process.send_signal(number)
+    return finish(process)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(KILLS > 0, reason="GPTJAX_KILLS asks for the long version")
+def test_killed_and_terminated_runs_end_like_an_uninterrupted_one(uninterrupted, tmp_path):
+    workdir = str(tmp_path / "run")
+    # While it writes a checkpoint.
+    killed = interrupt(
+        workdir, signal.SIGKILL,
+        lambda: recorded(workdir, "pretrain") >= 16 and saving(workdir, "pretrain"),
+    )  # fmt: skip
+    assert killed.code == -signal.SIGKILL
+    assert max(runs.steps(workdir, "pretrain")) < 40
+    # While it trains the second stage.
+    asked = interrupt(workdir, signal.SIGTERM, lambda: recorded(workdir, "finetune") >= 3)
+    assert asked.code == 75, asked.err
+    errors = [line for line in asked.err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1
+    step = int(re.search(r"finetune: asked to stop; saved at step (\d+) of 30", errors[0])[1])
+    assert 3 <= step < 30
+    assert step in runs.steps(workdir, "finetune")
+    assert "Traceback" not in asked.err
+    # While it compiles or begins the third.
+    killed = interrupt(
+        workdir, signal.SIGKILL,
+        lambda: pathlib.Path(workdir, "checkpoints", STAGES[2]).exists(),
+    )  # fmt: skip
+    assert killed.code == -signal.SIGKILL
+    result = finish(runs.start(*command(workdir)))
+    assert result.code == 0, result.err
+    assert_same(workdir, uninterrupted)
+    before = runs.snapshot(os.path.join(workdir, "checkpoints"))
+    # A finished run has nothing to do, and does nothing.
+    again = finish(runs.start(*command(workdir)))
+    assert again.code == 0, again.err
+    assert runs.snapshot(os.path.join(workdir, "checkpoints")) == before
+    assert_same(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(not KILLS, reason="set GPTJAX_KILLS to the number of kills")
+def test_killed_at_random_moments(uninterrupted, tmp_path):
+    rng = random.Random(time.time_ns())
+    workdir = str(tmp_path / "run")
+    for attempt in range(KILLS):
+        process = runs.start(*command(workdir))
+        rest = max(0.0, rng.gauss(8.0, 4.0))
+        try:
+            process.communicate(timeout=rest)
+        except Exception:
+            process.send_signal(rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
+        result = finish(process)
+        assert result.code in (0, 75, -signal.SIGKILL), (attempt, rest, result.err)
+        assert "Traceback" not in result.err, (attempt, rest, result.err)
+        if result.code == 0:
+            assert_same(workdir, uninterrupted)
+            workdir = str(tmp_path / f"run{attempt}")
+    result = finish(runs.start(*command(workdir)))
+    assert result.code == 0, result.err
+    assert_same(workdir, uninterrupted)

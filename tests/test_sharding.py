@@ -1,0 +1,226 @@
+"""Eight devices compute what one computes, and every array lies where the table says."""
+
+import jax
+import numpy as np
+import pytest
+import small
+from jax.sharding import PartitionSpec as P
+
+from gptjax import model as model_lib
+from gptjax import optim, sharding, stages, state, steps
+from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.data import loader
+from gptjax.errors import UserError
+from gptjax.model import GPT
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
+
+# What each array of the 117M model is promised to be cut along: the contracting or output axes of
+# the matrices over fsdp, heads and the wide axes over tensor; vectors of the width are whole.
+PROMISED = {
+    "token_embedding": ("tensor", "fsdp"),
+    "position_embedding": (None, None),
+    "blocks/attention/qkv/kernel": (None, "fsdp", None, "tensor", None),
+    "blocks/attention/qkv/bias": (None, None, "tensor", None),
+    "blocks/attention/out/kernel": (None, "tensor", None, "fsdp"),
+    "blocks/attention/out/bias": (None, None),
+    "blocks/ffn_in/kernel": (None, "fsdp", "tensor"),
+    "blocks/ffn_in/bias": (None, "tensor"),
+    "blocks/ffn_out/kernel": (None, "tensor", "fsdp"),
+    "blocks/ffn_out/bias": (None, None),
+    "blocks/norm1/scale": (None, None),
+    "blocks/norm1/bias": (None, None),
+    "blocks/norm2/scale": (None, None),
+    "blocks/norm2/bias": (None, None),
+    "task_head/kernel": (None, None),
+    "task_head/bias": (None,),
+}
+
+
+def full_spec(leaf, place):
+    return tuple(place.spec) + (None,) * (leaf.ndim - len(place.spec))
+
+
+def names(tree):
+    return [
+        "/".join(k.key for k in path if hasattr(k, "key"))
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+@pytest.fixture(scope="module")
+def large():
+    """Shapes of the 117M model's training state."""
+    model = GPT(ModelConfig(vocab_size=40478), num_outputs=3)
+    optimizer = optim.build(OptimizerConfig(), 10)
+
+    def make(key):
+        return state.create(model_lib.init_params(model, key), optimizer)
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def test_every_array_of_the_full_size_model_lies_as_promised(large):
+    places = sharding.state_sharding(large, small.mesh(2, 2, 2))
+    found = {
+        name: full_spec(leaf, place)
+        for name, leaf, place in zip(
+            names(large.params), jax.tree.leaves(large.params), jax.tree.leaves(places.params),
+            strict=True,
+        )
+    }  # fmt: skip
+    assert found == PROMISED
+
+
+def test_the_optimizer_state_lies_as_the_parameters(large):
+    places = sharding.state_sharding(large, small.mesh(2, 2, 2))
+    adam = next(
+        part for part in jax.tree.leaves(places.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(part, "mu")
+    )  # fmt: skip
+    for moments in (adam.mu, adam.nu):
+        assert jax.tree.structure(moments) == jax.tree.structure(places.params)
+        assert jax.tree.leaves(moments) == jax.tree.leaves(places.params)
+    assert places.step.spec == P()
+    assert adam.count.spec == P()
+
+
+def test_nearly_all_of_the_state_is_cut_by_the_number_of_devices(large):
+    """On 2 x 2 x 2 a device holds 1/4 of every matrix (data replicates)."""
+    places = sharding.state_sharding(large, small.mesh(2, 2, 2))
+    held = sum(
+        np.prod(place.shard_shape(leaf.shape), dtype=np.int64)
+        for leaf, place in zip(jax.tree.leaves(large), jax.tree.leaves(places), strict=True)
+    )
+    assert held / sum(leaf.size for leaf in jax.tree.leaves(large)) < 0.255
+
+
+def test_axes_that_do_not_divide_are_dropped(large):
+    """40,478 = 2 * 37 * 547 rows are not cut in 4, 12 heads are not cut in 8; the rest is kept."""
+
+    def spec(mesh, name):
+        places = sharding.state_sharding(large.params, mesh)
+        index = names(large.params).index(name)
+        return full_spec(jax.tree.leaves(large.params)[index], jax.tree.leaves(places)[index])
+
+    four, eight = small.mesh(1, 2, 4), small.mesh(1, 1, 8)
+    assert spec(four, "token_embedding") == (None, "fsdp")
+    assert spec(four, "blocks/attention/qkv/kernel") == (None, "fsdp", None, "tensor", None)
+    assert spec(eight, "blocks/attention/qkv/kernel") == (None, "fsdp", None, None, None)
+    assert spec(eight, "blocks/ffn_in/kernel") == (None, "fsdp", "tensor")
+    for mesh in (four, eight):
+        for leaf, place in zip(
+            jax.tree.leaves(large), jax.tree.leaves(sharding.state_sharding(large, mesh)),
+            strict=True,
+        ):  # fmt: skip
+            place.shard_shape(leaf.shape)  # raises where an axis does not divide
+
+
+def test_a_mesh_takes_the_devices_that_are_left():
+    devices = jax.devices()
+    mesh = sharding.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert sharding.batch_divisor(mesh) == 4
+    with pytest.raises(UserError, match="does not divide"):
+        sharding.make_mesh(MeshConfig(data=-1, fsdp=3), devices)
+    with pytest.raises(UserError, match="not the number"):
+        sharding.make_mesh(MeshConfig(data=2, fsdp=2), devices)
+
+
+def test_to_devices_gives_each_device_its_rows():
+    mesh = small.mesh(2, 2, 2)
+    windows = [np.full(4, i, np.int32) for i in range(8)]
+    batch = loader.lm_batch(windows, 4, 8)
+    placed = sharding.to_devices(batch, mesh)
+    assert placed.extract is None
+    for leaf, host in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(leaf, host)
+        for shard in leaf.addressable_shards:
+            assert shard.data.shape[0] == 2
+            np.testing.assert_array_equal(shard.data, host[shard.index])
+
+
+DROPOUT = {
+    "embedding_dropout": 0.2, "attention_dropout": 0.3, "residual_dropout": 0.1,
+    "head_dropout": 0.25,
+}  # fmt: skip
+# Epsilon far above the smallest gradients: Adam's update is then no sign, and small differences of
+# gradients stay small. No clipping, so that the moments show each array's own gradient.
+ADAM = OptimizerConfig(
+    learning_rate=1e-2, epsilon=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.0
+)
+
+
+def problem(kind):
+    """(model, objective, params, batch) with dropout on; sizes that 8 and 2 x 2 x 2 divide."""
+    config = small.config(vocab_size=98, width=16, num_heads=4, **DROPOUT)
+    if not kind:
+        model, objective = GPT(config), steps.Objective()
+        rng = np.random.default_rng(0)
+        windows = [rng.integers(98, size=n).astype(np.int32) for n in (32, 9, 32, 5, 20, 32, 2)]
+        batch = loader.lm_batch(windows, 32, 8)
+    else:
+        spec, data = small.examples(kind, count=8)
+        model, objective = stages.make_model(config, spec), steps.Objective(kind, 0.5)
+        batch, _ = small.packed(data, 104, (8, 104, 8))
+    return model, objective, small.params(model), batch
+
+
+SLOW = pytest.param("similarity", marks=pytest.mark.slow)
+
+
+@pytest.fixture(scope="module", params=["", SLOW], ids=["pretrain", "finetune"])
+def alone(request):
+    """The problem, and a function that takes two steps on a mesh; and its result on one device."""
+    model, objective, params, batch = problem(request.param)
+    optimizer = optim.build(ADAM, 100)
+    start = jax.device_get(state.create(params, optimizer))
+
+    def train(mesh):
+        step = small.fast_train_step(
+            mesh, model=model, objective=objective, optimizer=optimizer, micro=1, seed=5
+        )
+        current, rows = small.placed(start, mesh), sharding.to_devices(batch, mesh)
+        results = []
+        for _ in range(2):
+            current, output = step(current, rows)
+            results.append(jax.device_get((current, output)))
+        places = sharding.state_sharding(current, mesh)
+        for leaf, place in zip(jax.tree.leaves(current), jax.tree.leaves(places), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim), "the state has moved"
+        return results
+
+    return train, train(small.mesh())
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_mesh_computes_what_one_device_computes(alone, sizes):
+    """Two updates with dropout on: the masks do not depend on the mesh, or nothing would agree.
+
+    After one step Adam's first moment is 0.1 times the gradient: it is compared as such. Float32
+    rounding in another order of sums: 2e-5 of each array's largest value.
+    """
+    train, expected = alone
+    got = train(small.mesh(*sizes))
+    for (state_got, out_got), (state_want, out_want) in zip(got, expected, strict=True):
+        small.assert_trees_close(out_got, out_want, 2e-5)
+        small.assert_trees_close(state_got, state_want, 2e-5)
+
+
+def test_dropout_was_on(alone):
+    """The comparison above is about masks: another seed gives another loss."""
+    _, expected = alone
+    (_, first), (_, second) = expected
+    assert first.losses.lm.total != second.losses.lm.total
+
+
+def test_eval_on_a_mesh_equals_one_device():
+    model, objective, params, batch = problem("entailment")
+    results = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        mesh = small.mesh(*sizes)
+        run = steps.jit_eval_step(mesh, model, objective)
+        sums, logits = run(small.placed(params, mesh), sharding.to_devices(batch, mesh))
+        assert logits.sharding.is_fully_replicated
+        results.append(jax.device_get((sums, logits)))
+    small.assert_trees_close(results[1], results[0], 2e-5)

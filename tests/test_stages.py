@@ -1,0 +1,203 @@
+"""Stages: what configuration and data come to, counted by hand."""
+
+import collections
+import math
+
+import datasets
+import numpy as np
+import pytest
+import small
+
+from gptjax import stages
+from gptjax.config import FinetuneConfig, OptimizerConfig, PretrainConfig
+from gptjax.data.splits import Table
+from gptjax.data.tasks import TaskSpec
+from gptjax.errors import UserError
+
+TEXT = [f"{text}\n" for text in small.texts(60, longest=9)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return small.small_tokenizer()
+
+
+def text_data(train=TEXT, validation=TEXT[:7]):
+    tables = {"train": train, "validation": validation}
+    return {name: datasets.Dataset.from_dict({"text": list(rows)}) for name, rows in tables.items()}
+
+
+def pretrain(tokenizer, mesh=None, data=None, **changes):
+    values = {"dataset": "builtin", "batch_size": 4, "steps": 10, "window": 16} | changes
+    config = PretrainConfig(**values)
+    model = small.config(vocab_size=len(tokenizer))
+    return stages.pretrain(
+        config, model, data or text_data(), tokenizer, mesh or small.mesh(), seed=0
+    )
+
+
+def label_data(count=20, held=6, labels=("no", "yes", "maybe")):
+    def table(rows, seed, where):
+        names = [labels[i % len(labels)] for i in range(rows)]
+        values = {"text": small.texts(rows, seed), "label": names}
+        values |= {"text_pair": small.texts(rows, seed + 1)}
+        return Table(datasets.Dataset.from_dict(values), where)
+
+    return {"train": table(count, 0, "train.csv"), "validation": table(held, 5, "valid.csv")}
+
+
+def finetune(tokenizer, mesh=None, data=None, **changes):
+    config = FinetuneConfig(**({"train_file": "train.csv", "batch_size": 4} | changes))
+    model = small.config(vocab_size=len(tokenizer))
+    return stages.finetune(
+        config, model, data or label_data(), tokenizer, mesh or small.mesh(), seed=0
+    )
+
+
+def fails(function, *args, **kwargs) -> str:
+    with pytest.raises(UserError) as info:
+        function(*args, **kwargs)
+    assert "\n" not in str(info.value)
+    return str(info.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs", "summed"),
+    [
+        ("classification", 3, False),
+        ("entailment", 3, False),
+        ("similarity", 3, True),
+        ("regression", 1, True),
+        ("multiple_choice", 1, False),
+    ],
+)
+def test_the_head_is_that_of_the_task(kind, outputs, summed):
+    choices = ("a", "b", "c") if kind == "multiple_choice" else ()
+    spec = TaskSpec(kind, "text", choices=choices, labels=("0", "1", "2"))
+    model = stages.make_model(small.config(), spec)
+    assert (model.num_outputs, model.sum_candidates) == (outputs, summed)
+    assert not stages.make_model(small.config(), None).num_outputs
+
+
+def test_fingerprint_is_of_the_contents():
+    one = np.arange(12, dtype=np.int32)
+    other = np.arange(24, dtype=np.int32)[::2] // 2
+    assert stages.fingerprint(one) == stages.fingerprint(other.astype(np.int32))
+    different = [
+        (one,), (one.astype(np.int64),), (one.reshape(3, 4),), (one[::-1],), (one, one),
+        (one[:-1],), (),
+    ]  # fmt: skip
+    assert len({stages.fingerprint(*arrays) for arrays in different}) == len(different)
+    assert stages.fingerprint(one, None) == stages.fingerprint(one)
+
+
+def test_pretraining_counts(tokenizer):
+    stage = pretrain(tokenizer)
+    stream = [i for text in TEXT for i in tokenizer.encode(text)]
+    assert (stage.name, stage.metric, stage.total_steps) == ("pretrain", "loss", 10)
+    assert (stage.eval_every, stage.save_every) == (10, 1000)
+    assert stage.test is None
+    assert stage.spec is None
+    assert f"{len(stream):,} training tokens" in stage.notes[0]
+    batch = next(iter(stage.batches.iterate(0, 1)))
+    assert batch.tokens.shape == (4, 16)
+    places = "".join(f",{i}," for i in stream)
+    for row in batch.tokens:
+        assert "".join(f",{i}," for i in row) in places
+    assert pretrain(tokenizer, window=0).batches[0].tokens.shape == (4, 32)
+    assert pretrain(tokenizer, eval_every=3).eval_every == 3
+
+
+@pytest.mark.parametrize("epochs", [0.5, 1.0, 2.5])
+def test_pretraining_epochs(tokenizer, epochs):
+    stage = pretrain(tokenizer, steps=0, epochs=epochs)
+    assert stage.total_steps == math.ceil(epochs * stage.batches.windows / 4)
+
+
+def test_pretraining_fingerprint_is_that_of_the_training_text(tokenizer):
+    same = pretrain(tokenizer, batch_size=8, data=text_data(validation=TEXT[3:9]))
+    assert pretrain(tokenizer).fingerprint == same.fingerprint
+    assert pretrain(tokenizer, data=text_data(TEXT[1:])).fingerprint != same.fingerprint
+
+
+def test_pretraining_mistakes(tokenizer):
+    mesh = small.mesh(data=2, fsdp=2)
+    message = fails(pretrain, tokenizer, mesh=mesh, batch_size=6)
+    assert message.startswith("--config.pretrain.batch_size=6: must be a multiple of 4")
+    optimizer = OptimizerConfig(accumulation=3)
+    message = fails(pretrain, tokenizer, mesh=mesh, batch_size=8, optimizer=optimizer)
+    assert "multiple of 12" in message
+    pretrain(tokenizer, mesh=mesh, batch_size=12, optimizer=optimizer)
+    message = fails(pretrain, tokenizer, data=text_data(validation=["\n"]))
+    assert message.startswith("--config.pretrain.validation_files")
+    assert "--config.pretrain" in fails(pretrain, tokenizer, data=text_data(TEXT[:1]))
+
+
+def test_finetuning_counts(tokenizer):
+    data = label_data() | {"test": label_data(held=9)["validation"]}
+    stage = finetune(tokenizer, data=data, epochs=2.2)
+    assert (stage.name, stage.metric) == ("finetune", "accuracy")
+    assert stage.total_steps == math.ceil(2.2 * 20 / 4)
+    assert stage.eval_every == 5
+    assert stage.spec.labels == ("maybe", "no", "yes")
+    assert stage.model.num_outputs == 3
+    assert (stage.objective.kind, stage.objective.lm_weight) == ("classification", 0.5)
+    assert stage.test is not None
+    assert "20 train examples" in stage.notes[0]
+    labels = collections.Counter()
+    for batch in stage.batches.iterate(0, 5):
+        assert batch.example_mask.sum() == 4
+        labels.update(batch.labels[batch.example_mask > 0].tolist())
+    assert labels == {1: 7, 2: 7, 0: 6}  # one epoch: no, yes, maybe in turn
+    assert finetune(tokenizer).test is None
+    assert finetune(tokenizer, steps=3).total_steps == 3
+    assert finetune(tokenizer, evals_per_epoch=2.0).eval_every == 2
+    assert finetune(tokenizer, evals_per_epoch=100.0).eval_every == 1
+
+
+def test_floors_are_the_majority_answer(tokenizer):
+    data = label_data(labels=("a", "b"))
+    rows = {"text": small.texts(8), "label": list("aaabaaab")}
+    data["validation"] = Table(datasets.Dataset.from_dict(rows), "valid.csv")
+    floors = finetune(tokenizer, data=data, metrics="accuracy").floors
+    assert list(floors) == ["validation"]
+    assert floors["validation"]["accuracy"] == pytest.approx(6 / 8)
+
+
+def test_rows_divide_among_devices_and_micro_batches(tokenizer):
+    stage = finetune(
+        tokenizer, mesh=small.mesh(data=2, fsdp=2), batch_size=10,
+        optimizer=OptimizerConfig(accumulation=3),
+    )  # fmt: skip
+    for batch in stage.batches.iterate(0, 4):
+        assert batch.tokens.shape[0] % 12 == 0
+        assert batch.example_mask.sum() == 10
+
+
+def test_finetuning_fingerprint_is_that_of_texts_and_labels(tokenizer):
+    first = finetune(tokenizer)
+    assert finetune(tokenizer, data=label_data(held=5), batch_size=8).fingerprint == (
+        first.fingerprint
+    )
+    assert finetune(tokenizer, data=label_data(count=19)).fingerprint != first.fingerprint
+    flipped = finetune(tokenizer, data=label_data(labels=("yes", "no", "maybe")))
+    assert flipped.fingerprint != first.fingerprint
+
+
+def test_finetuning_mistakes(tokenizer):
+    data = label_data()
+    data["validation"] = label_data(labels=("no", "perhaps"))["validation"]
+    message = fails(finetune, tokenizer, data=data)
+    assert message.startswith("valid.csv: row 2, column label: label 'perhaps'")
+    message = fails(finetune, tokenizer, data=label_data(labels=("same",)))
+    assert message.startswith("train.csv: column label: ")
+
+
+def test_texts_for_the_tokenizer_are_those_of_training():
+    assert list(stages.pretrain_texts(text_data())) == TEXT
+    many = [f"row {i}" for i in range(2500)]
+    assert list(stages.pretrain_texts(text_data(train=many))) == many
+    data = label_data()
+    config = FinetuneConfig(task="similarity", text_pair="text_pair")
+    expected = [*data["train"].rows["text"], *data["train"].rows["text_pair"]]
+    assert list(stages.finetune_texts(data, config)) == expected
