@@ -272,6 +272,9 @@ def test_a_wrong_value_is_named_with_its_flag(name, value, advice):
             {"pretrain": None, "finetune.compare_from_scratch": True},
             ".finetune.compare_from_scratch", "--config.init_from",
         ),
+        ({"pretrain.validation_files": "v.txt"}, ".pretrain.validation_files", "of its own"),
+        ({"finetune.test_file": "t.csv"}, ".finetune.validation_file", "with train_file"),
+        ({"model.context_length": 1}, ".model.context_length", "another one to follow"),
         ({"mesh.data": -1, "mesh.fsdp": -1}, ".mesh", "at most one -1"),
         ({"mesh.tensor": 0}, ".mesh", "positive"),
     ],
@@ -293,7 +296,10 @@ def test_fields_that_do_not_go_together(changes, flag, advice):
         {"finetune": None},
         {"pretrain.steps": 0, "pretrain.epochs": 0.5},
         {"finetune.epochs": 0.0, "finetune.steps": 5},
-        {"pretrain.validation_fraction": 0.0, "pretrain.validation_files": "v.txt"},
+        {
+            "pretrain.dataset": "", "pretrain.train_files": "*.txt",
+            "pretrain.validation_fraction": 0.0, "pretrain.validation_files": "v.txt",
+        },
         {"pretrain.dataset": "", "pretrain.train_files": "*.txt"},
         {"pretrain.window": 512},
         {"pretrain.window": 2},
@@ -303,7 +309,7 @@ def test_fields_that_do_not_go_together(changes, flag, advice):
         {"pretrain": None, "init_from": "runs/x", "finetune.compare_from_scratch": True},
         {"mesh.data": 2, "mesh.fsdp": -1},
     ],
-)
+)  # fmt: skip
 def test_what_is_allowed(changes):
     experiment = whole()
     for name, value in changes.items():

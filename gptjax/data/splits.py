@@ -6,7 +6,7 @@ from typing import Any
 from gptjax import config as config_lib
 from gptjax.config import FinetuneConfig, PretrainConfig
 from gptjax.data import builtin, sources
-from gptjax.data.tasks import TaskSpec
+from gptjax.data.tasks import TaskSpec, as_text
 from gptjax.errors import require
 
 BUILTIN = "builtin"
@@ -36,7 +36,11 @@ def text_splits(config: PretrainConfig) -> dict[str, Any]:
     if config.dataset:
         train = sources.load_hub(config.dataset, "train")
         sources.require_columns(train, [config.text], config.dataset)
-        train = train.select_columns([config.text]).rename_columns({config.text: "text"})
+        # Documents are separated by a blank line, as those of files are.
+        train = train.map(
+            lambda row: {"text": as_text(row[config.text]).rstrip("\n") + "\n\n"},
+            remove_columns=train.column_names,
+        )
     else:
         train = sources.read_text(config.train_files, config.line_breaks)
     if config.validation_files:
