@@ -155,7 +155,8 @@ def main(argv: list[str]) -> int:
     """Runs the mode; returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)
-    absl_logging.get_absl_logger().setLevel(logging.ERROR)  # orbax warns of what we ask it to do
+    # Orbax warns of what we ask it to do, and logs errors that it raises as well.
+    absl_logging.get_absl_logger().setLevel(logging.CRITICAL)
     if len(argv) > 1:
         return _error(f"{argv[1]}: unexpected argument; flags begin with --", 2)
     _set_up_jax()
@@ -172,4 +173,8 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     _quiet_orbax()
-    app.run(main, flags_parser=_parse)
+    try:
+        app.run(main, flags_parser=_parse)
+    except BrokenPipeError:  # what reads our output has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

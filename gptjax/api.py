@@ -150,7 +150,8 @@ class LoadedGPT:
           rows: the task's text columns, as column name -> values or as one mapping a row.
         """
         if not isinstance(rows, Mapping):
-            names = dict.fromkeys(name for row in rows for name in row)
+            none = self.task.text_columns if self.task else ()
+            names = dict.fromkeys([name for row in rows for name in row] or none)
             rows = {name: [row.get(name) for row in rows] for name in names}
         examples = self.encode(rows)
         assert self.task is not None

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from gptjax.errors import require
 
+LINE_BREAKS = ("auto", "keep", "join")
 TOKENIZERS = ("bpe", "gpt1", "character")
 
 
@@ -230,9 +231,10 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """Returns " (did you mean X?)" for the name most like `name`, or ""."""
-    match = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
-    return f" (did you mean {match[0]}?)" if match else ""
+    """Returns "; did you mean 'X'?" with the one of `names` that is most like `name`, or ""."""
+    lower = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""
 
 
 def _inner_type(annotation: Any) -> Any:

@@ -1,7 +1,6 @@
 """The orchestrator of training: data -> stages -> steps, checkpoints, scores, report."""
 
 import dataclasses
-import logging
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import checkpoint, flops, optim, report, sharding, state, steps, telemetry, validation
+from gptjax import checkpoint, flops, optim, report, sharding, state, telemetry, validation
 from gptjax import config as config_lib
 from gptjax import model as model_lib
 from gptjax import stages as stages_lib
@@ -18,39 +17,18 @@ from gptjax.config import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import Preempted, TrainingDiverged, UserError, require
+from gptjax.errors import UserError, require
 from gptjax.preemption import StopRequest
 from gptjax.stages import Scores, Stage
 from gptjax.state import Params, TrainState
-from gptjax.steps import StepOutput
+from gptjax.trainer import Run, Trainer
 
-# Records of a training in metrics.jsonl: about so many, whatever its length.
-_RECORDS = 500
 # What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
 _SIZES = (
     "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
     "activation", "segment_types", "layer_norm_epsilon",
 )  # fmt: skip
 SCRATCH = "finetune_from_scratch"
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What the stages of one run share."""
-
-    experiment: Experiment
-    workdir: str
-    mesh: Mesh
-    tokenizer: Tokenizer
-    model: ModelConfig
-    log: telemetry.MetricsLog
-    stop: StopRequest
-    is_main: bool
-
-    def say(self, text: str) -> None:
-        """Prints a line, in one process only."""
-        if self.is_main:
-            print(text, flush=True)
 
 
 def run(experiment: Experiment, workdir: str) -> dict[str, Any]:
@@ -184,7 +162,9 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
         if stage.name == "pretrain":
             pretrained = params
         if context.is_main:
-            telemetry.write_json(path, summary)
+            # Later stages that are done stay in the file, should this run not reach them.
+            later = {each.name: old[each.name] for each in stages if each.name in old}
+            telemetry.write_json(path, later | summary)
     return summary
 
 
@@ -215,7 +195,7 @@ def _train_stage(
         finished = old if start == stage.total_steps else None
         if not finished:
             context.log.rewind(stage.name, start)
-        speed = _Trainer(context, stage, checkpoints, meta).train(train_state, start)
+        speed = Trainer(context, stage, checkpoints, meta).train(train_state, start)
         del train_state
         best, params = checkpoints.restore_best_params(like.params)
         scores = checkpoints.metrics(best)
@@ -260,123 +240,6 @@ def _same_run(ours: Meta, other: Meta) -> None:
             f"--workdir: its {ours.stage} checkpoint was made with another {what}; "
             "restore what it was, or choose another --workdir",
         )
-
-
-class _Trainer:
-    """The loop over the steps of one stage."""
-
-    def __init__(self, context: Run, stage: Stage, checkpoints: Checkpoints, meta: Meta):
-        self._context, self._stage, self._checkpoints, self._meta = (
-            context, stage, checkpoints, meta
-        )  # fmt: skip
-        self._every = max(1, stage.total_steps // _RECORDS)
-        optimizer = optim.build(stage.optimizer, stage.total_steps)
-        self._rate = optim.schedule(stage.optimizer, stage.total_steps)
-        self._step = steps.jit_train_step(
-            context.mesh,
-            model=stage.model,
-            objective=stage.objective,
-            optimizer=optimizer,
-            micro=stage.optimizer.accumulation,
-            seed=context.experiment.seed,
-        )
-
-    def train(self, train_state: TrainState, start: int) -> float:
-        """Runs steps [start, total); returns the tokens per second, or 0 where none was run."""
-        context, stage = self._context, self._stage
-        total, pending = stage.total_steps, None
-        with telemetry.Progress(stage.name, total, start, context.is_main) as progress:
-            self._progress = progress
-            self._maybe_validate(train_state, start)
-            for step, batch in enumerate(stage.batches.iterate(start, total), start + 1):
-                if context.stop():
-                    self._read(pending)
-                    self._stop_if_asked(train_state, step - 1)
-                tokens = int((batch.segment_ids > 0).sum())
-                train_state, output = self._step(
-                    train_state, sharding.to_devices(batch, context.mesh)
-                )
-                # Read one step late: by then the device has it, and works on the next.
-                self._read(pending)
-                pending = (step, output, tokens)
-                if step % stage.save_every == 0 or self._validation_due(step):
-                    self._read(pending)
-                    pending = None
-                    self._maybe_validate(train_state, step)
-                    self._save(train_state, step)
-            self._read(pending)
-            speed = progress.tokens_per_second
-        self._checkpoints.wait()
-        return speed
-
-    def _read(self, pending: tuple[int, StepOutput, int] | None) -> None:
-        """Fetches a step's output, logs it, and ends the run after too many bad steps in a row."""
-        if pending is None:
-            return
-        step, device_output, tokens = pending
-        output: StepOutput = jax.device_get(device_output)
-        values = _scores(self._stage, output)
-        self._progress.update(step, values["loss"], tokens)
-        if step % self._every == 0 or step in (1, self._stage.total_steps):
-            values["gradient_norm"] = float(output.gradient_norm)
-            values["learning_rate"] = float(self._rate(step - 1))
-            self._context.log.write(self._stage.name, "train", step, values)
-        bad, limit = int(output.bad_steps), self._stage.optimizer.max_bad_steps
-        if bad == 1:
-            logging.warning("%s: step %d was not finite and is skipped", self._stage.name, step)
-        if bad >= limit:
-            raise TrainingDiverged(
-                f"{self._stage.name}: {bad} updates in a row were not finite, the last at step "
-                f"{step}; checkpoints are kept in {self._checkpoints.directory}; "
-                "try a smaller learning rate"
-            )
-
-    def _validation_due(self, step: int) -> bool:
-        """At every multiple of `eval_every` and at the end, but not twice right after another."""
-        left = self._stage.total_steps - step
-        return left == 0 or (
-            step > 0 and step % self._stage.eval_every == 0 and 2 * left >= self._stage.eval_every
-        )
-
-    def _maybe_validate(self, train_state: TrainState, step: int) -> None:
-        """Validates and saves where a validation is due and the step's checkpoint has no scores."""
-        have = step in self._checkpoints.steps()
-        if not self._validation_due(step) or (have and self._checkpoints.metrics(step)):
-            return
-        with self._progress.paused():
-            scores = self._stage.validate(train_state.params, self._context.stop)
-            self._stop_if_asked(train_state, step)
-            assert scores is not None
-            self._context.log.write(self._stage.name, "validation", step, scores)
-        if have:  # saved by a run that was stopped before it could validate
-            self._checkpoints.delete(step)
-        self._save(train_state, step, scores)
-
-    def _save(self, train_state: TrainState, step: int, scores: Scores | None = None) -> None:
-        if step in self._checkpoints.steps():
-            return
-        with self._progress.paused():
-            self._checkpoints.save(step, train_state, self._meta, scores)
-
-    def _stop_if_asked(self, train_state: TrainState, step: int) -> None:
-        if not self._context.stop():
-            return
-        self._save(train_state, step)
-        self._checkpoints.wait()
-        raise Preempted(
-            f"{self._stage.name}: asked to stop; saved at step {step:,} of "
-            f"{self._stage.total_steps:,}; the same command continues there"
-        )
-
-
-def _scores(stage: Stage, output: StepOutput) -> Scores:
-    """The training losses of one step, as means."""
-    sums = output.losses
-    lm = float(sums.lm.total) / max(float(sums.lm.weight), 1e-9)
-    if stage.spec is None:
-        return {"loss": lm}
-    task = float(sums.task.total) / max(float(sums.task.weight), 1e-9)
-    return {"loss": task + stage.objective.lm_weight * lm, "task_loss": task, "lm_loss": lm}
 
 
 def _stage_summary(

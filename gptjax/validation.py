@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from gptjax.config import (
+    LINE_BREAKS,
     TOKENIZERS,
     Experiment,
     FinetuneConfig,
@@ -21,7 +22,6 @@ DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "dots")
 SCHEDULES = ("cosine", "linear", "constant")
 TASKS = ("classification", "entailment", "similarity", "multiple_choice", "regression")
-LINE_BREAKS = ("auto", "keep", "join")
 
 
 def _freeze(config: Any) -> None:

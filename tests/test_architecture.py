@@ -18,7 +18,7 @@ ORDER = (
     *("data.builtin", "data.tasks", "data.splits", "data.packing", "data.loader", "data"),
     *("dropout", "attention", "model", "losses", "sharding", "optim", "state", "steps"),
     *("metrics", "evaluate", "generate", "flops", "checkpoint", "telemetry", "report"),
-    *("stages", "loop", "api", "modes", ""),
+    *("stages", "trainer", "loop", "api", "modes", ""),
 )
 # Tested by the file of the module they exist for.
 TESTED_IN = {
@@ -27,6 +27,7 @@ TESTED_IN = {
     "data.docstrings": "builtin",
     "errors": "config",
     "validation": "config",
+    "trainer": "loop",
     "version": "architecture",
     "": "architecture",
 }

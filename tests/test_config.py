@@ -116,7 +116,7 @@ def test_round_trip_keeps_every_field():
 def test_unknown_fields_are_named():
     with pytest.raises(UserError) as info:
         config_lib.from_dict(Experiment, {"model": {"widht": 3}}, "run/config.json")
-    assert str(info.value) == "run/config.json: unknown field widht (did you mean width?)"
+    assert str(info.value) == "run/config.json: unknown field widht; did you mean 'width'?"
 
 
 def test_differences_lists_what_may_not_change():
@@ -320,7 +320,7 @@ def test_what_is_allowed(changes):
 def test_small_helpers():
     assert config_lib.split_names(" a, b,,c ,") == ("a", "b", "c")
     assert config_lib.split_names("") == ()
-    assert config_lib.nearest("widht", ["width", "height"]) == " (did you mean width?)"
+    assert config_lib.nearest("widht", ["width", "height"]) == "; did you mean 'width'?"
     assert config_lib.nearest("zzz", ["width"]) == ""
 
 

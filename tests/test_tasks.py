@@ -257,7 +257,7 @@ def test_a_label_that_training_did_not_see(tokenizer):
     message = fails(tasks.encode, spec, rows, tokenizer, CONTEXT, "valid.csv")
     assert message.startswith("valid.csv: row 2, column label: label 'postive'")
     assert "negative, positive" in message
-    assert "did you mean positive?" in message
+    assert "did you mean 'positive'?" in message
 
 
 @pytest.mark.parametrize(

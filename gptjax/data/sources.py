@@ -15,11 +15,11 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from gptjax.config import LINE_BREAKS, nearest
 from gptjax.data.tables import (
     bad_byte,
     fingerprint,
     import_datasets,
-    nearest,
     one_line,
     read_table,
     require_columns,
@@ -46,7 +46,6 @@ __all__ = [
     "text_column",
 ]
 
-LINE_BREAKS = ("auto", "keep", "join")
 PIECE_CHARACTERS = 1 << 16
 _WRAP_SAMPLE_LINES = 20_000
 _WRAP_WINDOW = 64

@@ -7,7 +7,7 @@ from gptjax import config as config_lib
 from gptjax.config import FinetuneConfig, PretrainConfig
 from gptjax.data import builtin, sources
 from gptjax.data.tasks import TaskSpec, as_text
-from gptjax.errors import require
+from gptjax.errors import UserError, require
 
 BUILTIN = "builtin"
 
@@ -112,7 +112,10 @@ def _held_out(
     """Divides a table; each part remembers which rows of the file it holds."""
     number = "row of the file"
     rows = table.rows.add_column(number, list(range(1, len(table.rows) + 1)))
-    parts = sources.holdout(rows, list(text_columns), fraction, seed)
+    try:
+        parts = sources.holdout(rows, list(text_columns), fraction, seed)
+    except UserError as error:
+        raise UserError(f"{table.where}: {error}") from error
     return {
         name: Table(part.remove_columns(number), table.where, table.where, tuple(part[number]))
         for name, part in zip(("train", "validation"), parts, strict=True)

@@ -8,7 +8,6 @@ line with file, line and column.
 from __future__ import annotations
 
 import csv
-import difflib
 import hashlib
 import itertools
 import json
@@ -16,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from gptjax.config import nearest
 from gptjax.errors import UserError, require
 
 if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
@@ -99,13 +99,6 @@ def require_file(path: str) -> None:
     if not os.path.isfile(path):
         near = nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
         raise UserError(f"{path}: no such file{near}")
-
-
-def nearest(name: str, names: Iterable[str]) -> str:
-    """ "; did you mean 'X'?" with the one of `names` that is close to `name`, or ""."""
-    lower = {each.lower(): each for each in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=1)
-    return f"; did you mean {lower[near[0]]!r}?" if near else ""
 
 
 def bad_byte(path: str) -> str:

@@ -1,0 +1,152 @@
+"""A trained model in Python: `gptjax.load`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+
+import gptjax
+from gptjax.config import MeshConfig, ModelConfig
+from gptjax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def gpt():
+    return gptjax.load(runs.trained())
+
+
+def test_what_a_loaded_model_has(gpt):
+    assert isinstance(gpt.config, ModelConfig)
+    assert (gpt.config.width, gpt.config.context_length, gpt.config.vocab_size) == (16, 16, 96)
+    assert gpt.params["token_embedding"].shape == (96, 16)
+    assert gpt.task.labels == ("no", "yes")
+    text = "the old man saw a tree"
+    assert " ".join(gpt.tokenizer.decode(gpt.tokenizer.encode(text)).split()) == text
+    assert gpt.path.startswith(runs.trained())
+
+
+def test_what_is_loaded_is_the_best_step_or_the_one_asked_for(gpt):
+    for step in runs.steps(runs.trained(), "finetune"):
+        one = gptjax.load(f"{runs.trained()}/checkpoints/finetune/{step}")
+        saved = runs.arrays(runs.trained(), "finetune", step)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(one.params):
+            name = "params" + jax.tree_util.keystr(path)
+            assert saved[name][2] == np.asarray(leaf).tobytes()
+    assert gptjax.load(f"{runs.trained()}/checkpoints/pretrain").task is None
+
+
+def test_logits_have_the_promised_shape_and_are_causal(gpt):
+    tokens = np.arange(32).reshape(2, 16)
+    logits = gpt.lm_logits(tokens)
+    assert (logits.shape, logits.dtype) == ((2, 16, 96), jnp.float32)
+    assert np.all(np.isfinite(logits))
+    changed = tokens.copy()
+    changed[:, 10:] += 1
+    np.testing.assert_array_equal(gpt.lm_logits(changed)[:, :10], logits[:, :10])
+    assert np.abs(gpt.lm_logits(changed)[:, 10:] - logits[:, 10:]).max() > 1e-3
+
+
+def test_packed_logits_are_those_of_each_alone(gpt):
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 84, n) for n in (5, 1, 7)]
+    row = np.concatenate([*parts, np.zeros(3, int)])[None]
+    segments = np.repeat([1, 2, 3, 0], [5, 1, 7, 3])[None]
+    packed = np.asarray(gpt.lm_logits(row, segments))[0]
+    start = 0
+    for part in parts:
+        alone = np.asarray(gpt.lm_logits(part[None]))[0]
+        np.testing.assert_allclose(packed[start : start + len(part)], alone, atol=1e-5)
+        start += len(part)
+
+
+def test_packed_rows_may_be_longer_than_the_context(gpt):
+    tokens = np.zeros((1, 32), int)
+    assert gpt.lm_logits(tokens, np.repeat([1, 2], 16)[None]).shape == (1, 32, 96)
+    with pytest.raises(UserError, match="a sequence of 32 tokens exceeds the context of 16"):
+        gpt.lm_logits(tokens)
+    with pytest.raises(UserError, match=r"must be \[B, T\]"):
+        gpt.lm_logits(tokens[0])
+    with pytest.raises(UserError, match="must have the shape of tokens"):
+        gpt.lm_logits(tokens, tokens[:, :5])
+
+
+def test_rows_may_come_as_mappings_or_as_columns(gpt):
+    rows = runs.rows(11, 5)
+    one = gpt.predict(rows)
+    other = gpt.predict({"text": [row["text"] for row in rows]})
+    assert one.labels == other.labels
+    np.testing.assert_array_equal(one.probabilities, other.probabilities)
+    assert one.probabilities.shape == (11, 2)
+    np.testing.assert_allclose(one.probabilities.sum(axis=1), 1, atol=1e-6)
+    assert one.label_names == ("no", "yes")
+    assert [one.label_names[i] for i in one.probabilities.argmax(axis=1)] == one.labels
+    assert (one.cut, one.empty) == (0, 0)
+
+
+def test_the_model_has_learned_what_is_separable(gpt):
+    rows = runs.rows(100, 6)
+    right = [a == row["label"] for a, row in zip(gpt.predict(rows).labels, rows, strict=True)]
+    scores = gpt.score({name: [row[name] for row in rows] for name in ("text", "label")})
+    assert scores["accuracy"] == pytest.approx(np.mean(right))
+    assert scores["accuracy"] > 0.9
+    assert scores["floor_accuracy"] < 0.7
+
+
+def test_strange_rows(gpt):
+    assert gpt.predict([]).labels == []
+    found = gpt.predict([{"text": None}, {"text": ""}, {"text": "x " * 999}, {"text": 7}])
+    assert len(found.labels) == 4
+    assert (found.cut, found.empty) == (1, 2)
+    with pytest.raises(UserError, match=r"no column 'text'; did you mean 'texts'\?"):
+        gpt.predict([{"texts": "a"}])
+    with pytest.raises(UserError, match="different lengths"):
+        gpt.score({"text": ["a", "b"], "label": ["yes"]})
+    with pytest.raises(UserError, match="label 'maybe' was not seen in training"):
+        gpt.score({"text": ["a"], "label": ["maybe"]})
+    with pytest.raises(UserError, match="was not fine-tuned for a task"):
+        gptjax.load(f"{runs.trained()}/checkpoints/pretrain").predict([{"text": "a"}])
+
+
+def test_the_answer_does_not_depend_on_the_mesh(gpt):
+    rows = runs.rows(9, 7)
+    other = gptjax.load(runs.trained(), mesh_config=MeshConfig(data=2, fsdp=2, tensor=2))
+    assert other.params["token_embedding"].sharding.mesh.shape == {
+        "data": 2,
+        "fsdp": 2,
+        "tensor": 2,
+    }
+    np.testing.assert_allclose(
+        other.predict(rows).probabilities, gpt.predict(rows).probabilities, atol=1e-5
+    )
+
+
+def test_generation_begins_with_the_prompt_and_repeats_with_its_seed(gpt):
+    one = gpt.generate("the cat", 12, seed=3, num_samples=3)
+    assert gpt.generate("the cat", 12, seed=3, num_samples=3) == one
+    assert gpt.generate("the cat", 12, seed=4, num_samples=3) != one
+    assert all(text.split()[:2] == ["the", "cat"] for text in one)
+    assert len(set(one)) > 1
+    greedy = gpt.generate("the cat", 5, temperature=0, num_samples=2)
+    assert greedy[0] == greedy[1]
+    assert gpt.generate("the cat", 5, temperature=1, top_k=1) == greedy[:1]
+    assert [text.split() for text in gpt.generate("the cat", 0)] == [["the", "cat"]]
+    assert len(gpt.tokenizer.encode(gpt.generate("the cat", 40)[0])) > 20  # beyond the context
+    assert isinstance(gpt.generate("", 5)[0], str)
+
+
+def test_greedy_generation_follows_the_logits(gpt):
+    ids = gpt.tokenizer.encode("the cat")
+    greedy = gpt.tokenizer.encode(gpt.generate("the cat", 4, temperature=0)[0])
+    special = [gpt.tokenizer.start_id, gpt.tokenizer.delimiter_id, gpt.tokenizer.extract_id]
+    special += [gpt.tokenizer.padding_id, gpt.tokenizer.unknown_id]
+    for _ in range(4):
+        logits = np.array(gpt.lm_logits([ids])[0, -1])
+        logits[special] = logits[len(gpt.tokenizer) :] = -np.inf
+        ids.append(int(logits.argmax()))
+    assert gpt.tokenizer.decode(ids).split() == gpt.tokenizer.decode(greedy).split()
+
+
+def test_nothing_there_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="no checkpoint there"):
+        gptjax.load(str(tmp_path))

@@ -1,0 +1,184 @@
+"""Training as a whole: it learns, keeps what it promises to keep, and ends well when it cannot."""
+
+import json
+import math
+import os
+import pathlib
+
+import numpy as np
+import pytest
+import runs
+
+from gptjax import checkpoint, loop
+from gptjax.data import loader
+from gptjax.preemption import StopRequest
+
+# Of the checkpoint that is damaged on purpose, see tests/test_checkpoint.py.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def test_what_a_run_leaves_behind():
+    workdir = runs.trained()
+    assert set(os.listdir(workdir)) == {
+        "checkpoints", "config.json", "metrics.jsonl", "plots", "summary.json", "tensorboard",
+        "tokenizer.json",
+    }  # fmt: skip
+    for name in ("loss.png", "score.png"):
+        assert pathlib.Path(workdir, "plots", name).read_bytes().startswith(b"\x89PNG")
+    config = json.loads(pathlib.Path(workdir, "config.json").read_text())
+    assert config["model"]["width"] == 16
+    assert config["pretrain"]["train_files"] == runs.files().text
+    summary = runs.summary(workdir)
+    assert list(summary) == ["pretrain", "finetune"]
+    pretrain, finetune = summary["pretrain"], summary["finetune"]
+    assert {"steps", "validation_loss", "validation_perplexity", "tokens_per_second", "mfu"} == set(
+        pretrain
+    )
+    assert pretrain["steps"] == finetune["steps"] == 20
+    assert pretrain["validation_perplexity"] == pytest.approx(math.exp(pretrain["validation_loss"]))
+    assert pretrain["tokens_per_second"] > 0
+    assert 0 < pretrain["mfu"] < 1
+    for split in ("validation", "test"):
+        assert {"loss", "task_loss", "lm_loss", "accuracy"} == set(finetune[split])
+
+
+def test_the_log_has_every_step_and_every_validation():
+    records = runs.records(runs.trained())
+
+    def steps(stage, split):
+        return [r["step"] for r in records if (r["stage"], r["split"]) == (stage, split)]
+
+    assert steps("pretrain", "train") == steps("finetune", "train") == list(range(1, 21))
+    assert steps("pretrain", "validation") == [10, 20]
+    assert steps("finetune", "validation")[-1] == 20
+    assert steps("finetune", "test") == [20]
+    by_step = {r["step"]: r for r in records if r["stage"] == "pretrain" and r["split"] == "train"}
+    assert {"loss", "gradient_norm", "learning_rate"} <= set(by_step[1])
+    assert by_step[1]["learning_rate"] == pytest.approx(0.005)
+    assert by_step[2]["learning_rate"] == pytest.approx(0.01)
+    best = min(r["loss"] for r in records if r["stage"] == "pretrain" and r["split"] != "train")
+    assert runs.summary(runs.trained())["pretrain"]["validation_loss"] == pytest.approx(best)
+
+
+def test_a_predictable_text_is_learned(tmp_path):
+    text = runs.write(tmp_path / "t.txt", "abcdefgh" * 400)
+    result = runs.main(
+        *runs.TINY, *runs.files().pretrain, "--config.finetune=none", f"--workdir={tmp_path}/w",
+        f"--config.pretrain.train_files={text}", "--config.tokenizer.kind=character",
+        "--config.pretrain.steps=250", "--config.pretrain.eval_every=250",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    losses = [r["loss"] for r in runs.records(str(tmp_path / "w")) if r["split"] == "train"]
+    assert losses[0] > 0.8 * math.log(96)
+    loss = runs.summary(str(tmp_path / "w"))["pretrain"]["validation_loss"]
+    assert loss < 0.05 * math.log(8)
+    said = runs.main(
+        "--mode=generate", f"--checkpoint={tmp_path}/w", "--prompt=cde", "--max_new_tokens=12",
+        "--temperature=0",
+    )  # fmt: skip
+    assert said.out.strip() == "cdefghabcdefgha"
+
+
+class StopAtOnce(StopRequest):
+    """Asked to stop from the start."""
+
+    def __call__(self) -> bool:
+        return True
+
+
+@pytest.mark.slow
+def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monkeypatch):
+    """And `init_from` fixes tokenizer, sizes and first weights, whatever the experiment says."""
+    workdir, files = str(tmp_path / "w"), runs.files()
+    command = (
+        *files.finetune, "--config.pretrain=none", f"--workdir={workdir}",
+        f"--config.init_from={runs.trained()}/checkpoints/pretrain",
+        "--config.model.width=48", "--config.tokenizer.vocab_size=50", "--config.model.unroll=1",
+        "--config.finetune.steps=80", "--config.model.residual_dropout=0",
+        "--config.model.attention_dropout=0",
+    )  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "StopRequest", StopAtOnce)
+        assert runs.main(*command).code == 75
+    best = checkpoint.open_for_use(f"{runs.trained()}/checkpoints/pretrain")[1]
+    pretrained = runs.arrays(runs.trained(), "pretrain", best)
+    begun = runs.arrays(workdir, "finetune", 0)
+    for name, array in pretrained.items():
+        assert not name.startswith("params") or begun[name] == array, name
+    new = {name for name in begun.keys() - pretrained.keys() if name.startswith("params")}
+    assert new == {"params['task_head']['bias']", "params['task_head']['kernel']"}
+
+    result = runs.main(*command)
+    assert result.code == 0, result.err
+    summary = runs.summary(workdir)["finetune"]
+    assert summary["validation"]["accuracy"] == summary["test"]["accuracy"] == 1.0
+    ours, theirs = (
+        checkpoint.open_for_use(f"{each}/checkpoints/{stage}")[2]
+        for each, stage in ((workdir, "finetune"), (runs.trained(), "pretrain"))
+    )
+    assert ours.tokenizer_hash == theirs.tokenizer_hash
+    assert (ours.model.width, ours.model.vocab_size) == (16, 96)
+
+
+def test_a_diverging_run_ends_with_code_3_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+    drawn = loader.TextBatches.__getitem__
+
+    def draw(self, step):
+        batch = drawn(self, step)
+        if step >= 12:
+            batch.lm_weights[:] = np.inf
+        return batch
+
+    monkeypatch.setattr(loader.TextBatches, "__getitem__", draw)
+    workdir = str(tmp_path / "w")
+    result = runs.main(
+        *runs.TINY, *runs.files().pretrain, "--config.finetune=none", f"--workdir={workdir}"
+    )
+    assert result.code == 3, result.err
+    line = result.err.splitlines()[-1]
+    assert line.startswith("error: pretrain: 5 updates in a row were not finite, the last at step")
+    assert "step 17" in line
+    assert "smaller learning rate" in line
+    assert runs.steps(workdir, "pretrain") == [10]
+    ours, theirs = (runs.arrays(each, "pretrain", 10) for each in (workdir, runs.trained()))
+    assert ours == theirs
+    # With the cause removed, the same command ends as if nothing had been wrong.
+    monkeypatch.undo()
+    result = runs.main(
+        *runs.TINY, *runs.files().pretrain, "--config.finetune=none", f"--workdir={workdir}"
+    )
+    assert result.code == 0, result.err
+    ours, theirs = (runs.arrays(each, "pretrain", 20) for each in (workdir, runs.trained()))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_damaged_checkpoint_costs_nothing_but_time(tmp_path, stage):
+    files, workdir = runs.files(), runs.copy(tmp_path)
+    newest = pathlib.Path(workdir, "checkpoints", stage, "20")
+    for path in newest.glob("optimizer/**/d/*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-7])
+    result = runs.main(*runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}")
+    assert result.code == 0, result.err
+    assert pathlib.Path(workdir, "checkpoints", "damaged", f"{stage}-20").is_dir()
+    for name in ("pretrain", "finetune"):
+        steps = runs.steps(runs.trained(), name)
+        assert runs.steps(workdir, name) == steps
+        for step in steps:
+            assert runs.arrays(workdir, name, step) == runs.arrays(runs.trained(), name, step)
+    ours, theirs = runs.summary(workdir), runs.summary(runs.trained())
+    assert ours["finetune"]["test"] == theirs["finetune"]["test"]
+    assert ours["pretrain"]["validation_loss"] == theirs["pretrain"]["validation_loss"]
+
+
+def test_every_checkpoint_damaged_is_one_line(tmp_path):
+    workdir = runs.copy(tmp_path)
+    for step in runs.steps(workdir, "pretrain"):
+        for path in pathlib.Path(workdir, "checkpoints", "pretrain", str(step)).rglob("manifest*"):
+            path.unlink()
+    files = runs.files()
+    result = runs.main(*runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}")
+    assert result.code == 2
+    assert "every checkpoint is damaged" in result.err.splitlines()[-1]
+    assert "Traceback" not in result.err
