@@ -17,9 +17,6 @@ from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError
 from gptjax.state import TrainState
 
-# Of a broken file orbax reports the first error; those of the other arrays end in its threads.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8, jnp.bool_)
 
 

@@ -16,9 +16,6 @@ from sklearn import metrics as sk
 
 from gptjax.data import tokenizer as tokenizer_lib
 
-# Of the checkpoint that is damaged on purpose, see tests/test_checkpoint.py.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
 COUNT = 1000
 
 
@@ -66,7 +63,7 @@ def test_one_output_row_for_each_input_row(thousand):
     values = probabilities(rows)
     np.testing.assert_allclose(values.sum(axis=1), 1, atol=2e-6)
     assert [row["prediction"] for row in rows] == [("no", "yes")[i] for i in values.argmax(axis=1)]
-    assert len({round(value, 3) for value in values[:, 0]}) > 20
+    assert len(set(values[:, 0])) > 20
 
 
 def test_the_rows_are_in_order(thousand):
@@ -176,9 +173,8 @@ def test_tokenizer_writes_what_loads(tmp_path, kind):
     assert len(loaded) == 90 + 4
     # A run takes it as it is.
     done = runs.main(
-        *runs.TINY, *runs.files().pretrain, "--config.finetune=none", "--config.pretrain.steps=1",
-        "--config.pretrain.optimizer.warmup_steps=0", f"--workdir={tmp_path}/w",
-        f"--config.tokenizer.file={output}/tokenizer.json",
+        *runs.TINY, *runs.files().pretrain, "--config.finetune=none",
+        f"--workdir={tmp_path}/w", f"--config.tokenizer.file={output}/tokenizer.json",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert tokenizer_lib.load(tmp_path / "w" / "tokenizer.json").hash == loaded.hash
