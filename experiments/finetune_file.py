@@ -1,4 +1,35 @@
-"""Fine-tuning on your own labelled file (CSV, TSV, JSON lines or Parquet), columns by name."""
+"""Fine-tuning on your own labelled file (CSV, TSV, JSON lines or Parquet), columns by name.
+
+    python launch.py --config=experiments/finetune_file.py --config.finetune.train_file=train.csv \
+        --config.finetune.text=review --config.finetune.label=stars
+
+Without `--config.finetune.validation_file` a tenth of the rows is held out. As it stands the model
+starts from random weights, which is for a first result in minutes; `--config.init_from=WORKDIR`
+starts from a pretrained one (`experiments/pretrain_file.py`), which is what GPT is about.
+
+Measured from random weights on public data sets, 2 cores of an AMD EPYC (Zen 4) that other programs
+were using too, 2026-11-23, one seed (0), majority class in brackets:
+
+    SST-2 sentences   test accuracy 79.5% [50.1], with --config.model.num_layers=1
+                      --config.model.residual_dropout=0.3; 77.5% with two layers as below; 4 minutes
+    MRPC              test accuracy 66.8% [66.5], F1 80.0 [79.9]; 15 minutes
+    RTE               validation accuracy 52.7% [52.7]; 5 minutes
+    COPA              validation accuracy 59.0% [55.0], 100 items; 1 minute
+    STS-B             STSB_RESULT
+
+Two texts that must be compared are not learnt from a few thousand rows alone. The flags:
+
+    SST-2   --config.finetune.text=sentence
+    MRPC    --config.finetune.task=similarity '--config.finetune.text=#1 String'
+            '--config.finetune.text_pair=#2 String' --config.finetune.label=Quality
+            --config.finetune.metrics=accuracy,f1
+    RTE     --config.finetune.task=entailment --config.finetune.text=sentence1
+            --config.finetune.text_pair=sentence2
+    COPA    --config.finetune.task=multiple_choice --config.finetune.text=premise
+            --config.finetune.choices=choice1,choice2
+    STS-B   --config.finetune.task=regression --config.finetune.text=sentence1
+            --config.finetune.text_pair=sentence2 --config.finetune.label=score
+"""
 
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, OptimizerConfig, TokenizerConfig
 

@@ -18,6 +18,6 @@ def get_config() -> Experiment:
             batch_size=16,
             steps=2000,
             eval_every=500,
-            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, beta2=0.98),
+            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_fraction=0.1, beta2=0.98),
         ),
     )

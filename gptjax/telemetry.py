@@ -33,7 +33,7 @@ def disk_errors(path: PathLike) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"cannot write {os.fspath(path)}: {error.strerror or error}; "
-            "free space, fix its permissions, or choose another folder with --workdir"
+            "free space, fix its permissions, or choose another folder"
         ) from error
 
 

@@ -67,9 +67,9 @@ class Packer:
         wanted = row_length or math.ceil(min(8, 1.25 * batch_size / 8) * mean)
         self.row_length = _round_up(max(longest, wanted), 8 if row_length else 64)
         self.slots = min(batch_size, max(4, math.ceil(2 * self.row_length / mean)))
-        expected_rows = math.ceil(batch_size * mean / self.row_length)
-        # At most about 1/8 of the rows are empty, and few shapes are compiled.
-        self.row_step = _round_up(max(1, expected_rows // 8), divisor)
+        # Each number of rows is compiled: steps of two standard deviations leave two or three.
+        deviation = math.sqrt(batch_size) * float(lengths.std()) / self.row_length
+        self.row_step = _round_up(max(1, math.ceil(2 * deviation)), divisor)
 
     def pack(self, examples: Examples, chosen: np.ndarray) -> tuple[Batch, np.ndarray]:
         """Packs the examples with the indices `chosen` (int [n]).
