@@ -8,6 +8,7 @@ python launch.py --mode=predict --checkpoint=DIR --input=FILE --output=FILE
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -119,6 +120,9 @@ def _check_config_flags(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; a wrong one is one line and exit code 2."""
+    if "--config" in argv[:-1]:  # absl's other spelling: --config FILE
+        place = argv.index("--config")
+        argv = [*argv[:place], f"--config={argv[place + 1]}", *argv[place + 2 :]]
     if not any(argument.lstrip("-").startswith("config=") for argument in argv):
         argv = [argv[0], f"--config={QUICKSTART}", *argv[1:]]
     try:
@@ -126,6 +130,13 @@ def _parse(argv: list[str]) -> list[str]:
         return FLAGS(argv)
     except (UserError, flags.Error) as error:
         sys.exit(_error(error, 2))
+    except ValueError as error:  # a field of a part that the experiment does not have
+        missing = re.search(r"[Ff]ield[^.]*?(pretrain|finetune)|(pretrain|finetune)", str(error))
+        if missing is None:
+            raise
+        part = missing.group(1) or missing.group(2)
+        message = f"the experiment has no {part} part; --config.{part}=build adds one with defaults"
+        sys.exit(_error(f"--config.{part}: {message}", 2))
 
 
 def _set_up_jax() -> None:

@@ -1,7 +1,7 @@
 """GPT-1, full size and by the paper's recipe: 117M parameters, 100 epochs of a book corpus.
 
     python launch.py --config=experiments/gpt1_pretrain.py \
-        --config.pretrain.train_files='bookcorpus/*.txt' --workdir=gs://BUCKET/gpt1
+        --config.pretrain.train_files='bookcorpus/*.txt' --workdir=/mnt/BUCKET/gpt1
 
 Batch 64 x 512, Adam 2.5e-4 with 2,000 steps of warm-up and cosine to 0, dropout 0.1, decay 0.01
 (Radford et al. 2018, section 4.1), which reports a perplexity of 18.4 on BooksCorpus. Not stated

@@ -1,6 +1,7 @@
 """The tiny character model that nanoGPT's users know, with GPT-1's architecture.
 
-    python launch.py --config=experiments/shakespeare_char.py --config.pretrain.train_files=input.txt
+    python launch.py --config=experiments/shakespeare_char.py \
+        --config.pretrain.train_files=input.txt
     python launch.py --mode=generate --checkpoint=runs/shakespeare_char --prompt='ROMEO:'
 
 4 layers, 4 heads, 128 wide, context 64, batch 12, 2,000 steps, no dropout, the last tenth of the

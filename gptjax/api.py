@@ -1,7 +1,7 @@
 """A trained model in Python: for notebooks, services, and the modes of `launch.py`."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -58,11 +58,11 @@ class LoadedGPT:
     """
 
     config: ModelConfig
-    params: Params
+    params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer
     task: TaskSpec | None
-    meta: checkpoint.Meta
-    mesh: Mesh
+    meta: checkpoint.Meta = dataclasses.field(repr=False)
+    mesh: Mesh = dataclasses.field(repr=False)
     path: str
 
     @property
@@ -84,7 +84,11 @@ class LoadedGPT:
             segments.shape == tokens.shape,
             f"lm_logits: segment_ids {segments.shape} must have the shape of tokens {tokens.shape}",
         )
-        positions = _positions(segments)
+        require(
+            int(tokens.min(initial=0)) >= 0 and int(tokens.max(initial=0)) < self.config.vocab_size,
+            f"lm_logits: token ids must be 0 to {self.config.vocab_size - 1}",
+        )
+        positions = jnp.where(segments > 0, _positions(segments), 0)
         longest = int(positions.max(initial=0)) + 1
         require(
             longest <= self.config.context_length,
@@ -185,14 +189,19 @@ class LoadedGPT:
         losses = {"task_loss": outputs.task_loss, "lm_loss": outputs.lm_loss}
         return losses | scores | {f"floor_{name}": value for name, value in floor.items()}
 
-    def score_text(self, texts: Sequence[str]) -> dict[str, float]:
-        """Returns {"loss" (nats per token), "perplexity"} of the LM on the texts in a row."""
+    def score_text(self, texts: Iterable[str], window: int = 0) -> dict[str, float]:
+        """Returns {"loss" (nats per token), "perplexity"} of the LM on the texts in a row.
+
+        Args:
+          texts: read once, in order.
+          window: tokens seen at once; 0: the context length.
+        """
         stream = loader.token_stream(texts, self.tokenizer)
         require(len(stream) > 1, "evaluate: the text has fewer than two tokens")
         step = self._step(Objective())
         rows = sharding.batch_divisor(self.mesh) * 8
         scores = evaluate.language_model(
-            step, self.params, stream, self.config.context_length, rows, self.mesh
+            step, self.params, stream, window or self.config.context_length, rows, self.mesh
         )
         assert scores is not None
         return scores
@@ -202,7 +211,9 @@ class LoadedGPT:
 
     def _run(self, examples: Examples, objective: Objective) -> evaluate.Outputs:
         divisor = sharding.batch_divisor(self.mesh)
-        packer = Packer(examples.lengths, _BATCH, 0, divisor)
+        # Powers of two: requests of about the same size find their program compiled.
+        wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
+        packer = Packer(examples.lengths, _BATCH, 1 << (wanted - 1).bit_length(), divisor)
         step = self._step(objective)
         outputs = evaluate.run_task(step, self.params, examples, packer, _BATCH, self.mesh)
         assert outputs is not None

@@ -1,27 +1,30 @@
 """Checkpoints: orbax writes them (in the background, atomically, for any mesh), we check them.
 
-    WORKDIR/checkpoints/STAGE/STEP/   params, optimizer   the arrays
-                                      meta                configuration, tokenizer, task, checksums
+    WORKDIR/checkpoints/STAGE/scores.json   the validation scores of each step
+    WORKDIR/checkpoints/STAGE/STEP/         params, optimizer   the arrays
+                                            meta   configuration, tokenizer, task, checksums
 
-`meta` carries all that is needed to use the weights. Every array's checksum is stored and verified:
-orbax notices files that are missing or cut short, but not flipped bytes.
+`meta` carries all that is needed to use the weights. Every array's checksum is stored and verified,
+and one of `meta` itself: orbax notices files that are missing or cut short, but not flipped bytes.
 """
 
 import contextlib
 import dataclasses
 import errno
+import hashlib
+import json
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
-from orbax.checkpoint import checkpoint_managers
 
 from gptjax import config as config_lib
 from gptjax import metrics as metrics_lib
+from gptjax import telemetry
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
@@ -30,7 +33,11 @@ from gptjax.state import TrainState
 
 _FOLDER = "checkpoints"
 _DAMAGED = "damaged"
+_SCORES = "scores.json"
 STAGES = ("pretrain", "finetune", "finetune_from_scratch")
+
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,27 +141,25 @@ class Checkpoints:
         """
         self.directory = epath.Path(workdir).absolute() / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
-        self._metric = metric
-        policies = [
-            checkpoint_managers.LatestN(policy.keep_newest),
-            checkpoint_managers.BestN(
-                get_metric_fn=self._score,
-                n=policy.keep_best,
-                keep_checkpoints_without_metrics=False,
-            ),
-        ]
+        self._metric, self._policy = metric, policy
+        self._scores = _read_scores(self.directory / _SCORES)
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
-            best_fn=self._score,
-            preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
+            preservation_policy=self,
         )
         with _disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
-    def _score(self, metrics: dict[str, float]) -> float:
-        return metrics_lib.rank(self._metric, metrics.get(self._metric))
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Tells orbax which checkpoints stay: the newest, and the best of those with scores."""
+        del context
+        steps = [info.step for info in checkpoints]
+        kept = set(sorted(steps)[-self._policy.keep_newest :])
+        ranked = self._best_first([step for step in steps if self.metrics(step)])
+        kept.update(ranked[: self._policy.keep_best])
+        return [step in kept for step in steps]
 
     def steps(self) -> list[int]:
         """Returns the steps at hand, oldest first."""
@@ -162,22 +167,34 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, float]:
         """Returns the validation scores of a step; {} where it was saved without."""
-        return dict(self._manager.metrics(step) or {})
+        return dict(self._scores.get(str(step), {}))
+
+    def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Stores the validation scores of a step."""
+        self._scores[str(step)] = dict(metrics)
+        telemetry.write_json(self.directory / _SCORES, self._scores)
 
     def best_first(self) -> list[int]:
         """Returns the steps by validation score, best first, the newest of equals before."""
-        scores = {step: self.metrics(step) for step in self.steps()}
-        return sorted(scores, key=lambda step: (self._score(scores[step]), step), reverse=True)
+        return self._best_first(self.steps())
 
-    def delete(self, step: int) -> None:
-        """Removes a step."""
-        self._manager.delete(step)
+    def _best_first(self, steps: list[int]) -> list[int]:
+        def rank(step: int) -> tuple[float, int]:
+            return metrics_lib.rank(self._metric, self.metrics(step).get(self._metric)), step
+
+        return sorted(steps, key=rank, reverse=True)
 
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
     ) -> None:
-        """Saves in the background; a failed earlier save surfaces here or in `wait`."""
+        """Saves in the background; a failed earlier save surfaces here or in `wait`.
+
+        The scores are stored first: orbax asks for them when it decides what stays.
+        """
+        if metrics:
+            self.set_metrics(step, metrics)
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
+        values["digest"] = _digest(values)
         arrays = {"step": state.step, "opt_state": state.opt_state}
         with _disk_errors(self.directory):
             self._manager.save(
@@ -187,15 +204,19 @@ class Checkpoints:
                     optimizer=ocp.args.StandardSave(arrays),
                     meta=ocp.args.JsonSave(values),
                 ),
-                # Not None: orbax warns of a save without.
-                metrics=metrics or {},
                 force=True,
             )
 
     def meta(self, step: int) -> tuple[Meta, dict[str, int]]:
-        """Returns what lies beside the weights of a step, and the checksums of its arrays."""
+        """Returns what lies beside the weights of a step, and the checksums of its arrays.
+
+        Raises:
+          ValueError: it is not what was saved. orbax's own errors on broken files.
+        """
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         values = dict(self._manager.restore(step, args=args)["meta"])
+        if values.pop("digest", None) != _digest(values):
+            raise ValueError("its meta does not have the checksum it was saved with")
         sums = values.pop("checksums")
         values.pop("step")
         return Meta.from_dict(values, str(self.directory / str(step))), sums
@@ -229,12 +250,9 @@ class Checkpoints:
 
     def restore_best_params(self, like: Any) -> tuple[int, Any]:
         """Returns the best step that is not damaged, and its parameters."""
-        for step in self.best_first():
-            try:
-                return step, self.restore_params(step, like)
-            except Exception as error:  # whatever broken files make orbax raise
-                self._set_aside(step, error)
-        raise UserError(f"{self.directory}: every checkpoint is damaged")
+        return self._first_good(
+            self.best_first(), lambda step: (step, self.restore_params(step, like))
+        )
 
     def restore_newest(
         self, like: TrainState, check: Callable[[Meta], None]
@@ -248,22 +266,38 @@ class Checkpoints:
           like: shapes and shardings of the state.
           check: raises `UserError` if a checkpoint belongs to another experiment.
         """
-        damaged = []
-        for step in reversed(self.steps()):
+
+        def read(step: int) -> tuple[TrainState, int]:
+            check(self.meta(step)[0])
+            return self.restore(step, like), step
+
+        steps = self.steps()
+        return self._first_good(steps[::-1], read) if steps else None
+
+    def _first_good(self, steps: list[int], read: Callable[[int], T]) -> T:
+        """Returns `read(step)` of the first step that is whole, and sets those before it aside.
+
+        Nothing is moved before another one is read: what fails for all of them (memory, a network
+        disk, another version of a library) is no damage.
+        """
+        failed: list[tuple[int, Exception]] = []
+        for step in steps:
             try:
-                check(self.meta(step)[0])
-                return self.restore(step, like), step
-            except UserError:
+                found = read(step)
+            except (UserError, MemoryError):
                 raise
             except Exception as error:  # whatever broken files make orbax raise
-                damaged.append(step)
-                self._set_aside(step, error)
-        require(
-            not damaged,
-            f"{self.directory}: every checkpoint is damaged (moved to {self._damaged}); "
-            "start again with another --workdir",
+                if "RESOURCE_EXHAUSTED" in str(error):
+                    raise
+                failed.append((step, error))
+                continue
+            for bad, reason in failed:
+                self._set_aside(bad, reason)
+            return found
+        raise UserError(
+            f"{self.directory}: no checkpoint can be read, step {failed[0][0]} for "
+            f"{brief(failed[0][1])}; they are left there; mend that or choose another --workdir"
         )
-        return None
 
     def _set_aside(self, step: int, error: Exception) -> None:
         logging.warning(
@@ -287,6 +321,20 @@ class Checkpoints:
         """Waits, then releases the threads."""
         with _disk_errors(self.directory):
             self._manager.close()
+
+
+def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:
+    """The stored scores; where they are broken, none: a resumed run validates its step again."""
+    try:
+        return telemetry.read_json(path) if path.exists() else {}
+    except UserError as error:
+        logging.warning("%s; going on without the validation scores of earlier steps", error)
+        return {}
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def brief(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Scores of a model on a split: every token and every example counted exactly once."""
+"""Scores of a model on a split: every predicted token and every example counts exactly once."""
 
 import dataclasses
 import math

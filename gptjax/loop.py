@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -43,6 +43,10 @@ def run(experiment: Experiment, workdir: str) -> dict[str, Any]:
       TrainingDiverged: several updates in a row were not finite.
     """
     validation.validate(experiment)
+    require(
+        "://" not in workdir,
+        f"--workdir={workdir}: must be a folder of this machine or a mounted one, not an address",
+    )
     is_main = jax.process_index() == 0
     with StopRequest() as stop:
         mesh = sharding.make_mesh(experiment.mesh)
@@ -97,7 +101,7 @@ def _tokenizer_and_model(
     if os.path.exists(saved) and os.path.isdir(os.path.join(workdir, "checkpoints")):
         tokenizer = tokenizer_lib.load(saved)
     else:
-        texts: Iterator[str]
+        texts: Iterable[str]
         if experiment.pretrain:
             texts = stages_lib.pretrain_texts(data["pretrain"])
         else:
@@ -143,8 +147,8 @@ def _write_start(context: Run) -> None:
     if context.is_main:
         path = os.path.join(context.workdir, "config.json")
         telemetry.write_json(path, config_lib.to_dict(context.experiment))
-        with telemetry.disk_errors(context.workdir):
-            context.tokenizer.save(os.path.join(context.workdir, "tokenizer.json"))
+        path = os.path.join(context.workdir, "tokenizer.json")
+        telemetry.write_atomically(path, context.tokenizer.to_json().encode())
 
 
 def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
@@ -155,9 +159,7 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     for stage in stages:
         for note in stage.notes:
             context.say(note)
-        start_from = None if stage.name == SCRATCH else pretrained
-        if start_from is None and stage.name != SCRATCH and context.experiment.init_from:
-            start_from = _load_params(context.experiment.init_from, context.mesh)
+        start_from = None if stage.name == SCRATCH else _starting_point(context, pretrained)
         params, summary[stage.name] = _train_stage(context, stage, start_from, old.get(stage.name))
         if stage.name == "pretrain":
             pretrained = params
@@ -168,13 +170,24 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     return summary
 
 
+def _starting_point(context: Run, pretrained: Params | None) -> Callable[[], Params] | None:
+    """Where a stage's weights come from, asked only by a stage that has no checkpoint yet."""
+    if pretrained is not None:
+        return lambda: pretrained
+    path = context.experiment.init_from
+    return (lambda: _load_params(path, context.mesh)) if path else None
+
+
 def _initial_state(context: Run, stage: Stage) -> Callable[[jax.Array], TrainState]:
     optimizer = optim.build(stage.optimizer, stage.total_steps)
     return lambda key: state.create(model_lib.init_params(stage.model, key), optimizer)
 
 
 def _train_stage(
-    context: Run, stage: Stage, pretrained: Params | None, old: dict[str, Any] | None
+    context: Run,
+    stage: Stage,
+    pretrained: Callable[[], Params] | None,
+    old: dict[str, Any] | None,
 ) -> tuple[Params, dict[str, Any]]:
     """Trains one stage to its end; returns its best parameters and its part of the summary."""
     make = _initial_state(context, stage)
@@ -206,13 +219,16 @@ def _train_stage(
 
 
 def _begin(
-    make: Callable[[jax.Array], TrainState], mesh: Mesh, key: jax.Array, pretrained: Params | None
+    make: Callable[[jax.Array], TrainState],
+    mesh: Mesh,
+    key: jax.Array,
+    pretrained: Callable[[], Params] | None,
 ) -> TrainState:
     """A state at step 0, from random weights or (all but the task head) from `pretrained` ones."""
     fresh = state.born_sharded(make, mesh, key)
     if pretrained is None:
         return fresh
-    return fresh.replace(params=state.merge_params(pretrained, fresh.params, ("task_head",)))
+    return fresh.replace(params=state.merge_params(pretrained(), fresh.params, ("task_head",)))
 
 
 def _meta(context: Run, stage: Stage) -> Meta:

@@ -199,8 +199,9 @@ class GPT(nn.Module):
 
     def _embed(self, tokens_BT: Array, positions_BT: Array, token_types_BT: Array | None) -> Array:
         x_BTD = self.token_embedding[tokens_BT] + self.position_embedding[positions_BT]
-        if self.config.segment_types and token_types_BT is not None:
-            x_BTD = x_BTD + self.segment_embedding[token_types_BT]
+        if self.config.segment_types:
+            types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
+            x_BTD = x_BTD + self.segment_embedding[types_BT]
         return x_BTD
 
     def hidden(

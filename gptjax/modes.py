@@ -50,6 +50,10 @@ def predict(checkpoint: str, input_path: str, output_path: str) -> None:
         ending in _OUTPUTS,
         f"--output={output_path}: the ending must be one of {', '.join(_OUTPUTS)}",
     )
+    require(
+        not (os.path.exists(output_path) and os.path.samefile(input_path, output_path)),
+        f"--output={output_path}: is the input file; choose another name",
+    )
     gpt = api.load(checkpoint)
     table = _read_rows(gpt, input_path, labelled=False)
     assert gpt.task is not None
@@ -93,7 +97,7 @@ def evaluate(checkpoint: str, split: str, input_path: str) -> None:
         where, scores = _evaluate_task(gpt, split, input_path)
     else:
         where, scores = _evaluate_text(gpt, split, input_path)
-    print(json.dumps({"checkpoint": gpt.path, "data": where, **scores}))
+    print(json.dumps(telemetry.json_ready({"checkpoint": gpt.path, "data": where, **scores})))
 
 
 def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:
@@ -112,12 +116,11 @@ def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str
 def _evaluate_text(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:
     pretrain = config.from_dict(config.PretrainConfig, gpt.meta.experiment["pretrain"], gpt.path)
     if input_path:
-        return input_path, gpt.score_text(
-            sources.read_text(input_path, pretrain.line_breaks)["text"]
-        )
+        texts = sources.read_text(input_path, pretrain.line_breaks)["text"]
+        return input_path, gpt.score_text(texts, pretrain.window)
     tables = splits.text_splits(pretrain)
     _require_split(split, tables)
-    return f"{split} split", gpt.score_text(tables[split]["text"])
+    return f"{split} split", gpt.score_text(tables[split]["text"], pretrain.window)
 
 
 def _require_split(split: str, tables: dict[str, Any]) -> None:

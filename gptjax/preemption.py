@@ -1,5 +1,6 @@
 """Being asked to stop: SIGTERM (a scheduler) and Ctrl-C are noted, and obeyed between two steps."""
 
+import os
 import signal
 import types
 
@@ -18,6 +19,8 @@ class StopRequest:
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         self._requested = True
         self._restore()
+        # Not print: a signal may come in the middle of another print.
+        os.write(2, b"\nstopping after this step (once more to stop at once)\n")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

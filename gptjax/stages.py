@@ -71,18 +71,26 @@ def fingerprint(*arrays: np.ndarray | None) -> str:
     for array in arrays:
         if array is not None:
             digest.update(f"{array.dtype}{array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 
-def _texts(table: Any) -> Iterator[str]:
-    for start in range(0, len(table), 1000):
-        yield from table[start : start + 1000]["text"]
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a table, as often as one likes, without ever holding them all."""
+
+    table: Any
+    """`datasets.Dataset` with a column `text`."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the texts in order."""
+        for start in range(0, len(self.table), 100):
+            yield from self.table[start : start + 100]["text"]
 
 
-def pretrain_texts(data: dict[str, Any]) -> Iterator[str]:
-    """Yields the training texts, for the tokenizer to learn from."""
-    return _texts(data["train"])
+def pretrain_texts(data: dict[str, Any]) -> Texts:
+    """Returns the training texts, for the tokenizer to learn from."""
+    return Texts(data["train"])
 
 
 def finetune_texts(data: dict[str, splits.Table], config: FinetuneConfig) -> Iterator[str]:
@@ -100,8 +108,13 @@ def pretrain(
     seed: int,
 ) -> Stage:
     """Builds the pretraining stage from the tables of `splits.text_splits`."""
-    streams = {name: loader.token_stream(_texts(table), tokenizer) for name, table in data.items()}
+    streams = {name: loader.token_stream(Texts(table), tokenizer) for name, table in data.items()}
     window = config.window or model_config.context_length
+    require(
+        window <= model_config.context_length,
+        f"--config.pretrain.window={window}: the model has a context of "
+        f"{model_config.context_length}",
+    )
     divisor = sharding.batch_divisor(mesh) * config.optimizer.accumulation
     require(
         config.batch_size % divisor == 0,
@@ -110,7 +123,7 @@ def pretrain(
     )
     require(
         len(streams["validation"]) > 1,
-        "--config.pretrain.validation_files: the validation text is empty",
+        "--config.pretrain: the validation text is empty; give validation_files or more text",
     )
     batches = loader.TextBatches(streams["train"], window, config.batch_size, seed)
     total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
@@ -222,6 +235,8 @@ def finetune(
         f"{packer.row_length} tokens, task + {config.lm_weight:g} * LM"
     )
     arrays = [np.concatenate(train.tokens), train.lengths, train.labels]
+    if "f1" in names:
+        notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
     return Stage(
         "finetune", model, objective, config.optimizer, total, every, config.save_every,
         batches, score("validation"), score("test") if "test" in examples else None,

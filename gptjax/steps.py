@@ -1,6 +1,7 @@
 """The pure train and eval steps, and their jitted wrappers. No I/O here."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -160,6 +161,7 @@ def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch], A
     return jax.jit(step, donate_argnums=0)
 
 
+@functools.cache
 def jit_eval_step(
     mesh: Mesh, model: GPT, objective: Objective
 ) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:

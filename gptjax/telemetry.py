@@ -135,6 +135,7 @@ class MetricsLog:
 
     def __init__(self, workdir: PathLike, enabled: bool = True):
         self._enabled = enabled
+        self._workdir = workdir
         self._path = os.path.join(workdir, "metrics.jsonl")
         self._events_dir = os.path.join(workdir, "tensorboard")
         self._events: dict[str, Any] = {}
@@ -175,20 +176,26 @@ class MetricsLog:
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what follows `step` of `stage`, one of `STAGES`: a resumed run repeats it.
 
-        So is the score on the test split, which comes last.
+        So is the score on the test split, which comes last. Other stages are left alone: each
+        rewinds itself when it starts.
         """
         if not self._enabled:
             return
-        later = STAGES[STAGES.index(stage) + 1 :]
         self.close()
 
         def comes_before(record: dict[str, Any]) -> bool:
-            if record["stage"] != stage:
-                return record["stage"] not in later
-            return record["step"] <= step and record["split"] != "test"
+            earlier = record["step"] <= step and record["split"] != "test"
+            return record["stage"] != stage or earlier
 
         self._open(comes_before)
-        self._purge_from = {stage: step + 1, **dict.fromkeys(later, 0)}
+        self._purge_from = {stage: step + 1}
+
+    def write_once(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
+        """Writes a record unless there is one: a kill may come between a save and its record."""
+        key = {"stage": stage, "split": split, "step": step}
+        if not self._enabled or any(key.items() <= old.items() for old in read(self._workdir)):
+            return
+        self.write(stage, split, step, values)
 
     def close(self) -> None:
         """Flushes and closes all files."""

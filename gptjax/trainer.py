@@ -118,22 +118,26 @@ class Trainer:
     def _maybe_validate(self, train_state: TrainState, step: int) -> None:
         """Validates and saves where a validation is due and the step's checkpoint has no scores."""
         have = step in self._checkpoints.steps()
-        if not self._validation_due(step) or (have and self._checkpoints.metrics(step)):
+        if not self._validation_due(step):
+            return
+        if have and (saved := self._checkpoints.metrics(step)):
+            self._context.log.write_once(self._stage.name, "validation", step, saved)
             return
         with self._progress.paused():
             scores = self._stage.validate(train_state.params, self._context.stop)
             self._stop_if_asked(train_state, step)
             assert scores is not None
-            self._context.log.write(self._stage.name, "validation", step, scores)
-        if have:  # saved by a run that was stopped before it could validate
-            self._checkpoints.delete(step)
-        self._save(train_state, step, scores)
+            if have:  # saved by a run that was stopped before it could validate
+                self._checkpoints.set_metrics(step, scores)
+            else:
+                self._checkpoints.save(step, train_state, self._meta, scores)
+        self._context.log.write(self._stage.name, "validation", step, scores)
 
-    def _save(self, train_state: TrainState, step: int, scores: Scores | None = None) -> None:
+    def _save(self, train_state: TrainState, step: int) -> None:
         if step in self._checkpoints.steps():
             return
         with self._progress.paused():
-            self._checkpoints.save(step, train_state, self._meta, scores)
+            self._checkpoints.save(step, train_state, self._meta)
 
     def _stop_if_asked(self, train_state: TrainState, step: int) -> None:
         if not self._context.stop():

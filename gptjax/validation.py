@@ -77,8 +77,8 @@ def _validate_model(model: ModelConfig) -> None:
         f"--config.model.width={model.width}",
     )
     require(
-        model.segment_types in (0, 2, 3),
-        f"--config.model.segment_types={model.segment_types}: must be 0 (none), 2 or 3",
+        model.segment_types in (0, 2),
+        f"--config.model.segment_types={model.segment_types}: must be 0 (none) or 2",
     )
     _not_negative(model, "model", "vocab_size", "ffn_width")
 
@@ -124,6 +124,11 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
     _positive(finetune, "finetune", "batch_size", "save_every", "evals_per_epoch")
     _not_negative(finetune, "finetune", "steps", "epochs", "row_length", "lm_weight")
     _choice(finetune, "finetune", "task", TASKS)
+    require(
+        finetune.dataset != "builtin",
+        "--config.finetune.dataset=builtin: write builtin:classification, builtin:entailment, "
+        "builtin:similarity or builtin:multiple_choice",
+    )
     require(
         finetune.steps > 0 or finetune.epochs > 0,
         f"--config.finetune.epochs={finetune.epochs}: must be greater than 0",
@@ -171,6 +176,10 @@ def validate(experiment: Experiment) -> Experiment:
     Raises:
       UserError: the first wrong field, with its flag and what to write instead.
     """
+    require(
+        0 <= experiment.seed < 2**32,
+        f"--config.seed={experiment.seed}: must be 0 to {2**32 - 1}",
+    )
     _validate_model(experiment.model)
     _choice(experiment.tokenizer, "tokenizer", "kind", TOKENIZERS)
     _positive(experiment.tokenizer, "tokenizer", "vocab_size")

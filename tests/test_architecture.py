@@ -17,7 +17,7 @@ ORDER = (
     *("data.text", "data.tokenizer", "data.tables", "data.sources", "data.docstrings"),
     *("data.builtin", "data.tasks", "data.splits", "data.packing", "data.loader", "data"),
     *("dropout", "attention", "model", "losses", "sharding", "optim", "state", "steps"),
-    *("metrics", "evaluate", "generate", "flops", "checkpoint", "telemetry", "report"),
+    *("metrics", "evaluate", "generate", "flops", "telemetry", "checkpoint", "report"),
     *("stages", "trainer", "loop", "api", "modes", ""),
 )
 # Tested by the file of the module they exist for.

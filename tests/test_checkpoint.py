@@ -206,9 +206,11 @@ def test_every_checkpoint_damaged_is_one_line(saved):
         harm(saved / "checkpoints" / "finetune" / str(step), "flipped")
         harm(saved / "checkpoints" / "finetune" / str(step), "deleted")
     checkpoints = reopen(saved, metric="accuracy")
-    with pytest.raises(UserError, match=r"every checkpoint is damaged.*--workdir") as info:
+    with pytest.raises(UserError, match=r"no checkpoint can be read.*--workdir") as info:
         checkpoints.restore_newest(make_state(9), anything)
     assert "\n" not in str(info.value)
+    # What fails for all of them may not be their fault: they stay where they are.
+    assert checkpoints.steps() == [1, 2, 3]
     checkpoints.close()
 
 
@@ -220,6 +222,8 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best(saved):
     checkpoints.close()
 
 
+# orbax drops its coroutines where a file is broken, and Python says so.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_flipped_bit_is_ever_read_as_weights(saved):
     step = saved / "checkpoints" / "finetune" / "3"
     files = [path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size]

@@ -228,7 +228,7 @@ WRONG = [
     *((name, value, "must be one of") for name, value in _CHOICES.items()),
     *((name, math.nan, "") for name in ("model.head_dropout", "finetune.optimizer.learning_rate")),
     ("model.num_heads", 7, "must divide --config.model.width=768"),
-    ("model.segment_types", 1, "0 (none), 2 or 3"),
+    ("model.segment_types", 1, "0 (none) or 2"),
     ("pretrain.window", 513, "2 to --config.model.context_length=512"),
     ("pretrain.window", 1, "2 to --config.model.context_length=512"),
     ("pretrain.window", -1, "2 to --config.model.context_length=512"),

@@ -183,5 +183,5 @@ def test_every_checkpoint_damaged_is_one_line(tmp_path):
     files = runs.files()
     result = runs.main(*runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}")
     assert result.code == 2
-    assert "every checkpoint is damaged" in result.err.splitlines()[-1]
+    assert "no checkpoint can be read" in result.err.splitlines()[-1]
     assert "Traceback" not in result.err

@@ -10,9 +10,10 @@ import small
 
 from gptjax import model as model_lib
 from gptjax import optim
-from gptjax.config import SCHEDULES, OptimizerConfig
+from gptjax.config import OptimizerConfig
 from gptjax.errors import UserError
 from gptjax.model import GPT
+from gptjax.validation import SCHEDULES
 
 
 def rate(step, config, total):

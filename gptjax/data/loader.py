@@ -4,7 +4,9 @@ Batch number `step` is a function of (data, seed, step, batch size) alone: a res
 the step it stands at and gets what the uninterrupted run got, on any number of hosts.
 """
 
+import array
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 
 import grain
@@ -19,21 +21,17 @@ from gptjax.errors import require
 # Enough to hide the host work behind a step; each costs one batch of memory.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 # Texts tokenised at a time: bounds memory on a large corpus.
-_TEXTS = 4096
+_TEXTS = 64
 
 
 def token_stream(texts: Iterable[str], tokenizer: Tokenizer) -> np.ndarray:
     """Returns int32 [n]: the ids of all texts, one after the other."""
-    parts: list[np.ndarray] = [np.zeros(0, np.int32)]
-    chunk: list[str] = []
-    for text in texts:
-        chunk.append(text)
-        if len(chunk) == _TEXTS:
-            parts.append(np.concatenate(tokenizer.encode_batch(chunk)))
-            chunk = []
-    if chunk:
-        parts.append(np.concatenate(tokenizer.encode_batch(chunk)))
-    return np.concatenate(parts)
+    stream = array.array("i")
+    iterator = iter(texts)
+    while chunk := list(itertools.islice(iterator, _TEXTS)):
+        for ids in tokenizer.encode_batch(chunk):
+            stream.frombytes(ids.data.cast("B"))
+    return np.frombuffer(stream, np.int32) if stream else np.zeros(0, np.int32)
 
 
 def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:

@@ -66,7 +66,9 @@ class Packer:
         # A quarter of slack: a batch a little above the average must not need more rows.
         wanted = row_length or math.ceil(min(8, 1.25 * batch_size / 8) * mean)
         self.row_length = _round_up(max(longest, wanted), 8 if row_length else 64)
-        self.slots = min(batch_size, max(4, math.ceil(2 * self.row_length / mean)))
+        # A power of two, so that other data of about the same lengths has the same shape.
+        slots = 1 << max(2, math.ceil(math.log2(2 * self.row_length / mean)))
+        self.slots = min(batch_size, slots)
         # Each number of rows is compiled: steps of two standard deviations leave two or three.
         deviation = math.sqrt(batch_size) * float(lengths.std()) / self.row_length
         self.row_step = _round_up(max(1, math.ceil(2 * deviation)), divisor)

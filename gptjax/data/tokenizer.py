@@ -12,7 +12,7 @@ import os
 import pathlib
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tokenizers
@@ -27,8 +27,9 @@ START, DELIMITER, EXTRACT, PADDING = "_start_", "_delimiter_", "_classify_", "<p
 SPECIALS = (START, DELIMITER, EXTRACT, PADDING)
 END_OF_WORD = "</w>"
 
-# Texts handed to the Rust side at once: enough to keep all cores busy, few enough to stay small.
-_CHUNK = 1024
+# Characters handed to the Rust side at once: enough to keep all cores busy; what it returns takes
+# some hundred bytes a character.
+_CHUNK = 1 << 20
 
 
 class Tokenizer:
@@ -63,8 +64,7 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns int32 [length] ids of each text, tokenised on all cores."""
         ids: list[np.ndarray] = []
-        for start in range(0, len(texts), _CHUNK):
-            chunk = [_well_formed(text) for text in texts[start : start + _CHUNK]]
+        for chunk in _chunks(texts):
             encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
             ids += [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         return ids
@@ -91,6 +91,20 @@ class Tokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`."""
         pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields the texts in lists of about `_CHUNK` characters."""
+    chunk: list[str] = []
+    size = 0
+    for each in texts:
+        chunk.append(_well_formed(each))
+        size += len(each) + 1
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
 
 
 def _well_formed(text: str) -> str:
@@ -152,13 +166,14 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains a GPT-1 style BPE: lower case, `</w>` ends a word, `<unk>` for unseen characters.
 
     Args:
-      texts: the training texts.
+      texts: the training texts; read twice (an iterator is first made a list).
       vocab_size: ids besides the four special tokens; fewer where the text is too small.
     """
     backend = _bpe({}, [])
-    first, second = itertools.tee(texts)
+    if iter(texts) is texts:  # read twice: an iterator would be empty the second time
+        texts = list(texts)
     # Rare scripts must not crowd out merges; GPT-1's own alphabet has 238 symbols.
-    symbols = _alphabet(first, min(1000, max(1, vocab_size // 4)))
+    symbols = _alphabet(texts, min(1000, max(1, vocab_size // 4)))
     ends = [symbol + END_OF_WORD for symbol in (*symbols, text.NEWLINE)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -170,7 +185,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         end_of_word_suffix=END_OF_WORD,
         show_progress=False,
     )
-    backend.train_from_iterator(second, trainer)
+    backend.train_from_iterator(texts, trainer)
     # Built anew: the trainer has declared all its `special_tokens` special.
     model = json.loads(backend.to_str())["model"]
     return _add_specials(_bpe(model["vocab"], [(left, right) for left, right in model["merges"]]))
