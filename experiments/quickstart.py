@@ -1,4 +1,14 @@
-"""Quickstart."""
+"""Built-in data: pretrain on Python's docstrings, fine-tune to tell a docstring's package.
+
+    python launch.py
+
+About 530,000 training tokens of docstrings; then 2,504 labelled ones of ten packages, split by
+module. The same fine-tuning from random weights runs last, to show what pretraining gains.
+
+Measured on 2 cores of an AMD EPYC (Zen 4), Python 3.11, 2026-11-23, medians of seeds 0, 1, 2: test
+accuracy 48.2% (49.7, 48.0, 48.2), without pretraining 44.1% (41.6, 44.4, 44.1), majority class 19.4%;
+validation perplexity after pretraining 163.8; QS_TOTAL, 1.6 GB.
+"""
 
 from gptjax.config import (
     Experiment,
@@ -22,14 +32,13 @@ def get_config() -> Experiment:
         pretrain=PretrainConfig(
             dataset="builtin",
             batch_size=8,
-            steps=700,
-            eval_every=350,
+            steps=550,
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.15, beta2=0.98),
         ),
         finetune=FinetuneConfig(
             dataset="builtin:classification",
             batch_size=32,
-            epochs=3,
+            epochs=2.5,
             compare_from_scratch=True,
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_fraction=0.1),
         ),
