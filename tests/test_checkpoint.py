@@ -222,8 +222,6 @@ def test_a_damaged_best_checkpoint_leaves_the_next_best(saved):
     checkpoints.close()
 
 
-# orbax drops its coroutines where a file is broken, and Python says so.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_flipped_bit_is_ever_read_as_weights(saved):
     step = saved / "checkpoints" / "finetune" / "3"
     files = [path for path in sorted(step.rglob("*")) if path.is_file() and path.stat().st_size]
