@@ -1,6 +1,11 @@
-"""Pretraining on your own text files.
+"""Pretraining on your own text files; hard-wrapped books are joined into paragraphs.
 
-python launch.py --config=experiments/pretrain_file.py --config.pretrain.train_files='books/*.txt'
+    python launch.py --config=experiments/pretrain_file.py \
+        --config.pretrain.train_files='books/*.txt'
+
+2,000 steps of 2,048 tokens by default. Tried on six novels (6 MB) for 100 steps only: validation
+loss 6.54 nats per token on the first 20 batches, 2 minutes on 2 busy cores of an AMD EPYC (Zen 4),
+2026-11-23. A full run has not been measured.
 """
 
 from gptjax.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig, TokenizerConfig
