@@ -131,10 +131,10 @@ def _parse(argv: list[str]) -> list[str]:
     except (UserError, flags.Error) as error:
         sys.exit(_error(error, 2))
     except ValueError as error:  # a field of a part that the experiment does not have
-        missing = re.search(r"[Ff]ield[^.]*?(pretrain|finetune)|(pretrain|finetune)", str(error))
+        missing = re.search("pretrain|finetune", str(error))
         if missing is None:
             raise
-        part = missing.group(1) or missing.group(2)
+        part = missing.group()
         message = f"the experiment has no {part} part; --config.{part}=build adds one with defaults"
         sys.exit(_error(f"--config.{part}: {message}", 2))
 

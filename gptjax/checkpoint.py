@@ -34,7 +34,6 @@ from gptjax.state import TrainState
 _FOLDER = "checkpoints"
 _DAMAGED = "damaged"
 _SCORES = "scores.json"
-STAGES = ("pretrain", "finetune", "finetune_from_scratch")
 
 
 T = TypeVar("T")
@@ -134,7 +133,7 @@ class Checkpoints:
 
         Args:
           workdir: the run's folder.
-          stage: one of `STAGES`.
+          stage: one of `telemetry.STAGES`.
           policy: how many newest and best to keep.
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.
@@ -357,9 +356,9 @@ def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
       UserError: there is no checkpoint.
     """
     place = epath.Path(path).absolute()
-    if place.name.isdigit() and place.parent.name in STAGES and place.exists():
+    if place.name.isdigit() and place.parent.name in telemetry.STAGES and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
-    if place.name in STAGES and place.parent.name == _FOLDER:
+    if place.name in telemetry.STAGES and place.parent.name == _FOLDER:
         workdir, stages = place.parents[1], [place.name]
     else:
         workdir, stages = place, ["finetune", "pretrain"]

@@ -314,7 +314,7 @@ def test_what_is_allowed(changes):
     experiment = whole()
     for name, value in changes.items():
         set_field(experiment, name, value)
-    validation.validate(experiment)
+    assert validation.validate(experiment) is experiment
 
 
 def test_small_helpers():
