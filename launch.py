@@ -16,6 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from gptjax import allocator
 from gptjax.errors import Preempted, TrainingDiverged, UserError, require
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
@@ -183,6 +184,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    allocator.use_huge_pages()
     _quiet_orbax()
     try:
         app.run(main, flags_parser=_parse)

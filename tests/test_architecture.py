@@ -13,7 +13,7 @@ PACKAGE = ROOT / "gptjax"
 
 # A module imports only what is above it. A new module has its place here.
 ORDER = (
-    *("version", "errors", "preemption", "config", "validation", "batch"),
+    *("version", "errors", "preemption", "allocator", "config", "validation", "batch"),
     *("data.text", "data.tokenizer", "data.tables", "data.sources", "data.docstrings"),
     *("data.builtin", "data.tasks", "data.splits", "data.packing", "data.loader", "data"),
     *("dropout", "attention", "model", "losses", "sharding", "optim", "state", "steps"),
@@ -105,7 +105,7 @@ def test_flax_modules_are_in_model_alone():
 
 
 def test_the_config_needs_no_library():
-    for name in ("config", "errors", "version", "preemption"):
+    for name in ("config", "errors", "version", "preemption", "allocator"):
         roots = {full.split(".")[0] for full in imports(tree_of(name))}
         assert roots <= set(sys.stdlib_module_names) | {"gptjax"}
 
