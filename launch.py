@@ -55,7 +55,8 @@ SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
 def _train() -> None:
     from gptjax import loop
 
-    loop.run(CONFIG.value, WORKDIR.value or os.path.join("runs", CONFIG.value.name))
+    workdir = WORKDIR.value or os.path.join("runs", CONFIG.value.name)
+    loop.run(CONFIG.value, workdir, config_flags.get_override_values(FLAGS["config"]))
 
 
 def _evaluate() -> None:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import jax
@@ -31,8 +31,13 @@ _SIZES = (
 SCRATCH = "finetune_from_scratch"
 
 
-def run(experiment: Experiment, workdir: str) -> dict[str, Any]:
+def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> dict[str, Any]:
     """Trains the experiment's stages in order, continuing where `workdir` stands.
+
+    Args:
+      experiment: what to train.
+      workdir: folder of the run.
+      given: the fields ("model.width") that the user asked for by flag: not silently overruled.
 
     Returns:
       The summary, also written to WORKDIR/summary.json.
@@ -52,7 +57,7 @@ def run(experiment: Experiment, workdir: str) -> dict[str, Any]:
         mesh = sharding.make_mesh(experiment.mesh)
         _check_workdir(experiment, workdir)
         data = _load_data(experiment)
-        tokenizer, model = _tokenizer_and_model(experiment, workdir, data)
+        tokenizer, model = _tokenizer_and_model(experiment, workdir, data, given)
         stages = _build_stages(experiment, model, tokenizer, mesh, data)
         del data
         # Nothing is written before all of the input has been found good.
@@ -89,12 +94,13 @@ def _load_data(experiment: Experiment) -> dict[str, Any]:
 
 
 def _tokenizer_and_model(
-    experiment: Experiment, workdir: str, data: dict[str, Any]
+    experiment: Experiment, workdir: str, data: dict[str, Any], given: Collection[str]
 ) -> tuple[Tokenizer, ModelConfig]:
     """The tokenizer (of `init_from`, the workdir, or new) and the sizes that go with it."""
     model = experiment.model
     if experiment.init_from:
         meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")[2]
+        _refuse_overruled(experiment, meta, given)
         model = dataclasses.replace(model, **{name: getattr(meta.model, name) for name in _SIZES})
         return tokenizer_lib.from_json(meta.tokenizer_json), model
     saved = os.path.join(workdir, "tokenizer.json")
@@ -114,6 +120,24 @@ def _tokenizer_and_model(
         f"--config.model.vocab_size={size}: the tokenizer has {len(tokenizer)} ids",
     )
     return tokenizer, dataclasses.replace(model, vocab_size=size)
+
+
+def _refuse_overruled(experiment: Experiment, meta: Meta, given: Collection[str]) -> None:
+    """Refuses a flag that asks for something else than the checkpoint `init_from` has."""
+    for name in sorted(given):
+        part, _, field = name.partition(".")
+        if part == "tokenizer" and field:
+            theirs = meta.experiment["tokenizer"][field]
+        elif part == "model" and field in _SIZES:
+            theirs = getattr(meta.model, field)
+        else:
+            continue
+        ours = getattr(getattr(experiment, part), field)
+        require(
+            ours == theirs,
+            f"--config.{name}={ours}: --config.init_from={experiment.init_from} has {theirs!r}, "
+            "and tokenizer and sizes are its own; leave this flag out",
+        )
 
 
 def _build_stages(

@@ -88,9 +88,10 @@ def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monk
     """And `init_from` fixes tokenizer, sizes and first weights, whatever the experiment says."""
     workdir, files = str(tmp_path / "w"), runs.files()
     command = (
-        *runs.TINY, *files.finetune, "--config.pretrain=none", f"--workdir={workdir}",
+        *(flag for flag in runs.TINY if "dropout" in flag), *files.finetune,
+        "--config.pretrain=none", f"--workdir={workdir}",
         f"--config.init_from={runs.trained()}/checkpoints/pretrain",
-        "--config.model.width=48", "--config.tokenizer.vocab_size=50",
+        "--config.model.width=16",  # what it has
     )  # fmt: skip
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopAtOnce)
@@ -113,6 +114,17 @@ def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monk
     )
     assert ours.tokenizer_hash == theirs.tokenizer_hash
     assert (ours.model.width, ours.model.vocab_size) == (16, 96)
+
+
+@pytest.mark.parametrize("flag", ["model.width=48", "tokenizer.vocab_size=50"])
+def test_what_init_from_would_overrule_is_refused(tmp_path, flag):
+    source = f"--config.init_from={runs.trained()}"
+    result = runs.main(
+        *runs.files().finetune, "--config.pretrain=none", source, f"--config.{flag}",
+        f"--workdir={tmp_path}/w",
+    )  # fmt: skip
+    assert f"--config.{flag}: {source} has" in result.error
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_diverging_run_ends_with_code_3_and_keeps_its_checkpoints(tmp_path, monkeypatch):
