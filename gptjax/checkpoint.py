@@ -14,6 +14,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -62,10 +63,7 @@ class Meta:
     @staticmethod
     def from_dict(values: dict[str, Any], where: str) -> "Meta":
         """Reads `to_dict`'s values; `where` names the checkpoint in errors."""
-        task = values["task"]
-        if task is not None:
-            lists = {name: tuple(task[name]) for name in ("choices", "labels")}
-            task = TaskSpec(**{**task, **lists})
+        task = values["task"] and TaskSpec.from_dict(values["task"])
         model = config_lib.from_dict(ModelConfig, values["model"], where)
         meta = Meta(**{**values, "task": task, "model": model})
         tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
@@ -138,7 +136,7 @@ class Checkpoints:
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.
         """
-        self.directory = epath.Path(workdir).absolute() / _FOLDER / stage
+        self.directory = _absolute(workdir) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
         self._scores = _read_scores(self.directory / _SCORES)
@@ -347,6 +345,11 @@ def _verify(found: dict[str, int], saved: dict[str, int]) -> None:
             raise ValueError(f"array {name} does not have the checksum it was saved with")
 
 
+def _absolute(path: str) -> epath.Path:
+    """What orbax wants (an address is absolute as it is)."""
+    return epath.Path(path if "://" in path else os.path.abspath(path))
+
+
 def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
     """Returns (workdir, stage, step or None) that `--checkpoint=PATH` (or another flag) means.
 
@@ -355,7 +358,7 @@ def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
     Raises:
       UserError: there is no checkpoint.
     """
-    place = epath.Path(path).absolute()
+    place = _absolute(path)
     if place.name.isdigit() and place.parent.name in telemetry.STAGES and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
     if place.name in telemetry.STAGES and place.parent.name == _FOLDER:

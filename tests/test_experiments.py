@@ -25,7 +25,9 @@ NEEDED = {
 def seen(monkeypatch):
     """(experiment, workdir) of each run that would have been started."""
     calls = []
-    monkeypatch.setattr(loop, "run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(
+        loop, "run", lambda experiment, workdir, _: calls.append((experiment, workdir))
+    )
     return calls
 
 

@@ -35,6 +35,12 @@ class TaskSpec:
     labels: tuple[str, ...] = ()
     """Names of the classes, or of the answers, in the order of the head's outputs."""
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TaskSpec":
+        """Reads the values of `dataclasses.asdict`, also after a journey through JSON."""
+        lists = {name: tuple(values[name]) for name in ("choices", "labels")}
+        return cls(**{**values, **lists})
+
     @property
     def num_candidates(self) -> int:
         """C: token sequences per example."""
