@@ -9,6 +9,7 @@ python launch.py --mode=predict --checkpoint=DIR --input=FILE --output=FILE
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -164,6 +165,14 @@ def _quiet_orbax() -> None:
     sys.unraisablehook = hook
 
 
+def _asked_to_stop(*_: object) -> None:
+    """SIGTERM where no training is under way: while modules load, during the report, other modes.
+
+    Nothing is half-written then (files are replaced whole), and the same command does it again.
+    """
+    os._exit(75)
+
+
 def main(argv: list[str]) -> int:
     """Runs the mode; returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
@@ -186,6 +195,7 @@ def main(argv: list[str]) -> int:
 
 if __name__ == "__main__":
     allocator.use_huge_pages()
+    signal.signal(signal.SIGTERM, _asked_to_stop)
     _quiet_orbax()
     try:
         app.run(main, flags_parser=_parse)

@@ -1,5 +1,7 @@
 """A stop is noted, obeyed between two steps, and costs nothing but time."""
 
+import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -98,6 +100,21 @@ def test_asked_between_steps(tmp_path, monkeypatch, before):
     )
     assert runs.steps(str(tmp_path), "pretrain") == [before]
     assert_continues_as_if_nothing_had_happened(str(tmp_path))
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux")
+def test_a_signal_while_modules_load(tmp_path):
+    """A scheduler starts it again, as from any other moment."""
+    process = runs.start(*command(tmp_path / "w"))
+    status = pathlib.Path(f"/proc/{process.pid}/status")
+    caught = 0
+    while not caught & 1 << (signal.SIGTERM - 1):
+        assert process.poll() is None
+        caught = int(re.search(r"SigCgt:\s*(\w+)", status.read_text())[1], 16)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (75, "", "")
+    assert not (tmp_path / "w").exists()
 
 
 def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
