@@ -202,3 +202,6 @@ if __name__ == "__main__":
     except BrokenPipeError:  # what reads our output has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    finally:
+        # The exit code is settled; Python would let a SIGTERM change it while it cleans up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
