@@ -19,7 +19,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples, TaskSpec
 from gptjax.data.tokenizer import SPECIALS, UNKNOWN, Tokenizer
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, brief, require
 from gptjax.generate import Sampling
 from gptjax.model import GPT
 from gptjax.state import Params
@@ -257,7 +257,7 @@ def load(path: str, mesh_config: MeshConfig | None = None) -> LoadedGPT:
     try:
         params = checkpoints.restore_params(step, like)
     except Exception as error:  # whatever broken files make orbax raise
-        reason = checkpoint.brief(error)
+        reason = brief(error)
         raise UserError(f"{where}: is damaged ({reason}); give another step") from error
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
     return LoadedGPT(meta.model, params, tokenizer, meta.task, meta, mesh, where)

@@ -29,7 +29,7 @@ from gptjax import telemetry
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, brief, require
 from gptjax.state import TrainState
 
 _FOLDER = "checkpoints"
@@ -136,7 +136,7 @@ class Checkpoints:
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.
         """
-        self.directory = _absolute(workdir) / _FOLDER / stage
+        self.directory = epath.Path(os.path.abspath(workdir)) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
         self._scores = _read_scores(self.directory / _SCORES)
@@ -150,13 +150,16 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Tells orbax which checkpoints stay: the newest, and the best of those with scores."""
+        """Tells orbax which checkpoints stay."""
         del context
-        steps = [info.step for info in checkpoints]
+        kept = self._kept([info.step for info in checkpoints])
+        return [info.step in kept for info in checkpoints]
+
+    def _kept(self, steps: list[int]) -> set[int]:
+        """The newest of `steps`, and the best of those with scores."""
         kept = set(sorted(steps)[-self._policy.keep_newest :])
         ranked = self._best_first([step for step in steps if self.metrics(step)])
-        kept.update(ranked[: self._policy.keep_best])
-        return [step in kept for step in steps]
+        return kept.union(ranked[: self._policy.keep_best])
 
     def steps(self) -> list[int]:
         """Returns the steps at hand, oldest first."""
@@ -313,6 +316,9 @@ class Checkpoints:
         """Waits for the saves in the background, and raises what went wrong with them."""
         with _disk_errors(self.directory):
             self._manager.wait_until_finished()
+            # What a run that was killed between saving and deleting has left.
+            for step in set(self.steps()) - self._kept(self.steps()):
+                self._manager.delete(step)
 
     def close(self) -> None:
         """Waits, then releases the threads."""
@@ -334,20 +340,10 @@ def _digest(values: dict[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def brief(error: Exception) -> str:
-    """An error of a library on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
 def _verify(found: dict[str, int], saved: dict[str, int]) -> None:
     for name, value in found.items():
         if saved.get(name) != value:
             raise ValueError(f"array {name} does not have the checksum it was saved with")
-
-
-def _absolute(path: str) -> epath.Path:
-    """What orbax wants (an address is absolute as it is)."""
-    return epath.Path(path if "://" in path else os.path.abspath(path))
 
 
 def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
@@ -358,7 +354,7 @@ def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
     Raises:
       UserError: there is no checkpoint.
     """
-    place = _absolute(path)
+    place = epath.Path(os.path.abspath(path))
     if place.name.isdigit() and place.parent.name in telemetry.STAGES and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
     if place.name in telemetry.STAGES and place.parent.name == _FOLDER:

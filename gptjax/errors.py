@@ -22,3 +22,8 @@ def require(condition: object, message: str) -> None:
     """Raises `UserError` with `message` unless `condition` is true."""
     if not condition:
         raise UserError(message)
+
+
+def brief(error: Exception) -> str:
+    """An error of a library on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -17,7 +17,7 @@ from gptjax.config import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, brief, require
 from gptjax.preemption import StopRequest
 from gptjax.stages import Scores, Stage
 from gptjax.state import Params, TrainState
@@ -315,7 +315,7 @@ def _load_params(path: str, mesh: Mesh) -> Params:
     try:
         return checkpoints.restore_params(step, like)
     except Exception as error:  # whatever broken files make orbax raise
-        reason = checkpoint.brief(error)
+        reason = brief(error)
         raise UserError(f"--config.init_from={path}: step {step} is damaged ({reason})") from error
 
 

@@ -214,6 +214,21 @@ def test_every_checkpoint_damaged_is_one_line(saved):
     checkpoints.close()
 
 
+def test_what_a_killed_run_did_not_delete_goes_at_the_end(saved):
+    """Steps 1 to 3 are there, 1 the best; two newest and the best stay."""
+    three = reopen(saved, metric="accuracy")
+    three.set_metrics(1, {"accuracy": 0.9})
+    three.save(4, make_state(4, 4), make_meta(), {"accuracy": 0.0})
+    three.close()
+    assert reopen(saved, read_only=True).steps() == [1, 2, 3, 4]
+    policy = CheckpointConfig(keep_newest=2, keep_best=1)
+    two = Checkpoints(str(saved), "finetune", policy, "accuracy")
+    two.wait()
+    assert two.steps() == [1, 3, 4]
+    two.close()
+    assert reopen(saved, read_only=True).steps() == [1, 3, 4]
+
+
 def test_a_damaged_best_checkpoint_leaves_the_next_best(saved):
     harm(saved / "checkpoints" / "finetune" / "3", "deleted")
     checkpoints = reopen(saved, metric="accuracy")
