@@ -168,8 +168,9 @@ def _quiet_orbax() -> None:
 def _asked_to_stop(*_: object) -> None:
     """SIGTERM where no training is under way: while modules load, during the report, other modes.
 
-    Nothing is half-written then (files are replaced whole), and the same command does it again.
+    Nothing is half-written then: files are replaced whole.
     """
+    os.write(2, b"error: asked to stop; the same command starts again\n")
     os._exit(75)
 
 

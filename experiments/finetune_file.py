@@ -16,7 +16,8 @@ jax 0.10.2), seed 0 where nothing else is said, majority class in brackets:
     COPA              validation accuracy 55.0% [55.0], 100 items; 20 seconds
     STS-B             test Pearson 0.277 [0]; 4 minutes
 
-Two texts that must be compared are not learnt from a few thousand rows alone. The flags:
+Two texts that must be compared are not learnt from a few thousand rows alone; RTE's 277 rows are
+below the majority class by 1.6 standard deviations. The flags:
 
     SST-2   --config.finetune.text=sentence
     MRPC    --config.finetune.task=similarity '--config.finetune.text=#1 String'
@@ -39,8 +40,8 @@ def get_config() -> Experiment:
         name="finetune_file",
         model=ModelConfig(
             context_length=128,
-            # A few thousand rows from random weights: a second layer gains nothing, and what is not
-            # held back is learnt by heart.
+            # A few thousand rows from random weights: what is not held back is learnt by heart.
+            # (Two layers and a residual dropout of 0.4 reached 77.5% on SST-2, seed 0.)
             num_layers=1,
             width=128,
             num_heads=4,

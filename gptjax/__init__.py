@@ -4,6 +4,7 @@
 >>> gpt.generate("The ", max_new_tokens=50)  # doctest: +SKIP
 """
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from gptjax.version import __version__
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["__version__", "load"]
 
 
-def load(path: str, **kwargs: Any) -> "LoadedGPT":
+def load(path: str | os.PathLike[str], **kwargs: Any) -> "LoadedGPT":
     """Loads a checkpoint (see `gptjax.api.load`); JAX is imported only now."""
     from gptjax import api
 

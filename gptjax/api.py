@@ -1,6 +1,7 @@
 """A trained model in Python: for notebooks, services, and the modes of `launch.py`."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -239,7 +240,7 @@ def _lm_logits_of(
 _lm_logits = jax.jit(_lm_logits_of, static_argnames=("model",))
 
 
-def load(path: str, mesh_config: MeshConfig | None = None) -> LoadedGPT:
+def load(path: str | os.PathLike[str], mesh_config: MeshConfig | None = None) -> LoadedGPT:
     """Loads a checkpoint.
 
     Args:
@@ -249,7 +250,7 @@ def load(path: str, mesh_config: MeshConfig | None = None) -> LoadedGPT:
     Raises:
       UserError: nothing there, or it is damaged.
     """
-    checkpoints, step, meta = checkpoint.open_for_use(path)
+    checkpoints, step, meta = checkpoint.open_for_use(os.fspath(path))
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     model = stages_lib.make_model(meta.model, meta.task)
     like = state.abstract(lambda key: model_lib.init_params(model, key), mesh, jax.random.key(0))

@@ -123,20 +123,19 @@ def _tokenizer_and_model(
 
 
 def _refuse_overruled(experiment: Experiment, meta: Meta, given: Collection[str]) -> None:
-    """Refuses a flag that asks for something else than the checkpoint `init_from` has."""
+    """Refuses a flag that asks for another tokenizer or size than the checkpoint's."""
+    own = f"is that of --config.init_from={experiment.init_from}"
     for name in sorted(given):
         part, _, field = name.partition(".")
-        if part == "tokenizer" and field:
-            theirs = meta.experiment["tokenizer"][field]
-        elif part == "model" and field in _SIZES:
-            theirs = getattr(meta.model, field)
-        else:
+        require(part != "tokenizer", f"--config.{name}: the tokenizer {own}; leave this flag out")
+        if part != "model" or field not in _SIZES:
             continue
-        ours = getattr(getattr(experiment, part), field)
+        ours, theirs = getattr(experiment.model, field), getattr(meta.model, field)
+        # What a 0 stands for.
+        usual = {"vocab_size": meta.model.vocab_size, "ffn_width": 4 * meta.model.width}.get(field)
         require(
-            ours == theirs,
-            f"--config.{name}={ours}: --config.init_from={experiment.init_from} has {theirs!r}, "
-            "and tokenizer and sizes are its own; leave this flag out",
+            (ours or usual) == (theirs or usual),
+            f"--config.{name}={ours}: the size {own}, {theirs}; leave this flag out",
         )
 
 

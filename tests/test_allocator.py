@@ -1,5 +1,6 @@
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 
@@ -22,12 +23,12 @@ print(os.getpid(), os.environ["GLIBC_TUNABLES"], sys.argv[1:], sys.flags.utf8_mo
 """
 
 
-def run(tmp_path: pathlib.Path, **environment: str) -> list[str]:
+def run(tmp_path: pathlib.Path, *options: str, **environment: str) -> list[str]:
     script = tmp_path / "program.py"
     script.write_text(PROGRAM.format(root=str(ROOT)))
     clean = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
     done = subprocess.run(
-        [sys.executable, "-X", "utf8", str(script), "--text=a b", "ü"],
+        [sys.executable, *options, "-Xutf8", str(script), "--text=a b", "ü"],
         capture_output=True, text=True, check=True, env=clean | environment,
     )  # fmt: skip
     return done.stdout.splitlines()
@@ -41,11 +42,18 @@ def executed(monkeypatch, tmp_path):
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that its absence is restored too
     monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(allocator, "_KERNEL", tmp_path / "enabled")
+    monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.35")
+    # pytest was started in whatever way.
+    monkeypatch.setattr(sys, "argv", ["launch.py", "--mode=train"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-B", "launch.py", "--mode=train"])
     (tmp_path / "enabled").write_text("always [madvise] never\n")
     return calls
 
 
-@pytest.mark.skipif(not allocator._on_offer(), reason="the kernel gives no huge pages on request")
+offered = pytest.mark.skipif(not allocator._on_offer(), reason="no huge pages on request here")
+
+
+@offered
 def test_the_same_process_with_the_same_arguments_and_few_page_faults(tmp_path):
     first, again, last = run(tmp_path)
     pid, setting, rest = last.split(" ", 2)
@@ -55,7 +63,7 @@ def test_the_same_process_with_the_same_arguments_and_few_page_faults(tmp_path):
     assert arguments == "['--text=a b', 'ü']"
     assert utf8 == "1"
     plain = int(run(tmp_path, GLIBC_TUNABLES="glibc.malloc.hugetlb=0")[-1].split()[-1])
-    assert plain > 2**28 / 4096 * 0.9
+    assert plain > 2**28 / resource.getpagesize() * 0.9
     assert int(faults) < plain / 10
 
 
@@ -81,12 +89,48 @@ def test_nothing_happens_where_nothing_is_to_gain(executed, kernel):
 def test_once_and_no_more(executed):
     allocator.use_huge_pages()
     allocator.use_huge_pages()
-    assert executed == [(sys.executable, [sys.executable, *sys.orig_argv[1:]])]
+    assert executed == [(sys.executable, [sys.executable, "-B", "launch.py", "--mode=train"])]
 
 
 def test_a_python_that_cannot_be_started_again_runs_on(executed, monkeypatch):
     def fail(*args):
+        executed.append(args)
         raise FileNotFoundError(*args)
 
     monkeypatch.setattr(os, "execv", fail)
     allocator.use_huge_pages()
+    assert len(executed) == 1
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setattr(sys, "executable", None)
+    allocator.use_huge_pages()
+    assert len(executed) == 1
+
+
+@pytest.mark.parametrize(
+    ("original", "argv"),
+    [
+        (["python", "-m", "pdb", "launch.py"], ["launch.py"]),
+        (["python", "-mpdb", "launch.py"], ["launch.py"]),
+        (["python", "-c", "import launch"], ["-c"]),
+        (["python", "-"], ["launch.py"]),
+        (["python", "-m", "ipykernel_launcher", "-f", "x.json"], ["launch.py", "--mode=train"]),
+        (["python"], [""]),
+    ],
+)
+def test_the_process_of_another_program_is_not_replaced(executed, monkeypatch, original, argv):
+    monkeypatch.setattr(sys, "orig_argv", original)
+    monkeypatch.setattr(sys, "argv", argv)
+    allocator.use_huge_pages()
+    assert not executed
+
+
+@pytest.mark.parametrize("library", ["glibc 2.31", "musl 1.2", "", ValueError, OSError])
+def test_other_c_libraries_are_left_alone(executed, monkeypatch, library):
+    def confstr(_):
+        if isinstance(library, str):
+            return library
+        raise library
+
+    monkeypatch.setattr(os, "confstr", confstr)
+    allocator.use_huge_pages()
+    assert not executed

@@ -1,5 +1,7 @@
 """A trained model in Python: `gptjax.load`."""
 
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def test_what_is_loaded_is_the_best_step_or_the_one_asked_for(gpt):
         for path, leaf in jax.tree_util.tree_leaves_with_path(one.params):
             name = "params" + jax.tree_util.keystr(path)
             assert saved[name][2] == np.asarray(leaf).tobytes()
-    assert gptjax.load(f"{runs.trained()}/checkpoints/pretrain").task is None
+    assert gptjax.load(pathlib.Path(runs.trained(), "checkpoints", "pretrain")).task is None
 
 
 def test_logits_have_the_promised_shape_and_are_causal(gpt):
