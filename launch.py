@@ -25,7 +25,10 @@ QUICKSTART = os.path.join(FOLDER, "experiments", "quickstart.py")
 FLAGS = flags.FLAGS
 
 MODE = flags.DEFINE_enum(
-    "mode", "train", ["train", "evaluate", "predict", "generate", "tokenizer"], "What to do."
+    "mode",
+    "train",
+    ["train", "evaluate", "predict", "generate", "tokenizer", "import", "export"],
+    "What to do.",
 )
 CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -38,10 +41,15 @@ CHECKPOINT = flags.DEFINE_string(
 )
 INPUT = flags.DEFINE_string(
     "input", "", "predict, evaluate: a file of rows (evaluate of a language model: text files); "
-    "tokenizer: text files (comma-separated globs)."
+    "tokenizer: text files (comma-separated globs); import: a folder of weights; export: a "
+    "workdir, a stage or a step of it."
 )  # fmt: skip
 OUTPUT = flags.DEFINE_string(
-    "output", "", "predict: the file to write (.csv, .tsv, .jsonl); tokenizer: the folder."
+    "output", "", "predict: the file to write (.csv, .tsv, .jsonl); tokenizer, import, export: the "
+    "folder."
+)  # fmt: skip
+FORMAT = flags.DEFINE_enum(
+    "format", "huggingface", ["openai", "huggingface"], "import, export: whose format the other is."
 )
 SPLIT = flags.DEFINE_string("split", "validation", "evaluate: split of the experiment's own data.")
 PROMPT = flags.DEFINE_string("prompt", "", "generate: how the text begins.")
@@ -87,12 +95,26 @@ def _tokenizer() -> None:
     modes.train_tokenizer(CONFIG.value.tokenizer, INPUT.value, OUTPUT.value)
 
 
+def _import() -> None:
+    from gptjax import pretrained
+
+    pretrained.import_weights(INPUT.value, OUTPUT.value, FORMAT.value)
+
+
+def _export() -> None:
+    from gptjax import pretrained
+
+    pretrained.export_weights(INPUT.value, OUTPUT.value, FORMAT.value)
+
+
 _MODES: dict[str, Callable[[], None]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
     "generate": _generate,
     "tokenizer": _tokenizer,
+    "import": _import,
+    "export": _export,
 }
 
 

@@ -18,7 +18,8 @@ ORDER = (
     *("data.builtin", "data.tasks", "data.splits", "data.packing", "data.loader", "data"),
     *("dropout", "attention", "model", "losses", "sharding", "optim", "state", "steps"),
     *("metrics", "evaluate", "generate", "flops", "telemetry", "checkpoint", "report"),
-    *("stages", "trainer", "loop", "api", "modes", ""),
+    *("weights", "openai", "huggingface"),
+    *("stages", "trainer", "loop", "api", "modes", "pretrained", ""),
 )
 # Tested by the file of the module they exist for.
 TESTED_IN = {
@@ -28,6 +29,9 @@ TESTED_IN = {
     "errors": "config",
     "validation": "config",
     "trainer": "loop",
+    "huggingface": "pretrained",
+    "openai": "pretrained",
+    "weights": "pretrained",
     "version": "architecture",
     "": "architecture",
 }

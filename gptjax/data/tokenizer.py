@@ -13,6 +13,7 @@ import pathlib
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -206,26 +207,40 @@ def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
 
 def load_gpt1(vocab_file: str, merges_file: str) -> Tokenizer:
     """Loads GPT-1's own pair: `encoder_bpe_40000.json` and `vocab_40000.bpe`."""
-    vocabulary = _vocabulary(vocab_file)
+    try:
+        vocabulary = json.loads(_read(vocab_file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{vocab_file}: not JSON ({error})") from error
+    _check_vocabulary(vocabulary, vocab_file)
     merges = []
     for number, line in enumerate(_read(merges_file).split("\n"), 1):
         if not line or (number == 1 and line.startswith("#version")):
             continue
-        pair = line.split()
-        where = f"{merges_file}: line {number}"
-        require(len(pair) == 2, f"{where}: a merge is two symbols, not {line!r}")
-        for symbol in (*pair, "".join(pair)):
-            require(symbol in vocabulary, f"{where}: {symbol!r} is not in {vocab_file}")
-        merges.append((pair[0], pair[1]))
+        merges.append(_merge(line.split(), vocabulary, f"{merges_file}: line {number}"))
     return _add_specials(_bpe(vocabulary, merges))
 
 
-def _vocabulary(path: str) -> dict[str, int]:
-    """Reads token -> id. Ids must have no gap: the special tokens come after the last."""
+def from_huggingface(values: Any, where: str) -> Tokenizer:
+    """Builds GPT-1's tokenizer from the vocabulary and merges inside another `tokenizer.json`."""
     try:
-        vocabulary = json.loads(_read(path))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
+        vocabulary, lines = values["model"]["vocab"], values["model"]["merges"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: has no BPE vocabulary and merges") from error
+    _check_vocabulary(vocabulary, where)
+    pairs = [line.split() if isinstance(line, str) else line for line in lines]
+    merges = [_merge(pair, vocabulary, f"{where}: merge {i}") for i, pair in enumerate(pairs, 1)]
+    return _add_specials(_bpe(vocabulary, merges))
+
+
+def _merge(pair: Sequence[str], vocabulary: dict[str, int], where: str) -> tuple[str, str]:
+    require(len(pair) == 2, f"{where}: a merge is two symbols, not {' '.join(pair)!r}")
+    for symbol in (*pair, "".join(pair)):
+        require(symbol in vocabulary, f"{where}: {symbol!r} is not in the vocabulary")
+    return pair[0], pair[1]
+
+
+def _check_vocabulary(vocabulary: Any, path: str) -> None:
+    """Ids must have no gap: the special tokens come after the last."""
     require(isinstance(vocabulary, dict), f"{path}: must be one JSON object of token: id")
     owners: dict[int, str] = {}
     for token, index in vocabulary.items():
@@ -238,7 +253,6 @@ def _vocabulary(path: str) -> dict[str, int]:
     require(UNKNOWN in vocabulary, f"{path}: it has no token {UNKNOWN}")
     for name in SPECIALS:
         require(name not in vocabulary, f"{path}: {name} must not be in it; it is added")
-    return vocabulary
 
 
 def train_characters(texts: Iterable[str]) -> Tokenizer:

@@ -1,0 +1,248 @@
+"""Folders of Hugging Face's `openai-gpt` model: config.json, model.safetensors, tokenizer.
+
+OpenAIGPTModel, OpenAIGPTLMHeadModel      the decoder
+OpenAIGPTDoubleHeadsModel                 and the head of a multiple choice
+OpenAIGPTForSequenceClassification        and that of a classification or entailment
+"""
+
+import json
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from gptjax import weights as weights_lib
+from gptjax.config import ModelConfig
+from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tasks import TaskSpec
+from gptjax.data.tokenizer import DELIMITER, EXTRACT, PADDING, START, UNKNOWN, Tokenizer
+from gptjax.errors import UserError, require
+from gptjax.weights import BIAS, BLOCK, KERNEL, POSITIONS, TOKENS, Arrays, Weights
+
+_THEIRS = (
+    "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
+    "ln_1.weight", "ln_1.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
+    "mlp.c_proj.bias", "ln_2.weight", "ln_2.bias",
+)  # fmt: skip
+_EMBEDDINGS = {"tokens_embed.weight": TOKENS, "positions_embed.weight": POSITIONS}
+_PREFIX, _LM_HEAD, _SCORE = "transformer.", "lm_head.weight", "score.weight"
+_CHOICE = "multiple_choice_head.summary"
+_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu"}
+_FILE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+# Masks and position numbers that older versions saved along.
+_CONSTANTS = re.compile(r"(h\.\d+\.attn\.bias|position_ids)$")
+
+
+def _ours(name: str) -> str:
+    """Their name of an array -> "LAYER/name", an embedding, or itself where it is neither."""
+    found = re.fullmatch(r"h\.(\d+)\.(.+)", name)
+    if found and found[2] in _THEIRS:
+        return f"{int(found[1])}/{BLOCK[_THEIRS.index(found[2])]}"
+    return _EMBEDDINGS.get(name, name)
+
+
+def _their(name: str) -> str:
+    layer, _, rest = name.partition("/")
+    if layer.isdigit():
+        return f"{_PREFIX}h.{layer}.{_THEIRS[BLOCK.index(rest)]}"
+    return _PREFIX + next(theirs for theirs, ours in _EMBEDDINGS.items() if ours == name)
+
+
+def read(folder: pathlib.Path) -> Weights:
+    """Reads a folder that `save_pretrained`, or `write`, wrote.
+
+    Raises:
+      UserError: a missing or damaged file, arrays that do not fit, an output layer that is not
+        the token embedding.
+    """
+    values = weights_lib.read_json(folder / "config.json")
+    files = _files(folder)
+    found: Arrays = {}
+    for path in files:
+        found |= weights_lib.read_safetensors(path)
+    arrays = {
+        _ours(name.removeprefix(_PREFIX)): array
+        for name, array in found.items()
+        if not _CONSTANTS.search(name)
+    }
+    _untie(arrays, folder)
+    side = weights_lib.read_side(files)
+    if side:
+        arrays = {
+            name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
+        }
+        stacked = weights_lib.stack_layers(arrays, side.model, str(folder))
+        tokenizer = weights_lib.read_tokenizer(folder)
+        return Weights(side.model, stacked | side.arrays, tokenizer, side.task)
+    model = _config(values, folder)
+    tokenizer = _tokenizer(folder)
+    head, task = _head(arrays, values)
+    if TOKENS in arrays and len(arrays[TOKENS]) != len(tokenizer):
+        arrays[TOKENS] = weights_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
+    model.vocab_size = len(arrays.get(TOKENS, ()))
+    return Weights(
+        model, weights_lib.stack_layers(arrays, model, str(folder)) | head, tokenizer, task
+    )
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    if (folder / _FILE).exists():
+        return [folder / _FILE]
+    if (folder / _INDEX).exists():
+        index = weights_lib.read_json(folder / _INDEX)
+        try:
+            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / _INDEX}: has no weight_map") from error
+    require(
+        not (folder / _PICKLE).exists(),
+        f"{folder}: has its weights in {_PICKLE} only, a pickle, which can run any code; write "
+        "them anew with transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)",
+    )
+    raise UserError(f"{folder}: has no {_FILE}; give a folder that save_pretrained wrote")
+
+
+def _untie(arrays: Arrays, folder: pathlib.Path) -> None:
+    """Takes the output layer away: it is the token embedding, saved once or twice."""
+    output = arrays.pop(_LM_HEAD, None)
+    if output is None:
+        return
+    tokens = arrays.setdefault(TOKENS, output)
+    require(
+        np.array_equal(tokens, output),
+        f"{folder}: {_LM_HEAD} is not the token embedding; an output layer of its own is not GPT-1",
+    )
+
+
+def _config(values: Any, folder: pathlib.Path) -> ModelConfig:
+    where = folder / "config.json"
+    require(
+        isinstance(values, dict) and values.get("model_type") == "openai-gpt",
+        f"{where}: model_type must be openai-gpt",
+    )
+    activation = values.get("afn", "gelu")
+    require(
+        activation in _ACTIVATIONS,
+        f"{where}: afn is {activation!r}; it must be one of {', '.join(_ACTIVATIONS)}",
+    )
+    usual = ModelConfig()
+    return ModelConfig(
+        context_length=values.get("n_positions", usual.context_length),
+        num_layers=values.get("n_layer", usual.num_layers),
+        width=values.get("n_embd", usual.width),
+        num_heads=values.get("n_head", usual.num_heads),
+        activation=_ACTIVATIONS[activation],
+        embedding_dropout=values.get("embd_pdrop", usual.embedding_dropout),
+        attention_dropout=values.get("attn_pdrop", usual.attention_dropout),
+        residual_dropout=values.get("resid_pdrop", usual.residual_dropout),
+        head_dropout=values.get("summary_first_dropout", usual.head_dropout),
+        init_std=values.get("initializer_range", usual.init_std),
+        layer_norm_epsilon=values.get("layer_norm_epsilon", usual.layer_norm_epsilon),
+    )
+
+
+def _tokenizer(folder: pathlib.Path) -> Tokenizer:
+    """Ours where `tokenizer.json` has our special tokens, else GPT-1's with its vocabulary."""
+    path = folder / "tokenizer.json"
+    if path.exists() and EXTRACT in str(weights_lib.read_json(path).get("added_tokens")):
+        return tokenizer_lib.load(path)
+    vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
+    if vocabulary.exists() and merges.exists():
+        return tokenizer_lib.load_gpt1(str(vocabulary), str(merges))
+    require(path.exists(), f"{folder}: has neither vocab.json and merges.txt nor tokenizer.json")
+    return tokenizer_lib.from_huggingface(weights_lib.read_json(path), str(path))
+
+
+def _head(arrays: Arrays, values: Any) -> tuple[Arrays, TaskSpec | None]:
+    """Takes the task head away. Their folders say nothing of columns: they get our usual names."""
+    score = arrays.pop(_SCORE, None)
+    if score is not None:
+        names = values.get("id2label") or {}
+        labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(len(score)))
+        no_bias = np.zeros(len(score), np.float32)
+        return {KERNEL: score.T, BIAS: no_bias}, TaskSpec("classification", "text", labels=labels)
+    kernel, bias = (arrays.pop(f"{_CHOICE}.{part}", None) for part in ("weight", "bias"))
+    if kernel is None or bias is None:
+        return {}, None
+    choices = ("choice1", "choice2")
+    task = TaskSpec("multiple_choice", "text", choices=choices, labels=("0", "1"))
+    return {KERNEL: kernel.T, BIAS: bias}, task
+
+
+def write(weights: Weights, folder: pathlib.Path) -> str:
+    """Writes a folder for `from_pretrained`; returns the name of the class that reads all of it."""
+    model = weights.model
+    weights_lib.require_plain(model)
+    arrays = {_their(name): array for name, array in weights_lib.split_layers(weights).items()}
+    extra = {name: weights.arrays[name] for name in (KERNEL, BIAS) if name in weights.arrays}
+    kind = weights.task.kind if weights.task else ""
+    architecture = "OpenAIGPTLMHeadModel"
+    if kind == "multiple_choice":
+        architecture = "OpenAIGPTDoubleHeadsModel"
+        arrays[f"{_CHOICE}.weight"], arrays[f"{_CHOICE}.bias"] = extra[KERNEL].T, extra[BIAS]
+    elif kind in ("classification", "entailment"):
+        architecture = "OpenAIGPTForSequenceClassification"
+        arrays[_SCORE] = _score(weights)
+    if architecture != "OpenAIGPTForSequenceClassification":
+        arrays[_LM_HEAD] = weights.arrays[TOKENS]
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    safetensors.numpy.save_file(contiguous, folder / _FILE, metadata={"format": "pt"})
+    values = _their_config(weights, architecture)
+    (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
+    names = json.dumps(_token_names(model.context_length), indent=2)
+    (folder / "tokenizer_config.json").write_text(names, encoding="utf-8")
+    weights_lib.write_side(weights, [folder / _FILE], extra)
+    return architecture
+
+
+def _score(weights: Weights) -> np.ndarray:
+    """The head's kernel [O, D], its bias folded in: their head has none.
+
+    The last layer norm gives h = g * n + b with sum(n) = 0, so that sum(h / g) = sum(b / g) =: c
+    whatever the text: adding bias / (c g) to the kernel adds the bias to the logits.
+    """
+    kernel, bias = weights.arrays[KERNEL], weights.arrays[BIAS].astype(np.float64)
+    gain, shift = (weights.arrays[f"blocks/norm2/{name}"][-1] for name in ("scale", "bias"))
+    gain = gain.astype(np.float64)
+    constant = (shift / gain).sum()
+    # What rounding of h costs: about as much as 1 / c is large against 1 / g.
+    noise = np.abs(1 / gain).max() * np.abs(bias).max() * 1e-7 / max(abs(constant), 1e-30)
+    require(
+        noise < 1e-4 or not bias.any(),
+        "--format=huggingface: OpenAIGPTForSequenceClassification has no bias, and this head's "
+        "cannot be folded into its kernel; it would give other predictions",
+    )
+    folded = bias[:, None] / (constant * gain) if bias.any() else 0.0
+    return (kernel.T + folded).astype(np.float32)
+
+
+def _their_config(weights: Weights, architecture: str) -> dict[str, Any]:
+    model, tokenizer = weights.model, weights.tokenizer
+    values: dict[str, Any] = {
+        "model_type": "openai-gpt", "architectures": [architecture],
+        "vocab_size": model.vocab_size, "n_positions": model.context_length,
+        "n_embd": model.width, "n_layer": model.num_layers, "n_head": model.num_heads,
+        "afn": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == model.activation),
+        "embd_pdrop": model.embedding_dropout, "attn_pdrop": model.attention_dropout,
+        "resid_pdrop": model.residual_dropout, "summary_first_dropout": model.head_dropout,
+        "initializer_range": model.init_std, "layer_norm_epsilon": model.layer_norm_epsilon,
+        "summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True,
+        "bos_token_id": tokenizer.start_id, "pad_token_id": tokenizer.padding_id,
+    }  # fmt: skip
+    if weights.task and architecture == "OpenAIGPTForSequenceClassification":
+        labels = weights.task.labels
+        values["id2label"] = dict(enumerate(labels))
+        values["label2id"] = {label: i for i, label in enumerate(labels)}
+    return values
+
+
+def _token_names(context_length: int) -> dict[str, Any]:
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length,
+        "unk_token": UNKNOWN, "bos_token": START, "sep_token": DELIMITER, "cls_token": EXTRACT,
+        "pad_token": PADDING,
+        # As here: a text that spells a special token is text.
+        "split_special_tokens": True,
+    }  # fmt: skip
