@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from gptjax.errors import require
 
 LINE_BREAKS = ("auto", "keep", "join")
+ALGORITHMS = ("adamw", "openai")
 TOKENIZERS = ("bpe", "gpt1", "character")
 
 
@@ -89,6 +90,8 @@ class TokenizerConfig(_Config):
 class OptimizerConfig(_Config):
     """Adam with decoupled decay, global clipping and a schedule."""
 
+    algorithm: str = "adamw"
+    """adamw; openai: the Adam and the schedules of the authors' released code, to the letter."""
     learning_rate: float = 2.5e-4
     schedule: str = "cosine"
     """After the warm-up, down to 0 at the last step: cosine, linear; or constant."""

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 from gptjax.config import (
+    ALGORITHMS,
     LINE_BREAKS,
     TOKENIZERS,
     Experiment,
@@ -88,6 +89,7 @@ def _validate_optimizer(optimizer: OptimizerConfig, where: str) -> None:
     _positive(optimizer, where, "learning_rate", "epsilon", "accumulation", "max_bad_steps")
     _fraction(optimizer, where, "beta1", "beta2", "warmup_fraction")
     _choice(optimizer, where, "schedule", SCHEDULES)
+    _choice(optimizer, where, "algorithm", ALGORITHMS)
     _not_negative(optimizer, where, "weight_decay", "clip_norm", "warmup_steps")
 
 

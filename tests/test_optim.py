@@ -155,6 +155,79 @@ def test_twenty_steps_are_those_of_numpy_in_float64(name, changes):
     assert int(state.total_notfinite) == 0
 
 
+def openai_rate(step, config, total):
+    """The schedules of the authors' `opt.py`, x read before the step is counted."""
+    x = step / total
+    w = config.warmup_steps / total or config.warmup_fraction
+    if w and x <= w:
+        factor = x / w
+    else:
+        factor = (1 + math.cos(math.pi * x)) / 2 if config.schedule == "cosine" else 1.0
+    if config.schedule == "linear":
+        factor *= 1 - x
+    return config.learning_rate * factor
+
+
+def numpy_openai_adam(params, gradients, config, total):
+    """`adam` of the authors' `opt.py`, written from the formula, in float64."""
+    params = {name: np.asarray(value, np.float64) for name, value in params.items()}
+    m = {name: np.zeros_like(value) for name, value in params.items()}
+    v = {name: np.zeros_like(value) for name, value in params.items()}
+    for step, gradient in enumerate(gradients):
+        t = step + 1
+        correction = math.sqrt(1 - config.beta2**t) / (1 - config.beta1**t)
+        rate_t = openai_rate(step, config, total) * correction
+        norm = math.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in gradient.values()))
+        for name, p in params.items():
+            g = gradient[name].astype(np.float64)
+            if config.clip_norm:
+                g = g * config.clip_norm / max(norm, config.clip_norm)
+            m[name] = config.beta1 * m[name] + (1 - config.beta1) * g
+            v[name] = config.beta2 * v[name] + (1 - config.beta2) * g * g
+            direction = m[name] / (np.sqrt(v[name]) + config.epsilon)
+            if p.ndim > 1:
+                direction = direction + config.weight_decay * p
+            params[name] = p - rate_t * direction
+    return params
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"warmup_fraction": 0.002},
+        {"warmup_steps": 5, "clip_norm": 0.0},
+        {"warmup_steps": 5, "clip_norm": 100.0, "weight_decay": 0.0},
+        {"warmup_steps": 7, "beta1": 0.5, "beta2": 0.98, "epsilon": 1e-3, "weight_decay": 0.3},
+    ],
+)
+def test_twenty_steps_of_the_authors_adam(name, changes):
+    config = OptimizerConfig(
+        **({"algorithm": "openai", "learning_rate": 1e-2, "schedule": name} | changes)
+    )
+    params, gradients = problem(20)
+    expected = numpy_openai_adam(params, gradients, config, 25)
+    init, run = stepper(config, 25)
+    found, _ = run(params, gradients, init(params))
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6)
+    other = numpy_adam(params, gradients, config, 25)
+    assert np.abs(other["kernel"] - expected["kernel"]).max() > 1e-4, "and not those of AdamW"
+    rates = [float(optim.schedule(config, 25)(step)) for step in range(25)]
+    closed = [openai_rate(step, config, 25) for step in range(25)]
+    np.testing.assert_allclose(rates, closed, rtol=1e-5, atol=1e-9)
+
+
+def test_the_first_update_of_the_authors_adam_is_none():
+    config = OptimizerConfig(algorithm="openai", schedule="linear", warmup_fraction=0.002)
+    params, gradients = problem(1)
+    init, run = stepper(config, 25)
+    found, _ = run(params, gradients, init(params))
+    for name, value in params.items():
+        assert np.array_equal(found[name], value)
+
+
 def test_clipping_is_global():
     """A gradient a thousand times larger, clipped to the same norm, gives the same update."""
     config = OptimizerConfig(learning_rate=1e-2, clip_norm=1.0, epsilon=1e-2)
