@@ -17,6 +17,7 @@ from gptjax.errors import require
 
 LINE_BREAKS = ("auto", "keep", "join")
 ALGORITHMS = ("adamw", "openai")
+WORDS = ("fast", "exact")
 TOKENIZERS = ("bpe", "gpt1", "character")
 
 
@@ -84,6 +85,8 @@ class TokenizerConfig(_Config):
     """With kind gpt1: `encoder_bpe_40000.json`."""
     merges_file: str = ""
     """With kind gpt1: `vocab_40000.bpe`."""
+    words: str = "fast"
+    """With kind gpt1: fast; exact: as the authors cut text (ftfy and spaCy must be installed)."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

@@ -7,6 +7,7 @@ from gptjax.config import (
     ALGORITHMS,
     LINE_BREAKS,
     TOKENIZERS,
+    WORDS,
     Experiment,
     FinetuneConfig,
     MeshConfig,
@@ -184,6 +185,11 @@ def validate(experiment: Experiment) -> Experiment:
     )
     _validate_model(experiment.model)
     _choice(experiment.tokenizer, "tokenizer", "kind", TOKENIZERS)
+    _choice(experiment.tokenizer, "tokenizer", "words", WORDS)
+    require(
+        experiment.tokenizer.words == "fast" or experiment.tokenizer.kind == "gpt1",
+        "--config.tokenizer.words=exact: is for --config.tokenizer.kind=gpt1",
+    )
     _positive(experiment.tokenizer, "tokenizer", "vocab_size")
     require(
         experiment.pretrain or experiment.finetune,

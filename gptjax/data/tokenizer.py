@@ -21,12 +21,16 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from gptjax.config import TokenizerConfig
 from gptjax.data import text
+from gptjax.data import words as words_lib
 from gptjax.errors import UserError, require
 
 UNKNOWN = "<unk>"
 START, DELIMITER, EXTRACT, PADDING = "_start_", "_delimiter_", "_classify_", "<pad>"
 SPECIALS = (START, DELIMITER, EXTRACT, PADDING)
 END_OF_WORD = "</w>"
+
+# Of our own in `tokenizer.json`; the library refuses a file with it, whose words it cannot make.
+_WORDS = "gptjax_words"
 
 # Characters handed to the Rust side at once: enough to keep all cores busy; what it returns takes
 # some hundred bytes a character.
@@ -41,8 +45,9 @@ class Tokenizer:
       hash: SHA-256 of the serialised tokenizer; equal hash, equal ids.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer):
-        self._backend = backend
+    def __init__(self, backend: tokenizers.Tokenizer, exact: bool = False):
+        """Args: backend with its vocabulary; exact: words come from `words.py`, not from it."""
+        self._backend, self.exact = backend, exact
         self.start_id = self.token_id(START)
         self.delimiter_id = self.token_id(DELIMITER)
         self.extract_id = self.token_id(EXTRACT)
@@ -60,13 +65,18 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of one text; special tokens written out in a text are plain text."""
-        return self._backend.encode(_well_formed(text), add_special_tokens=False).ids
+        return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Returns int32 [length] ids of each text, tokenised on all cores."""
         ids: list[np.ndarray] = []
         for chunk in _chunks(texts):
-            encodings = self._backend.encode_batch_fast(chunk, add_special_tokens=False)
+            words: Sequence[Any] = chunk
+            if self.exact:
+                words = [words_lib.words(each) for each in chunk]
+            encodings = self._backend.encode_batch_fast(
+                words, is_pretokenized=self.exact, add_special_tokens=False
+            )
             ids += [np.asarray(encoding.ids, np.int32) for encoding in encodings]
         return ids
 
@@ -87,7 +97,10 @@ class Tokenizer:
 
     def to_json(self) -> str:
         """Returns the serialised tokenizer."""
-        return self._backend.to_str(pretty=False)
+        text = self._backend.to_str(pretty=False)
+        if not self.exact:
+            return text
+        return json.dumps(json.loads(text) | {_WORDS: "exact"}, ensure_ascii=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`."""
@@ -119,24 +132,26 @@ def _well_formed(text: str) -> str:
     return text
 
 
-def _add_specials(backend: tokenizers.Tokenizer) -> Tokenizer:
+def _add_specials(backend: tokenizers.Tokenizer, exact: bool = False) -> Tokenizer:
     # Added as plain vocabulary would let a user's text forge them; `encode_special_tokens` makes
     # the tokenizer read such text as ordinary characters. `<unk>` keeps the id it has.
     backend.add_special_tokens([UNKNOWN, *SPECIALS])
     backend.encode_special_tokens = True
-    return Tokenizer(backend)
+    return Tokenizer(backend, exact)
 
 
 def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
     """Reads `to_json`'s text; a broken one is a `UserError` that names `where`."""
     try:
-        backend = tokenizers.Tokenizer.from_str(text)
+        values = json.loads(text)
+        exact = isinstance(values, dict) and values.pop(_WORDS, None) == "exact"
+        backend = tokenizers.Tokenizer.from_str(json.dumps(values) if exact else text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{where}: not a tokenizer ({error})") from error
     for name in (UNKNOWN, *SPECIALS):
         require(backend.token_to_id(name) is not None, f"{where}: it has no token {name}")
     backend.encode_special_tokens = True
-    return Tokenizer(backend)
+    return Tokenizer(backend, exact)
 
 
 def load(path: str | os.PathLike[str]) -> Tokenizer:
@@ -153,12 +168,15 @@ def _read(path: str | os.PathLike[str]) -> str:
         raise UserError(f"{path}: not UTF-8 text ({error})") from error
 
 
-def _bpe(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+def _bpe(
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], exact: bool = False
+) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
     )
-    backend.normalizer = text.normalizer()
-    backend.pre_tokenizer = text.pre_tokenizer()
+    if not exact:
+        backend.normalizer = text.normalizer()
+        backend.pre_tokenizer = text.pre_tokenizer()
     backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
     return backend
 
@@ -205,8 +223,13 @@ def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
     return sorted(sorted(counts, key=lambda normal: (-counts[normal], normal))[:limit])
 
 
-def load_gpt1(vocab_file: str, merges_file: str) -> Tokenizer:
-    """Loads GPT-1's own pair: `encoder_bpe_40000.json` and `vocab_40000.bpe`."""
+def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokenizer:
+    """Loads GPT-1's own pair: `encoder_bpe_40000.json` and `vocab_40000.bpe`.
+
+    Args:
+      vocab_file, merges_file: the pair.
+      exact: the authors' words (`words.py`, which needs ftfy and spaCy) instead of `text.py`'s.
+    """
     try:
         vocabulary = json.loads(_read(vocab_file))
     except json.JSONDecodeError as error:
@@ -217,7 +240,7 @@ def load_gpt1(vocab_file: str, merges_file: str) -> Tokenizer:
         if not line or (number == 1 and line.startswith("#version")):
             continue
         merges.append(_merge(line.split(), vocabulary, f"{merges_file}: line {number}"))
-    return _add_specials(_bpe(vocabulary, merges))
+    return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
 def from_huggingface(values: Any, where: str) -> Tokenizer:
@@ -274,7 +297,7 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
             config.vocab_file and config.merges_file,
             "--config.tokenizer.kind=gpt1: give --config.tokenizer.vocab_file and .merges_file",
         )
-        return load_gpt1(config.vocab_file, config.merges_file)
+        return load_gpt1(config.vocab_file, config.merges_file, config.words == "exact")
     if config.kind == "character":
         return train_characters(texts)
     return train_bpe(texts, config.vocab_size)
