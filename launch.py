@@ -98,7 +98,9 @@ def _tokenizer() -> None:
 def _import() -> None:
     from gptjax import pretrained
 
-    pretrained.import_weights(INPUT.value, OUTPUT.value, FORMAT.value)
+    # The experiment has nothing to say here, a flag has.
+    words = config_flags.get_override_values(FLAGS["config"]).get("tokenizer.words", "exact")
+    pretrained.import_weights(INPUT.value, OUTPUT.value, FORMAT.value, words)
 
 
 def _export() -> None:

@@ -17,7 +17,7 @@ from gptjax import weights as weights_lib
 from gptjax.config import ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
-from gptjax.data.tokenizer import DELIMITER, EXTRACT, PADDING, START, UNKNOWN, Tokenizer
+from gptjax.data.tokenizer import DELIMITER, EXTRACT, PADDING, SPECIALS, START, UNKNOWN, Tokenizer
 from gptjax.errors import UserError, require
 from gptjax.weights import BIAS, BLOCK, KERNEL, POSITIONS, TOKENS, Arrays, Weights
 
@@ -50,8 +50,13 @@ def _their(name: str) -> str:
     return _PREFIX + next(theirs for theirs, ours in _EMBEDDINGS.items() if ours == name)
 
 
-def read(folder: pathlib.Path) -> Weights:
+def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     """Reads a folder that `save_pretrained`, or `write`, wrote.
+
+    Args:
+      folder: where it lies.
+      exact: cut text into words as GPT-1's authors did (`data/words.py`), where the folder does not
+        hold a tokenizer of ours.
 
     Raises:
       UserError: a missing or damaged file, arrays that do not fit, an output layer that is not
@@ -74,10 +79,9 @@ def read(folder: pathlib.Path) -> Weights:
             name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
         }
         stacked = weights_lib.stack_layers(arrays, side.model, str(folder))
-        tokenizer = weights_lib.read_tokenizer(folder)
-        return Weights(side.model, stacked | side.arrays, tokenizer, side.task)
+        return Weights(side.model, stacked | side.arrays, side.tokenizer, side.task)
     model = _config(values, folder)
-    tokenizer = _tokenizer(folder)
+    tokenizer = _tokenizer(folder, exact)
     head, task = _head(arrays, values)
     if TOKENS in arrays and len(arrays[TOKENS]) != len(tokenizer):
         arrays[TOKENS] = weights_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
@@ -143,16 +147,16 @@ def _config(values: Any, folder: pathlib.Path) -> ModelConfig:
     )
 
 
-def _tokenizer(folder: pathlib.Path) -> Tokenizer:
+def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
     """Ours where `tokenizer.json` has our special tokens, else GPT-1's with its vocabulary."""
     path = folder / "tokenizer.json"
     if path.exists() and EXTRACT in str(weights_lib.read_json(path).get("added_tokens")):
         return tokenizer_lib.load(path)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if vocabulary.exists() and merges.exists():
-        return tokenizer_lib.load_gpt1(str(vocabulary), str(merges))
+        return tokenizer_lib.load_gpt1(str(vocabulary), str(merges), exact)
     require(path.exists(), f"{folder}: has neither vocab.json and merges.txt nor tokenizer.json")
-    return tokenizer_lib.from_huggingface(weights_lib.read_json(path), str(path))
+    return tokenizer_lib.from_huggingface(weights_lib.read_json(path), str(path), exact)
 
 
 def _head(arrays: Arrays, values: Any) -> tuple[Arrays, TaskSpec | None]:
@@ -191,8 +195,7 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
     safetensors.numpy.save_file(contiguous, folder / _FILE, metadata={"format": "pt"})
     values = _their_config(weights, architecture)
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
-    names = json.dumps(_token_names(model.context_length), indent=2)
-    (folder / "tokenizer_config.json").write_text(names, encoding="utf-8")
+    _write_tokenizer(weights, folder)
     weights_lib.write_side(weights, [folder / _FILE], extra)
     return architecture
 
@@ -238,11 +241,27 @@ def _their_config(weights: Weights, architecture: str) -> dict[str, Any]:
     return values
 
 
-def _token_names(context_length: int) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length,
+def _write_tokenizer(weights: Weights, folder: pathlib.Path) -> None:
+    """Writes `tokenizer.json`, or where that cannot cut text as ours does, the pair for theirs."""
+    tokenizer = weights.tokenizer
+    files = {"tokenizer.json": tokenizer.to_json()}
+    kind = "PreTrainedTokenizerFast"
+    if tokenizer.exact:
+        pair = tokenizer_lib.vocabulary_pair(tokenizer)
+        assert pair is not None
+        kind = "OpenAIGPTTokenizer"
+        files = {
+            "vocab.json": json.dumps(pair[0], ensure_ascii=False),
+            "merges.txt": "\n".join(["#version: 0.2", *pair[1], ""]),
+            "added_tokens.json": json.dumps({name: tokenizer.token_id(name) for name in SPECIALS}),
+        }
+    values = {
+        "tokenizer_class": kind, "model_max_length": weights.model.context_length,
         "unk_token": UNKNOWN, "bos_token": START, "sep_token": DELIMITER, "cls_token": EXTRACT,
         "pad_token": PADDING,
         # As here: a text that spells a special token is text.
         "split_special_tokens": True,
     }  # fmt: skip
+    files["tokenizer_config.json"] = json.dumps(values, indent=2)
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")

@@ -23,8 +23,12 @@ _VOCABULARY, _MERGES = "encoder_bpe_40000.json", "vocab_40000.bpe"
 _HEAD_WIDTH = 64
 
 
-def read(folder: pathlib.Path) -> Weights:
+def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     """Reads the release, or what `write` wrote.
+
+    Args:
+      folder: where it lies.
+      exact: cut text into words as the authors did (`data/words.py`); not asked of our own files.
 
     Raises:
       UserError: a missing or damaged file, or arrays that are not GPT-1's in number or shape.
@@ -33,12 +37,12 @@ def read(folder: pathlib.Path) -> Weights:
     named = _named(_arrays(folder, files))
     side = weights_lib.read_side(files)
     if side:
-        tokenizer = weights_lib.read_tokenizer(folder)
         extra = dict(side.arrays)
         named[TOKENS] = np.concatenate([named[TOKENS], extra.pop(TOKENS)])
         arrays = weights_lib.stack_layers(named, side.model, str(folder))
-        return Weights(side.model, arrays | extra, tokenizer, side.task)
-    tokenizer = tokenizer_lib.load_gpt1(str(folder / _VOCABULARY), str(folder / _MERGES))
+        return Weights(side.model, arrays | extra, side.tokenizer, side.task)
+    pair = str(folder / _VOCABULARY), str(folder / _MERGES)
+    tokenizer = tokenizer_lib.load_gpt1(*pair, exact)
     model = _config(named, folder)
     named[TOKENS] = weights_lib.with_specials(named[TOKENS], tokenizer, str(folder))
     return Weights(model, weights_lib.stack_layers(named, model, str(folder)), tokenizer)

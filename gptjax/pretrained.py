@@ -14,7 +14,7 @@ from gptjax import api, config, huggingface, openai, stages, state, telemetry
 from gptjax import model as model_lib
 from gptjax import weights as weights_lib
 from gptjax.checkpoint import Checkpoints, Meta
-from gptjax.config import Experiment, FinetuneConfig, PretrainConfig
+from gptjax.config import WORDS, Experiment, FinetuneConfig, PretrainConfig
 from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError, require
 from gptjax.weights import Weights
@@ -47,22 +47,26 @@ def _umask() -> int:
     return value
 
 
-def import_weights(input_path: str, output_path: str, form: str) -> None:
+def import_weights(input_path: str, output_path: str, form: str, words: str = "exact") -> None:
     """Makes a workdir, for all other modes, of the weights in a folder.
 
     Args:
       input_path: the folder.
       output_path: the workdir, which must not exist yet.
       form: one of `FORMATS`.
+      words: as in `TokenizerConfig.words`; what `export_weights` wrote knows its own.
     """
+    require(words in WORDS, f"--config.tokenizer.words={words}: must be {' or '.join(WORDS)}")
     require(input_path, "--input: give the folder with the weights")
     require(os.path.isdir(input_path), f"--input={input_path}: no such folder")
     with _new_folder(output_path) as place:
-        found = FORMATS[form].read(pathlib.Path(input_path))
+        found = FORMATS[form].read(pathlib.Path(input_path), words == "exact")
         _save(found, place, input_path)
     what = f" and the head of a {found.task.kind} task" if found.task else ""
     count = sum(array.size for array in found.arrays.values())
     print(f"{count:,} parameters{what} -> {output_path}")
+    if found.tokenizer.exact:
+        print("text is cut into words as GPT-1's authors did, with ftfy and spaCy")
     print(f"to start from them: --config.init_from={output_path}")
 
 

@@ -35,7 +35,7 @@ BLOCK = (
     "norm1/scale", "norm1/bias", "ffn_in/kernel", "ffn_in/bias", "ffn_out/kernel", "ffn_out/bias",
     "norm2/scale", "norm2/bias",
 )  # fmt: skip
-_SIDE, _SIDE_ARRAYS, _TOKENIZER = "gptjax.json", "gptjax.safetensors", "tokenizer.json"
+_SIDE, _SIDE_ARRAYS = "gptjax.json", "gptjax.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +59,7 @@ class Side:
     """What a format has no place for."""
 
     model: ModelConfig
+    tokenizer: Tokenizer
     task: TaskSpec | None
     arrays: Arrays
 
@@ -209,17 +210,17 @@ def _digest(files: Sequence[pathlib.Path]) -> str:
 
 
 def write_side(weights: Weights, files: Sequence[pathlib.Path], extra: Arrays) -> None:
-    """Writes the side files, and the tokenizer, beside the `files` that hold the other arrays."""
+    """Writes the side files beside the `files` that hold the other arrays."""
     folder = files[0].parent
     task = weights.task and dataclasses.asdict(weights.task)
     side = {
         "model": dataclasses.asdict(weights.model),
         "task": task,
+        "tokenizer": weights.tokenizer.to_json(),
         # Whoever writes other weights into the folder leaves side files that are not theirs.
         "weights_sha256": _digest(files),
     }
     (folder / _SIDE).write_text(json.dumps(side, indent=2), encoding="utf-8")
-    (folder / _TOKENIZER).write_text(weights.tokenizer.to_json(), encoding="utf-8")
     arrays = {name: np.ascontiguousarray(array) for name, array in extra.items()}
     safetensors.numpy.save_file(arrays, folder / _SIDE_ARRAYS)
 
@@ -235,12 +236,8 @@ def read_side(files: Sequence[pathlib.Path]) -> Side | None:
         if values["weights_sha256"] != _digest(files):
             return None
         model = config_lib.from_dict(ModelConfig, values["model"], str(path))
+        tokenizer = tokenizer_lib.from_json(values["tokenizer"], str(path))
         task = TaskSpec.from_dict(values["task"]) if values["task"] else None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: is not what gptjax wrote ({error!r}); remove it") from error
-    return Side(model, task, read_safetensors(folder / _SIDE_ARRAYS))
-
-
-def read_tokenizer(folder: pathlib.Path) -> Tokenizer:
-    """Reads the `tokenizer.json` that `write_side` wrote."""
-    return tokenizer_lib.load(folder / _TOKENIZER)
+    return Side(model, tokenizer, task, read_safetensors(folder / _SIDE_ARRAYS))

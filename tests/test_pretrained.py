@@ -158,14 +158,15 @@ def release(folder: pathlib.Path) -> Weights:
     """A folder like OpenAI's release: no special tokens, no side files; and what it holds."""
     written = make(width=64, num_heads=1, vocab_size=len(small.small_tokenizer()))
     openai.write(written, folder)
-    for name in ("gptjax.json", "gptjax.safetensors", "tokenizer.json"):
+    for name in ("gptjax.json", "gptjax.safetensors"):
         (folder / name).unlink()
     return written
 
 
 def test_the_release_and_its_special_tokens(tmp_path):
     written = release(tmp_path)
-    found = openai.read(tmp_path)
+    assert openai.read(tmp_path).tokenizer.exact
+    found = openai.read(tmp_path, exact=False)
     own = written.own_rows
     assert len(found.arrays[TOKENS]) == own + 4
     for name, array in written.arrays.items():
@@ -339,3 +340,26 @@ def test_through_the_command_line(tmp_path, form):
         f"--workdir={tmp_path}/w", "--config.finetune.steps=2",
     )  # fmt: skip
     assert result.code == 0, result.err
+
+
+def test_exact_words_travel_and_transformers_gets_the_pair(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    release(tmp_path)
+    found = openai.read(tmp_path)
+    (tmp_path / "hf").mkdir()
+    huggingface.write(found, tmp_path / "hf")
+    assert_equal(huggingface.read(tmp_path / "hf"), found)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == "OpenAIGPTTokenizer"
+    for token in ("_start_", "_delimiter_", "_classify_", "<pad>", "<unk>"):
+        assert theirs.convert_tokens_to_ids(token) == found.tokenizer.token_id(token)
+    assert theirs("the cat sat").input_ids == make().tokenizer.encode("the cat sat")
+    # Without our side files their vocabulary is read, and its words are the authors' again.
+    (tmp_path / "hf" / "gptjax.json").unlink()
+    assert huggingface.read(tmp_path / "hf").tokenizer.hash == found.tokenizer.hash
+    result = runs.main(
+        "--mode=import", f"--input={tmp_path}", f"--output={tmp_path}/w", "--format=openai",
+        "--config.tokenizer.words=fast",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert not gptjax.load(tmp_path / "w").tokenizer.exact

@@ -243,7 +243,7 @@ def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokeniz
     return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
-def from_huggingface(values: Any, where: str) -> Tokenizer:
+def from_huggingface(values: Any, where: str, exact: bool = False) -> Tokenizer:
     """Builds GPT-1's tokenizer from the vocabulary and merges inside another `tokenizer.json`."""
     try:
         vocabulary, lines = values["model"]["vocab"], values["model"]["merges"]
@@ -252,7 +252,7 @@ def from_huggingface(values: Any, where: str) -> Tokenizer:
     _check_vocabulary(vocabulary, where)
     pairs = [line.split() if isinstance(line, str) else line for line in lines]
     merges = [_merge(pair, vocabulary, f"{where}: merge {i}") for i, pair in enumerate(pairs, 1)]
-    return _add_specials(_bpe(vocabulary, merges))
+    return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
 def _merge(pair: Sequence[str], vocabulary: dict[str, int], where: str) -> tuple[str, str]:
