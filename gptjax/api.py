@@ -14,8 +14,8 @@ from gptjax import checkpoint, evaluate, metrics, sharding, state, steps
 from gptjax import generate as generate_lib
 from gptjax import model as model_lib
 from gptjax import stages as stages_lib
-from gptjax.config import MeshConfig, ModelConfig, nearest
-from gptjax.data import loader, tasks
+from gptjax.config import MeshConfig, ModelConfig
+from gptjax.data import columns, loader, tasks
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples, TaskSpec
@@ -137,12 +137,10 @@ class LoadedGPT:
         require(self.task, f"{self.path}: was not fine-tuned for a task; use a finetune checkpoint")
         assert self.task is not None
         wanted = [*self.task.text_columns, *([self.task.label] if labelled else [])]
-        for name in wanted:
-            require(
-                name in rows,
-                f"{where}: no column {name!r}{nearest(name, rows)}; it has {', '.join(rows)}",
-            )
-        lengths = {len(rows[name]) for name in wanted}
+        existing = list(rows)
+        columns.require_columns(existing, wanted, where)
+        rows = {name: columns.read(rows.__getitem__, existing, name, where) for name in wanted}
+        lengths = {len(values) for values in rows.values()}
         require(len(lengths) == 1, f"{where}: columns of different lengths {sorted(lengths)}")
         return tasks.encode(
             self.task, rows, self.tokenizer, self.config.context_length, where, labelled

@@ -166,10 +166,13 @@ class FinetuneConfig(_Config):
     """Names of the columns, comma-separated, for a file without a header."""
     task: str = "classification"
     text: str = "text"
+    """A column; or `a+b`, two joined by a space; or `c[0]`, the first of a column of lists."""
     text_pair: str = ""
     choices: str = ""
     """Columns of the answers, comma-separated (task multiple_choice)."""
     label: str = "label"
+    ignore_label: str = ""
+    """Rows with this label are left out (SNLI marks what nobody could label with -1)."""
     metrics: str = ""
     """Comma-separated, the first selects the best checkpoint; empty: the usual ones of the task."""
     lm_weight: float = 0.5

@@ -183,12 +183,14 @@ def _floors(
     }
 
 
-def _note(name: str, examples: Examples, context_length: int) -> str:
+def _note(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
     text = f"finetune: {len(examples):,} {name} examples"
     if examples.cut:
-        text += f", {examples.cut:,} cut to fit {context_length} tokens"
+        text += f", {examples.cut:,} cut to fit {model.context_length} tokens"
     if examples.empty:
         text += f", {examples.empty:,} with an empty text"
+    if ignored:
+        text += f", {ignored:,} left out for their label"
     return text
 
 
@@ -229,14 +231,14 @@ def finetune(
 
     batches = loader.TaskBatches(train, packer, config.batch_size, seed)
     every = max(1, round(len(train) / config.batch_size / config.evals_per_epoch))
-    notes = [_note(name, split, model_config.context_length) for name, split in examples.items()]
+    notes = [_note(name, each, data[name].ignored, model_config) for name, each in examples.items()]
     notes.append(
         f"finetune: {total:,} steps of {config.batch_size} examples packed in rows of "
         f"{packer.row_length} tokens, task + {config.lm_weight:g} * LM"
     )
-    arrays = [np.concatenate(train.tokens), train.lengths, train.labels]
     if "f1" in names:
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
+    arrays = [np.concatenate(train.tokens), train.lengths, train.labels]
     return Stage(
         "finetune", model, objective, config.optimizer, total, every, config.save_every,
         batches, score("validation"), score("test") if "test" in examples else None,

@@ -37,6 +37,7 @@ def test_every_experiment_loads_and_validates(seen, name):
     result = runs.main(f"--config={path}", *NEEDED.get(name, []))
     assert (result.code, result.err) == (0, "")
     [(experiment, workdir)] = seen
+    name = {"gpt1_task": "gpt1_sst2"}.get(name, name)
     assert (experiment.name, workdir) == (name, f"runs/{name}")
     validation.validate(experiment)
     values = json.loads(json.dumps(config.to_dict(experiment)))

@@ -5,7 +5,7 @@ from typing import Any
 
 from gptjax import config as config_lib
 from gptjax.config import FinetuneConfig, PretrainConfig
-from gptjax.data import builtin, sources
+from gptjax.data import builtin, columns, sources
 from gptjax.data.tasks import TaskSpec, as_text
 from gptjax.errors import UserError, require
 
@@ -23,10 +23,16 @@ class Table:
     """The file that this split is a part of, where one file was divided."""
     numbers: tuple[int, ...] | None = None
     """Row of the file (from 1) of each row, where the split does not hold all of them."""
+    ignored: int = 0
+    """Rows left out for their label."""
 
     def columns(self, names: tuple[str, ...]) -> dict[str, list[Any]]:
-        """Returns column name -> values."""
-        return {name: list(self.rows[name]) for name in names}
+        """Returns column name (or expression, see `columns.py`) -> values."""
+        existing = self.rows.column_names
+        return {
+            name: columns.read(self.rows.__getitem__, existing, name, self.where, self.numbers)
+            for name in names
+        }
 
 
 def text_splits(config: PretrainConfig) -> dict[str, Any]:
@@ -78,8 +84,29 @@ def _from_hub(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> Ta
 def labelled_splits(config: FinetuneConfig, seed: int) -> dict[str, Table]:
     """Returns {"train", "validation"} and, where there is one, "test".
 
-    Without a validation file a part of train is held out; rows of equal text stay together.
+    Without a validation file a part of train is held out; rows of equal text stay together. Rows
+    with the label `ignore_label` are left out.
     """
+    tables = _all_rows(config, seed)
+    if not config.ignore_label:
+        return tables
+    return {
+        name: _without(each, config.label, config.ignore_label) for name, each in tables.items()
+    }
+
+
+def _without(table: Table, label: str, ignored: str) -> Table:
+    labels = table.columns((label,))[label]
+    kept = [i for i, value in enumerate(labels) if as_text(value).strip() != ignored]
+    require(kept, f"{table.where}: every row has the label {ignored!r}, which is ignored")
+    numbers = table.numbers or range(1, len(labels) + 1)
+    return dataclasses.replace(
+        table, rows=table.rows.select(kept, keep_in_memory=True),
+        numbers=tuple(numbers[i] for i in kept), ignored=len(labels) - len(kept),
+    )  # fmt: skip
+
+
+def _all_rows(config: FinetuneConfig, seed: int) -> dict[str, Table]:
     spec = task_spec(config)
     needed = (*spec.text_columns, spec.label)
     if config.dataset.startswith(BUILTIN + ":"):
@@ -112,8 +139,10 @@ def _held_out(
     """Divides a table; each part remembers which rows of the file it holds."""
     number = "row of the file"
     rows = table.rows.add_column(number, list(range(1, len(table.rows) + 1)))
+    existing = table.rows.column_names
+    read = dict.fromkeys(name for each in text_columns for name in columns.sources(each, existing))
     try:
-        parts = sources.holdout(rows, list(text_columns), fraction, seed)
+        parts = sources.holdout(rows, list(read), fraction, seed)
     except UserError as error:
         raise UserError(f"{table.where}: {error}") from error
     return {

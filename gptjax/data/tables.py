@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.config import nearest
+from gptjax.data import columns
 from gptjax.errors import UserError, require
 
 if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
@@ -77,13 +78,7 @@ def require_columns(dataset: Dataset, names: Iterable[str], path: str) -> None:
     Raises:
       UserError: names the missing column, the nearest existing one and all existing ones.
     """
-    existing = dataset.column_names
-    for name in names:
-        require(
-            name in existing,
-            f"{path}: no column {name!r}{nearest(name, existing)}; "
-            f"the columns are {', '.join(map(repr, existing))}",
-        )
+    columns.require_columns(dataset.column_names, names, path)
 
 
 def text_column(dataset: Dataset, name: str) -> list[str]:
