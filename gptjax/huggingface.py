@@ -186,11 +186,11 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
     if kind == "multiple_choice":
         architecture = "OpenAIGPTDoubleHeadsModel"
         arrays[f"{_CHOICE}.weight"], arrays[f"{_CHOICE}.bias"] = extra[KERNEL].T, extra[BIAS]
+        # This class ties the embedding to the output layer, the others the other way round.
+        arrays[_LM_HEAD] = weights.arrays[TOKENS]
     elif kind in ("classification", "entailment"):
         architecture = "OpenAIGPTForSequenceClassification"
         arrays[_SCORE] = _score(weights)
-    if architecture != "OpenAIGPTForSequenceClassification":
-        arrays[_LM_HEAD] = weights.arrays[TOKENS]
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     safetensors.numpy.save_file(contiguous, folder / _FILE, metadata={"format": "pt"})
     values = _their_config(weights, architecture)

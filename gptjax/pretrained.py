@@ -33,18 +33,20 @@ def _new_folder(path: str) -> Iterator[pathlib.Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         place = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
-            place.chmod(0o777 & ~_umask())
             yield place
+            _open_to_readers(place)
             place.replace(target)  # an empty folder at the target is replaced
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
 
 
-def _umask() -> int:
-    value = os.umask(0)
-    os.umask(value)
-    return value
+def _open_to_readers(folder: pathlib.Path) -> None:
+    """Gives a temporary folder and its files, made for their owner alone, the usual rights."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
 def import_weights(input_path: str, output_path: str, form: str, words: str = "exact") -> None:

@@ -226,7 +226,10 @@ BROKEN = {
         lambda d: edit(d / "model.safetensors", lambda a: a[H].fill(np.nan)), "not finite",
     ),
     "untied": (
-        lambda d: edit(d / "model.safetensors", lambda a: a["lm_head.weight"].fill(0)),
+        lambda d: edit(
+            d / "model.safetensors",
+            lambda a: a.update({"lm_head.weight": 2 * a["transformer.tokens_embed.weight"]}),
+        ),
         "not the token embedding",
     ),
     "cut short": (
@@ -333,6 +336,9 @@ def test_through_the_command_line(tmp_path, form):
     ours, theirs = before.predict(rows), after.predict(rows)
     assert ours.labels == theirs.labels
     assert np.array_equal(ours.probabilities, theirs.probabilities)
+    (tmp_path / "usual").write_text("")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "there").iterdir()} == {usual}
     again = runs.main(*flags, f"--output={tmp_path}/there")
     assert "not empty" in again.error
     result = runs.main(
