@@ -238,17 +238,22 @@ def _lm_logits_of(
 _lm_logits = jax.jit(_lm_logits_of, static_argnames=("model",))
 
 
-def load(path: str | os.PathLike[str], mesh_config: MeshConfig | None = None) -> LoadedGPT:
+def load(
+    path: str | os.PathLike[str],
+    mesh_config: MeshConfig | None = None,
+    flag: str = "--checkpoint",
+) -> LoadedGPT:
     """Loads a checkpoint.
 
     Args:
       path: a workdir (its last stage's best step), WORKDIR/checkpoints/STAGE, or a step below that.
       mesh_config: how to lay it out; by default over all devices along `data`.
+      flag: what to call the path in an error message.
 
     Raises:
       UserError: nothing there, or it is damaged.
     """
-    checkpoints, step, meta = checkpoint.open_for_use(os.fspath(path))
+    checkpoints, step, meta = checkpoint.open_for_use(os.fspath(path), flag)
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
     model = stages_lib.make_model(meta.model, meta.task)
     like = state.abstract(lambda key: model_lib.init_params(model, key), mesh, jax.random.key(0))

@@ -82,8 +82,11 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
         return Weights(side.model, stacked | side.arrays, side.tokenizer, side.task)
     model = _config(values, folder)
     tokenizer = _tokenizer(folder, exact)
-    head, task = _head(arrays, values)
-    if TOKENS in arrays and len(arrays[TOKENS]) != len(tokenizer):
+    head, task = _head(arrays, values, folder)
+    if not _is_ours(folder):
+        # Its inputs ended in another token than ours will, so that its answers would be chance.
+        head, task = {}, None
+        require(TOKENS in arrays, f"{folder}: missing tokens_embed.weight")
         arrays[TOKENS] = weights_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
     model.vocab_size = len(arrays.get(TOKENS, ()))
     return Weights(
@@ -150,7 +153,7 @@ def _config(values: Any, folder: pathlib.Path) -> ModelConfig:
 def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
     """Ours where `tokenizer.json` has our special tokens, else GPT-1's with its vocabulary."""
     path = folder / "tokenizer.json"
-    if path.exists() and EXTRACT in str(weights_lib.read_json(path).get("added_tokens")):
+    if path.exists() and _is_ours(folder):
         return tokenizer_lib.load(path)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if vocabulary.exists() and merges.exists():
@@ -159,12 +162,25 @@ def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
     return tokenizer_lib.from_huggingface(weights_lib.read_json(path), str(path), exact)
 
 
-def _head(arrays: Arrays, values: Any) -> tuple[Arrays, TaskSpec | None]:
+def _is_ours(folder: pathlib.Path) -> bool:
+    """Whether its tokenizer has our special tokens."""
+    path = folder / "tokenizer.json"
+    added = folder / "added_tokens.json"
+    texts = [file.read_text(encoding="utf-8") for file in (path, added) if file.exists()]
+    return any(f'"{EXTRACT}"' in text for text in texts)
+
+
+def _head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays, TaskSpec | None]:
     """Takes the task head away. Their folders say nothing of columns: they get our usual names."""
     score = arrays.pop(_SCORE, None)
     if score is not None:
         names = values.get("id2label") or {}
         labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(len(score)))
+        require(
+            len(set(labels)) == len(labels) > 1,
+            f"{folder}: {_SCORE} must be of two classes or more with different names, not "
+            f"{', '.join(labels)}",
+        )
         no_bias = np.zeros(len(score), np.float32)
         return {KERNEL: score.T, BIAS: no_bias}, TaskSpec("classification", "text", labels=labels)
     kernel, bias = (arrays.pop(f"{_CHOICE}.{part}", None) for part in ("weight", "bias"))

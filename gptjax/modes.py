@@ -104,8 +104,9 @@ def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str
     assert gpt.task is not None
     finetune = config.from_dict(config.FinetuneConfig, gpt.meta.experiment["finetune"], gpt.path)
     if input_path:
-        table = _read_rows(gpt, input_path, labelled=True)
+        table = splits.without_label(_read_rows(gpt, input_path, labelled=True), finetune)
     else:
+        _require_data(finetune.dataset or finetune.train_file, gpt)
         tables = splits.labelled_splits(finetune, gpt.meta.experiment["seed"])
         _require_split(split, tables)
         table = tables[split]
@@ -118,9 +119,14 @@ def _evaluate_text(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str
     if input_path:
         texts = sources.read_text(input_path, pretrain.line_breaks)["text"]
         return input_path, gpt.score_text(texts, pretrain.window)
+    _require_data(pretrain.dataset or pretrain.train_files, gpt)
     tables = splits.text_splits(pretrain)
     _require_split(split, tables)
     return f"{split} split", gpt.score_text(tables[split]["text"], pretrain.window)
+
+
+def _require_data(source: str, gpt: api.LoadedGPT) -> None:
+    require(source, f"--checkpoint: {gpt.path} was imported, without data; give --input")
 
 
 def _require_split(split: str, tables: dict[str, Any]) -> None:

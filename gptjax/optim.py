@@ -80,7 +80,9 @@ def openai_adam(config: OptimizerConfig, total_steps: int) -> optax.GradientTran
         assert params is not None
         t = (state.count + 1).astype(jnp.float32)
         # 1 - beta^t by expm1: in float32 the difference would lose four digits at first.
-        correction1, correction2 = (-jnp.expm1(t * math.log(beta)) for beta in (beta1, beta2))
+        correction1, correction2 = (
+            -jnp.expm1(t * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2)
+        )
         rate_t = rate(state.count) * jnp.sqrt(correction2) / correction1
         m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
         v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, gradients)

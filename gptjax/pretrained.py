@@ -10,13 +10,13 @@ from contextlib import contextmanager
 import jax
 import jax.numpy as jnp
 
-from gptjax import api, config, huggingface, openai, stages, state, telemetry
+from gptjax import api, config, huggingface, openai, stages, state, telemetry, validation
 from gptjax import model as model_lib
 from gptjax import weights as weights_lib
 from gptjax.checkpoint import Checkpoints, Meta
 from gptjax.config import WORDS, Experiment, FinetuneConfig, PretrainConfig
 from gptjax.data.tasks import TaskSpec
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, brief, require
 from gptjax.weights import Weights
 
 FORMATS = {"openai": openai, "huggingface": huggingface}
@@ -62,7 +62,7 @@ def import_weights(input_path: str, output_path: str, form: str, words: str = "e
     require(input_path, "--input: give the folder with the weights")
     require(os.path.isdir(input_path), f"--input={input_path}: no such folder")
     with _new_folder(output_path) as place:
-        found = FORMATS[form].read(pathlib.Path(input_path), words == "exact")
+        found = _read(pathlib.Path(input_path), form, words)
         _save(found, place, input_path)
     what = f" and the head of a {found.task.kind} task" if found.task else ""
     count = sum(array.size for array in found.arrays.values())
@@ -70,6 +70,18 @@ def import_weights(input_path: str, output_path: str, form: str, words: str = "e
     if found.tokenizer.exact:
         print("text is cut into words as GPT-1's authors did, with ftfy and spaCy")
     print(f"to start from them: --config.init_from={output_path}")
+
+
+def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
+    try:
+        found = FORMATS[form].read(folder, words == "exact")
+        validation.validate_model(found.model)
+        return found
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        # Files of others can be wrong in more ways than can be asked for one by one.
+        raise UserError(
+            f"--input={folder}: cannot be read as --format={form} ({brief(error)})"
+        ) from error
 
 
 def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
@@ -112,8 +124,10 @@ def export_weights(input_path: str, output_path: str, form: str) -> None:
       form: one of `FORMATS`.
     """
     require(input_path, "--input: give the --workdir of a finished training")
-    gpt = api.load(input_path)
+    gpt = api.load(input_path, flag="--input")
     found = Weights(gpt.config, weights_lib.flatten(gpt.params), gpt.tokenizer, gpt.task)
     with _new_folder(output_path) as place:
         note = FORMATS[form].write(found, place)
     print(f"{gpt.path} -> {output_path} ({note})")
+    if found.tokenizer.exact:
+        print("its tokenizer there does not cut text into words as ours: not all ids will be equal")

@@ -61,7 +61,8 @@ def _fraction(config: Any, where: str, *names: str) -> None:
         require(0 <= value < 1, f"--config.{where}.{name}={value}: must be at least 0 and below 1")
 
 
-def _validate_model(model: ModelConfig) -> None:
+def validate_model(model: ModelConfig) -> None:
+    """Checks sizes and numerics; a wrong one is a `UserError`."""
     _positive(model, "model", "context_length", "num_layers", "width", "num_heads", "init_std")
     _positive(model, "model", "layer_norm_epsilon", "unroll")
     require(
@@ -183,7 +184,7 @@ def validate(experiment: Experiment) -> Experiment:
         0 <= experiment.seed < 2**32,
         f"--config.seed={experiment.seed}: must be 0 to {2**32 - 1}",
     )
-    _validate_model(experiment.model)
+    validate_model(experiment.model)
     _choice(experiment.tokenizer, "tokenizer", "kind", TOKENIZERS)
     _choice(experiment.tokenizer, "tokenizer", "words", WORDS)
     require(

@@ -13,6 +13,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -124,6 +125,11 @@ def stack_layers(found: Arrays, model: ModelConfig, where: str) -> Arrays:
     Raises:
       UserError: names every missing, extra and mis-shaped array, and one that is not finite.
     """
+    there = len({name.partition("/")[0] for name in found} - {POSITIONS, TOKENS})
+    require(
+        model.num_layers <= there,
+        f"{where}: the configuration has {model.num_layers} layers, the weights {there}",
+    )
     ours = _stacked_shapes(model)
     wanted: Shapes = {
         POSITIONS: (model.context_length, model.width),
@@ -195,11 +201,16 @@ def read_safetensors(path: pathlib.Path) -> Arrays:
         # As JAX arrays: NumPy alone has no bfloat16.
         with safetensors.safe_open(path, framework="flax") as file:
             names = file.keys()
-            return {name: np.asarray(file.get_tensor(name), np.float32) for name in names}
+            found = {name: file.get_tensor(name) for name in names}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path}: is damaged ({' '.join(str(error).split())})") from error
+    for name, array in found.items():
+        real = jnp.issubdtype(array.dtype, jnp.floating)
+        require(real, f"{path}: {name} is {array.dtype}; quantised weights cannot be read")
+        require(jnp.isfinite(array).all(), f"{path}: {name} has values that are not finite")
+    return {name: np.asarray(array, np.float32) for name, array in found.items()}
 
 
 def _digest(files: Sequence[pathlib.Path]) -> str:

@@ -200,6 +200,7 @@ def numpy_openai_adam(params, gradients, config, total):
         {"warmup_steps": 5, "clip_norm": 0.0},
         {"warmup_steps": 5, "clip_norm": 100.0, "weight_decay": 0.0},
         {"warmup_steps": 7, "beta1": 0.5, "beta2": 0.98, "epsilon": 1e-3, "weight_decay": 0.3},
+        {"beta1": 0.0, "beta2": 0.9},
     ],
 )
 def test_twenty_steps_of_the_authors_adam(name, changes):

@@ -89,6 +89,9 @@ def test_a_step_of_each(tmp_path, name, monkeypatch):
     scores = telemetry.read_json(f"{tmp_path}/w/summary.json")["finetune"]["validation"]
     assert set(config["metrics"].split(",")) < set(scores)
     if name == "snli":
+        rows = f"--input={tmp_path}/dev.jsonl"
+        result_of = runs.main("--mode=evaluate", f"--checkpoint={tmp_path}/w", rows)
+        assert result_of.code == 0, result_of.err
         assert "18 train examples, 6 left out for their label" in result.out
     # New rows have no label.
     result = runs.main(

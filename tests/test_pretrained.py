@@ -240,6 +240,24 @@ BROKEN = {
     ),
     "another model": (lambda d: set_json(d / "config.json", model_type="gpt2"), "openai-gpt"),
     "activation": (lambda d: set_json(d / "config.json", afn="silu"), "afn is 'silu'"),
+    "a size of text": (lambda d: set_json(d / "config.json", n_embd="24"), "cannot be read as"),
+    "no heads": (lambda d: set_json(d / "config.json", n_head=0), "cannot be read as"),
+    "millions of layers": (
+        lambda d: set_json(d / "config.json", n_layer=3_000_000),
+        "has 3000000 layers, the weights 2",
+    ),
+    "dropout": (lambda d: set_json(d / "config.json", attn_pdrop=5), "attention_dropout=5"),
+    "integers": (
+        lambda d: edit(
+            d / "model.safetensors", lambda a: a.update({H: np.ones((24, 96), np.int8)})
+        ),
+        "quantised",
+    ),
+    "tokenizer": (lambda d: (d / "tokenizer.json").write_text("[]"), "tokenizer.json"),
+    "merges": (
+        lambda d: (d / "tokenizer.json").write_text('{"model": {"vocab": {}, "merges": null}}'),
+        "tokenizer.json",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: No such file"),
     "config": (lambda d: (d / "config.json").write_text("{"), "not JSON"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
@@ -273,6 +291,7 @@ BROKEN_RELEASE = {
         "not an array of numbers",
     ),
     "shapes": (lambda d: (d / "params_shapes.json").write_text('[["a"]]'), "list of shapes"),
+    "infinite": (lambda d: (d / "params_shapes.json").write_text("[[Infinity]]"), "cannot be read"),
     "no vocabulary": (lambda d: (d / "encoder_bpe_40000.json").unlink(), "No such file"),
     "another vocabulary": (
         lambda d: (d / "encoder_bpe_40000.json").write_text('{"<unk>": 0}'),
@@ -332,6 +351,9 @@ def test_through_the_command_line(tmp_path, form):
     before, after = gptjax.load(runs.trained()), gptjax.load(f"{tmp_path}/back")
     for x, y in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
         assert np.array_equal(x, y)
+    evaluate = ("--mode=evaluate", f"--checkpoint={tmp_path}/back")
+    assert "was imported, without data; give --input" in runs.main(*evaluate).error
+    assert runs.main(*evaluate, f"--input={runs.files().test}").code == 0
     rows = [{"text": "good the cat"}, {"text": "bad a dog"}, {"text": ""}]
     ours, theirs = before.predict(rows), after.predict(rows)
     assert ours.labels == theirs.labels
@@ -369,3 +391,34 @@ def test_exact_words_travel_and_transformers_gets_the_pair(tmp_path):
     )  # fmt: skip
     assert result.code == 0, result.err
     assert not gptjax.load(tmp_path / "w").tokenizer.exact
+
+
+@pytest.mark.parametrize("change", ["labels", "one"])
+def test_a_head_that_is_no_classifier_of_ours_is_refused(tmp_path, change):
+    huggingface.write(make(TASKS["classification"]), tmp_path)
+    (tmp_path / "gptjax.json").unlink()
+    if change == "labels":
+        set_json(tmp_path / "config.json", id2label={"0": "a", "1": "a", "2": "b"})
+    else:
+        edit(
+            tmp_path / "model.safetensors",
+            lambda a: a.update({"score.weight": a["score.weight"][:1]}),
+        )
+    with pytest.raises(UserError, match=r"score\.weight must be of two classes"):
+        huggingface.read(tmp_path)
+
+
+def test_a_head_without_our_special_tokens_is_left(tmp_path):
+    """The token it was trained to read is not ours."""
+    found = make(TASKS["classification"])
+    plain = found.arrays | {TOKENS: found.arrays[TOKENS][: found.own_rows]}
+    huggingface.write(Weights(found.model, plain, found.tokenizer, found.task), tmp_path)
+    for name in ("gptjax.json", "tokenizer.json"):
+        (tmp_path / name).unlink()
+    pair = tokenizer_lib.vocabulary_pair(found.tokenizer)
+    (tmp_path / "vocab.json").write_text(json.dumps(pair[0]))
+    (tmp_path / "merges.txt").write_text("\n".join(pair[1]))
+    read = huggingface.read(tmp_path)
+    assert read.task is None
+    assert KERNEL not in read.arrays
+    assert len(read.arrays[TOKENS]) == found.own_rows + 4

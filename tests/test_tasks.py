@@ -292,3 +292,21 @@ def test_sizes_of_the_head(kind, candidates, outputs):
     choices = ("x", "y", "z") if kind == "multiple_choice" else ()
     spec = TaskSpec(kind, "text", choices=choices, labels=("0", "1", "2"))
     assert (spec.num_candidates, spec.num_outputs) == (candidates, outputs)
+
+
+def test_the_question_at_the_end_of_joined_columns_is_kept():
+    """A long article is cut at its beginning."""
+    spec = TaskSpec("multiple_choice", "article+question", choices=("a", "b"), labels=("0", "1"))
+    text = "the cat sat on a mat " * 40 + "some dogs ran far"
+    rows = {"article+question": [text], "a": ["home"], "b": ["away"]}
+    tokenizer = small.small_tokenizer()
+    found = tasks.encode(spec, rows, tokenizer, 32, "rows", labelled=False)
+    assert found.cut == 1
+    for tokens in found.tokens:
+        assert len(tokens) == 32
+        assert "some dogs ran far" in tokenizer.decode(tokens)
+    plain = tasks.encode(
+        TaskSpec("multiple_choice", "text", choices=("a", "b"), labels=("0", "1")),
+        {"text": [text], "a": ["home"], "b": ["away"]}, tokenizer, 32, "rows", labelled=False,
+    )  # fmt: skip
+    assert "some dogs" not in tokenizer.decode(plain.tokens[0])

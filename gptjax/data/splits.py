@@ -88,15 +88,15 @@ def labelled_splits(config: FinetuneConfig, seed: int) -> dict[str, Table]:
     with the label `ignore_label` are left out.
     """
     tables = _all_rows(config, seed)
-    if not config.ignore_label:
-        return tables
-    return {
-        name: _without(each, config.label, config.ignore_label) for name, each in tables.items()
-    }
+    return {name: without_label(each, config) for name, each in tables.items()}
 
 
-def _without(table: Table, label: str, ignored: str) -> Table:
-    labels = table.columns((label,))[label]
+def without_label(table: Table, config: FinetuneConfig) -> Table:
+    """Returns the table without the rows whose label is `ignore_label`."""
+    ignored = config.ignore_label
+    if not ignored:
+        return table
+    labels = table.columns((config.label,))[config.label]
     kept = [i for i, value in enumerate(labels) if as_text(value).strip() != ignored]
     require(kept, f"{table.where}: every row has the label {ignored!r}, which is ignored")
     numbers = table.numbers or range(1, len(labels) + 1)

@@ -42,6 +42,11 @@ class TaskSpec:
         return cls(**{**values, **lists})
 
     @property
+    def ends_in_question(self) -> bool:
+        """Joined columns: too long a text is cut at its beginning; the end says what is asked."""
+        return "+" in self.text
+
+    @property
     def num_candidates(self) -> int:
         """C: token sequences per example."""
         if self.kind == "multiple_choice":
@@ -210,10 +215,13 @@ class _Builder:
         tokens = np.concatenate([self._start, text[:keep], self._extract])
         return tokens, len(tokens)
 
-    def pair(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, int]:
+    def pair(
+        self, first: np.ndarray, second: np.ndarray, keep_end: bool = False
+    ) -> tuple[np.ndarray, int]:
         keep, keep_second = cut_pair(len(first), len(second), self._context - 3)
         self.cut |= keep < len(first) or keep_second < len(second)
-        parts = [self._start, first[:keep], self._delimiter, second[:keep_second], self._extract]
+        first = first[len(first) - keep :] if keep_end else first[:keep]
+        parts = [self._start, first, self._delimiter, second[:keep_second], self._extract]
         return np.concatenate(parts), keep + 2
 
 
@@ -254,11 +262,11 @@ def encode(
         if spec.kind == "classification":
             built = [builder.single(texts[0])]
         elif spec.kind == "entailment":
-            built = [builder.pair(*texts)]
+            built = [builder.pair(texts[0], texts[1])]
         elif spec.kind == "multiple_choice":
-            built = [builder.pair(texts[0], answer) for answer in texts[1:]]
+            built = [builder.pair(texts[0], answer, spec.ends_in_question) for answer in texts[1:]]
         else:
-            built = [builder.pair(*texts), builder.pair(*reversed(texts))]
+            built = [builder.pair(texts[0], texts[1]), builder.pair(texts[1], texts[0])]
         tokens += [sequence for sequence, _ in built]
         second_start += [start for _, start in built]
         cut += builder.cut

@@ -12,7 +12,8 @@ from typing import Any
 from gptjax.errors import UserError
 
 _REPLACED = {"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"}
-_PUNCTUATION = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\\+|\/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
+# No backslash: theirs is in a pattern that is not a raw string, where it means another plus.
+_PUNCTUATION = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
 _LINE_BREAK = re.compile(r"\s*\n\s*")
 _SPACES = re.compile(r"[^\S\n]+")
 
