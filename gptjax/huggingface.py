@@ -74,18 +74,18 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     }
     _untie(arrays, folder)
     side = weights_lib.read_side(files)
-    if side:
+    if side or not _is_ours(folder):
+        # The side files have the head whole; another's read a token that ours will not end in.
         arrays = {
             name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
         }
+    if side:
         stacked = weights_lib.stack_layers(arrays, side.model, str(folder))
         return Weights(side.model, stacked | side.arrays, side.tokenizer, side.task)
     model = _config(values, folder)
     tokenizer = _tokenizer(folder, exact)
     head, task = _head(arrays, values, folder)
     if not _is_ours(folder):
-        # Its inputs ended in another token than ours will, so that its answers would be chance.
-        head, task = {}, None
         require(TOKENS in arrays, f"{folder}: missing tokens_embed.weight")
         arrays[TOKENS] = weights_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
     model.vocab_size = len(arrays.get(TOKENS, ()))
@@ -263,12 +263,12 @@ def _write_tokenizer(weights: Weights, folder: pathlib.Path) -> None:
     files = {"tokenizer.json": tokenizer.to_json()}
     kind = "PreTrainedTokenizerFast"
     if tokenizer.exact:
-        pair = tokenizer_lib.vocabulary_pair(tokenizer)
+        pair = tokenizer_lib.pair_texts(tokenizer)
         assert pair is not None
         kind = "OpenAIGPTTokenizer"
         files = {
-            "vocab.json": json.dumps(pair[0], ensure_ascii=False),
-            "merges.txt": "\n".join(["#version: 0.2", *pair[1], ""]),
+            "vocab.json": pair[0],
+            "merges.txt": pair[1],
             "added_tokens.json": json.dumps({name: tokenizer.token_id(name) for name in SPECIALS}),
         }
     values = {

@@ -176,10 +176,9 @@ def train_tokenizer(
     with telemetry.disk_errors(output_path):
         os.makedirs(output_path, exist_ok=True)
     files = {"tokenizer.json": tokenizer.to_json()}
-    pair = tokenizer_lib.vocabulary_pair(tokenizer)
+    pair = tokenizer_lib.pair_texts(tokenizer)
     if pair is not None:
-        files["vocab.json"] = json.dumps(pair[0], ensure_ascii=False)
-        files["merges.txt"] = "\n".join(["#version: 0.2", *pair[1], ""])
+        files["vocab.json"], files["merges.txt"] = pair
     for name, text in files.items():
         telemetry.write_atomically(os.path.join(output_path, name), text.encode())
     print(f"{len(tokenizer):,} tokens -> {output_path} ({', '.join(files)})")

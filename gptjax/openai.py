@@ -105,7 +105,7 @@ def _config(named: Arrays, folder: pathlib.Path) -> ModelConfig:
 def write(weights: Weights, folder: pathlib.Path) -> str:
     """Writes the weights in the layout of the release; returns what went into the side files."""
     weights_lib.require_plain(weights.model)
-    pair = tokenizer_lib.vocabulary_pair(weights.tokenizer)
+    pair = tokenizer_lib.pair_texts(weights.tokenizer)
     require(pair, "--format=openai: a character tokenizer has no vocabulary/merges pair")
     assert pair is not None
     named = weights_lib.split_layers(weights)
@@ -119,9 +119,7 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
     files = [folder / f"params_{i}.npy" for i in range(_FILES)]
     for path, piece in zip(files, np.array_split(flat, _FILES), strict=True):
         np.save(path, piece, allow_pickle=False)
-    vocabulary = json.dumps(pair[0], ensure_ascii=False)
-    (folder / _VOCABULARY).write_text(vocabulary, encoding="utf-8")
-    merges = "\n".join(["#version: 0.2", *pair[1], ""])
-    (folder / _MERGES).write_text(merges, encoding="utf-8")
+    for name, text in zip((_VOCABULARY, _MERGES), pair, strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
     weights_lib.write_side(weights, files, extra)
     return "special tokens" + (" and the task head" if KERNEL in extra else "")

@@ -132,6 +132,17 @@ def stepper(config, total):
     return jax.jit(optimizer.init), run
 
 
+def assert_twenty_steps_are_those_of(reference, config):
+    """Returns the reference's parameters, and the optimizer's state."""
+    params, gradients = problem(20)
+    expected = reference(params, gradients, config, 25)
+    init, run = stepper(config, 25)
+    found, state = run(params, gradients, init(params))
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6)
+    return expected, state
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize(
     "changes",
@@ -146,12 +157,7 @@ def test_twenty_steps_are_those_of_numpy_in_float64(name, changes):
     config = OptimizerConfig(
         **({"learning_rate": 1e-2, "schedule": name, "warmup_steps": 5} | changes)
     )
-    params, gradients = problem(20)
-    expected = numpy_adam(params, gradients, config, 25)
-    init, run = stepper(config, 25)
-    found, state = run(params, gradients, init(params))
-    for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6)
+    _, state = assert_twenty_steps_are_those_of(numpy_adam, config)
     assert int(state.total_notfinite) == 0
 
 
@@ -207,13 +213,8 @@ def test_twenty_steps_of_the_authors_adam(name, changes):
     config = OptimizerConfig(
         **({"algorithm": "openai", "learning_rate": 1e-2, "schedule": name} | changes)
     )
-    params, gradients = problem(20)
-    expected = numpy_openai_adam(params, gradients, config, 25)
-    init, run = stepper(config, 25)
-    found, _ = run(params, gradients, init(params))
-    for key, value in expected.items():
-        np.testing.assert_allclose(found[key], value, rtol=1e-6, atol=1e-6)
-    other = numpy_adam(params, gradients, config, 25)
+    expected, _ = assert_twenty_steps_are_those_of(numpy_openai_adam, config)
+    other = numpy_adam(*problem(20), config, 25)
     assert np.abs(other["kernel"] - expected["kernel"]).max() > 1e-4, "and not those of AdamW"
     rates = [float(optim.schedule(config, 25)(step)) for step in range(25)]
     closed = [openai_rate(step, config, 25) for step in range(25)]

@@ -303,6 +303,15 @@ def build(config: TokenizerConfig, texts: Iterable[str]) -> Tokenizer:
     return train_bpe(texts, config.vocab_size)
 
 
+def pair_texts(tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """Returns the contents of the pair's two files; None where the tokenizer is no BPE."""
+    pair = vocabulary_pair(tokenizer)
+    if pair is None:
+        return None
+    merges = "\n".join(["#version: 0.2", *pair[1], ""])
+    return json.dumps(pair[0], ensure_ascii=False), merges
+
+
 def vocabulary_pair(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
     """Returns the (vocabulary, merges) pair of a BPE tokenizer without its special tokens."""
     model = json.loads(tokenizer.to_json())["model"]
