@@ -27,7 +27,7 @@ FLAGS = flags.FLAGS
 MODE = flags.DEFINE_enum(
     "mode",
     "train",
-    ["train", "evaluate", "predict", "generate", "tokenizer", "import", "export"],
+    ["train", "evaluate", "predict", "generate", "tokenizer", "import", "export", "ablate"],
     "What to do.",
 )
 CONFIG = config_flags.DEFINE_config_file(
@@ -35,7 +35,8 @@ CONFIG = config_flags.DEFINE_config_file(
     help_string="Experiment file, by default experiments/quickstart.py; --config.FIELD=VALUE "
     "changes one field of it.",
 )
-WORKDIR = flags.DEFINE_string("workdir", "", "train: folder of the run; empty: runs/NAME.")
+WORKDIR = flags.DEFINE_string("workdir", "", "train, ablate: folder of the run; empty: runs/NAME.")
+SEEDS = flags.DEFINE_integer("seeds", 3, "ablate: seeds to run, from --config.seed on.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "evaluate, predict, generate: a workdir, a stage or a step of it."
 )
@@ -61,11 +62,21 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "generate: texts to draw.")
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
 
 
+def _workdir() -> str:
+    return WORKDIR.value or os.path.join("runs", CONFIG.value.name)
+
+
 def _train() -> None:
     from gptjax import loop
 
-    workdir = WORKDIR.value or os.path.join("runs", CONFIG.value.name)
-    loop.run(CONFIG.value, workdir, config_flags.get_override_values(FLAGS["config"]))
+    loop.run(CONFIG.value, _workdir(), config_flags.get_override_values(FLAGS["config"]))
+
+
+def _ablate() -> None:
+    from gptjax import ablate
+
+    given = config_flags.get_override_values(FLAGS["config"])
+    ablate.run(CONFIG.value, _workdir(), SEEDS.value, given)
 
 
 def _evaluate() -> None:
@@ -117,6 +128,7 @@ _MODES: dict[str, Callable[[], None]] = {
     "tokenizer": _tokenizer,
     "import": _import,
     "export": _export,
+    "ablate": _ablate,
 }
 
 
@@ -140,7 +152,9 @@ def _check_config_flags(argv: list[str]) -> None:
             paths = [os.path.join(folder, file) for file in known]
             near = config.nearest(path, paths) or f"; {folder} has {', '.join(known)}"
             require(os.path.isfile(path), f"--config={value}: no such file{near}")
-        field = name.removeprefix("config.")
+        # A task of an ablation has the name that the experiment gives it.
+        field = re.sub(r"^config\.ablation\.tasks\.[^.]+", "config.ablation.tasks.NAME", name)
+        field = field.removeprefix("config.")
         known_field = field == name or field in fields
         require(known_field, f"--{name}: no such field{config.nearest(field, fields)}")
 
@@ -158,7 +172,7 @@ def _parse(argv: list[str]) -> list[str]:
     except (UserError, flags.Error) as error:
         sys.exit(_error(error, 2))
     except ValueError as error:  # a field of a part that the experiment does not have
-        missing = re.search("pretrain|finetune", str(error))
+        missing = re.search("pretrain|finetune|ablation", str(error))
         if missing is None:
             raise
         part = missing.group()

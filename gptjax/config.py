@@ -188,6 +188,8 @@ class FinetuneConfig(_Config):
     save_every: int = 1000
     compare_from_scratch: bool = False
     """Also fine-tune from random weights, to show what pretraining gains."""
+    transfer: str = "all"
+    """Of the pretrained weights: all; none; or N, the embeddings and the first N layers."""
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=6.25e-5, schedule="linear", warmup_fraction=0.002
@@ -213,6 +215,27 @@ class CheckpointConfig(_Config):
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class AblationConfig(_Config):
+    """What `--mode=ablate` compares: every variant of every task, over several seeds."""
+
+    tasks: dict[str, FinetuneConfig] = dataclasses.field(default_factory=dict)
+    """Name -> fine-tuning; empty: the experiment's own `finetune`."""
+    only: str = ""
+    """Comma-separated names of the tasks to run; empty: all of them."""
+    variants: str = "full,no_pretraining,no_lm"
+    """Comma-separated; besides these `layers=N` (transferred; 0: the embeddings only) and
+    `lambda=X` (the weight of the LM loss)."""
+    parallel: int = 0
+    """Fine-tunings at a time; 0: one on each device, on a single CPU device two."""
+
+    @property
+    def chosen(self) -> dict[str, FinetuneConfig]:
+        """The tasks to run."""
+        names = split_names(self.only) or tuple(self.tasks)
+        return {name: self.tasks[name] for name in names if name in self.tasks}
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class Experiment(_Config):
     """One run: a tokenizer, a model, and up to two stages."""
 
@@ -222,6 +245,7 @@ class Experiment(_Config):
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig | None = None
+    ablation: AblationConfig | None = None
     init_from: str = ""
     """A gptjax workdir or checkpoint: its tokenizer, sizes and weights are the starting point."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -229,7 +253,10 @@ class Experiment(_Config):
 
 
 # What may differ when a workdir is continued: where the run runs, not what it computes.
-_RESUMABLE = ("mesh", "checkpoint", "model.remat", "model.unroll")
+_RESUMABLE = (
+    "mesh", "checkpoint", "model.remat", "model.unroll", "ablation.variants",
+    "ablation.only", "ablation.parallel",
+)  # fmt: skip
 
 T = TypeVar("T")
 
@@ -254,10 +281,15 @@ def _inner_type(annotation: Any) -> Any:
 
 
 def field_names(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of all fields below a configuration class."""
+    """Yields the dotted names of all fields below a configuration class.
+
+    Entries of a dictionary of configurations are called NAME: "ablation.tasks.NAME.epochs".
+    """
     for field in dataclasses.fields(cls):
         yield prefix + field.name
         inner = _inner_type(field.type)
+        if typing.get_origin(inner) is dict:
+            yield from field_names(typing.get_args(inner)[1], f"{prefix}{field.name}.NAME.")
         if dataclasses.is_dataclass(inner):
             yield from field_names(inner, f"{prefix}{field.name}.")
 
@@ -276,6 +308,9 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
         inner = _inner_type(fields[name].type)
         if dataclasses.is_dataclass(inner) and value is not None:
             value = from_dict(typing.cast(Any, inner), value, where)
+        elif typing.get_origin(inner) is dict:
+            entry = typing.get_args(inner)[1]
+            value = {key: from_dict(entry, each, where) for key, each in value.items()}
         kwargs[name] = value
     return cls(**kwargs)
 

@@ -18,6 +18,7 @@ from gptjax.data import splits
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import UserError, brief, require
+from gptjax.keeping import BestInMemory, Keeper
 from gptjax.preemption import StopRequest
 from gptjax.stages import Scores, Stage
 from gptjax.state import Params, TrainState
@@ -49,31 +50,50 @@ def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> di
     """
     validation.validate(experiment)
     require(
+        experiment.pretrain or experiment.finetune,
+        "--config: the experiment has nothing to train, only an ablation; use --mode=ablate",
+    )
+    with StopRequest() as stop:
+        mesh = sharding.make_mesh(experiment.mesh)
+        summary, stages = train(experiment, workdir, mesh, stop, given)
+    _report(workdir, summary, stages)
+    return summary
+
+
+def train(
+    experiment: Experiment,
+    workdir: str,
+    mesh: Mesh,
+    stop: Callable[[], bool],
+    given: Collection[str] = (),
+    trial: bool = False,
+) -> tuple[dict[str, Any], list[Stage]]:
+    """Trains a validated experiment on a mesh until `stop`; returns the summary and the stages.
+
+    Arguments and errors besides these as in `run`; a `trial` prints nothing and keeps its best
+    weights in memory only.
+    """
+    require(
         "://" not in workdir,
         f"--workdir={workdir}: must be a folder of this machine or a mounted one, not an address",
     )
     is_main = jax.process_index() == 0
-    with StopRequest() as stop:
-        mesh = sharding.make_mesh(experiment.mesh)
-        _check_workdir(experiment, workdir)
-        data = _load_data(experiment)
-        tokenizer, model = _tokenizer_and_model(experiment, workdir, data, given)
-        stages = _build_stages(experiment, model, tokenizer, mesh, data)
-        del data
-        # Nothing is written before all of the input has been found good.
-        with telemetry.MetricsLog(workdir, enabled=is_main) as log:
-            context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main)
-            _write_start(context)
-            summary = _train_stages(context, stages)
-    _report(context, summary, stages)
-    return summary
+    check_workdir(experiment, workdir, "checkpoints")
+    data = _load_data(experiment)
+    tokenizer, model = _tokenizer_and_model(experiment, workdir, data, given)
+    stages = _build_stages(experiment, model, tokenizer, mesh, data)
+    del data
+    # Nothing is written before all of the input has been found good.
+    with telemetry.MetricsLog(workdir, enabled=is_main) as log:
+        context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main, trial)
+        _write_start(context)
+        return _train_stages(context, stages), stages
 
 
-def _check_workdir(experiment: Experiment, workdir: str) -> None:
-    """Refuses a workdir whose checkpoints belong to another configuration."""
+def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
+    """Refuses a workdir whose `product` (a folder, a file) belongs to another configuration."""
     path = os.path.join(workdir, "config.json")
-    folder = os.path.join(workdir, "checkpoints")
-    if not (os.path.exists(path) and os.path.isdir(folder)):
+    if not (os.path.exists(path) and os.path.exists(os.path.join(workdir, product))):
         return
     found = config_lib.differences(telemetry.read_json(path), config_lib.to_dict(experiment))
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
@@ -162,6 +182,10 @@ def _build_stages(
             f"--config.{part}.optimizer.warmup_steps={warmup}: must be below the "
             f"{stage.total_steps} steps",
         )
+        require(
+            not stage.transfer.isdecimal() or int(stage.transfer) <= model.num_layers,
+            f"--config.finetune.transfer={stage.transfer}: the model has {model.num_layers} layers",
+        )
     return stages
 
 
@@ -183,6 +207,8 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
         for note in stage.notes:
             context.say(note)
         start_from = None if stage.name == SCRATCH else _starting_point(context, pretrained)
+        if stage.transfer == "none":
+            start_from = None
         params, summary[stage.name] = _train_stage(context, stage, start_from, old.get(stage.name))
         if stage.name == "pretrain":
             pretrained = params
@@ -215,16 +241,20 @@ def _train_stage(
     """Trains one stage to its end; returns its best parameters and its part of the summary."""
     make = _initial_state(context, stage)
     meta = _meta(context, stage)
-    checkpoints = Checkpoints(
-        context.workdir, stage.name, context.experiment.checkpoint,
-        stage.metric,
-    )  # fmt: skip
+    checkpoints: Keeper
+    if context.trial:
+        checkpoints = BestInMemory(context.workdir, stage.metric)
+    else:
+        checkpoints = Checkpoints(
+            context.workdir, stage.name, context.experiment.checkpoint, stage.metric
+        )
     try:
         key = jax.random.key(context.experiment.seed)
         like = state.abstract(make, context.mesh, key)
         found = checkpoints.restore_newest(like, lambda other: _same_run(meta, other))
         if found is None:
-            train_state, start = _begin(make, context.mesh, key, pretrained), 0
+            train_state = _begin(make, context.mesh, key, pretrained, stage.transfer)
+            start = 0
         else:
             train_state, start = found
             context.say(f"{stage.name}: continuing at step {start:,} of {stage.total_steps:,}")
@@ -246,12 +276,16 @@ def _begin(
     mesh: Mesh,
     key: jax.Array,
     pretrained: Callable[[], Params] | None,
+    transfer: str,
 ) -> TrainState:
     """A state at step 0, from random weights or (all but the task head) from `pretrained` ones."""
     fresh = state.born_sharded(make, mesh, key)
     if pretrained is None:
         return fresh
-    return fresh.replace(params=state.merge_params(pretrained(), fresh.params, ("task_head",)))
+    params = state.merge_params(pretrained(), fresh.params, ("task_head",))
+    if transfer != "all":
+        params = state.keep_layers(params, fresh.params, int(transfer))
+    return fresh.replace(params=params)
 
 
 def _meta(context: Run, stage: Stage) -> Meta:
@@ -318,16 +352,16 @@ def _load_params(path: str, mesh: Mesh) -> Params:
         raise UserError(f"--config.init_from={path}: step {step} is damaged ({reason})") from error
 
 
-def _report(context: Run, summary: dict[str, Any], stages: list[Stage]) -> None:
+def _report(workdir: str, summary: dict[str, Any], stages: list[Stage]) -> None:
     """Plots, the table of results and the commands to try next."""
-    if not context.is_main:
+    if jax.process_index() != 0:
         return
-    report.loss_plot(context.workdir)
+    report.loss_plot(workdir)
     floors = next((stage.floors for stage in stages if stage.spec), {})
-    commands = [f"python launch.py --mode=generate --checkpoint={context.workdir} --prompt='The '"]
+    commands = [f"python launch.py --mode=generate --checkpoint={workdir} --prompt='The '"]
     if "finetune" in summary:
         commands.append(
-            f"python launch.py --mode=predict --checkpoint={context.workdir} --input=ROWS.csv "
+            f"python launch.py --mode=predict --checkpoint={workdir} --input=ROWS.csv "
             "--output=predictions.csv"
         )
-    print(report.results_table(summary, floors, context.workdir, commands))
+    print(report.results_table(summary, floors, workdir, commands))

@@ -51,6 +51,8 @@ class Stage:
     fingerprint: str
     """Hash of the training data."""
     spec: TaskSpec | None = None
+    transfer: str = "all"
+    """What is taken of pretrained weights, as in `FinetuneConfig.transfer`."""
     floors: dict[str, Scores] = dataclasses.field(default_factory=dict)
     """Split -> scores of the majority answer."""
     notes: tuple[str, ...] = ()
@@ -242,5 +244,5 @@ def finetune(
     return Stage(
         "finetune", model, objective, config.optimizer, total, every, config.save_every,
         batches, score("validation"), score("test") if "test" in examples else None,
-        names[metrics.PRIMARY], fingerprint(*arrays), spec, floors, tuple(notes),
+        names[metrics.PRIMARY], fingerprint(*arrays), spec, config.transfer, floors, tuple(notes),
     )  # fmt: skip

@@ -73,6 +73,16 @@ def merge_params(loaded: Params, fresh: Params, may_be_new: tuple[str, ...] = ()
     )
 
 
+def keep_layers(params: Params, fresh: Params, count: int) -> Params:
+    """Returns `params` with the layers after the first `count` replaced by those of `fresh`."""
+
+    def choose(ours: jax.Array, new: jax.Array) -> jax.Array:
+        layer = jnp.arange(ours.shape[0]).reshape(-1, *[1] * (ours.ndim - 1))
+        return jnp.where(layer < count, ours, new)
+
+    return {**params, "blocks": jax.tree.map(choose, params["blocks"], fresh["blocks"])}
+
+
 def _flatten(params: Params, skip: tuple[str, ...]) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     return {jax.tree_util.keystr(p): leaf for p, leaf in leaves if p[0].key not in skip}

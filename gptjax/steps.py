@@ -131,7 +131,7 @@ def train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     micro: int,
-    seed: int,
+    seed: int | jax.Array,
 ) -> tuple[TrainState, StepOutput]:
     """One update: gradients of the joint loss, then the optimizer; dropout keys from the step."""
     key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -142,16 +142,17 @@ def train_step(
     return TrainState(state.step + 1, params, opt_state), output
 
 
-def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch], Any]:
+def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch, Any], Any]:
     """Returns the jitted `train_step`: state donated and kept in its layout, output replicated.
 
     Args:
       mesh: the devices.
-      **kwargs: the keyword arguments of `train_step`.
+      **kwargs: the keyword arguments of `train_step` but for the seed, the third argument (uint32)
+        of what is returned: one program serves all seeds.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepOutput]:
-        new_state, output = train_step(state, batch, **kwargs)
+    def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, StepOutput]:
+        new_state, output = train_step(state, batch, seed=seed, **kwargs)
         places = sharding.state_sharding(new_state, mesh)
         return (
             jax.lax.with_sharding_constraint(new_state, places),

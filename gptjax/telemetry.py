@@ -7,11 +7,13 @@ import contextlib
 import json
 import math
 import os
+import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from gptjax.errors import UserError
@@ -67,6 +69,17 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def machine() -> str:
+    """Returns what a measurement was made on: "2 x Intel(R) Xeon(R) ..., jax 0.10.2"."""
+    device = jax.devices()[0]
+    count, kind = jax.device_count(), device.device_kind
+    if device.platform == "cpu":
+        count, kind = os.cpu_count() or 1, platform.processor() or platform.machine()
+        with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+            kind = next(line for line in lines if "model name" in line).partition(":")[2].strip()
+    return f"{count} x {kind}, Python {platform.python_version()}, jax {jax.__version__}"
 
 
 def write_json(path: PathLike, obj: Any) -> None:

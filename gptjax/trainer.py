@@ -1,20 +1,25 @@
 """The loop over the steps of one stage: it steps, validates, saves, and stops when asked."""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import optim, sharding, steps, telemetry
-from gptjax.checkpoint import Checkpoints, Meta
-from gptjax.config import Experiment, ModelConfig
+from gptjax.checkpoint import Meta
+from gptjax.config import Experiment, ModelConfig, OptimizerConfig
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import Preempted, TrainingDiverged
-from gptjax.preemption import StopRequest
+from gptjax.keeping import Keeper
+from gptjax.model import GPT
 from gptjax.stages import Scores, Stage
 from gptjax.state import TrainState
-from gptjax.steps import StepOutput
+from gptjax.steps import Objective, StepOutput
 
 # Records of a training in metrics.jsonl: about so many, whatever its length.
 _RECORDS = 500
@@ -30,39 +35,51 @@ class Run:
     tokenizer: Tokenizer
     model: ModelConfig
     log: telemetry.MetricsLog
-    stop: StopRequest
+    stop: Callable[[], bool]
     is_main: bool
+    trial: bool = False
+    """One of many runs: prints nothing, keeps its best weights in memory only."""
 
     def say(self, text: str) -> None:
         """Prints a line, in one process only."""
-        if self.is_main:
+        if self.is_main and not self.trial:
             print(text, flush=True)
+
+
+@functools.cache
+def _train_step(
+    mesh: Mesh, model: GPT, objective: Objective, optimizer: OptimizerConfig, total_steps: int
+) -> Callable[..., Any]:
+    """One program for the runs that differ in seed or data only."""
+    return steps.jit_train_step(
+        mesh,
+        model=model,
+        objective=objective,
+        optimizer=optim.build(optimizer, total_steps),
+        micro=optimizer.accumulation,
+    )
 
 
 class Trainer:
     """Trains one stage of a run."""
 
-    def __init__(self, context: Run, stage: Stage, checkpoints: Checkpoints, meta: Meta):
+    def __init__(self, context: Run, stage: Stage, checkpoints: Keeper, meta: Meta):
         self._context, self._stage, self._checkpoints, self._meta = (
             context, stage, checkpoints, meta
         )  # fmt: skip
         self._every = max(1, stage.total_steps // _RECORDS)
-        optimizer = optim.build(stage.optimizer, stage.total_steps)
         self._rate = optim.schedule(stage.optimizer, stage.total_steps)
-        self._step = steps.jit_train_step(
-            context.mesh,
-            model=stage.model,
-            objective=stage.objective,
-            optimizer=optimizer,
-            micro=stage.optimizer.accumulation,
-            seed=context.experiment.seed,
+        self._step = _train_step(
+            context.mesh, stage.model, stage.objective, stage.optimizer, stage.total_steps
         )
+        self._seed = np.uint32(context.experiment.seed)
 
     def train(self, train_state: TrainState, start: int) -> float:
         """Runs steps [start, total); returns the tokens per second, or 0 where none was run."""
         context, stage = self._context, self._stage
         total, pending = stage.total_steps, None
-        with telemetry.Progress(stage.name, total, start, context.is_main) as progress:
+        shown = context.is_main and not context.trial
+        with telemetry.Progress(stage.name, total, start, shown) as progress:
             self._progress = progress
             self._maybe_validate(train_state, start)
             for step, batch in enumerate(stage.batches.iterate(start, total), start + 1):
@@ -71,7 +88,7 @@ class Trainer:
                     self._stop_if_asked(train_state, step - 1)
                 tokens = int((batch.segment_ids > 0).sum())
                 train_state, output = self._step(
-                    train_state, sharding.to_devices(batch, context.mesh)
+                    train_state, sharding.to_devices(batch, context.mesh), self._seed
                 )
                 # Read one step late: by then the device has it, and works on the next.
                 self._read(pending)

@@ -1,6 +1,7 @@
 """Checks a configuration once, before anything else happens: every error names its flag."""
 
 import dataclasses
+import re
 from typing import Any
 
 from gptjax.config import (
@@ -8,6 +9,7 @@ from gptjax.config import (
     LINE_BREAKS,
     TOKENIZERS,
     WORDS,
+    AblationConfig,
     Experiment,
     FinetuneConfig,
     MeshConfig,
@@ -17,7 +19,7 @@ from gptjax.config import (
     nearest,
     split_names,
 )
-from gptjax.errors import require
+from gptjax.errors import UserError, require
 
 ACTIVATIONS = ("gelu_tanh", "relu")
 DTYPES = ("float32", "bfloat16")
@@ -29,8 +31,9 @@ TASKS = ("classification", "entailment", "similarity", "multiple_choice", "regre
 def _freeze(config: Any) -> None:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            _freeze(value)
+        for part in value.values() if isinstance(value, dict) else [value]:
+            if dataclasses.is_dataclass(part):
+                _freeze(part)
     object.__setattr__(config, "_frozen", True)
 
 
@@ -163,7 +166,31 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
         "--config.finetune.choices: the columns of the answers, two or more, comma-separated, "
         "go with --config.finetune.task=multiple_choice",
     )
+    require(
+        finetune.transfer in ("all", "none") or finetune.transfer.isdecimal(),
+        f"--config.finetune.transfer={finetune.transfer}: must be all, none, or a number of layers",
+    )
     _validate_optimizer(finetune.optimizer, "finetune")
+
+
+def _validate_ablation(ablation: AblationConfig) -> None:
+    _not_negative(ablation, "ablation", "parallel")
+    for name in split_names(ablation.only):
+        require(
+            name in ablation.tasks,
+            f"--config.ablation.only: no task {name!r}{nearest(name, ablation.tasks)}; the "
+            f"experiment has {', '.join(ablation.tasks)}",
+        )
+    for name, task in ablation.chosen.items():
+        require(
+            re.fullmatch(r"[\w-]+", name),
+            f"--config.ablation.tasks: {name!r} names a folder too; use letters, digits, _ and -",
+        )
+        try:
+            _validate_finetune(task)
+        except UserError as error:
+            flag = f"--config.ablation.tasks.{name}."
+            raise UserError(str(error).replace("--config.finetune.", flag)) from None
 
 
 def _validate_mesh(mesh: MeshConfig) -> None:
@@ -193,7 +220,7 @@ def validate(experiment: Experiment) -> Experiment:
     )
     _positive(experiment.tokenizer, "tokenizer", "vocab_size")
     require(
-        experiment.pretrain or experiment.finetune,
+        experiment.pretrain or experiment.finetune or experiment.ablation,
         "--config: the experiment has no stage; give it a pretrain or a finetune part",
     )
     if experiment.pretrain:
@@ -205,6 +232,12 @@ def validate(experiment: Experiment) -> Experiment:
             pretrained or not experiment.finetune.compare_from_scratch,
             "--config.finetune.compare_from_scratch: needs pretraining or --config.init_from",
         )
+        require(
+            pretrained or not experiment.finetune.transfer.isdecimal(),
+            "--config.finetune.transfer: needs pretraining or --config.init_from",
+        )
+    if experiment.ablation:
+        _validate_ablation(experiment.ablation)
     _validate_mesh(experiment.mesh)
     _positive(experiment.checkpoint, "checkpoint", "keep_newest")
     _not_negative(experiment.checkpoint, "checkpoint", "keep_best")

@@ -20,15 +20,18 @@ ORDER = (
     *("dropout", "attention", "model", "losses", "sharding", "optim", "state", "steps"),
     *("metrics", "evaluate", "generate", "flops", "telemetry", "checkpoint", "report"),
     *("weights", "openai", "huggingface"),
-    *("stages", "trainer", "loop", "api", "modes", "pretrained", ""),
+    *("stages", "keeping", "trainer", "loop", "ablation_report", "ablate", "api", "modes"),
+    *("pretrained", ""),
 )
 # Tested by the file of the module they exist for.
 TESTED_IN = {
     "batch": "packing",
+    "ablation_report": "ablate",
     "data": "architecture",
     "data.docstrings": "builtin",
     "errors": "config",
     "validation": "config",
+    "keeping": "ablate",
     "trainer": "loop",
     "huggingface": "pretrained",
     "openai": "pretrained",

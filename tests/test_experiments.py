@@ -17,6 +17,11 @@ NEEDED = {
     "finetune_file": ["--config.finetune.train_file=rows.csv"],
     "pretrain_file": ["--config.pretrain.train_files=a.txt"],
     "gpt1_pretrain": ["--config.pretrain.train_files=a.txt"],
+    "ablation": [
+        "--config.ablation.only=rte",
+        "--config.ablation.tasks.rte.train_file=rte.tsv",
+        "--config.pretrain.train_files=a.txt",
+    ],
     "gpt1_finetune": ["--config.init_from=runs/x", "--config.finetune.train_file=rows.tsv"],
 }
 

@@ -1,0 +1,59 @@
+"""What pretraining and the auxiliary loss gain: a small GPT, pretrained on books, on five tasks.
+
+    python launch.py --mode=ablate --config=experiments/ablation.py --seeds=3 \
+        --config.pretrain.train_files='books/*.txt' --config.ablation.tasks.rte.train_file=...
+
+SST-2, MRPC, RTE, STS-B and COPA from your own files (GLUE's columns; other names by
+`--config.ablation.tasks.TASK.text` and so on), each with all of GPT, without pretraining, and
+without the auxiliary LM loss. docs/ablation.md has the whole command and what came of it.
+"""
+
+from gptjax.config import (
+    AblationConfig,
+    Experiment,
+    FinetuneConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TokenizerConfig,
+)
+
+
+def _task(kind: str, text: str, text_pair: str = "", **more) -> FinetuneConfig:
+    return FinetuneConfig(
+        task=kind,
+        text=text,
+        text_pair=text_pair,
+        optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_fraction=0.1),
+        **more,
+    )
+
+
+def get_config() -> Experiment:
+    """Returns the experiment; give it the books and the training file of each task."""
+    return Experiment(
+        name="ablation",
+        model=ModelConfig(
+            context_length=128, num_layers=3, width=128, num_heads=4, init_std=0.09, unroll=3
+        ),
+        tokenizer=TokenizerConfig(vocab_size=4000),
+        pretrain=PretrainConfig(
+            batch_size=16,
+            steps=3000,
+            eval_every=1000,
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.1, beta2=0.98),
+        ),
+        ablation=AblationConfig(
+            tasks={
+                "sst2": _task("classification", "sentence"),
+                "mrpc": _task(
+                    "similarity", "sentence1", "sentence2", metrics="f1,accuracy", epochs=2
+                ),
+                "rte": _task("entailment", "sentence1", "sentence2"),
+                "stsb": _task(
+                    "regression", "sentence1", "sentence2", metrics="pearson,spearman", epochs=2
+                ),
+                "copa": _task("multiple_choice", "premise", choices="choice1,choice2", epochs=10),
+            }
+        ),
+    )

@@ -1,0 +1,246 @@
+"""The paper's ablation and transfer tables: fine-tunings that differ in one thing, over N seeds.
+
+(Radford et al. 2018, section 5.) Every variant of every task starts from one pretrained model and
+is trained with each seed; medians, with the lowest and the highest, go into a table beside the
+score of the constant answer and, where the paper has the same variant of the same task, the paper's
+number.
+"""
+
+import concurrent.futures
+import dataclasses
+import os
+import threading
+import time
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from gptjax import ablation_report, checkpoint, loop, metrics, sharding, telemetry, validation
+from gptjax import config as config_lib
+from gptjax.config import AblationConfig, Experiment, FinetuneConfig, MeshConfig
+from gptjax.data import splits
+from gptjax.errors import Preempted, UserError, require
+from gptjax.preemption import StopRequest
+
+_RESULTS = "ablation.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One fine-tuning."""
+
+    task: str
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.variant} seed {self.seed}"
+
+
+def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
+    """Returns the fine-tuning with the one change that the variant's name says.
+
+    >>> variant(FinetuneConfig(), "lambda=0.25").lm_weight
+    0.25
+
+    Raises:
+      UserError: there is no such variant.
+    """
+    known: dict[str, dict[str, Any]] = {
+        "full": {}, "no_pretraining": {"transfer": "none"}, "no_lm": {"lm_weight": 0.0},
+    }  # fmt: skip
+    if name in known:
+        return dataclasses.replace(config, **known[name])
+    kind, _, value = name.partition("=")
+    try:
+        if kind == "layers" and value.isdecimal():
+            return dataclasses.replace(config, transfer=value)
+        if kind == "lambda" and float(value) >= 0:
+            return dataclasses.replace(config, lm_weight=float(value))
+    except ValueError:
+        pass
+    raise UserError(
+        f"--config.ablation.variants: no variant {name!r}; it is full, no_pretraining, no_lm, "
+        "layers=N or lambda=X"
+    )
+
+
+def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str] = ()) -> None:
+    """Pretrains where the experiment says so, fine-tunes every job, and writes the tables.
+
+    What is done stands in WORKDIR/ablation.json: the same command goes on there, and variants or
+    seeds may be added.
+
+    Args:
+      experiment: tasks and variants in its `ablation`; without one its `finetune`.
+      workdir: folder of the run.
+      seeds: how many, from the experiment's on.
+      given: fields that the user asked for by flag.
+
+    Raises:
+      UserError, Preempted, TrainingDiverged: as in `loop.run`.
+    """
+    require(seeds > 0, f"--seeds={seeds}: must be greater than 0")
+    require(jax.process_count() == 1, "--mode=ablate: runs in one process, on its devices")
+    validation.validate(experiment)
+    ablation = experiment.ablation or AblationConfig()
+    tasks = ablation.chosen or ({"finetune": experiment.finetune} if experiment.finetune else {})
+    require(tasks, "--config: nothing to ablate; the experiment needs a finetune or ablation part")
+    require(
+        experiment.pretrain or experiment.init_from,
+        "--mode=ablate: needs a pretrained model: --config.init_from, or a pretrain part",
+    )
+    names = config_lib.split_names(ablation.variants)
+    require(names, "--config.ablation.variants: is empty; write full,no_pretraining,no_lm")
+    for config in tasks.values():
+        for name in names:
+            variant(config, name)
+        # A missing file or column should be known before hours of training.
+        splits.labelled_splits(config, experiment.seed)
+    loop.check_workdir(experiment, workdir, _RESULTS)
+    with StopRequest() as stop:
+        start = _pretrained(experiment, workdir, stop, given)
+        all_seeds = range(experiment.seed, experiment.seed + seeds)
+        jobs = [Job(t, name, seed) for seed in all_seeds for t in tasks for name in names]
+        # Sizes and tokenizer of a checkpoint are not silently overruled.
+        checked = () if experiment.pretrain else given
+        _Runner(experiment, tasks, start, workdir, jobs, checked).run(ablation.parallel, stop)
+    print(ablation_report.write(workdir))
+
+
+def _pretrained(
+    experiment: Experiment, workdir: str, stop: Callable[[], bool], given: Collection[str]
+) -> str:
+    """Trains the pretraining stage to its end; returns what the fine-tunings start from."""
+    if not experiment.pretrain:
+        checkpoint.open_for_use(experiment.init_from, "--config.init_from")
+        return experiment.init_from
+    folder = os.path.join(workdir, "pretrain")
+    alone = dataclasses.replace(experiment, finetune=None, ablation=None)
+    mesh = sharding.make_mesh(experiment.mesh)
+    loop.train(validation.validate(alone), folder, mesh, stop, given)
+    return folder
+
+
+class _Runner:
+    """Runs the jobs that have no result yet, several at a time."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        tasks: dict[str, FinetuneConfig],
+        start: str,
+        workdir: str,
+        jobs: list[Job],
+        given: Collection[str],
+    ):
+        self._experiment, self._tasks, self._start, self._workdir, self._given = (
+            experiment, tasks, start, workdir, given
+        )  # fmt: skip
+        self._lock = threading.Lock()
+        self._path = os.path.join(workdir, _RESULTS)
+        old = telemetry.read_json(self._path) if os.path.exists(self._path) else {}
+        done = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
+        self._spent, self._began = old.get("seconds", 0.0), time.monotonic()
+        # Results of variants and seeds that this command leaves out stay in the file.
+        self._records = dict(done)
+        self._waiting = [job for job in jobs if job not in done]
+        self._total, self._failed = len(jobs), False
+
+    def run(self, parallel: int, stop: Callable[[], bool]) -> None:
+        """Runs what waits; the first error ends the others, which are saved."""
+        os.makedirs(self._workdir, exist_ok=True)
+        path = os.path.join(self._workdir, "config.json")
+        telemetry.write_json(path, config_lib.to_dict(self._experiment))
+        self._save()
+        if not self._waiting:
+            return
+        meshes = _meshes(self._experiment, parallel)
+        free = list(meshes)
+
+        def work(job: Job) -> None:
+            if stop() or self._failed:
+                return
+            with self._lock:
+                mesh = free.pop()
+            try:
+                self._run_job(job, mesh, lambda: stop() or self._failed)
+            except BaseException:
+                self._failed = True
+                raise
+            finally:
+                with self._lock:
+                    free.append(mesh)
+
+        with concurrent.futures.ThreadPoolExecutor(len(meshes)) as pool:
+            futures = [pool.submit(work, job) for job in self._waiting]
+            concurrent.futures.wait(futures)
+        errors = [error for future in futures if (error := future.exception())]
+        # Those that were asked to stop because another failed are not the cause.
+        errors.sort(key=lambda error: isinstance(error, Preempted))
+        if errors and not isinstance(errors[0], Preempted):
+            raise errors[0]
+        if stop():
+            done = self._total - sum(job not in self._records for job in self._waiting)
+            raise Preempted(
+                f"ablate: asked to stop after {done} of {self._total} fine-tunings; the same "
+                "command goes on"
+            )
+
+    def _run_job(self, job: Job, mesh: Mesh, stop: Callable[[], bool]) -> None:
+        config = variant(self._tasks[job.task], job.variant)
+        one = dataclasses.replace(
+            self._experiment, name=str(job), seed=job.seed, pretrain=None, ablation=None,
+            init_from=self._start, finetune=config,
+        )  # fmt: skip
+        folder = os.path.join(self._workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
+        began = time.monotonic()
+        try:
+            summary, _ = loop.train(
+                validation.validate(one), folder, mesh, stop, self._given, trial=True
+            )
+        except UserError as error:
+            raise UserError(f"{job}: {error}") from error
+        seconds = time.monotonic() - began
+        part = summary["finetune"]
+        split = "test" if "test" in part else "validation"
+        metric = metrics.parse(config.metrics, config.task)[metrics.PRIMARY]
+        record = {
+            **dataclasses.asdict(job), "metric": metric, "split": split,
+            "score": part[split][metric], "floor": part["floor"][split][metric],
+            "seconds": seconds, "steps": part["steps"],
+            "scores": {name: part[name] for name in ("validation", "test") if name in part},
+        }  # fmt: skip
+        with self._lock:
+            self._records[job] = record
+            self._save()
+            done = self._total - sum(each not in self._records for each in self._waiting)
+            score = ablation_report.shown(metric, record["score"])
+            print(f"[{done}/{self._total}] {job}: {split} {metric} {score}, {seconds:.0f} s")
+
+    def _save(self) -> None:
+        results = {
+            "name": self._experiment.name,
+            "pretrained": self._start,
+            "machine": telemetry.machine(),
+            # Of all fine-tunings together; several run at a time.
+            "seconds": self._spent + time.monotonic() - self._began,
+            "runs": list(self._records.values()),
+        }
+        telemetry.write_json(self._path, results)
+
+
+def _meshes(experiment: Experiment, parallel: int) -> list[Mesh]:
+    """Returns a mesh for each of the fine-tunings that run at a time.
+
+    One device each, as small models leave most of a device idle between their operations; on a
+    single CPU device several share it.
+    """
+    devices = jax.devices()
+    count = parallel or (len(devices) if len(devices) > 1 else 1 + (devices[0].platform == "cpu"))
+    if count == 1:
+        return [sharding.make_mesh(experiment.mesh)]
+    one = MeshConfig(data=1)
+    return [sharding.make_mesh(one, [devices[i % len(devices)]]) for i in range(count)]

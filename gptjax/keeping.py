@@ -1,0 +1,95 @@
+"""Where a stage's states go: `checkpoint.Checkpoints` on disk, or this, in memory, for a trial."""
+
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+
+from gptjax import metrics as metrics_lib
+from gptjax.checkpoint import Meta
+from gptjax.state import Params, TrainState
+
+
+class Keeper(Protocol):
+    """What training asks of a place for its states."""
+
+    directory: Any
+
+    def steps(self) -> list[int]:
+        """Returns the steps at hand."""
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the validation scores of a step."""
+
+    def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Stores the validation scores of a step."""
+
+    def save(
+        self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Keeps a state."""
+
+    def restore_newest(
+        self, like: TrainState, check: Callable[[Meta], None]
+    ) -> tuple[TrainState, int] | None:
+        """Returns the newest state and its step, if there is one."""
+
+    def restore_best_params(self, like: Any) -> tuple[int, Any]:
+        """Returns the best step and its parameters."""
+
+    def wait(self) -> None:
+        """Returns when all is kept."""
+
+    def close(self) -> None:
+        """Lets go."""
+
+
+class BestInMemory:
+    """Keeps the best parameters on the host, and nothing to continue an interrupted run from."""
+
+    def __init__(self, workdir: str, metric: str):
+        """Args: workdir, for messages only; metric, the validation score that ranks."""
+        self.directory = os.path.abspath(workdir)
+        self._metric = metric
+        self._scores: dict[int, dict[str, float]] = {}
+        self._best: tuple[float, int, Params] | None = None
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have scores."""
+        return sorted(self._scores)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the validation scores of a step."""
+        return self._scores[step]
+
+    def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Stores the validation scores of a step."""
+        self._scores[step] = dict(metrics)
+
+    def save(
+        self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Copies the parameters where their scores are the best so far; the newest of equals."""
+        del meta
+        if not metrics:
+            return
+        self.set_metrics(step, metrics)
+        rank = metrics_lib.rank(self._metric, metrics.get(self._metric))
+        if self._best is None or rank >= self._best[0]:
+            self._best = rank, step, jax.device_get(state.params)
+
+    def restore_newest(self, like: TrainState, check: Callable[[Meta], None]) -> None:
+        """Returns None: a trial begins at its beginning."""
+
+    def restore_best_params(self, like: Any) -> tuple[int, Any]:
+        """Returns the best step and its parameters, laid out like `like`."""
+        assert self._best is not None, "training ends with a validation"
+        _, step, params = self._best
+        return step, jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), params, like)
+
+    def wait(self) -> None:
+        """Does nothing: all is kept at once."""
+
+    def close(self) -> None:
+        """Does nothing."""
