@@ -6,6 +6,7 @@
 Batch 64 x 512, Adam 2.5e-4 with 2,000 steps of warm-up and cosine to 0, dropout 0.1, decay 0.01
 (Radford et al. 2018, section 4.1), which reports a perplexity of 18.4 on BooksCorpus. Not stated
 there, and taken from the authors' fine-tuning code: beta2 0.999, epsilon 1e-8, clipping at norm 1.
+`gpt1_pretrain.py:modern` takes the recipe of that name (gptjax/recipes.py).
 
 The corpus is not public as a file, and this project has not run the full training: it has no
 accelerator to do so. With GPT-1's own vocabulary, add
@@ -13,12 +14,13 @@ accelerator to do so. With GPT-1's own vocabulary, add
 --config.tokenizer.merges_file=vocab_40000.bpe`; without, a BPE of the same size is trained.
 """
 
+from gptjax import recipes
 from gptjax.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig, TokenizerConfig
 
 
-def get_config() -> Experiment:
+def get_config(recipe: str = "paper") -> Experiment:
     """Returns the experiment; give it `--config.pretrain.train_files`."""
-    return Experiment(
+    experiment = Experiment(
         name="gpt1_pretrain",
         model=ModelConfig(dtype="bfloat16"),
         # <unk> + 2 x 238 symbols + 40,000 merges + the line break.
@@ -32,3 +34,4 @@ def get_config() -> Experiment:
             optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=2000),
         ),
     )
+    return recipes.apply(experiment, recipe)

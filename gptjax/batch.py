@@ -23,7 +23,7 @@ class Batch:
     positions: Array
     """int32 [B, T]: restart at 0 in each sequence."""
     token_types: Array
-    """int32 [B, T]: first text 0, second text 1."""
+    """int32 [B, T]: first text 0, second text 1; 2: padding inside a sequence (flattened head)."""
     lm_weights: Array
     """float32 [B, T]: weight of predicting token t + 1 at t; 0 at ends and padding."""
     extract: Array = None

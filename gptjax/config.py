@@ -45,12 +45,20 @@ class ModelConfig(_Config):
     """0: four times the width."""
     activation: str = "gelu_tanh"
     segment_types: int = 0
-    """Rows of a segment embedding over `token_types`; 0: none."""
+    """Rows of a segment embedding over `token_types`: 0 (none), 2, or 3, the third for padding."""
+    tied: bool = True
+    """The LM head is the token embedding; else a linear layer of its own, with bias."""
+    one_matrix: bool = False
+    """Tokens and positions are rows of one matrix, as in the authors' code: embedding dropout is
+    applied to the matrix, the dropped matrix is the LM head too, and its softmax covers the
+    positions."""
     embedding_dropout: float = 0.1
     attention_dropout: float = 0.1
     residual_dropout: float = 0.1
     head_dropout: float = 0.1
     """Dropout on the state that the task head reads."""
+    head_dropout_shared: bool = False
+    """One mask for all candidates of an example (answers, orders of two texts)."""
     init_std: float = 0.02
     layer_norm_epsilon: float = 1e-5
     dtype: str = "float32"
@@ -177,6 +185,18 @@ class FinetuneConfig(_Config):
     """Comma-separated, the first selects the best checkpoint; empty: the usual ones of the task."""
     lm_weight: float = 0.5
     """Lambda of the joint loss."""
+    task_weight: float = 1.0
+    """Weight of the task loss."""
+    lm_mean: str = "token"
+    """The LM loss is the mean over all tokens; sequence: over the means of each sequence."""
+    cut: str = "longest"
+    """Of two texts that are too long, longest: the longer is cut; half: each to half a context less
+    two tokens, as in the authors' code."""
+    head: str = "extract"
+    """What the task head reads: extract, the state at the last token; flatten: the states of all
+    positions, in `start text delimiter [text_pair delimiter]` padded to the longest."""
+    drop_last: bool = False
+    """The last, smaller batch of each epoch is dropped; else batches run across epochs."""
     batch_size: int = 32
     """Examples a step, over all devices."""
     epochs: float = 3.0
@@ -218,7 +238,7 @@ class CheckpointConfig(_Config):
 class AblationConfig(_Config):
     """What `--mode=ablate` compares: every variant of every task, over several seeds."""
 
-    tasks: dict[str, FinetuneConfig] = dataclasses.field(default_factory=dict)
+    tasks: dict[str, FinetuneConfig] = dataclasses.field(default_factory=dict, hash=False)
     """Name -> fine-tuning; empty: the experiment's own `finetune`."""
     only: str = ""
     """Comma-separated names of the tasks to run; empty: all of them."""

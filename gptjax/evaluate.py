@@ -15,6 +15,7 @@ from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples, TaskSpec
 from gptjax.losses import Sum
 from gptjax.state import Params
+from gptjax.steps import Objective
 
 # (params, batch) -> (Losses, task logits), from `steps.jit_eval_step`.
 EvalStep = Callable[[Params, Any], Any]
@@ -124,7 +125,7 @@ def task(
     packer: Packer,
     batch_size: int,
     mesh: Mesh,
-    lm_weight: float,
+    objective: Objective,
     stop: Callable[[], bool] = never,
 ) -> dict[str, float] | None:
     """Returns "loss" (joint), "task_loss", "lm_loss" and the metrics `names`; None if stopped."""
@@ -135,7 +136,7 @@ def task(
     found = predictions(spec, outputs.logits)
     scores = metrics.compute(names, examples.labels, found, len(spec.labels))
     losses = {
-        "loss": outputs.task_loss + lm_weight * outputs.lm_loss,
+        "loss": objective.total(outputs.task_loss, outputs.lm_loss),
         "task_loss": outputs.task_loss,
         "lm_loss": outputs.lm_loss,
     }

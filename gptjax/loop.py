@@ -27,7 +27,7 @@ from gptjax.trainer import Run, Trainer
 # What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
 _SIZES = (
     "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
-    "activation", "segment_types", "layer_norm_epsilon",
+    "activation", "segment_types", "tied", "layer_norm_epsilon",
 )  # fmt: skip
 SCRATCH = "finetune_from_scratch"
 

@@ -124,8 +124,20 @@ def _lm_backward(chunks, residuals, g):
 lm_cross_entropy.defvjp(_lm_forward, _lm_backward)
 
 
-def lm_loss(x_BTD: Array, embedding_VD: Array, batch: Batch) -> Sum:
-    """Returns the LM loss L1 of a batch: sum of weighted nats, sum of the weights."""
+def lm_loss(x_BTD: Array, embedding_VD: Array, batch: Batch, bias_V: Array | None = None) -> Sum:
+    """Returns the LM loss L1 of a batch: sum of weighted nats, sum of the weights.
+
+    Args:
+      x_BTD: last states.
+      embedding_VD: rows of the output projection (more of them than tokens exist, where the
+        softmax covers others too).
+      batch: its tokens and lm_weights.
+      bias_V: of a projection that is not tied.
+    """
+    if bias_V is not None:
+        # One more input that is always 1: the loss below needs no second kind of gradient.
+        embedding_VD = jnp.concatenate([embedding_VD, bias_V[:, None]], axis=1)
+        x_BTD = jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1)
     rows, length = batch.tokens.shape
     chunks = lm_chunks(rows, length, embedding_VD.shape[0])
     total = lm_cross_entropy(

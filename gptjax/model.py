@@ -89,6 +89,19 @@ class LayerNorm(nn.Module):
         return (y * _like(scale, y) + _like(bias, y)).astype(x.dtype)
 
 
+class LMHead(nn.Module):
+    """The kernel [V, D] and the bias [V] of an LM head that is not tied to the token embedding."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array]:
+        """Returns both, float32."""
+        init = nn.initializers.normal(self.config.init_std)
+        kernel = self.param("kernel", init, (self.config.vocab_size, self.config.width))
+        return kernel, self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
+
+
 class Attention(nn.Module):
     """Masked multi-head self-attention."""
 
@@ -154,12 +167,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """The decoder with its tied LM head and, where `num_outputs` is not 0, a linear task head."""
+    """The decoder with its LM head and, where `num_outputs` is not 0, a linear task head."""
 
     config: ModelConfig
     num_outputs: int = 0
     sum_candidates: bool = False
     """Similarity and regression: the states of an example's candidates are summed."""
+    flatten: int = 0
+    """The task head reads the last so many states of a sequence, flattened; 0: the last one."""
 
     def setup(self) -> None:
         """Declares the parameters; every block's are stacked on a leading axis of size L."""
@@ -175,6 +190,8 @@ class GPT(nn.Module):
             self.segment_embedding = self.param(
                 "segment_embedding", init, (config.segment_types, config.width)
             )
+        if not config.tied:
+            self.lm_head = LMHead(config)
         self.embedding_dropout = Dropout(config.embedding_dropout)
         block = Block
         if config.remat != "none":
@@ -195,14 +212,36 @@ class GPT(nn.Module):
         )(config)
         if self.num_outputs:
             self.head_dropout = Dropout(config.head_dropout)
-            self.task_head = Linear((self.num_outputs,), 1, _float32(config))
+            inputs = 2 if self.flatten else 1
+            self.task_head = Linear((self.num_outputs,), inputs, _float32(config))
 
-    def _embed(self, tokens_BT: Array, positions_BT: Array, token_types_BT: Array | None) -> Array:
-        x_BTD = self.token_embedding[tokens_BT] + self.position_embedding[positions_BT]
+    def _one_matrix(self, deterministic: bool) -> tuple[Array, Array]:
+        """The rows of the tokens and of the positions, dropped as the one matrix that they are.
+
+        The mask depends on the dropout key alone: embedding and LM head get the same one.
+        """
+        rows = jnp.concatenate([self.token_embedding, self.position_embedding])
+        rows = self.embedding_dropout(rows, deterministic)
+        return rows[: self.config.vocab_size], rows[self.config.vocab_size :]
+
+    def _embed(
+        self,
+        tokens_BT: Array,
+        positions_BT: Array,
+        token_types_BT: Array | None,
+        deterministic: bool,
+    ) -> Array:
+        """Token + position (+ segment), dropout: [B, T, D] in the compute dtype."""
+        tokens_VD, positions_TD = self.token_embedding, self.position_embedding
+        if self.config.one_matrix:
+            tokens_VD, positions_TD = self._one_matrix(deterministic)
+        x_BTD = tokens_VD[tokens_BT] + positions_TD[positions_BT]
         if self.config.segment_types:
             types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
             x_BTD = x_BTD + self.segment_embedding[types_BT]
-        return x_BTD
+        if not self.config.one_matrix:
+            x_BTD = self.embedding_dropout(x_BTD, deterministic)
+        return x_BTD.astype(self.config.dtype)
 
     def hidden(
         self,
@@ -218,9 +257,11 @@ class GPT(nn.Module):
           tokens_BT, segment_ids_BT, positions_BT, token_types_BT: as in `gptjax.batch.Batch`.
           deterministic: no dropout; else the rng `dropout` is needed.
         """
-        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT)
-        x_BTD = self.embedding_dropout(x_BTD, deterministic).astype(self.config.dtype)
+        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic)
         visible_BTS = attention.causal_segments(segment_ids_BT)
+        if self.config.segment_types == 3 and token_types_BT is not None:
+            # Padding inside a sequence sees the texts before it, and is seen by nothing.
+            visible_BTS &= (token_types_BT != 2)[:, None, :]
         x_BTD, _ = self.blocks(x_BTD, visible_BTS, deterministic, None, jnp.int32(0))
         return x_BTD
 
@@ -237,20 +278,32 @@ class GPT(nn.Module):
         """
         positions_T = offset + jnp.arange(tokens_BT.shape[1])
         positions_T = jnp.minimum(positions_T, self.config.context_length - 1)
-        x_BTD = self._embed(tokens_BT, positions_T[None], jnp.zeros_like(tokens_BT))
+        x_BTD = self._embed(tokens_BT, positions_T[None], jnp.zeros_like(tokens_BT), True)
         visible_1TS = attention.causal_cached(positions_T, cache["key"].shape[2])
-        x_BTD = x_BTD.astype(self.config.dtype)
         x_BTD, filled = self.blocks(x_BTD, visible_1TS, True, cache, offset)
         assert filled is not None
         return x_BTD, filled
 
+    def lm_projection(self, deterministic: bool = True) -> tuple[Array, Array | None]:
+        """Returns the LM head's rows, float32 [V, D] or [V + T, D] (one matrix), and its bias [V].
+
+        Tied (the bias is None) or not; with the key of `hidden`, one matrix is dropped as there.
+        """
+        if not self.config.tied:
+            return self.lm_head()
+        if self.config.one_matrix:
+            return jnp.concatenate(self._one_matrix(deterministic)), None
+        return self.token_embedding, None
+
     def lm_logits(self, x_BTD: Array) -> Array:
-        """Returns float32 [B, T, V]: the states times the token embedding, transposed (tied)."""
+        """Returns float32 [B, T, V]: the states times the LM head's rows (of tokens), + bias."""
         dtype = jnp.dtype(self.config.dtype)
-        return jnp.einsum(
-            "BTD,VD->BTV", x_BTD, self.token_embedding.astype(dtype),
+        rows, bias = self.lm_projection()
+        logits_BTV = jnp.einsum(
+            "BTD,VD->BTV", x_BTD, rows[: self.config.vocab_size].astype(dtype),
             preferred_element_type=jnp.float32,
         )  # fmt: skip
+        return logits_BTV if bias is None else logits_BTV + _like(bias, logits_BTV)
 
     def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:
         """Returns float32 outputs of the task head on the states at the extract tokens.
@@ -258,17 +311,26 @@ class GPT(nn.Module):
         [B, E, O] for classification and entailment (C = 1) and for summed candidates, but where
         O = 1 [B, E, C]: a score per answer of a multiple choice; C = 1 in a regression (summed).
         """
-        rows, slots, candidates = extract_BEC.shape
-        index = extract_BEC.reshape(rows, slots * candidates, 1)
-        x_BECD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
-        x_BECD = x_BECD.reshape(rows, slots, candidates, -1)
+        steps = jnp.arange(1 - max(self.flatten, 1), 1).reshape(1, 1, 1, -1)
+        index_BECS = extract_BEC[..., None] + steps
+        # An empty slot has no sequence that ends where `extract` says.
+        index = jnp.maximum(index_BECS, 0).reshape(x_BTD.shape[0], -1, 1)
+        x_BECSD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
+        x_BECSD = x_BECSD.reshape(*index_BECS.shape, -1)
+        if not self.flatten:
+            x_BECSD = x_BECSD[:, :, :, 0]
         if self.sum_candidates:
-            x_BECD = x_BECD.sum(axis=2, keepdims=True)
-        y_BECO = self.task_head(self.head_dropout(x_BECD, deterministic))
+            x_BECSD = x_BECSD.sum(axis=2, keepdims=True)
+        if self.config.head_dropout_shared:
+            x_BECSD *= self.head_dropout(jnp.ones_like(x_BECSD[:, :, :1]), deterministic)
+        else:
+            x_BECSD = self.head_dropout(x_BECSD, deterministic)
+        y_BECO = self.task_head(x_BECSD)
         return y_BECO[..., 0] if self.num_outputs == 1 else y_BECO[:, :, 0]
 
     def __call__(self, tokens_BT: Array) -> Array:
         """Touches every parameter: what `init` traces. Returns the states [B, T, D]."""
+        self.lm_projection()
         ones = jnp.ones_like(tokens_BT)
         x_BTD = self.hidden(tokens_BT, ones, jnp.zeros_like(tokens_BT), jnp.zeros_like(tokens_BT))
         if self.num_outputs:
@@ -289,7 +351,7 @@ def run(model: GPT, params: Params, *args: Any, method: str, key: Array | None =
 
 def init_params(model: GPT, key: Array) -> Params:
     """Returns the parameter tree: N(0, init_std) weights, zero biases, unit gains."""
-    return model.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+    return model.init(key, jnp.zeros((1, max(2, model.flatten)), jnp.int32))["params"]
 
 
 def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:

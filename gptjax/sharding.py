@@ -19,6 +19,8 @@ BATCH_AXES = ("data", "fsdp")
 _RULES: tuple[tuple[str, P], ...] = (
     ("token_embedding", P("tensor", "fsdp")),
     ("(position|segment)_embedding", P()),
+    ("lm_head/kernel", P("tensor", "fsdp")),
+    ("lm_head/bias", P("tensor")),
     ("qkv/kernel", P(None, "fsdp", None, "tensor", None)),
     ("qkv/bias", P(None, None, "tensor", None)),
     ("attention/out/kernel", P(None, "tensor", None, "fsdp")),

@@ -64,7 +64,7 @@ def make_model(config: ModelConfig, spec: TaskSpec | None) -> GPT:
     if spec is None:
         return GPT(config)
     summed = spec.kind in ("similarity", "regression")
-    return GPT(config, num_outputs=spec.num_outputs, sum_candidates=summed)
+    return GPT(config, num_outputs=spec.num_outputs, sum_candidates=summed, flatten=spec.flatten)
 
 
 def fingerprint(*arrays: np.ndarray | None) -> str:
@@ -185,6 +185,18 @@ def _floors(
     }
 
 
+def _epoch_steps(config: FinetuneConfig, examples: int) -> float:
+    """Steps of an epoch."""
+    if not config.drop_last:
+        return examples / config.batch_size
+    require(
+        examples >= config.batch_size,
+        f"--config.finetune.batch_size={config.batch_size}: with drop_last the {examples} examples "
+        "make no batch",
+    )
+    return examples // config.batch_size
+
+
 def _note(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
     text = f"finetune: {len(examples):,} {name} examples"
     if examples.cut:
@@ -194,6 +206,26 @@ def _note(name: str, examples: Examples, ignored: int, model: ModelConfig) -> st
     if ignored:
         text += f", {ignored:,} left out for their label"
     return text
+
+
+def _what(config: FinetuneConfig, total: int, row_length: int) -> str:
+    task = "task" if config.task_weight == 1 else f"{config.task_weight:g} * task"
+    return (
+        f"finetune: {total:,} steps of {config.batch_size} examples packed in rows of "
+        f"{row_length} tokens, {task} + {config.lm_weight:g} * LM"
+    )
+
+
+def _spec(
+    config: FinetuneConfig, model: ModelConfig, data: dict[str, splits.Table], tokenizer: Tokenizer
+) -> TaskSpec:
+    """The task with its label names and, for a flattened head, its length."""
+    spec = _with_labels(splits.task_spec(config), data)
+    if config.head != "flatten":
+        return spec
+    texts = data["train"].columns(spec.text_columns)
+    length = tasks.padded_length(spec, texts, tokenizer, model.context_length)
+    return dataclasses.replace(spec, flatten=length)
 
 
 def finetune(
@@ -206,38 +238,35 @@ def finetune(
 ) -> Stage:
     """Builds the fine-tuning stage from the tables of `splits.labelled_splits`."""
     names = metrics.parse(config.metrics, config.task)
-    spec = _with_labels(splits.task_spec(config), data)
+    spec = _spec(config, model_config, data, tokenizer)
     examples = _encode(data, spec, tokenizer, model_config.context_length)
     train = examples["train"]
     floors = _floors(names, examples, spec)
-    devices = sharding.batch_divisor(mesh)
-    packer = Packer(
-        train.lengths, config.batch_size, config.row_length, devices * config.optimizer.accumulation
-    )
-    total = config.steps or math.ceil(config.epochs * len(train) / config.batch_size)
+    devices, means = sharding.batch_divisor(mesh), config.lm_mean == "sequence"
+    divisor = devices * config.optimizer.accumulation
+    packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, means)
+    epoch = _epoch_steps(config, len(train))
+    total = config.steps or math.ceil(config.epochs * epoch)
     model = make_model(model_config, spec)
-    objective = Objective(spec.kind, config.lm_weight)
+    objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     eval_step = steps.jit_eval_step(mesh, model, objective)
 
     def score(name: str) -> Callable[..., Scores | None]:
         lengths = examples[name].lengths
-        split_packer = Packer(lengths, config.batch_size, packer.row_length, devices)
+        split_packer = Packer(lengths, config.batch_size, packer.row_length, devices, means)
 
         def run(params: Params, stop: Callable[[], bool] = evaluate.never) -> Scores | None:
             return evaluate.task(
                 spec, names, eval_step, params, examples[name], split_packer,
-                config.batch_size, mesh, config.lm_weight, stop,
+                config.batch_size, mesh, objective, stop,
             )  # fmt: skip
 
         return run
 
-    batches = loader.TaskBatches(train, packer, config.batch_size, seed)
-    every = max(1, round(len(train) / config.batch_size / config.evals_per_epoch))
+    batches = loader.TaskBatches(train, packer, config.batch_size, seed, config.drop_last)
+    every = max(1, round(epoch / config.evals_per_epoch))
     notes = [_note(name, each, data[name].ignored, model_config) for name, each in examples.items()]
-    notes.append(
-        f"finetune: {total:,} steps of {config.batch_size} examples packed in rows of "
-        f"{packer.row_length} tokens, task + {config.lm_weight:g} * LM"
-    )
+    notes.append(_what(config, total, packer.row_length))
     if "f1" in names:
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
     arrays = [np.concatenate(train.tokens), train.lengths, train.labels]

@@ -20,11 +20,17 @@ from gptjax.state import Params, TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: the LM loss alone, or task + lm_weight * LM."""
+    """What is minimised: the LM loss alone, or task_weight * task + lm_weight * LM."""
 
     kind: str = ""
     """The task's kind; empty in pretraining."""
     lm_weight: float = 1.0
+    task_weight: float = 1.0
+
+    def total(self, task: Any, lm: Any) -> Any:
+        """Returns the objective from the mean losses (numbers or arrays)."""
+        lm = self.lm_weight * lm
+        return lm + self.task_weight * task if self.kind else lm
 
 
 @flax.struct.dataclass
@@ -56,13 +62,12 @@ def weights(batch: Batch) -> Losses:
 
 
 def joint(objective: Objective, sums: Losses, weight: Losses) -> jax.Array:
-    """Returns task / its weight + lm_weight * LM / its weight (the weights of the whole batch)."""
+    """Returns the objective of the sums, each divided by its weight of the whole batch."""
 
     def mean(part: Sum, whole: Sum) -> jax.Array:
         return part.total / jnp.maximum(whole.weight, 1e-9)
 
-    lm = objective.lm_weight * mean(sums.lm, weight.lm)
-    return lm + mean(sums.task, weight.task) if objective.kind else lm
+    return objective.total(mean(sums.task, weight.task), mean(sums.lm, weight.lm))
 
 
 def forward(
@@ -80,7 +85,8 @@ def forward(
     )  # fmt: skip
     sums = weights(batch)
     if objective.lm_weight:
-        sums = Losses(losses.lm_loss(x_BTD, params["token_embedding"], batch), sums.task)
+        rows, bias = run(model, params, deterministic, method="lm_projection", key=key)
+        sums = Losses(losses.lm_loss(x_BTD, rows, batch, bias), sums.task)
     if not objective.kind:
         return sums, None
     logits = run(model, params, x_BTD, batch.extract, deterministic, method="task_logits", key=key)

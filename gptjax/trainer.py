@@ -174,4 +174,4 @@ def _scores(stage: Stage, output: StepOutput) -> Scores:
     if stage.spec is None:
         return {"loss": lm}
     task = float(sums.task.total) / max(float(sums.task.weight), 1e-9)
-    return {"loss": task + stage.objective.lm_weight * lm, "task_loss": task, "lm_loss": lm}
+    return {"loss": stage.objective.total(task, lm), "task_loss": task, "lm_loss": lm}

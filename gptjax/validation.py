@@ -83,8 +83,13 @@ def validate_model(model: ModelConfig) -> None:
         f"--config.model.width={model.width}",
     )
     require(
-        model.segment_types in (0, 2),
-        f"--config.model.segment_types={model.segment_types}: must be 0 (none) or 2",
+        model.segment_types in (0, 2, 3),
+        f"--config.model.segment_types={model.segment_types}: must be 0 (none), 2, or 3 (with one "
+        "for padding)",
+    )
+    require(
+        model.tied or not model.one_matrix,
+        "--config.model.one_matrix: its rows are the LM head; needs --config.model.tied=true",
     )
     _not_negative(model, "model", "vocab_size", "ffn_width")
 
@@ -127,10 +132,29 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
     _validate_optimizer(pretrain.optimizer, "pretrain")
 
 
+def _validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
+    """The flattened head reads sequences that are padded to one length."""
+    if finetune.head == "extract":
+        return
+    require(
+        finetune.task in ("classification", "entailment"),
+        f"--config.finetune.head=flatten: reads one sequence; task {finetune.task} has several",
+    )
+    require(
+        model.segment_types == 3,
+        "--config.finetune.head=flatten: needs --config.model.segment_types=3, the third for "
+        "padding",
+    )
+
+
 def _validate_finetune(finetune: FinetuneConfig) -> None:
     _positive(finetune, "finetune", "batch_size", "save_every", "evals_per_epoch")
     _not_negative(finetune, "finetune", "steps", "epochs", "row_length", "lm_weight")
+    _not_negative(finetune, "finetune", "task_weight")
     _choice(finetune, "finetune", "task", TASKS)
+    _choice(finetune, "finetune", "lm_mean", ("token", "sequence"))
+    _choice(finetune, "finetune", "cut", ("longest", "half"))
+    _choice(finetune, "finetune", "head", ("extract", "flatten"))
     require(
         finetune.dataset != "builtin",
         "--config.finetune.dataset=builtin: write builtin:classification, builtin:entailment, "
@@ -173,7 +197,7 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
     _validate_optimizer(finetune.optimizer, "finetune")
 
 
-def _validate_ablation(ablation: AblationConfig) -> None:
+def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
     _not_negative(ablation, "ablation", "parallel")
     for name in split_names(ablation.only):
         require(
@@ -188,6 +212,7 @@ def _validate_ablation(ablation: AblationConfig) -> None:
         )
         try:
             _validate_finetune(task)
+            _validate_head(task, model)
         except UserError as error:
             flag = f"--config.ablation.tasks.{name}."
             raise UserError(str(error).replace("--config.finetune.", flag)) from None
@@ -227,6 +252,7 @@ def validate(experiment: Experiment) -> Experiment:
         _validate_pretrain(experiment.pretrain, experiment.model)
     if experiment.finetune:
         _validate_finetune(experiment.finetune)
+        _validate_head(experiment.finetune, experiment.model)
         pretrained = bool(experiment.pretrain or experiment.init_from)
         require(
             pretrained or not experiment.finetune.compare_from_scratch,
@@ -237,7 +263,7 @@ def validate(experiment: Experiment) -> Experiment:
             "--config.finetune.transfer: needs pretraining or --config.init_from",
         )
     if experiment.ablation:
-        _validate_ablation(experiment.ablation)
+        _validate_ablation(experiment.ablation, experiment.model)
     _validate_mesh(experiment.mesh)
     _positive(experiment.checkpoint, "checkpoint", "keep_newest")
     _not_negative(experiment.checkpoint, "checkpoint", "keep_best")

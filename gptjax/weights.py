@@ -167,6 +167,11 @@ def require_plain(model: ModelConfig) -> None:
         "--mode=export: the model has a segment embedding; the format has no place for it",
     )
     require(
+        model.tied,
+        "--mode=export: the LM head is not tied to the token embedding; the format has no place "
+        "for another",
+    )
+    require(
         model.hidden_ffn_width == 4 * model.width,
         f"--mode=export: the feed-forward layer is {model.hidden_ffn_width} wide; in the format it "
         f"is always four times the width, {4 * model.width}",

@@ -46,7 +46,7 @@ def layer_norm(x, p, epsilon=1e-5):
     return (x - mean) / np.sqrt(variance + epsilon) * p["scale"] + p["bias"]
 
 
-def attention(x_TD, p):
+def attention(x_TD, p, padding=None):
     """Causal multi-head self-attention of one sequence."""
     length = len(x_TD)
     heads, width = p["qkv"]["kernel"].shape[-2:]
@@ -55,6 +55,8 @@ def attention(x_TD, p):
         q, k, v = (x_TD @ p["qkv"]["kernel"][:, i, h] + p["qkv"]["bias"][i, h] for i in range(3))
         scores = q @ k.T / math.sqrt(width)
         later = np.arange(length)[None, :] > np.arange(length)[:, None]
+        if padding is not None:
+            later = later | padding[None, :]
         y_TD = y_TD + softmax(np.where(later, -np.inf, scores)) @ v @ p["out"]["kernel"][h]
     return y_TD + p["out"]["bias"]
 
@@ -66,15 +68,15 @@ def layer(tree, index):
     return tree[index]
 
 
-def hidden(params, tokens, token_types=None, activation="gelu_tanh"):
-    """The states [T, D] after the last block."""
+def hidden(params, tokens, token_types=None, activation="gelu_tanh", padding=None):
+    """The states [T, D] after the last block; nothing sees the tokens where `padding` is True."""
     act = {"gelu_tanh": gelu, "relu": relu}[activation]
     x = params["token_embedding"][tokens] + params["position_embedding"][: len(tokens)]
     if "segment_embedding" in params:
         x = x + params["segment_embedding"][token_types]
     for index in range(len(params["blocks"]["norm1"]["scale"])):
         p = layer(params["blocks"], index)
-        x = layer_norm(x + attention(x, p["attention"]), p["norm1"])
+        x = layer_norm(x + attention(x, p["attention"], padding), p["norm1"])
         h = act(x @ p["ffn_in"]["kernel"] + p["ffn_in"]["bias"])
         x = layer_norm(x + h @ p["ffn_out"]["kernel"] + p["ffn_out"]["bias"], p["norm2"])
     return x

@@ -15,6 +15,7 @@ from gptjax import config as config_lib
 from gptjax import model as model_lib
 from gptjax import validation
 from gptjax.config import (
+    AblationConfig,
     CheckpointConfig,
     Experiment,
     FinetuneConfig,
@@ -39,8 +40,9 @@ def load(path):
 
 
 def whole() -> Experiment:
-    """An experiment with both stages."""
+    """An experiment with both stages and an ablation."""
     return Experiment(
+        ablation=AblationConfig(tasks={"NAME": FinetuneConfig(dataset="builtin:classification")}),
         pretrain=PretrainConfig(dataset="builtin", steps=3000),
         finetune=FinetuneConfig(dataset="builtin:classification"),
     )
@@ -49,7 +51,8 @@ def whole() -> Experiment:
 def set_field(experiment, name, value):
     *parts, last = name.split(".")
     for part in parts:
-        experiment = getattr(experiment, part)
+        is_dict = isinstance(experiment, dict)
+        experiment = experiment[part] if is_dict else getattr(experiment, part)
     setattr(experiment, last, value)
 
 
@@ -77,6 +80,8 @@ def test_every_experiment_loads_builds_and_survives_json(path):
         experiment.pretrain.train_files = "text.txt"
     if experiment.finetune and not experiment.finetune.dataset:
         experiment.finetune.train_file = "rows.csv"
+    for task in experiment.ablation.tasks.values() if experiment.ablation else ():
+        task.train_file = "rows.csv"
     validation.validate(experiment)
     model = dataclasses.replace(
         experiment.model,
@@ -103,7 +108,7 @@ def test_round_trip_keeps_every_field():
         set_field(experiment, name, new)
         changed += 1
     values = json.loads(json.dumps(config_lib.to_dict(experiment)))
-    assert all(value in (7, 0.123, "other", True) for _, value in leaves(values))
+    assert all(value in (7, 0.123, "other", True, False) for _, value in leaves(values))
     assert changed > 70
     again = config_lib.from_dict(Experiment, values, "x")
     assert again == experiment
@@ -137,7 +142,10 @@ def test_differences_lists_what_may_not_change():
     (line,) = config_lib.differences(to_dict(old), to_dict(new))
     assert line.startswith("finetune: {")
     assert line.endswith("-> null")
-    free = ("mesh.", "checkpoint.", "model.remat", "model.unroll")
+    free = (
+        "mesh.", "checkpoint.", "model.remat", "model.unroll", "ablation.variants",
+        "ablation.only", "ablation.parallel",
+    )  # fmt: skip
     for name, value in leaves(to_dict(old)):
         new = whole()
         other = {bool: not value, int: 7, float: 0.123, str: "other"}[type(value)]
@@ -228,7 +236,7 @@ WRONG = [
     *((name, value, "must be one of") for name, value in _CHOICES.items()),
     *((name, math.nan, "") for name in ("model.head_dropout", "finetune.optimizer.learning_rate")),
     ("model.num_heads", 7, "must divide --config.model.width=768"),
-    ("model.segment_types", 1, "0 (none) or 2"),
+    ("model.segment_types", 1, "0 (none), 2, or 3"),
     ("pretrain.window", 513, "2 to --config.model.context_length=512"),
     ("pretrain.window", 1, "2 to --config.model.context_length=512"),
     ("pretrain.window", -1, "2 to --config.model.context_length=512"),
@@ -253,7 +261,7 @@ def test_a_wrong_value_is_named_with_its_flag(name, value, advice):
 @pytest.mark.parametrize(
     ("changes", "flag", "advice"),
     [
-        ({"pretrain": None, "finetune": None}, "", "no stage"),
+        ({"pretrain": None, "finetune": None, "ablation": None}, "", "no stage"),
         ({"pretrain.steps": 0}, ".pretrain.steps", "number of steps (or --config.pretrain.epochs)"),
         ({"pretrain.dataset": ""}, ".pretrain.train_files", "or --config.pretrain.dataset"),
         ({"pretrain.train_files": "a.txt"}, ".pretrain.train_files", "not both"),

@@ -143,7 +143,15 @@ def test_the_joint_loss_adds_its_parts():
     step = steps.jit_eval_step(mesh, task.model, Objective("classification"))
     packer = Packer(task.examples.lengths, 4, 0)
     scores = evaluate.task(
-        task.spec, ("accuracy",), step, task.params, task.examples, packer, 4, mesh, 0.3
+        task.spec,
+        ("accuracy",),
+        step,
+        task.params,
+        task.examples,
+        packer,
+        4,
+        mesh,
+        Objective("classification", 0.3),
     )
     assert list(scores) == ["loss", "task_loss", "lm_loss", "accuracy"]
     assert scores["loss"] == pytest.approx(scores["task_loss"] + 0.3 * scores["lm_loss"])

@@ -221,8 +221,7 @@ def test_mean_over_keys_of_the_dropped_embedding_is_the_embedding():
 
     def embedded(key):
         def method(module):
-            x = module._embed(tokens, tokens, None)
-            return module.embedding_dropout(x, False)
+            return module._embed(tokens, tokens, None, False)
 
         return model.apply({"params": params}, method=method, rngs={"dropout": key})
 

@@ -93,14 +93,25 @@ class TaskBatches:
     """Packed batches of shuffled examples; every batch has `batch_size` of them.
 
     Epochs follow one another without a break: a batch may hold the end of one and the start of the
-    next, so that no example is dropped and no update is smaller than the others.
+    next, so that no example is dropped and no update is smaller than the others. Or else (as in the
+    authors' code) what is left of an epoch after its last whole batch is dropped.
     """
 
-    def __init__(self, examples: Examples, packer: Packer, batch_size: int, seed: int):
-        """Args: examples to visit; packer of their lengths; batch_size in examples; seed."""
+    def __init__(
+        self,
+        examples: Examples,
+        packer: Packer,
+        batch_size: int,
+        seed: int,
+        drop_last: bool = False,
+    ):
+        """Args: examples; packer of their lengths; batch_size in examples; seed; drop_last."""
         self._examples, self._packer = examples, packer
-        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed % 2**32).repeat(None)
-        self._batches = order.batch(batch_size)
+        order = grain.MapDataset.range(len(examples)).shuffle(seed=seed % 2**32)
+        if drop_last:
+            self._batches = order.batch(batch_size, drop_remainder=True).repeat(None)
+        else:
+            self._batches = order.repeat(None).batch(batch_size)
 
     def __getitem__(self, step: int) -> Batch:
         return self._packer.pack(self._examples, self._batches[step])[0]

@@ -50,7 +50,14 @@ class Packer:
       row_step: the number of rows of a batch is a multiple of this.
     """
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, row_length: int, divisor: int = 1):
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        row_length: int,
+        divisor: int = 1,
+        sequence_means: bool = False,
+    ):
         """Chooses the shapes.
 
         Args:
@@ -61,7 +68,9 @@ class Packer:
           divisor: B is a multiple of this (devices along the batch, micro-batches). Rows of padding
             are added for it and nothing else changes: the examples lie where they lay, so that
             another number of devices sees the same dropout masks.
+          sequence_means: the LM weights of each sequence add up to 1 instead of being 1.
         """
+        self._sequence_means = sequence_means
         longest, mean = int(lengths.max()), float(lengths.mean())
         # A quarter of slack: a batch a little above the average must not need more rows.
         wanted = row_length or math.ceil(min(8, 1.25 * batch_size / 8) * mean)
@@ -87,7 +96,7 @@ class Packer:
             cursor = _Cursor()
             for e, position in enumerate(row):
                 index[b, e] = chosen[position]
-                _place(batch, examples, int(chosen[position]), b, e, cursor)
+                _place(batch, examples, int(chosen[position]), b, e, cursor, self._sequence_means)
         return batch, index
 
 
@@ -120,7 +129,15 @@ def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
     )
 
 
-def _place(batch: Batch, examples: Examples, i: int, b: int, e: int, cursor: _Cursor) -> None:
+def _place(
+    batch: Batch,
+    examples: Examples,
+    i: int,
+    b: int,
+    e: int,
+    cursor: _Cursor,
+    sequence_means: bool,
+) -> None:
     """Writes example `i` into slot `e` of row `b`."""
     for c in range(examples.num_candidates):
         sequence = i * examples.num_candidates + c
@@ -133,7 +150,11 @@ def _place(batch: Batch, examples: Examples, i: int, b: int, e: int, cursor: _Cu
         batch.segment_ids[b, span] = cursor.segment
         batch.positions[b, span] = np.arange(length)
         batch.token_types[b, start + examples.second_start[sequence] : start + length] = 1
-        batch.lm_weights[b, start : start + length - 1] = 1.0
+        end = length
+        if examples.padding_start is not None:
+            end = int(examples.padding_start[sequence])
+            batch.token_types[b, start + end : start + length] = 2
+        batch.lm_weights[b, start : start + end - 1] = 1 / (end - 1) if sequence_means else 1.0
         batch.extract[b, e, c] = start + length - 1
         batch.candidate_mask[b, e, c] = 1.0
     batch.example_mask[b, e] = 1.0

@@ -64,6 +64,7 @@ def task_spec(config: FinetuneConfig) -> TaskSpec:
         text_pair=config.text_pair,
         choices=config_lib.split_names(config.choices),
         label=config.label,
+        cut=config.cut,
     )
 
 

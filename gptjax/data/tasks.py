@@ -5,6 +5,9 @@ entailment         start text delimiter text_pair extract
 similarity         both orders of the two texts
 regression         the same: it is similarity with a real-valued target
 multiple choice    start text delimiter answer extract, one per answer
+
+With a flattened head, the tutorial's: start text delimiter [text_pair delimiter], then padding up
+to the same length for all.
 """
 
 import dataclasses
@@ -34,6 +37,10 @@ class TaskSpec:
     label: str = "label"
     labels: tuple[str, ...] = ()
     """Names of the classes, or of the answers, in the order of the head's outputs."""
+    cut: str = "longest"
+    """How two texts that are too long are cut, as in `FinetuneConfig.cut`."""
+    flatten: int = 0
+    """Tokens that every sequence is padded (or cut) to, for a head that reads them all; 0: none."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TaskSpec":
@@ -79,6 +86,8 @@ class Examples:
     """Examples whose text was cut to fit the context."""
     empty: int
     """Examples with an empty text."""
+    padding_start: np.ndarray | None = None
+    """int32 [n * C]: where padding inside the sequence begins; None: there is none."""
 
     def __len__(self) -> int:
         return len(self.tokens) // self.num_candidates
@@ -197,7 +206,7 @@ def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
 class _Builder:
     """Joins tokenised texts with the special tokens, cutting to the context length."""
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int):
+    def __init__(self, tokenizer: Tokenizer, context_length: int, halves: bool = False):
         require(
             context_length >= 5,
             f"--config.model.context_length={context_length}: a pair of texts needs at least 5",
@@ -206,8 +215,25 @@ class _Builder:
             np.array([i], np.int32)
             for i in (tokenizer.start_id, tokenizer.delimiter_id, tokenizer.extract_id)
         )
-        self._context = context_length
+        self._context, self._halves = context_length, halves
+        self._padding = tokenizer.padding_id
         self.cut = False
+
+    def build(
+        self, spec: TaskSpec, texts: Sequence[np.ndarray]
+    ) -> list[tuple[np.ndarray, int, int]]:
+        """Returns an example's sequences, and where their second text and padding begin."""
+        if spec.flatten:
+            return [self.padded(texts, spec.flatten)]
+        if spec.kind == "classification":
+            built = [self.single(texts[0])]
+        elif spec.kind == "entailment":
+            built = [self.pair(texts[0], texts[1])]
+        elif spec.kind == "multiple_choice":
+            built = [self.pair(texts[0], answer, spec.ends_in_question) for answer in texts[1:]]
+        else:
+            built = [self.pair(texts[0], texts[1]), self.pair(texts[1], texts[0])]
+        return [(tokens, second, len(tokens)) for tokens, second in built]
 
     def single(self, text: np.ndarray) -> tuple[np.ndarray, int]:
         keep = self._context - 2
@@ -219,10 +245,40 @@ class _Builder:
         self, first: np.ndarray, second: np.ndarray, keep_end: bool = False
     ) -> tuple[np.ndarray, int]:
         keep, keep_second = cut_pair(len(first), len(second), self._context - 3)
+        if self._halves:
+            half = self._context // 2 - 2
+            keep, keep_second = min(len(first), half), min(len(second), half)
         self.cut |= keep < len(first) or keep_second < len(second)
         first = first[len(first) - keep :] if keep_end else first[:keep]
         parts = [self._start, first, self._delimiter, second[:keep_second], self._extract]
         return np.concatenate(parts), keep + 2
+
+    def padded(self, texts: Sequence[np.ndarray], length: int) -> tuple[np.ndarray, int, int]:
+        """The tutorial's sequence, and where its second text and its padding begin."""
+        if len(texts) == 1:
+            keep = [min(len(texts[0]), length - 2)]
+        else:
+            keep = list(cut_pair(len(texts[0]), len(texts[1]), length - 3))
+        self.cut |= any(n < len(text) for n, text in zip(keep, texts, strict=True))
+        parts = [self._start]
+        for text, n in zip(texts, keep, strict=True):
+            parts += [text[:n], self._delimiter]
+        tokens = np.concatenate(parts)
+        rest = np.full(length - len(tokens), self._padding, np.int32)
+        second = keep[0] + 2 if len(texts) > 1 else len(tokens)
+        return np.concatenate([tokens, rest]), second, len(tokens)
+
+
+def padded_length(spec: TaskSpec, rows: Rows, tokenizer: Tokenizer, context_length: int) -> int:
+    """Returns the tokens of the longest row of a flattened head, at most the context length."""
+    longest = 0
+    columns = [
+        tokenizer.encode_batch([as_text(value) for value in rows[name]])
+        for name in spec.text_columns
+    ]
+    for texts in zip(*columns, strict=True):
+        longest = max(longest, 1 + sum(len(text) + 1 for text in texts))
+    return min(longest, context_length)
 
 
 def encode(
@@ -252,26 +308,17 @@ def encode(
         name: tokenizer.encode_batch([as_text(value) for value in rows[name]])
         for name in spec.text_columns
     }
-    builder = _Builder(tokenizer, context_length)
-    tokens: list[np.ndarray] = []
-    second_start: list[int] = []
+    builder = _Builder(tokenizer, context_length, halves=spec.cut == "half")
+    built: list[tuple[np.ndarray, int, int]] = []
     cut = empty = 0
     for i in range(len(rows[spec.text])):
         texts = [columns[name][i] for name in spec.text_columns]
         builder.cut = False
-        if spec.kind == "classification":
-            built = [builder.single(texts[0])]
-        elif spec.kind == "entailment":
-            built = [builder.pair(texts[0], texts[1])]
-        elif spec.kind == "multiple_choice":
-            built = [builder.pair(texts[0], answer, spec.ends_in_question) for answer in texts[1:]]
-        else:
-            built = [builder.pair(texts[0], texts[1]), builder.pair(texts[1], texts[0])]
-        tokens += [sequence for sequence, _ in built]
-        second_start += [start for _, start in built]
+        built += builder.build(spec, texts)
         cut += builder.cut
         empty += any(len(text) == 0 for text in texts)
     labels = _labels(spec, rows[spec.label], where, numbers) if labelled else None
-    return Examples(
-        spec.num_candidates, tokens, np.array(second_start, np.int32), labels, cut, empty
-    )
+    tokens = [sequence for sequence, _, _ in built]
+    seconds, ends = (np.array([each[i] for each in built], np.int32) for i in (1, 2))
+    padding_start = ends if spec.flatten else None
+    return Examples(spec.num_candidates, tokens, seconds, labels, cut, empty, padding_start)

@@ -1,0 +1,23 @@
+"""The tutorial's model: pairs of texts, a task head on all positions, LM + 0.2 * task.
+
+    python launch.py --config=experiments/tutorial.py \
+        --config.finetune.train_file=msr_paraphrase_train.txt \
+        --config.finetune.test_file=msr_paraphrase_test.txt
+"""
+
+from gptjax import recipes
+from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig
+
+
+def get_config() -> Experiment:
+    """Returns the experiment; give it MRPC's files, or others and their columns."""
+    experiment = Experiment(
+        name="tutorial",
+        model=ModelConfig(context_length=128),
+        tokenizer=TokenizerConfig(vocab_size=8000),
+        finetune=FinetuneConfig(
+            text="#1 String", text_pair="#2 String", label="Quality", metrics="accuracy,f1",
+            epochs=6,
+        ),
+    )  # fmt: skip
+    return recipes.apply(experiment, "tutorial")
