@@ -52,6 +52,9 @@ OUTPUT = flags.DEFINE_string(
 FORMAT = flags.DEFINE_enum(
     "format", "huggingface", ["openai", "huggingface"], "import, export: whose format the other is."
 )
+PROBES = flags.DEFINE_bool(
+    "probes", False, "evaluate: the zero-shot probes of --config, or of the checkpoint's own run."
+)
 SPLIT = flags.DEFINE_string("split", "validation", "evaluate: split of the experiment's own data.")
 PROMPT = flags.DEFINE_string("prompt", "", "generate: how the text begins.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "generate: tokens to add.")
@@ -82,6 +85,11 @@ def _ablate() -> None:
 def _evaluate() -> None:
     from gptjax import modes
 
+    if PROBES.value:
+        # Without --config the flag holds the quickstart, which says nothing of this checkpoint.
+        given = any(argument.lstrip("-").startswith("config=") for argument in sys.argv[1:])
+        modes.evaluate_probes(CHECKPOINT.value, CONFIG.value.probes if given else None)
+        return
     modes.evaluate(CHECKPOINT.value, SPLIT.value, INPUT.value)
 
 
@@ -152,8 +160,8 @@ def _check_config_flags(argv: list[str]) -> None:
             paths = [os.path.join(folder, file) for file in known]
             near = config.nearest(path, paths) or f"; {folder} has {', '.join(known)}"
             require(os.path.isfile(path), f"--config={value}: no such file{near}")
-        # A task of an ablation has the name that the experiment gives it.
-        field = re.sub(r"^config\.ablation\.tasks\.[^.]+", "config.ablation.tasks.NAME", name)
+        # A task of an ablation, a probe has the name that the experiment gives it.
+        field = re.sub(r"^config\.(ablation\.tasks|probes)\.[^.]+", r"config.\1.NAME", name)
         field = field.removeprefix("config.")
         known_field = field == name or field in fields
         require(known_field, f"--{name}: no such field{config.nearest(field, fields)}")

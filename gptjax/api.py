@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import checkpoint, evaluate, metrics, sharding, state, steps
+from gptjax import checkpoint, evaluate, metrics, probes, sharding, state, steps
 from gptjax import generate as generate_lib
 from gptjax import model as model_lib
 from gptjax import stages as stages_lib
-from gptjax.config import MeshConfig, ModelConfig
+from gptjax.config import MeshConfig, ModelConfig, ProbeConfig
 from gptjax.data import columns, loader, tasks
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.packing import Packer
@@ -204,6 +204,15 @@ class LoadedGPT:
         )
         assert scores is not None
         return scores
+
+    def probe(self, configs: Mapping[str, ProbeConfig]) -> dict[str, dict[str, float]]:
+        """Returns name -> score, floor and rows of each zero-shot probe (see `probes.py`)."""
+        asked = [
+            probes.build(name, each, self.tokenizer, self.config.context_length)
+            for name, each in configs.items()
+        ]
+        step = steps.jit_span_step(self.mesh, self.model)
+        return probes.run(asked, step, self.params, self.config.vocab_size, self.mesh)
 
     def _step(self, objective: Objective) -> Callable[..., Any]:
         return steps.jit_eval_step(self.mesh, self.model, objective)

@@ -218,6 +218,37 @@ class FinetuneConfig(_Config):
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class ProbeConfig(_Config):
+    """A task that a language model is asked to do without any training for it."""
+
+    kind: str = "multiple_choice"
+    """acceptability, next_word, multiple_choice or substitution: see `probes.py`."""
+    dataset: str = ""
+    """`builtin:TASK`, or a hub data set; its split `split` is read."""
+    split: str = "validation"
+    file: str = ""
+    """A file of labelled rows, instead of a data set."""
+    columns: str = ""
+    """Names of the columns, comma-separated, for a file without a header."""
+    text: str = "text"
+    """A column, or an expression as in `FinetuneConfig.text`. In a substitution `_` stands for what
+    the candidates replace."""
+    choices: str = ""
+    """Columns of the answers or candidates, comma-separated."""
+    pronoun: str = ""
+    """In a substitution: the column of what is replaced, where the text has no `_`."""
+    pronoun_start: str = ""
+    """In a substitution: the column of the pronoun's place in the text, in characters."""
+    label: str = "label"
+    append: str = "very"
+    """Of next_word: what is written after the text."""
+    words: str = "negative,positive"
+    """Of next_word: one for each label, in their order."""
+    limit: int = 1000
+    """Rows at most, the first ones; 0: all."""
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class MeshConfig(_Config):
     """Devices along each axis of the mesh; -1 (once): all that are left."""
 
@@ -266,6 +297,9 @@ class Experiment(_Config):
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig | None = None
     ablation: AblationConfig | None = None
+    probes: dict[str, ProbeConfig] = dataclasses.field(default_factory=dict, hash=False)
+    """Name -> what the language model is asked at each validation of pretraining, and by
+    `--mode=evaluate --probes`."""
     init_from: str = ""
     """A gptjax workdir or checkpoint: its tokenizer, sizes and weights are the starting point."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)

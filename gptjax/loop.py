@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import checkpoint, flops, optim, report, sharding, state, telemetry, validation
+from gptjax import checkpoint, flops, optim, probes, report, sharding, state, telemetry, validation
 from gptjax import config as config_lib
 from gptjax import model as model_lib
 from gptjax import stages as stages_lib
@@ -169,7 +169,13 @@ def _build_stages(
     shared = (tokenizer, mesh, experiment.seed)
     stages = []
     if experiment.pretrain:
-        stages.append(stages_lib.pretrain(experiment.pretrain, model, data["pretrain"], *shared))
+        asked = [
+            probes.build(name, each, tokenizer, model.context_length)
+            for name, each in experiment.probes.items()
+        ]
+        stages.append(
+            stages_lib.pretrain(experiment.pretrain, model, data["pretrain"], *shared, asked)
+        )
     if experiment.finetune:
         stage = stages_lib.finetune(experiment.finetune, model, data["finetune"], *shared)
         stages.append(stage)
@@ -326,12 +332,14 @@ def _stage_summary(
         # Virtual CPU devices share the cores that one device's products already use in full.
         devices = 1 if jax.default_backend() == "cpu" else context.mesh.size
         ceiling = flops.matmul_ceiling(context.model.dtype) * devices
+        found = {name: score for name, score in scores.items() if name.startswith("probe_")}
         return {
             "steps": stage.total_steps,
             "validation_loss": scores["loss"],
             "validation_perplexity": scores["perplexity"],
             "tokens_per_second": speed,
             "mfu": per_token * speed / ceiling,
+            **found,
         }
     summary: dict[str, Any] = {"steps": stage.total_steps, "validation": scores}
     if stage.test is not None:

@@ -6,9 +6,10 @@ import io
 import json
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from gptjax import api, config, telemetry
+from gptjax import api, config, telemetry, validation
 from gptjax.config import nearest
 from gptjax.data import sources, splits
 from gptjax.data import tokenizer as tokenizer_lib
@@ -98,6 +99,25 @@ def evaluate(checkpoint: str, split: str, input_path: str) -> None:
     else:
         where, scores = _evaluate_text(gpt, split, input_path)
     print(json.dumps(telemetry.json_ready({"checkpoint": gpt.path, "data": where, **scores})))
+
+
+def evaluate_probes(checkpoint: str, configs: Mapping[str, config.ProbeConfig] | None) -> None:
+    """Prints the scores of zero-shot probes: those given, else those of the checkpoint's run."""
+    require(checkpoint, "--checkpoint: give the --workdir of a finished pretraining")
+    for name, each in (configs or {}).items():
+        validation.validate_probe(name, each)
+    gpt = api.load(checkpoint)
+    if not configs:
+        own = gpt.meta.experiment.get("probes") or {}
+        configs = {
+            name: config.from_dict(config.ProbeConfig, values, gpt.path)
+            for name, values in own.items()
+        }
+    require(
+        configs,
+        f"--probes: {gpt.path} was trained without any; give --config=experiments/probes.py",
+    )
+    print(json.dumps(telemetry.json_ready({"checkpoint": gpt.path, "probes": gpt.probe(configs)})))
 
 
 def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:

@@ -24,13 +24,18 @@ _PRETRAIN_FACTS = {
 
 
 def loss_plot(workdir: PathLike) -> list[str]:
-    """Draws ``plots/loss.png`` and, with scores, ``plots/score.png``; returns the paths written."""
+    """Draws ``plots/loss.png`` and, with scores or probes, ``score.png`` and ``probes.png``.
+
+    Returns the paths written.
+    """
     records = sorted(read(workdir), key=lambda r: r["step"])
     stages = [s for s in STAGES if any(r["stage"] == s and "loss" in r for r in records)]
     scored = [r for r in records if r["stage"] != "pretrain" and r["split"] == "validation"]
     scores = [name for name in NAMES if any(name in r for r in scored)]
+    probes = sorted({name for r in records for name in r if name.startswith("probe_")})
     paths = []
-    for file, panels, draw in (("loss", stages, _draw_loss), ("score", scores, _draw_score)):
+    kinds = (("loss", stages, _draw_loss), ("score", scores, _draw_score))
+    for file, panels, draw in (*kinds, ("probes", probes, _draw_probe)):
         if panels:
             paths.append(os.path.join(workdir, "plots", f"{file}.png"))
             write_atomically(paths[-1], _png(panels, draw, records))
@@ -87,6 +92,13 @@ def _draw_score(axis: Any, name: str, records: Sequence[dict]) -> None:
             axis.plot(steps, values * scale, "o-", label=stage.replace("_", " "))
     axis.set_title(f"validation {name}")
     axis.set_ylabel(name + unit)
+
+
+def _draw_probe(axis: Any, name: str, records: Sequence[dict]) -> None:
+    steps, values = _series(records, "pretrain", "validation", name)
+    axis.plot(steps, values, "o-", label="zero-shot")
+    axis.set_title(name.removeprefix("probe_").replace("_", " "))
+    axis.set_ylabel("score")
 
 
 def results_table(

@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import evaluate, metrics, sharding, steps
+from gptjax import evaluate, metrics, probes, sharding, steps
 from gptjax.batch import Batch
 from gptjax.config import FinetuneConfig, ModelConfig, OptimizerConfig, PretrainConfig
 from gptjax.data import loader, splits, tasks
@@ -108,8 +108,12 @@ def pretrain(
     tokenizer: Tokenizer,
     mesh: Mesh,
     seed: int,
+    asked: Sequence[probes.Probe] = (),
 ) -> Stage:
-    """Builds the pretraining stage from the tables of `splits.text_splits`."""
+    """Builds the pretraining stage from the tables of `splits.text_splits`.
+
+    Every validation scores the probes `asked` too, as "probe_NAME".
+    """
     streams = {name: loader.token_stream(Texts(table), tokenizer) for name, table in data.items()}
     window = config.window or model_config.context_length
     require(
@@ -133,10 +137,15 @@ def pretrain(
     step = steps.jit_eval_step(mesh, model, objective)
 
     def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
-        return evaluate.language_model(
+        scores = evaluate.language_model(
             step, params, streams["validation"], window, config.batch_size, mesh,
             config.eval_batches, stop,
         )  # fmt: skip
+        if scores is None or not asked:
+            return scores
+        span_step = steps.jit_span_step(mesh, model)
+        found = probes.run(asked, span_step, params, model_config.vocab_size, mesh)
+        return scores | {f"probe_{each.name}": found[each.name][each.metric] for each in asked}
 
     unknown = float((streams["train"] == tokenizer.unknown_id).mean())
     epochs = total * config.batch_size / batches.windows

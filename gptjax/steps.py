@@ -169,6 +169,26 @@ def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch, An
 
 
 @functools.cache
+def jit_span_step(mesh: Mesh, model: GPT) -> Callable[[Params, Batch], Any]:
+    """Returns the jitted (params, batch) -> for each row the sum of the log-probabilities of the
+    tokens that `lm_weights` predict, and the sum of these weights: float32 [B] both, replicated.
+    """
+
+    def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        x_BTD = run(
+            model, params, batch.tokens, batch.segment_ids, batch.positions, method="hidden"
+        )
+        logits_BTV = run(model, params, x_BTD, method="lm_logits")
+        targets_BT = losses.lm_targets(batch)
+        log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+        log_p_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        output = ((log_p_BT * batch.lm_weights).sum(axis=1), batch.lm_weights.sum(axis=1))
+        return jax.lax.with_sharding_constraint(output, sharding.replicated(mesh))
+
+    return jax.jit(step)
+
+
+@functools.cache
 def jit_eval_step(
     mesh: Mesh, model: GPT, objective: Objective
 ) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:

@@ -16,6 +16,7 @@ from gptjax.config import (
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
+    ProbeConfig,
     nearest,
     split_names,
 )
@@ -25,6 +26,7 @@ ACTIVATIONS = ("gelu_tanh", "relu")
 DTYPES = ("float32", "bfloat16")
 REMATS = ("none", "full", "dots")
 SCHEDULES = ("cosine", "linear", "constant")
+PROBES = ("acceptability", "next_word", "multiple_choice", "substitution")
 TASKS = ("classification", "entailment", "similarity", "multiple_choice", "regression")
 
 
@@ -218,6 +220,23 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
             raise UserError(str(error).replace("--config.finetune.", flag)) from None
 
 
+def validate_probe(name: str, probe: ProbeConfig) -> None:
+    """Checks a probe; a wrong field is a `UserError`."""
+    where = f"probes.{name}"
+    _choice(probe, where, "kind", PROBES)
+    _not_negative(probe, where, "limit")
+    require(
+        bool(probe.dataset) != bool(probe.file),
+        f"--config.{where}.file: give a file of rows, or --config.{where}.dataset, and not both",
+    )
+    chosen = probe.kind in ("multiple_choice", "substitution")
+    require(
+        (len(split_names(probe.choices)) >= 2) == chosen,
+        f"--config.{where}.choices: two or more columns, comma-separated, go with the kinds "
+        "multiple_choice and substitution",
+    )
+
+
 def _validate_mesh(mesh: MeshConfig) -> None:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     require(
@@ -264,6 +283,8 @@ def validate(experiment: Experiment) -> Experiment:
         )
     if experiment.ablation:
         _validate_ablation(experiment.ablation, experiment.model)
+    for name, probe in experiment.probes.items():
+        validate_probe(name, probe)
     _validate_mesh(experiment.mesh)
     _positive(experiment.checkpoint, "checkpoint", "keep_newest")
     _not_negative(experiment.checkpoint, "checkpoint", "keep_best")

@@ -18,7 +18,7 @@ ORDER = (
     *("data.docstrings", "data.builtin", "data.tasks", "data.splits", "data.paper_tasks"),
     *("data.packing", "data.loader", "data"),
     *("dropout", "attention", "model", "losses", "sharding", "optim", "state", "steps"),
-    *("metrics", "evaluate", "generate", "flops", "telemetry", "checkpoint", "report"),
+    *("metrics", "evaluate", "probes", "generate", "flops", "telemetry", "checkpoint", "report"),
     *("weights", "openai", "huggingface"),
     *("stages", "keeping", "trainer", "loop", "ablation_report", "ablate", "api", "modes"),
     *("pretrained", ""),

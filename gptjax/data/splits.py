@@ -82,6 +82,15 @@ def _from_hub(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> Ta
     return Table(rows, where)
 
 
+def one_split(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> Table:
+    """Returns one split of a data set, built in or from the hub, with the columns `needed`."""
+    if not config.dataset.startswith(BUILTIN + ":"):
+        return _from_hub(config, split, needed)
+    tables = _builtin(config.dataset, needed)
+    require(split in tables, f"{config.dataset}: no split {split!r}; it has {', '.join(tables)}")
+    return tables[split]
+
+
 def labelled_splits(config: FinetuneConfig, seed: int) -> dict[str, Table]:
     """Returns {"train", "validation"} and, where there is one, "test".
 

@@ -157,9 +157,10 @@ def _numbers(values: Sequence[Any], numbers: Sequence[int] | None) -> Sequence[i
     return range(1, len(values) + 1) if numbers is None else numbers
 
 
-def _labels(
+def label_ids(
     spec: TaskSpec, values: Sequence[Any], where: str, numbers: Sequence[int] | None
 ) -> np.ndarray:
+    """Returns int32 [n] classes or answers, or float32 [n] targets; errors name the row."""
     numbers = _numbers(values, numbers)
     if spec.kind == "regression":
         targets = np.zeros(len(values), np.float32)
@@ -317,7 +318,7 @@ def encode(
         built += builder.build(spec, texts)
         cut += builder.cut
         empty += any(len(text) == 0 for text in texts)
-    labels = _labels(spec, rows[spec.label], where, numbers) if labelled else None
+    labels = label_ids(spec, rows[spec.label], where, numbers) if labelled else None
     tokens = [sequence for sequence, _, _ in built]
     seconds, ends = (np.array([each[i] for each in built], np.int32) for i in (1, 2))
     padding_start = ends if spec.flatten else None
