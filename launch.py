@@ -55,7 +55,14 @@ FORMAT = flags.DEFINE_enum(
 PROBES = flags.DEFINE_bool(
     "probes", False, "evaluate: the zero-shot probes of --config, or of the checkpoint's own run."
 )
-SPLIT = flags.DEFINE_string("split", "validation", "evaluate: split of the experiment's own data.")
+SPLIT = flags.DEFINE_string(
+    "split", "validation", "evaluate: split of the experiment's own data; predict: of its data "
+    "set on the hub, where there is no --input."
+)  # fmt: skip
+GLUE = flags.DEFINE_enum(
+    "glue", "", ["", "cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte"],
+    "predict: write the benchmark's submission file of this task (.tsv) instead of our columns.",
+)  # fmt: skip
 PROMPT = flags.DEFINE_string("prompt", "", "generate: how the text begins.")
 MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, "generate: tokens to add.")
 TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "generate: 0 takes the most likely token.")
@@ -96,7 +103,8 @@ def _evaluate() -> None:
 def _predict() -> None:
     from gptjax import modes
 
-    modes.predict(CHECKPOINT.value, INPUT.value, OUTPUT.value)
+    split = SPLIT.value if FLAGS["split"].present else ""
+    modes.predict(CHECKPOINT.value, INPUT.value, OUTPUT.value, split, GLUE.value)
 
 
 def _generate() -> None:

@@ -13,7 +13,8 @@ from gptjax import api, config, telemetry, validation
 from gptjax.config import nearest
 from gptjax.data import sources, splits
 from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.tasks import as_text
+from gptjax.data.paper_tasks import SUBMISSIONS
+from gptjax.data.tasks import TaskSpec, as_text
 from gptjax.errors import UserError, require
 
 _OUTPUTS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
@@ -38,13 +39,35 @@ def _read_rows(gpt: api.LoadedGPT, path: str, labelled: bool) -> splits.Table:
     return splits.read_labelled(path, ",".join(names), (*gpt.task.text_columns, *label))
 
 
-def predict(checkpoint: str, input_path: str, output_path: str) -> None:
+def _hub_rows(gpt: api.LoadedGPT, split: str) -> splits.Table:
+    """The rows of a split of the hub's data set that the model was fine-tuned on."""
+    values = gpt.meta.experiment.get("finetune") or {}
+    source = config.from_dict(config.FinetuneConfig, values, gpt.path)
+    require(
+        source.dataset and split and gpt.task,
+        "--input: give the file with the rows to predict; or, where the model was fine-tuned on a "
+        "data set of the hub, the --split",
+    )
+    assert gpt.task is not None
+    return splits.one_split(source, split, gpt.task.text_columns)
+
+
+def predict(
+    checkpoint: str, input_path: str, output_path: str, split: str = "", glue: str = ""
+) -> None:
     """Writes label and probabilities (or the number) of every row of a file, in order.
 
-    The output's columns: `row` (from 1), `prediction`, and a `probability_LABEL` for each label.
+    The output's columns: `row` (from 1), `prediction`, and a `probability_LABEL` for each label; or
+    `index` and `prediction` as GLUE's server takes them.
+
+    Args:
+      checkpoint: of a fine-tuning.
+      input_path: the rows; empty: the split of the hub's data set.
+      output_path: .csv, .tsv or .jsonl.
+      split: without an input.
+      glue: name of the task to write a submission of; empty: none.
     """
     require(checkpoint, "--checkpoint: give the --workdir of a finished fine-tuning")
-    require(input_path, "--input: give the file with the rows to predict")
     require(output_path, "--output: give the file to write (.csv, .tsv or .jsonl)")
     ending = os.path.splitext(output_path)[1].lower()
     require(
@@ -52,13 +75,22 @@ def predict(checkpoint: str, input_path: str, output_path: str) -> None:
         f"--output={output_path}: the ending must be one of {', '.join(_OUTPUTS)}",
     )
     require(
-        not (os.path.exists(output_path) and os.path.samefile(input_path, output_path)),
+        not (input_path and os.path.exists(output_path))
+        or not os.path.samefile(input_path, output_path),
         f"--output={output_path}: is the input file; choose another name",
     )
     gpt = api.load(checkpoint)
-    table = _read_rows(gpt, input_path, labelled=False)
+    table = _read_rows(gpt, input_path, labelled=False) if input_path else _hub_rows(gpt, split)
     assert gpt.task is not None
     found = gpt.predict(table.columns(gpt.task.text_columns))
+    records = _submission(glue, gpt.task, table, found.labels) if glue else _records(found)
+    telemetry.write_atomically(output_path, _table(records, _OUTPUTS[ending]).encode())
+    notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
+    notes += [f"{found.empty:,} with an empty text"] if found.empty else []
+    print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
+
+
+def _records(found: api.Predictions) -> list[dict[str, Any]]:
     records = []
     for i, label in enumerate(found.labels):
         record: dict[str, Any] = {"row": i + 1, "prediction": label}
@@ -66,10 +98,32 @@ def predict(checkpoint: str, input_path: str, output_path: str) -> None:
             for name, value in zip(found.label_names, found.probabilities[i], strict=True):
                 record[f"probability_{name}"] = round(float(value), 6)
         records.append(record)
-    telemetry.write_atomically(output_path, _table(records, _OUTPUTS[ending]).encode())
-    notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
-    notes += [f"{found.empty:,} with an empty text"] if found.empty else []
-    print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
+    return records
+
+
+def _submission(
+    task: str, spec: TaskSpec, table: splits.Table, labels: list[Any]
+) -> list[dict[str, Any]]:
+    """Rows of a file for GLUE's server: the index in the test file, and the answer by its name."""
+    names = SUBMISSIONS[task]
+    numbers = tuple(str(i) for i in range(len(names)))
+    require(
+        (spec.kind == "regression") == (not names)
+        and (set(spec.labels) <= set(names) or spec.labels == numbers),
+        f"--glue={task}: its answers are {', '.join(names) or 'numbers'}; the model's are "
+        f"{', '.join(spec.labels[:5]) or 'numbers'}",
+    )
+    if not names:
+        answers = [f"{min(5.0, max(0.0, value)):.3f}" for value in labels]
+    else:
+        as_named = set(spec.labels) <= set(names)
+        answers = labels if as_named else [names[int(label)] for label in labels]
+    existing = table.rows.column_names
+    column = next((name for name in ("index", "idx") if name in existing), "")
+    index = table.rows[column] if column else range(len(labels))
+    return [
+        {"index": int(i), "prediction": answer} for i, answer in zip(index, answers, strict=True)
+    ]
 
 
 def _table(records: list[dict[str, Any]], delimiter: str) -> str:

@@ -5,10 +5,10 @@ import json
 import pytest
 import runs
 
-from gptjax import telemetry
+from gptjax import api, telemetry
 from gptjax.config import FinetuneConfig
-from gptjax.data import paper_tasks
-from gptjax.data.paper_tasks import TASKS
+from gptjax.data import paper_tasks, sources
+from gptjax.data.paper_tasks import SUBMISSIONS, TASKS
 from gptjax.errors import UserError
 
 PAIR = {"sentence1": "the cat sat on a mat", "sentence2": "a dog ran to the house"}
@@ -99,7 +99,56 @@ def test_a_step_of_each(tmp_path, name, monkeypatch):
         f"--output={tmp_path}/out.jsonl",
     )  # fmt: skip
     assert result.code == 0, result.err
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 12
+    ours = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len(ours) == 12
+    if name in SUBMISSIONS:
+        check_submission(tmp_path, name, [row["prediction"] for row in ours], monkeypatch)
+
+
+def check_submission(tmp_path, name, predictions, monkeypatch):
+    """The server's file from a file and from the hub's test split, whose labels are all -1."""
+    path = write(tmp_path / "test.jsonl", name, 12, idx=7)
+    flags = ["--mode=predict", f"--checkpoint={tmp_path}/w", f"--glue={name}"]
+    made = runs.main(*flags, f"--input={path}", f"--output={tmp_path}/glue.tsv")
+    assert made.code == 0, made.err
+    header, *lines = (tmp_path / "glue.tsv").read_text().splitlines()
+    assert header == "index\tprediction"
+    index, answers = zip(*(line.split("\t") for line in lines), strict=True)
+    assert set(index) == {"7"}, "the index is the file's own"
+    names = SUBMISSIONS[name]
+    expected = [names[int(each)] for each in predictions] if names else predictions
+    if names:
+        assert list(answers) == expected
+    else:
+        assert [float(each) for each in answers] == pytest.approx(
+            [min(5, max(0, each)) for each in expected], abs=1e-3
+        )
+    other = "stsb" if names else "rte"
+    refused = runs.main(
+        *flags[:2], f"--glue={other}", f"--input={path}", f"--output={tmp_path}/x.tsv"
+    )
+    assert f"--glue={other}: its answers are" in refused.error
+    asked = []
+
+    def load_hub(dataset, split):
+        asked.append((dataset, split))
+        return sources.read_table(path, ())
+
+    # The run was on a file; on the hub it would have been on the task's data set.
+    monkeypatch.setattr(sources, "load_hub", load_hub)
+    loaded = api.load
+
+    def load(*args):
+        gpt = loaded(*args)
+        gpt.meta.experiment["finetune"]["dataset"] = TASKS[name]["dataset"]
+        return gpt
+
+    monkeypatch.setattr(api, "load", load)
+    made = runs.main(*flags, "--split=test", f"--output={tmp_path}/hub.tsv")
+    assert made.code == 0, made.err
+    assert asked == [(TASKS[name]["dataset"], "test")]
+    assert (tmp_path / "hub.tsv").read_bytes() == (tmp_path / "glue.tsv").read_bytes()
+    assert "or, where the model" in runs.main(*flags, f"--output={tmp_path}/hub.tsv").error
 
 
 @pytest.mark.parametrize(

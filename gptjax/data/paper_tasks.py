@@ -50,6 +50,19 @@ TASKS: dict[str, dict[str, Any]] = {
     "qqp": _glue("qqp", "similarity", "question1", "question2", "f1,accuracy"),
 }  # fmt: skip
 
+# Task -> the answers that GLUE's server takes, in the order of the class numbers of its data; none
+# for a number. (Its other tasks, WNLI and the diagnostics, are not in the paper.)
+SUBMISSIONS: dict[str, tuple[str, ...]] = {
+    "cola": ("0", "1"),
+    "sst2": ("0", "1"),
+    "mrpc": ("0", "1"),
+    "qqp": ("0", "1"),
+    "stsb": (),
+    "mnli": ("entailment", "neutral", "contradiction"),
+    "qnli": ("entailment", "not_entailment"),
+    "rte": ("entailment", "not_entailment"),
+}
+
 # What the paper reports of its ablations (its table 5), as fractions; from the whole GPT-1, and its
 # GLUE scores are of the first metric of each task above. For reading beside ours, never as ours.
 PUBLISHED: dict[str, dict[str, float]] = {
