@@ -95,7 +95,7 @@ def _plot(runs: Sequence[Run]) -> bytes:
     from matplotlib.figure import Figure
 
     tasks, variants = _unique(runs, "task"), _unique(runs, "variant")
-    size = (1 + 2.6 * len(tasks), 1.4 + 0.4 * len(variants))
+    size = (1 + 2.6 * len(tasks), 1.7 + 0.4 * len(variants))
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axis, task in zip(axes, tasks, strict=True):
@@ -104,15 +104,19 @@ def _plot(runs: Sequence[Run]) -> bytes:
         for row, name in enumerate(variants):
             scores = scale * np.array(_scores(runs, task, name))
             if scores.size:
-                axis.plot(scores, np.full(scores.size, row), "o", color="C0", alpha=0.5)
-                axis.plot(np.median(scores), row, "|", color="C1", markersize=18, markeredgewidth=3)
+                each = {"color": "C0", "alpha": 0.5, "label": "each seed"}
+                axis.plot(scores, np.full(scores.size, row), "o", **each)
+                median = {"color": "C1", "markersize": 18, "markeredgewidth": 3, "label": "median"}
+                axis.plot(np.median(scores), row, "|", **median)
         axis.axvline(scale * first["floor"], color="gray", linestyle=":", label="constant answer")
         axis.set_title(task)
         axis.set_xlabel(f"{first['split']} {first['metric']}{unit}")
         axis.set_yticks(range(len(variants)), variants)
         axis.grid(alpha=0.3)
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
-    axes[0].legend(fontsize="small")
+    handles, labels = axes[0].get_legend_handles_labels()
+    marks = dict(zip(labels, handles, strict=True))
+    figure.legend(marks.values(), marks, loc="outside lower center", ncols=3, markerscale=0.5)
     png = io.BytesIO()
     figure.savefig(png, format="png", dpi=120)
     return png.getvalue()

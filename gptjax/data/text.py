@@ -41,8 +41,8 @@ def normalizer() -> normalizers.Normalizer:
     )
 
 
-# What spaCy's English rules keep together, of what is frequent: endings of contractions, runs of some
-# marks, numbers with marks inside, abbreviations and initials. The rest is split at each mark.
+# What spaCy's English rules keep together, of what is frequent: endings of contractions, runs of
+# some marks, numbers with marks inside, abbreviations and initials. The rest is split at each mark.
 _ENGLISH = Regex(
     r"n't(?!\w)|(?<!\w)can(?=not(?!\w))|'(?:s|ll|re|ve|d|m|em)(?!\w)|'{2,}"
     r"|-+|~+|/+|\.{2,}|\d+(?:[.:]\d+)+"
