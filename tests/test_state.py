@@ -95,3 +95,17 @@ def test_abstract_is_the_state_without_its_values(maker):
     for leaf, shape, place in zip(*map(jax.tree.leaves, (described, shapes, places)), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (shape.shape, shape.dtype, place)
     assert described.step.dtype == jnp.int32
+
+
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_layers_after_the_transferred_ones_are_the_new_ones(count):
+    model = GPT(small.config())
+    loaded, fresh = small.params(model, 1), small.params(model, 2)
+    kept = state.keep_layers(loaded, fresh, count)
+    for name in ("token_embedding", "position_embedding"):
+        np.testing.assert_array_equal(kept[name], loaded[name])
+    for ours, old, new in zip(
+        *(jax.tree.leaves(params["blocks"]) for params in (kept, loaded, fresh)), strict=True
+    ):
+        np.testing.assert_array_equal(ours[:count], old[:count])
+        np.testing.assert_array_equal(ours[count:], new[count:])
