@@ -94,7 +94,7 @@ def _evaluate() -> None:
 
     if PROBES.value:
         # Without --config the flag holds the quickstart, which says nothing of this checkpoint.
-        given = any(argument.lstrip("-").startswith("config=") for argument in sys.argv[1:])
+        given = any(re.match("--?config($|=)", argument) for argument in sys.argv[1:])
         modes.evaluate_probes(CHECKPOINT.value, CONFIG.value.probes if given else None)
         return
     modes.evaluate(CHECKPOINT.value, SPLIT.value, INPUT.value)
@@ -187,6 +187,9 @@ def _parse(argv: list[str]) -> list[str]:
         return FLAGS(argv)
     except (UserError, flags.Error) as error:
         sys.exit(_error(error, 2))
+    except KeyError as error:  # an entry of ablation.tasks or probes
+        message = f"the experiment has no entry {error.args[0]!r}; its file says which it has"
+        sys.exit(_error(f"--config: {message}", 2))
     except ValueError as error:  # a field of a part that the experiment does not have
         missing = re.search("pretrain|finetune|ablation", str(error))
         if missing is None:

@@ -26,7 +26,7 @@ def get_config(task_and_recipe: str = "sst2") -> Experiment:
     """Returns the experiment of "TASK" or "TASK,RECIPE"; give it `--config.init_from`."""
     task, _, recipe = task_and_recipe.partition(",")
     experiment = Experiment(
-        name=f"gpt1_{task}",
+        name=paper_tasks.EXPERIMENTS + task,
         model=ModelConfig(dtype="bfloat16"),
         finetune=paper_tasks.finetune_config(task),
     )

@@ -16,8 +16,8 @@ def get_config() -> Experiment:
         model=ModelConfig(context_length=128),
         tokenizer=TokenizerConfig(vocab_size=8000),
         finetune=FinetuneConfig(
-            text="#1 String", text_pair="#2 String", label="Quality", metrics="accuracy,f1",
-            epochs=6,
+            task="entailment", text="#1 String", text_pair="#2 String", label="Quality",
+            metrics="accuracy,f1", epochs=6,
         ),
     )  # fmt: skip
     return recipes.apply(experiment, "tutorial")

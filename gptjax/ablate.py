@@ -20,8 +20,8 @@ from jax.sharding import Mesh
 from gptjax import ablation_report, checkpoint, loop, metrics, sharding, telemetry, validation
 from gptjax import config as config_lib
 from gptjax.config import AblationConfig, Experiment, FinetuneConfig, MeshConfig
-from gptjax.data import splits
-from gptjax.errors import Preempted, UserError, require
+from gptjax.data import paper_tasks, splits
+from gptjax.errors import Preempted, TrainingDiverged, UserError, require
 from gptjax.preemption import StopRequest
 
 _RESULTS = "ablation.json"
@@ -86,19 +86,19 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
     require(jax.process_count() == 1, "--mode=ablate: runs in one process, on its devices")
     validation.validate(experiment)
     ablation = experiment.ablation or AblationConfig()
-    tasks = ablation.chosen or ({"finetune": experiment.finetune} if experiment.finetune else {})
+    tasks = ablation.chosen
+    if not tasks and experiment.finetune:
+        own = experiment.name.removeprefix(paper_tasks.EXPERIMENTS)
+        tasks = {own if own in paper_tasks.TASKS else "finetune": experiment.finetune}
     require(tasks, "--config: nothing to ablate; the experiment needs a finetune or ablation part")
     require(
         experiment.pretrain or experiment.init_from,
         "--mode=ablate: needs a pretrained model: --config.init_from, or a pretrain part",
     )
-    names = config_lib.split_names(ablation.variants)
+    names = tuple(dict.fromkeys(config_lib.split_names(ablation.variants)))
     require(names, "--config.ablation.variants: is empty; write full,no_pretraining,no_lm")
-    for config in tasks.values():
-        for name in names:
-            variant(config, name)
-        # A missing file or column should be known before hours of training.
-        splits.labelled_splits(config, experiment.seed)
+    _check(experiment, tasks, names)
+    meshes = _meshes(experiment, ablation.parallel)
     loop.check_workdir(experiment, workdir, _RESULTS)
     with StopRequest() as stop:
         start = _pretrained(experiment, workdir, stop, given)
@@ -106,8 +106,27 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
         jobs = [Job(t, name, seed) for seed in all_seeds for t in tasks for name in names]
         # Sizes and tokenizer of a checkpoint are not silently overruled.
         checked = () if experiment.pretrain else given
-        _Runner(experiment, tasks, start, workdir, jobs, checked).run(ablation.parallel, stop)
+        _Runner(experiment, tasks, start, workdir, jobs, checked).run(meshes, stop)
     print(ablation_report.write(workdir))
+
+
+def _check(
+    experiment: Experiment, tasks: dict[str, FinetuneConfig], names: tuple[str, ...]
+) -> None:
+    """Finds what is wrong with a variant, a file or a column before hours of training."""
+    layers = experiment.model.num_layers
+    if not experiment.pretrain:
+        _, _, meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")
+        layers = meta.model.num_layers
+    for config in tasks.values():
+        metrics.parse(config.metrics, config.task)
+        for name in names:
+            transfer = variant(config, name).transfer
+            require(
+                not transfer.isdecimal() or int(transfer) <= layers,
+                f"--config.ablation.variants: {name}: the model has {layers} layers",
+            )
+        splits.labelled_splits(config, experiment.seed)
 
 
 def _pretrained(
@@ -115,7 +134,6 @@ def _pretrained(
 ) -> str:
     """Trains the pretraining stage to its end; returns what the fine-tunings start from."""
     if not experiment.pretrain:
-        checkpoint.open_for_use(experiment.init_from, "--config.init_from")
         return experiment.init_from
     folder = os.path.join(workdir, "pretrain")
     alone = dataclasses.replace(experiment, finetune=None, ablation=None)
@@ -149,7 +167,7 @@ class _Runner:
         self._waiting = [job for job in jobs if job not in done]
         self._total, self._failed = len(jobs), False
 
-    def run(self, parallel: int, stop: Callable[[], bool]) -> None:
+    def run(self, meshes: list[Mesh], stop: Callable[[], bool]) -> None:
         """Runs what waits; the first error ends the others, which are saved."""
         os.makedirs(self._workdir, exist_ok=True)
         path = os.path.join(self._workdir, "config.json")
@@ -157,7 +175,6 @@ class _Runner:
         self._save()
         if not self._waiting:
             return
-        meshes = _meshes(self._experiment, parallel)
         free = list(meshes)
 
         def work(job: Job) -> None:
@@ -190,7 +207,9 @@ class _Runner:
             )
 
     def _run_job(self, job: Job, mesh: Mesh, stop: Callable[[], bool]) -> None:
-        config = variant(self._tasks[job.task], job.variant)
+        config = dataclasses.replace(
+            variant(self._tasks[job.task], job.variant), compare_from_scratch=False
+        )
         one = dataclasses.replace(
             self._experiment, name=str(job), seed=job.seed, pretrain=None, ablation=None,
             init_from=self._start, finetune=config,
@@ -203,22 +222,20 @@ class _Runner:
             )
         except UserError as error:
             raise UserError(f"{job}: {error}") from error
-        seconds = time.monotonic() - began
-        part = summary["finetune"]
-        split = "test" if "test" in part else "validation"
-        metric = metrics.parse(config.metrics, config.task)[metrics.PRIMARY]
-        record = {
-            **dataclasses.asdict(job), "metric": metric, "split": split,
-            "score": part[split][metric], "floor": part["floor"][split][metric],
-            "seconds": seconds, "steps": part["steps"],
-            "scores": {name: part[name] for name in ("validation", "test") if name in part},
-        }  # fmt: skip
+        except TrainingDiverged:
+            # Of one seed in many it is a result.
+            summary = {"finetune": {"diverged": True}}
+        record = _record(job, config, summary["finetune"]) | {"seconds": time.monotonic() - began}
         with self._lock:
             self._records[job] = record
             self._save()
             done = self._total - sum(each not in self._records for each in self._waiting)
-            score = ablation_report.shown(metric, record["score"])
-            print(f"[{done}/{self._total}] {job}: {split} {metric} {score}, {seconds:.0f} s")
+            score = ablation_report.shown(record["metric"], record["score"])
+            what = "diverged" if record["score"] is None else f"{record['split']} {score}"
+            print(
+                f"[{done}/{self._total}] {job}: {what} ({record['metric']}), "
+                f"{record['seconds']:.0f} s"
+            )
 
     def _save(self) -> None:
         results = {
@@ -232,13 +249,32 @@ class _Runner:
         telemetry.write_json(self._path, results)
 
 
+def _record(job: Job, config: FinetuneConfig, part: dict[str, Any]) -> dict[str, Any]:
+    """What ablation.json keeps of a fine-tuning; without scores where it diverged."""
+    split = "test" if "test" in part else "validation"
+    metric = metrics.parse(config.metrics, config.task)[metrics.PRIMARY]
+    return {
+        **dataclasses.asdict(job), "metric": metric, "split": split,
+        "score": part.get(split, {}).get(metric),
+        "floor": part.get("floor", {}).get(split, {}).get(metric),
+        "scores": {name: part[name] for name in ("validation", "test") if name in part},
+    }  # fmt: skip
+
+
 def _meshes(experiment: Experiment, parallel: int) -> list[Mesh]:
     """Returns a mesh for each of the fine-tunings that run at a time.
 
     One device each, as small models leave most of a device idle between their operations; on a
-    single CPU device several share it.
+    single CPU device several share it. With a mesh of its own, one at a time on all devices.
     """
     devices = jax.devices()
+    if experiment.mesh != MeshConfig():
+        require(
+            parallel < 2,
+            f"--config.ablation.parallel={parallel}: each would have one device; leave "
+            "--config.mesh as it is, or parallel at 1",
+        )
+        return [sharding.make_mesh(experiment.mesh)]
     count = parallel or (len(devices) if len(devices) > 1 else 1 + (devices[0].platform == "cpu"))
     if count == 1:
         return [sharding.make_mesh(experiment.mesh)]

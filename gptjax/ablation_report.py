@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.data.paper_tasks import PUBLISHED
+from gptjax.data.paper_tasks import PUBLISHED, TASKS
 from gptjax.metrics import PERCENT
 from gptjax.telemetry import PathLike, read_json, write_atomically
 
@@ -26,19 +26,37 @@ def _unique(runs: Sequence[Run], key: str) -> list[Any]:
     return list(dict.fromkeys(run[key] for run in runs))
 
 
+def _example(runs: Sequence[Run], task: str) -> Run:
+    """A run of the task, one that did not diverge if there is one."""
+    found = [run for run in runs if run["task"] == task]
+    return next((run for run in found if run["score"] is not None), found[0])
+
+
 def _scores(runs: Sequence[Run], task: str, variant: str) -> list[float]:
     """Scores of the seeds; a run that gave no number is left out."""
     found = (r["score"] for r in runs if (r["task"], r["variant"]) == (task, variant))
     return [score for score in found if score is not None]
 
 
-def _cell(metric: str, scores: list[float]) -> str:
+def _cell(metric: str, scores: list[float], seeds: int) -> str:
     if not scores:
         return "-"
-    median = shown(metric, float(np.median(scores)))
-    if len(scores) == 1:
-        return median
-    return f"{median} ({shown(metric, min(scores))} to {shown(metric, max(scores))})"
+    text = shown(metric, float(np.median(scores)))
+    if len(scores) > 1:
+        text += f" ({shown(metric, min(scores))} to {shown(metric, max(scores))})"
+    return text if len(scores) == seeds else f"{text}, {len(scores)} of {seeds} seeds"
+
+
+def _floor(runs: Sequence[Run], task: str) -> float:
+    """The constant answer's score: where a validation part is drawn by seed, the median of them."""
+    floors = [run["floor"] for run in runs if run["task"] == task and run["floor"] is not None]
+    return float(np.median(floors)) if floors else 0.0
+
+
+def _published(variant: str, task: str, metric: str) -> float | None:
+    """The paper's score, where ours is by the same metric."""
+    theirs = TASKS.get(task, {}).get("metrics", "").split(",")[0]
+    return PUBLISHED.get(variant, {}).get(task) if metric == theirs else None
 
 
 def _average(runs: Sequence[Run], tasks: Sequence[str], variant: str) -> str:
@@ -50,19 +68,22 @@ def _average(runs: Sequence[Run], tasks: Sequence[str], variant: str) -> str:
 def table(runs: Sequence[Run]) -> str:
     """Returns the Markdown table: a row a variant, a column a task; medians (lowest to highest)."""
     tasks, variants = _unique(runs, "task"), _unique(runs, "variant")
-    first = {task: next(run for run in runs if run["task"] == task) for task in tasks}
+    seeds = len(_unique(runs, "seed"))
+    first = {task: _example(runs, task) for task in tasks}
     metric = {task: first[task]["metric"] for task in tasks}
     heads = [f"{task}, {first[task]['split']} {metric[task]}" for task in tasks]
     rows = [["variant", *heads]]
     for variant in variants:
-        cells = [_cell(metric[task], _scores(runs, task, variant)) for task in tasks]
+        cells = [_cell(metric[task], _scores(runs, task, variant), seeds) for task in tasks]
         rows.append([variant, *cells])
-    floors = [shown(metric[task], first[task]["floor"]) for task in tasks]
+    floors = [shown(metric[task], _floor(runs, task)) for task in tasks]
     rows.append(["*constant answer*", *floors])
     for variant in variants:
-        numbers = PUBLISHED.get(variant, {})
-        if any(task in numbers for task in tasks):
-            cells = [shown(metric[task], numbers.get(task)) for task in tasks]
+        numbers = [_published(variant, task, metric[task]) for task in tasks]
+        if any(number is not None for number in numbers):
+            cells = [
+                shown(metric[task], number) for task, number in zip(tasks, numbers, strict=True)
+            ]
             rows.append([f"*the paper's {variant}*", *cells])
     if len(tasks) > 1:
         rows[0].append("average")
@@ -82,7 +103,7 @@ def _text(results: dict[str, Any]) -> str:
         f"{minutes:.0f} minutes on {results['machine']}; written {datetime.date.today()}.",
         table(runs),
     ]
-    if any(task in PUBLISHED["full"] for task in _unique(runs, "task")):
+    if "the paper's" in lines[-1]:
         lines.append(
             "The paper's numbers are of GPT-1 with 117M parameters, pretrained on BooksCorpus, on "
             "GLUE's splits (Radford et al. 2018, table 5); its F1 of MRPC and the Pearson "
@@ -99,7 +120,7 @@ def _plot(runs: Sequence[Run]) -> bytes:
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
     for axis, task in zip(axes, tasks, strict=True):
-        first = next(run for run in runs if run["task"] == task)
+        first = _example(runs, task)
         scale, unit = (100, " (%)") if first["metric"] in PERCENT else (1, "")
         for row, name in enumerate(variants):
             scores = scale * np.array(_scores(runs, task, name))
@@ -108,7 +129,9 @@ def _plot(runs: Sequence[Run]) -> bytes:
                 axis.plot(scores, np.full(scores.size, row), "o", **each)
                 median = {"color": "C1", "markersize": 18, "markeredgewidth": 3, "label": "median"}
                 axis.plot(np.median(scores), row, "|", **median)
-        axis.axvline(scale * first["floor"], color="gray", linestyle=":", label="constant answer")
+        axis.axvline(
+            scale * _floor(runs, task), color="gray", linestyle=":", label="constant answer"
+        )
         axis.set_title(task)
         axis.set_xlabel(f"{first['split']} {first['metric']}{unit}")
         axis.set_yticks(range(len(variants)), variants)

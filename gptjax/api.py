@@ -212,7 +212,9 @@ class LoadedGPT:
             for name, each in configs.items()
         ]
         step = steps.jit_span_step(self.mesh, self.model)
-        return probes.run(asked, step, self.params, self.config.vocab_size, self.mesh)
+        found = probes.run(asked, step, self.params, self.config.vocab_size, self.mesh)
+        assert found is not None
+        return found
 
     def _step(self, objective: Objective) -> Callable[..., Any]:
         return steps.jit_eval_step(self.mesh, self.model, objective)
@@ -221,7 +223,8 @@ class LoadedGPT:
         divisor = sharding.batch_divisor(self.mesh)
         # Powers of two: requests of about the same size find their program compiled.
         wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
-        packer = Packer(examples.lengths, _BATCH, 1 << (wanted - 1).bit_length(), divisor)
+        means = (self.meta.experiment.get("finetune") or {}).get("lm_mean") == "sequence"
+        packer = Packer(examples.lengths, _BATCH, 1 << (wanted - 1).bit_length(), divisor, means)
         step = self._step(objective)
         outputs = evaluate.run_task(step, self.params, examples, packer, _BATCH, self.mesh)
         assert outputs is not None

@@ -95,7 +95,9 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     path = os.path.join(workdir, "config.json")
     if not (os.path.exists(path) and os.path.exists(os.path.join(workdir, product))):
         return
-    found = config_lib.differences(telemetry.read_json(path), config_lib.to_dict(experiment))
+    # Through the configuration: a file of an older version lacks newer fields.
+    old = config_lib.from_dict(Experiment, telemetry.read_json(path), path)
+    found = config_lib.differences(config_lib.to_dict(old), config_lib.to_dict(experiment))
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     require(
         not found,
@@ -122,6 +124,10 @@ def _tokenizer_and_model(
         meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")[2]
         _refuse_overruled(experiment, meta, given)
         model = dataclasses.replace(model, **{name: getattr(meta.model, name) for name in _SIZES})
+        # What suited the experiment's own sizes may not suit these.
+        validation.validate_model(model)
+        if experiment.finetune:
+            validation.validate_head(experiment.finetune, model)
         return tokenizer_lib.from_json(meta.tokenizer_json), model
     saved = os.path.join(workdir, "tokenizer.json")
     if os.path.exists(saved) and os.path.isdir(os.path.join(workdir, "checkpoints")):

@@ -68,6 +68,9 @@ def predict(
       glue: name of the task to write a submission of; empty: none.
     """
     require(checkpoint, "--checkpoint: give the --workdir of a finished fine-tuning")
+    require(
+        not (input_path and split), "--split: is of the hub's data set; leave it out with --input"
+    )
     require(output_path, "--output: give the file to write (.csv, .tsv or .jsonl)")
     ending = os.path.splitext(output_path)[1].lower()
     require(
@@ -120,7 +123,10 @@ def _submission(
         answers = labels if as_named else [names[int(label)] for label in labels]
     existing = table.rows.column_names
     column = next((name for name in ("index", "idx") if name in existing), "")
-    index = table.rows[column] if column else range(len(labels))
+    index = list(table.rows[column] if column else range(len(labels)))
+    for row, value in enumerate(index, 1):
+        number = as_text(value).strip().isdecimal()
+        require(number, f"{table.where}: row {row}, column {column}: {value!r} is not a number")
     return [
         {"index": int(i), "prediction": answer} for i, answer in zip(index, answers, strict=True)
     ]
@@ -158,6 +164,7 @@ def evaluate(checkpoint: str, split: str, input_path: str) -> None:
 def evaluate_probes(checkpoint: str, configs: Mapping[str, config.ProbeConfig] | None) -> None:
     """Prints the scores of zero-shot probes: those given, else those of the checkpoint's run."""
     require(checkpoint, "--checkpoint: give the --workdir of a finished pretraining")
+    require(configs or configs is None, "--probes: the experiment of --config has no probes")
     for name, each in (configs or {}).items():
         validation.validate_probe(name, each)
     gpt = api.load(checkpoint)

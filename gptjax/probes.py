@@ -13,6 +13,7 @@ substitution     (Winograd schemas) the candidate after which the rest of the te
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from gptjax.data import loader, splits, tasks
 from gptjax.data.tasks import TaskSpec, as_text
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import require
+from gptjax.evaluate import never
 from gptjax.state import Params
 
 # Logits held at a time, in elements (64 MiB of float32).
@@ -95,32 +97,41 @@ def _parts(config: ProbeConfig, rows: dict[str, list[Any]], i: int, where: str):
         yield "", text
         return
     if config.kind == "next_word":
+        # The space is for character tokenizers; others drop it.
         for word in split_names(config.words):
-            yield f"{text} {config.append}", word
+            yield f"{text} {config.append} ", word
         return
     candidates = [as_text(rows[name][i]) for name in split_names(config.choices)]
     if config.kind == "multiple_choice":
         for candidate in candidates:
-            yield text, candidate
+            yield f"{text} ", candidate
         return
-    if config.pronoun:
-        start = text.find(pronoun := as_text(rows[config.pronoun][i]))
-        if config.pronoun_start:
-            start = int(rows[config.pronoun_start][i])
-        what = f"column {config.text}: has no {pronoun!r} where column {config.pronoun} says"
-        require(
-            pronoun and text[start : start + len(pronoun)] == pronoun and start >= 0,
-            f"{where}: row {i + 1}, {what}",
-        )
-        before, after = text[:start], text[start + len(pronoun) :]
-    else:
-        before, found, after = text.partition("_")
-        require(
-            found,
-            f"{where}: row {i + 1}, column {config.text}: no _ for what the candidates replace",
-        )
+    before, after = _divided(config, rows, text, i, f"{where}: row {i + 1}, column {config.text}")
     for candidate in candidates:
         yield before + candidate, after
+
+
+def _divided(
+    config: ProbeConfig, rows: dict[str, list[Any]], text: str, i: int, where: str
+) -> tuple[str, str]:
+    """What stands before and after the place where the candidates are put."""
+    if not config.pronoun:
+        before, found, after = text.partition("_")
+        require(found, f"{where}: no _ for what the candidates replace")
+        return before, after
+    pronoun = as_text(rows[config.pronoun][i])
+    places = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(pronoun)}(?!\w)", text)]
+    if config.pronoun_start:
+        start = as_text(rows[config.pronoun_start][i])
+        places = [place for place in places if str(place) == start]
+    count = len(places) if pronoun else 0
+    require(
+        count == 1,
+        f"{where}: has {pronoun!r} {count} times as a word"
+        + (f" at {start}" if config.pronoun_start else "; a column of its place is needed")
+        + f" (column {config.pronoun})",
+    )
+    return text[: places[0]], text[places[0] + len(pronoun) :]
 
 
 def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: int) -> Probe:
@@ -147,9 +158,9 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
         f"{', '.join(spec.labels[:5])} need a word each",
     )
     require(
-        config.kind != "acceptability" or len(spec.labels) == 2,
-        f"{table.where}: column {config.label}: acceptability has two labels, not "
-        f"{len(spec.labels)}",
+        config.kind != "acceptability" or spec.labels == ("0", "1"),
+        f"{table.where}: column {config.label}: the labels of acceptability are 0 (not acceptable) "
+        f"and 1, not {', '.join(spec.labels[:5])}",
     )
     joined = _Tokens(tokenizer, context_length)
     built = [
@@ -164,9 +175,16 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
 
 
 def log_probabilities(
-    step: SpanStep, params: Params, probe: Probe, vocab_size: int, mesh: Mesh
-) -> tuple[np.ndarray, np.ndarray]:
+    step: SpanStep,
+    params: Params,
+    probe: Probe,
+    vocab_size: int,
+    mesh: Mesh,
+    stop: Callable[[], bool] = never,
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Returns summed log-probabilities (nats) of the scored tokens and their number, [n, C] both.
+
+    None if stopped.
 
     Args:
       step: from `steps.jit_span_step`.
@@ -174,11 +192,14 @@ def log_probabilities(
       probe: what to score.
       vocab_size: of the model, which decides how many rows fit a batch.
       mesh: the devices.
+      stop: asked between batches.
     """
     lengths = np.array([len(tokens) for tokens in probe.tokens])
     totals, counts = (np.zeros(len(lengths), np.float32) for _ in range(2))
     order, divisor, start = np.argsort(lengths, kind="stable"), sharding.batch_divisor(mesh), 0
     while start < len(order):
+        if stop():
+            return None
         # Shortest first; the length of a batch is that of its longest row.
         length = -(-int(lengths[order[start]]) // _STEP) * _STEP
         rows = max(1, _LOGITS // (length * vocab_size) // divisor) * divisor
@@ -225,12 +246,23 @@ def answers(kind: str, totals: np.ndarray, counts: np.ndarray, labels: np.ndarra
 
 
 def run(
-    probes: Sequence[Probe], step: SpanStep, params: Params, vocab_size: int, mesh: Mesh
-) -> dict[str, dict[str, float]]:
-    """Returns name -> the probe's score by its metric, the commonest answer's "floor", "rows"."""
+    probes: Sequence[Probe],
+    step: SpanStep,
+    params: Params,
+    vocab_size: int,
+    mesh: Mesh,
+    stop: Callable[[], bool] = never,
+) -> dict[str, dict[str, float]] | None:
+    """Returns name -> the probe's score by its metric, the commonest answer's "floor", "rows".
+
+    None if stopped.
+    """
     found = {}
     for probe in probes:
-        totals, counts = log_probabilities(step, params, probe, vocab_size, mesh)
+        scored = log_probabilities(step, params, probe, vocab_size, mesh, stop)
+        if scored is None:
+            return None
+        totals, counts = scored
         said = answers(probe.kind, totals, counts, probe.labels)
         names, classes = (probe.metric,), max(probe.num_candidates, 2)
         score = metrics.compute(names, probe.labels, said, classes)

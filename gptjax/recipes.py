@@ -19,9 +19,9 @@ modern     GPT-1 as one would train it today: products in bfloat16 (parameters, 
            dropout on the attention weights, as fused attention kernels like it (the attention
            itself is still the plain one).
 
-Two things of the authors' code remain: their softmax covers the positions up to the longest text of
-the data only, ours all of them and the padding token; and their first epoch is also scored after
-1,000, 2,000, 4,000, ... updates.
+Of the authors' code remains: their softmax covers the positions up to the longest text of the data
+only, ours all of them and the padding token; their first epoch is also scored after 1,000, 2,000,
+4,000, ... updates; and of epochs with equal scores they keep the first, we the last.
 """
 
 import dataclasses
@@ -56,7 +56,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "pretrain": {"optimizer": _TUTORIAL},
         "finetune": {
-            "task": "entailment", "head": "flatten", "lm_weight": 1.0, "task_weight": 0.2,
+            "head": "flatten", "lm_weight": 1.0, "task_weight": 0.2,
             "batch_size": 32, "optimizer": _TUTORIAL,
         },
     },

@@ -101,6 +101,32 @@ def finetune_texts(data: dict[str, splits.Table], config: FinetuneConfig) -> Ite
         yield from map(tasks.as_text, values)
 
 
+def _text_scorer(
+    config: PretrainConfig,
+    model: GPT,
+    stream: np.ndarray,
+    window: int,
+    mesh: Mesh,
+    asked: Sequence[probes.Probe],
+) -> Callable[[Params, Callable[[], bool]], Scores | None]:
+    """Returns what scores the LM on the validation text, and on the probes."""
+    step = steps.jit_eval_step(mesh, model, Objective())
+
+    def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
+        scores = evaluate.language_model(
+            step, params, stream, window, config.batch_size, mesh, config.eval_batches, stop
+        )
+        if scores is None or not asked:
+            return scores
+        span_step = steps.jit_span_step(mesh, model)
+        found = probes.run(asked, span_step, params, model.config.vocab_size, mesh, stop)
+        if found is None:
+            return None
+        return scores | {f"probe_{each.name}": found[each.name][each.metric] for each in asked}
+
+    return validate
+
+
 def pretrain(
     config: PretrainConfig,
     model_config: ModelConfig,
@@ -134,19 +160,7 @@ def pretrain(
     batches = loader.TextBatches(streams["train"], window, config.batch_size, seed)
     total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
     model, objective = make_model(model_config, None), Objective()
-    step = steps.jit_eval_step(mesh, model, objective)
-
-    def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
-        scores = evaluate.language_model(
-            step, params, streams["validation"], window, config.batch_size, mesh,
-            config.eval_batches, stop,
-        )  # fmt: skip
-        if scores is None or not asked:
-            return scores
-        span_step = steps.jit_span_step(mesh, model)
-        found = probes.run(asked, span_step, params, model_config.vocab_size, mesh)
-        return scores | {f"probe_{each.name}": found[each.name][each.metric] for each in asked}
-
+    validate = _text_scorer(config, model, streams["validation"], window, mesh, asked)
     unknown = float((streams["train"] == tokenizer.unknown_id).mean())
     epochs = total * config.batch_size / batches.windows
     notes = (

@@ -134,8 +134,8 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
     _validate_optimizer(pretrain.optimizer, "pretrain")
 
 
-def _validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
-    """The flattened head reads sequences that are padded to one length."""
+def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
+    """Checks that the model can have the task's head; a wrong field is a `UserError`."""
     if finetune.head == "extract":
         return
     require(
@@ -214,7 +214,7 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
         )
         try:
             _validate_finetune(task)
-            _validate_head(task, model)
+            validate_head(task, model)
         except UserError as error:
             flag = f"--config.ablation.tasks.{name}."
             raise UserError(str(error).replace("--config.finetune.", flag)) from None
@@ -234,6 +234,10 @@ def validate_probe(name: str, probe: ProbeConfig) -> None:
         (len(split_names(probe.choices)) >= 2) == chosen,
         f"--config.{where}.choices: two or more columns, comma-separated, go with the kinds "
         "multiple_choice and substitution",
+    )
+    require(
+        probe.pronoun or not probe.pronoun_start,
+        f"--config.{where}.pronoun_start: is the place of --config.{where}.pronoun, which is empty",
     )
 
 
@@ -271,7 +275,7 @@ def validate(experiment: Experiment) -> Experiment:
         _validate_pretrain(experiment.pretrain, experiment.model)
     if experiment.finetune:
         _validate_finetune(experiment.finetune)
-        _validate_head(experiment.finetune, experiment.model)
+        validate_head(experiment.finetune, experiment.model)
         pretrained = bool(experiment.pretrain or experiment.init_from)
         require(
             pretrained or not experiment.finetune.compare_from_scratch,

@@ -150,11 +150,13 @@ def test_the_table_holds_the_medians_and_the_paper_s_numbers_apart():
     assert cells[0] == ["variant", "sst2, test accuracy", "mine, test pearson", "average"]
     average = 100 * np.mean([np.median(scores), 0.3])
     assert cells[2] == [
-        "full", "75.0 (70.0 to 90.0)", "0.300 (0.200 to 0.400)", f"{average:.1f}",
+        "full", "75.0 (70.0 to 90.0)", "0.300 (0.200 to 0.400), 2 of 3 seeds", f"{average:.1f}",
     ]  # fmt: skip
     assert cells[3][:3] == ["*constant answer*", "50.0", "0.500"]
     paper = f"{100 * paper_tasks.PUBLISHED['full']['sst2']:.1f}"
     assert cells[4][:3] == ["*the paper's full*", paper, "-"]
+    # By another metric than the paper's there is nothing to compare with.
+    assert "paper" not in ablation_report.table([run("sst2", "full", 0, 0.9, "macro_f1")])
 
 
 def test_a_published_average_is_that_of_its_tasks():
@@ -196,7 +198,10 @@ def test_no_other_variant_is_known(name):
     [
         ("--config.ablation.variants=full,none", "--config.ablation.variants: no variant 'none'"),
         ("--config.ablation.variants=", "--config.ablation.variants: is empty"),
-        ("--config.ablation.variants=layers=7", "one layers=7 seed 0: --config.finetune.transfer"),
+        ("--config.ablation.variants=layers=7", "layers=7: the model has 1 layers"),
+        ("--config.ablation.tasks.nosuch.epochs=1", "the experiment has no entry 'nosuch'"),
+        ("--config.ablation.tasks.two.metrics=bleu", "no metric 'bleu'"),
+        ("--config.mesh.fsdp=7", "--config.mesh: 7 does not divide"),
         ("--config.ablation.only=tow", "did you mean 'two'?"),
         ("--config.ablation.tasks.two.epochs=0", "--config.ablation.tasks.two.epochs"),
         ("--config.ablation.tasks.two.epoch=1", "--config.ablation.tasks.two.epoch"),
@@ -211,6 +216,53 @@ def test_wrong_use_is_one_line(tmp_path, flag, words):
     result = runs.main(*command(tmp_path / "w"), flag, *extra)
     assert words in result.error
     assert not list(tmp_path.rglob("ablation.md"))
+
+
+def test_a_mesh_of_one_s_own_is_for_one_at_a_time(tmp_path):
+    flags = ("--config.mesh.fsdp=8", "--config.ablation.parallel=2")
+    assert "each would have one device" in runs.main(*command(tmp_path), *flags).error
+
+
+def test_a_seed_that_diverges_is_a_result_and_not_the_end(tmp_path):
+    one = command(tmp_path, "--config.ablation.only=one")
+    result = runs.main(
+        *one, "--seeds=1", "--config.ablation.variants=full,full,no_lm",
+        "--config.ablation.tasks.one.optimizer.learning_rate=1e38",
+        "--config.ablation.tasks.one.optimizer.clip_norm=0",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    found = results(tmp_path)
+    assert set(found) == {("one", "full", 0), ("one", "no_lm", 0)}, "a variant is run once"
+    assert {each["score"] for each in found.values()} == {None}
+    assert "full seed 0: diverged" in result.out
+    assert "| full | - |" in result.out
+
+
+def test_the_paper_s_tasks_are_known_by_their_experiment(tmp_path):
+    result = runs.main(
+        "--mode=ablate", "--config=experiments/gpt1_task.py:sst2", *TINY,
+        "--config.model.dtype=float32", "--config.finetune.dataset=",
+        f"--config.finetune.train_file={runs.files().train}", "--config.finetune.text=text",
+        "--config.finetune.steps=2", "--config.ablation=build", "--config.ablation.parallel=1",
+        f"--config.init_from={runs.trained()}/checkpoints/pretrain", f"--workdir={tmp_path}",
+        "--seeds=1", "--config.ablation.variants=full",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert "| *the paper's full* | 91.3 |" in result.out
+
+
+def test_two_on_one_device_score_what_one_scores(done, tmp_path):
+    """What a laptop does, in a process of its own, which has one device."""
+    one = command(tmp_path, "--config.ablation.only=one", "--config.ablation.variants=full")
+    one = [flag for flag in one if "parallel" not in flag]
+    process = runs.start(*one, "--seeds=2")
+    out, err = process.communicate(timeout=200)
+    assert (process.returncode, err) == (0, "")
+    assert "[2/2]" in out
+    for key, record in results(tmp_path).items():
+        expected = results(done[0])[key]["scores"]
+        for split, scores in record["scores"].items():
+            assert scores == pytest.approx(expected[split], rel=1e-3, abs=1e-3)
 
 
 def test_another_experiment_is_not_mixed_into_a_table(done):

@@ -39,6 +39,19 @@ def test_what_a_run_leaves_behind():
         assert {"loss", "task_loss", "lm_loss", "accuracy"} == set(finetune[split])
 
 
+def test_a_workdir_of_an_older_version_goes_on(tmp_path):
+    """Its config.json lacks the fields that came later; they had their defaults then."""
+    workdir = runs.copy(tmp_path)
+    path = pathlib.Path(workdir, "config.json")
+    config = json.loads(path.read_text())
+    del config["probes"], config["ablation"], config["model"]["tied"]
+    del config["finetune"]["transfer"]
+    path.write_text(json.dumps(config))
+    again = runs.main(*runs.TINY, *runs.files().pretrain, *runs.files().finetune,
+                      f"--workdir={workdir}")  # fmt: skip
+    assert again.code == 0, again.err
+
+
 def test_the_log_has_every_step_and_every_validation():
     records = runs.records(runs.trained())
 

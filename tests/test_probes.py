@@ -84,6 +84,13 @@ def test_a_pronoun_may_be_named_by_columns(tmp_path):
     assert pieces(built(tmp_path, "substitution", pronoun="pronoun"))[:2] == expected
 
 
+def test_a_pronoun_is_a_word(tmp_path):
+    """ "ran" is in "random" too, and "a" in nearly every word."""
+    row = ROWS[0] | {"schema": "random cat and a mat", "pronoun": "a"}
+    [first, _, *_] = pieces(built(tmp_path, "substitution", [row, *ROWS[1:]], pronoun="pronoun"))
+    assert [first] == encoded(("random cat and the dog", "mat"))
+
+
 @pytest.mark.parametrize("mesh", [(1, 1), (8, 1)], ids=str)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_log_probabilities_are_those_of_a_plain_softmax(tmp_path, kind, mesh):
@@ -199,6 +206,12 @@ def test_pretraining_learns_to_tell_its_sentences_from_shuffled_ones(tmp_path):
         (["--config=experiments/probes.py", "--config.probes.cola.file=x"], "and not both"),
         (["--config=experiments/probes.py", "--config.probes.race.choices=a"], "two or more"),
         (["--config=experiments/probes.py", "--config.probes.cola.kin=x"], "did you mean"),
+        (["--config.probes.cola.limit=5"], "the experiment has no entry 'cola'"),
+        (["--config", "experiments/quickstart.py"], "the experiment of --config has no probes"),
+        (
+            ["--config=experiments/probes.py", "--config.probes.cola.pronoun_start=x"],
+            "--config.probes.cola.pronoun_start: is the place",
+        ),
     ],
 )
 def test_wrong_use_is_one_line(flags, words):
@@ -210,9 +223,16 @@ def test_wrong_use_is_one_line(flags, words):
     ("kind", "row", "changes", "words"),
     [
         ("substitution", {"schema": "nothing here"}, {}, "row 4, column schema: no _"),
-        ("substitution", {"pronoun": "x"}, {"pronoun": "pronoun"}, "row 4, column schema: has no"),
+        ("substitution", {"pronoun": "x"}, {"pronoun": "pronoun"}, "has 'x' 0 times as a word"),
+        ("substitution", {"pronoun": "the"}, {"pronoun": "pronoun"}, "has 'the' 2 times as a word"),
+        (
+            "substitution",
+            {"place": 3},
+            {"pronoun": "pronoun", "pronoun_start": "place"},
+            "0 times as a word at 3",
+        ),
         ("next_word", {"label": 2}, {}, "need a word each"),
-        ("acceptability", {"label": 2}, {}, "has two labels, not 3"),
+        ("acceptability", {"label": 2}, {}, "labels of acceptability are 0 (not acceptable) and 1"),
         ("multiple_choice", {"label": 7}, {}, "do not number"),
         ("multiple_choice", {}, {"choices": "a,c"}, "no column 'c'"),
     ],

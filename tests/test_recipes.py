@@ -339,12 +339,18 @@ def test_the_tutorial_trains_predicts_and_generates(tmp_path):
         (["--config.finetune.task=similarity"], "head=flatten: reads one sequence"),
         (["--config.model.one_matrix=true"], "--config.model.one_matrix: its rows"),
         (["--config.finetune.head=flat"], "did you mean 'flatten'?"),
+        (
+            ["--config.init_from=TRAINED"],
+            "needs --config.model.segment_types=3",
+        ),
         (["--config.finetune.lm_mean=tokens"], "--config.finetune.lm_mean=tokens"),
         (["--config.finetune.cut=third"], "--config.finetune.cut=third"),
     ],
 )
 def test_what_does_not_go_together_is_one_line(flags, words):
-    result = runs.main("--config=experiments/tutorial.py", "--config.finetune.train_file=x", *flags)
+    flags = [flag.replace("TRAINED", f"{runs.trained()}/checkpoints/pretrain") for flag in flags]
+    train = f"--config.finetune.train_file={runs.files().train}"
+    result = runs.main("--config=experiments/tutorial.py", train, *flags)
     assert words in result.error
 
 

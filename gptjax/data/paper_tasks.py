@@ -50,6 +50,9 @@ TASKS: dict[str, dict[str, Any]] = {
     "qqp": _glue("qqp", "similarity", "question1", "question2", "f1,accuracy"),
 }  # fmt: skip
 
+EXPERIMENTS = "gpt1_"
+"""`experiments/gpt1_task.py` calls a task's experiment this and its name."""
+
 # Task -> the answers that GLUE's server takes, in the order of the class numbers of its data; none
 # for a number. (Its other tasks, WNLI and the diagnostics, are not in the paper.)
 SUBMISSIONS: dict[str, tuple[str, ...]] = {
