@@ -32,7 +32,8 @@ def loss_plot(workdir: PathLike) -> list[str]:
     stages = [s for s in STAGES if any(r["stage"] == s and "loss" in r for r in records)]
     scored = [r for r in records if r["stage"] != "pretrain" and r["split"] == "validation"]
     scores = [name for name in NAMES if any(name in r for r in scored)]
-    probes = sorted({name for r in records for name in r if name.startswith("probe_")})
+    asked = {name for r in records for name in r if name.startswith("probe_")}
+    probes = sorted(name for name in asked if not name.endswith("_floor"))
     paths = []
     kinds = (("loss", stages, _draw_loss), ("score", scores, _draw_score))
     for file, panels, draw in (*kinds, ("probes", probes, _draw_probe)):
@@ -95,10 +96,14 @@ def _draw_score(axis: Any, name: str, records: Sequence[dict]) -> None:
 
 
 def _draw_probe(axis: Any, name: str, records: Sequence[dict]) -> None:
+    probe, _, metric = name.rpartition("_")
+    scale, unit = (100.0, " (%)") if metric in PERCENT else (1.0, "")
     steps, values = _series(records, "pretrain", "validation", name)
-    axis.plot(steps, values, "o-", label="zero-shot")
-    axis.set_title(name.removeprefix("probe_").replace("_", " "))
-    axis.set_ylabel("score")
+    axis.plot(steps, values * scale, "o-", label="zero-shot")
+    steps, floors = _series(records, "pretrain", "validation", f"{probe}_floor")
+    axis.plot(steps, floors * scale, ":", color="gray", label="constant answer")
+    axis.set_title(probe.removeprefix("probe_"))
+    axis.set_ylabel(metric + unit)
 
 
 def results_table(

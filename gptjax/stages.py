@@ -122,7 +122,10 @@ def _text_scorer(
         found = probes.run(asked, span_step, params, model.config.vocab_size, mesh, stop)
         if found is None:
             return None
-        return scores | {f"probe_{each.name}": found[each.name][each.metric] for each in asked}
+        for each in asked:
+            for name in (each.metric, "floor"):
+                scores[f"probe_{each.name}_{name}"] = found[each.name][name]
+        return scores
 
     return validate
 
@@ -138,7 +141,7 @@ def pretrain(
 ) -> Stage:
     """Builds the pretraining stage from the tables of `splits.text_splits`.
 
-    Every validation scores the probes `asked` too, as "probe_NAME".
+    Every validation scores the probes `asked` too, as "probe_NAME_METRIC" and "probe_NAME_floor".
     """
     streams = {name: loader.token_stream(Texts(table), tokenizer) for name, table in data.items()}
     window = config.window or model_config.context_length

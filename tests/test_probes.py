@@ -187,14 +187,14 @@ def test_pretraining_learns_to_tell_its_sentences_from_shuffled_ones(tmp_path):
     flags[0] = f"--config={only}"
     trained = runs.main(*flags)
     assert trained.code == 0, trained.err
-    log = [r for r in runs.records(f"{tmp_path}/w") if "probe_cola" in r]
+    log = [r for r in runs.records(f"{tmp_path}/w") if "probe_cola_matthews" in r]
     assert [r["step"] for r in log] == [10, 20]
-    assert runs.summary(f"{tmp_path}/w")["pretrain"]["probe_cola"] > 0.3
+    assert runs.summary(f"{tmp_path}/w")["pretrain"]["probe_cola_matthews"] > 0.3
     assert (tmp_path / "w/plots/probes.png").read_bytes().startswith(b"\x89PNG")
     asked = runs.main("--mode=evaluate", "--probes", f"--checkpoint={tmp_path}/w")
     found = json.loads(asked.out)["probes"]["cola"]
     best = min(log, key=lambda r: r["loss"])
-    assert found["matthews"] == pytest.approx(best["probe_cola"], abs=1e-6)
+    assert found["matthews"] == pytest.approx(best["probe_cola_matthews"], abs=1e-6)
     assert (found["rows"], found["floor"]) == (120, 0)
 
 

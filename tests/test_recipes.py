@@ -349,8 +349,11 @@ def test_the_tutorial_trains_predicts_and_generates(tmp_path):
 )
 def test_what_does_not_go_together_is_one_line(flags, words):
     flags = [flag.replace("TRAINED", f"{runs.trained()}/checkpoints/pretrain") for flag in flags]
-    train = f"--config.finetune.train_file={runs.files().train}"
-    result = runs.main("--config=experiments/tutorial.py", train, *flags)
+    result = runs.main(
+        "--config=experiments/tutorial.py", f"--config.finetune.train_file={runs.files().train}",
+        "--config.finetune.text=text", "--config.finetune.text_pair=text",
+        "--config.finetune.label=label", *flags,
+    )  # fmt: skip
     assert words in result.error
 
 
