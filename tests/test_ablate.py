@@ -36,6 +36,14 @@ def results(workdir) -> dict[tuple[str, str, int], dict]:
     return {(r["task"], r["variant"], r["seed"]): r for r in found}
 
 
+def assert_equal_to_rounding(workdir, other) -> None:
+    """Runs on one device against the same ones that shared eight."""
+    for key, record in results(workdir).items():
+        expected = results(other)[key]["scores"]
+        for split, scores in record["scores"].items():
+            assert scores == pytest.approx(expected[split], rel=1e-3, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """Two tasks, three variants, two seeds."""
@@ -77,11 +85,7 @@ def test_two_at_a_time_score_what_one_at_a_time_scores(done, tmp_path):
     one = command(tmp_path, "--config.ablation.only=one", "--config.ablation.variants=full")
     result = runs.main(*one, "--config.ablation.parallel=2", "--seeds=2")
     assert result.code == 0, result.err
-    for key, record in results(tmp_path).items():
-        # Each on one device, where the others shared eight: equal to rounding.
-        expected = results(done[0])[key]["scores"]
-        for split, scores in record["scores"].items():
-            assert scores == pytest.approx(expected[split], rel=1e-3, abs=1e-3)
+    assert_equal_to_rounding(tmp_path, done[0])
 
 
 def test_the_same_command_runs_nothing_again_and_a_new_variant_only(done):
@@ -259,10 +263,7 @@ def test_two_on_one_device_score_what_one_scores(done, tmp_path):
     out, err = process.communicate(timeout=200)
     assert (process.returncode, err) == (0, "")
     assert "[2/2]" in out
-    for key, record in results(tmp_path).items():
-        expected = results(done[0])[key]["scores"]
-        for split, scores in record["scores"].items():
-            assert scores == pytest.approx(expected[split], rel=1e-3, abs=1e-3)
+    assert_equal_to_rounding(tmp_path, done[0])
 
 
 def test_another_experiment_is_not_mixed_into_a_table(done):
