@@ -23,6 +23,7 @@ from gptjax.config import (
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
+    ProbeConfig,
     TokenizerConfig,
 )
 from gptjax.errors import UserError
@@ -40,8 +41,9 @@ def load(path):
 
 
 def whole() -> Experiment:
-    """An experiment with both stages and an ablation."""
+    """An experiment with both stages, an ablation and a probe."""
     return Experiment(
+        probes={"NAME": ProbeConfig(kind="acceptability", dataset="owner/name")},
         ablation=AblationConfig(tasks={"NAME": FinetuneConfig(dataset="builtin:classification")}),
         pretrain=PretrainConfig(dataset="builtin", steps=3000),
         finetune=FinetuneConfig(dataset="builtin:classification"),
@@ -337,4 +339,7 @@ def test_every_field_is_typed_so_that_flags_can_be_checked():
         hints = typing.get_type_hints(cls)
         for field in dataclasses.fields(cls):
             inner = config_lib._inner_type(hints[field.name])
+            if typing.get_origin(inner) is dict:
+                name, inner = typing.get_args(inner)
+                assert name is str
             assert inner in (bool, int, float, str) or dataclasses.is_dataclass(inner)

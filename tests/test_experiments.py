@@ -22,6 +22,8 @@ NEEDED = {
         "--config.ablation.tasks.rte.train_file=rte.tsv",
         "--config.pretrain.train_files=a.txt",
     ],
+    "probes": ["--config.pretrain.train_files=a.txt"],
+    "tutorial": ["--config.finetune.train_file=rows.tsv"],
     "gpt1_finetune": ["--config.init_from=runs/x", "--config.finetune.train_file=rows.tsv"],
 }
 

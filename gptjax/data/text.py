@@ -3,7 +3,8 @@ saved inside `tokenizer.json`, so that a checkpoint carries it.
 
 The authors cleaned text with ftfy, standardised punctuation and whitespace, and split words with
 spaCy. This is the fast path: the same punctuation and whitespace rules, NFC, lower case, and words
-split at whitespace and punctuation; with GPT-1's own vocabulary, mostly where spaCy splits them
+split at whitespace and punctuation; with a vocabulary learnt from spaCy's words, as GPT-1's was,
+mostly where spaCy splits them
 (docs/tokenization.md counts the differences).
 """
 
@@ -52,7 +53,7 @@ _ENGLISH = Regex(
 
 
 def english_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Splits into words much as spaCy's English rules do; for GPT-1's own vocabulary."""
+    """Splits into words much as spaCy's English rules do, for a vocabulary learnt from those."""
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\n"), "isolated"),

@@ -172,13 +172,14 @@ def _bpe(
     vocabulary: dict[str, int],
     merges: list[tuple[str, str]],
     exact: bool = False,
-    english: bool = False,
 ) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
     )
     if not exact:
         backend.normalizer = text.normalizer()
+        # Only of spaCy's words could it learn this token: in ours an apostrophe stands alone.
+        english = f"n't{END_OF_WORD}" in vocabulary
         backend.pre_tokenizer = text.english_pre_tokenizer() if english else text.pre_tokenizer()
     backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
     return backend
@@ -243,7 +244,7 @@ def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokeniz
         if not line or (number == 1 and line.startswith("#version")):
             continue
         merges.append(_merge(line.split(), vocabulary, f"{merges_file}: line {number}"))
-    return _add_specials(_bpe(vocabulary, merges, exact, english=True), exact)
+    return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
 def from_huggingface(values: Any, where: str, exact: bool = False) -> Tokenizer:
@@ -255,7 +256,7 @@ def from_huggingface(values: Any, where: str, exact: bool = False) -> Tokenizer:
     _check_vocabulary(vocabulary, where)
     pairs = [line.split() if isinstance(line, str) else line for line in lines]
     merges = [_merge(pair, vocabulary, f"{where}: merge {i}") for i, pair in enumerate(pairs, 1)]
-    return _add_specials(_bpe(vocabulary, merges, exact, english=True), exact)
+    return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
 def _merge(pair: Sequence[str], vocabulary: dict[str, int], where: str) -> tuple[str, str]:
