@@ -168,7 +168,7 @@ class _Runner:
         self._total, self._failed = len(jobs), False
 
     def run(self, meshes: list[Mesh], stop: Callable[[], bool]) -> None:
-        """Runs what waits; the first error ends the others, which are saved."""
+        """Runs what waits; the first error ends the others, which the next time begin anew."""
         os.makedirs(self._workdir, exist_ok=True)
         path = os.path.join(self._workdir, "config.json")
         telemetry.write_json(path, config_lib.to_dict(self._experiment))
@@ -234,7 +234,8 @@ class _Runner:
             what = "diverged" if record["score"] is None else f"{record['split']} {score}"
             print(
                 f"[{done}/{self._total}] {job}: {what} ({record['metric']}), "
-                f"{record['seconds']:.0f} s"
+                f"{record['seconds']:.0f} s",
+                flush=True,
             )
 
     def _save(self) -> None:
