@@ -73,10 +73,6 @@ def train(
     Arguments and errors besides these as in `run`; a `trial` prints nothing and keeps its best
     weights in memory only.
     """
-    require(
-        "://" not in workdir,
-        f"--workdir={workdir}: must be a folder of this machine or a mounted one, not an address",
-    )
     is_main = jax.process_index() == 0
     check_workdir(experiment, workdir, "checkpoints")
     data = _load_data(experiment)
@@ -91,7 +87,11 @@ def train(
 
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
-    """Refuses a workdir whose `product` (a folder, a file) belongs to another configuration."""
+    """Refuses an address, and a workdir whose `product` belongs to another configuration."""
+    require(
+        "://" not in workdir,
+        f"--workdir={workdir}: must be a folder of this machine or a mounted one, not an address",
+    )
     path = os.path.join(workdir, "config.json")
     if not (os.path.exists(path) and os.path.exists(os.path.join(workdir, product))):
         return
