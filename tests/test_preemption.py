@@ -40,7 +40,15 @@ def test_the_first_request_is_noted_and_the_second_acts_as_usual(number):
         signal.signal(number, previous)
 
 
-def test_a_second_ctrl_c_interrupts():
+@pytest.fixture
+def usual_ctrl_c():
+    """Python's own, also where the shell has started the tests in the background, without it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_interrupts(usual_ctrl_c):
     with StopRequest() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop()
