@@ -7,7 +7,7 @@ SST-2, MRPC, RTE, STS-B and COPA from your own files (GLUE's columns; other name
 `--config.ablation.tasks.TASK.text` and so on), each with all of GPT, without pretraining, and
 without the auxiliary LM loss. docs/ablation.md has the whole command and its table; medians of
 three seeds, averaged over the tasks: 62.0 with all of it, 59.1 without pretraining, 62.0 without
-the LM loss, in 79 minutes on 2 cores of an Intel Xeon that other programs were using too, after 9
+the LM loss, in 79 minutes on 2 cores of an Intel Xeon that other programs were using too, after 12
 minutes of pretraining (2026-11-23).
 """
 
