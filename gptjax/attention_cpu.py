@@ -87,7 +87,7 @@ def _forward(q_NTK: Array, k_NTK: Array, v_NTK: Array, ids: Any, drop: _Dropout)
     return jnp.concatenate(outputs, 1), jnp.concatenate(lse, 1)
 
 
-def _backward(q_NTK, k_NTK, v_NTK, ids, drop: _Dropout, y_NTK, lse_NT1, dy_NTK):
+def _backward(q_NTK, k_NTK, v_NTK, y_NTK, lse_NT1, dy_NTK, ids, drop: _Dropout):
     """Returns the gradients of q, k and v of a group."""
     heads, length, width = q_NTK.shape
     scale = 1 / (1 - drop.rate)
@@ -117,34 +117,46 @@ def _group(batch: int, heads: int, length: int) -> int:
     return next(rows for rows in range(min(fit, batch), 0, -1) if batch % rows == 0)
 
 
-def _over_groups(function, rate, q_GNTK, k_GNTK, v_GNTK, ids, words, heads_GN, *rest):
-    length = q_GNTK.shape[2]
+def _bits(x: Array) -> Array:
+    """bfloat16 as uint16, for what only moves it: XLA's CPU backend moves bfloat16 as float32."""
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _values(x: Array) -> Array:
+    """Undoes `_bits`."""
+    return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
+
+
+def _grouped(x_BTHK: Array) -> Array:
+    """[B, T, H, K] -> [G, N, T, K], in memory."""
+    batch, length, heads, width = x_BTHK.shape
+    rows = _group(batch, heads, length)
+    x_BHTK = jnp.moveaxis(_bits(x_BTHK), 2, 1)
+    return lax.optimization_barrier(x_BHTK.reshape(batch // rows, rows * heads, length, width))
+
+
+def _ungrouped(x_GNTK: Array, heads: int) -> Array:
+    """Undoes `_grouped`."""
+    length, width = x_GNTK.shape[2:]
+    return _values(jnp.moveaxis(x_GNTK.reshape(-1, heads, length, width), 1, 2))
+
+
+def _over_groups(function, rate, rest, arrays):
+    """Maps a function of arrays [N, T, K], ids and dropout over the groups of [G, N, T, K]."""
+    ids_BT, words, heads_BH = rest
+    groups, (rows, length) = arrays[0].shape[0], ids_BT[0].shape
+    ids_GRT = tuple(x.reshape(groups, rows // groups, length) for x in ids_BT)
+    heads_GN = heads_BH.reshape(groups, -1)
 
     def group(args):
-        q, k, v, ids, heads_N, *rest = args
-        return function(q, k, v, ids, _Dropout(words, heads_N, length, rate), *rest)
+        arrays, ids_RT, heads_N = args
+        drop = _Dropout(words, heads_N, length, rate)
+        return jax.tree.map(_bits, function(*map(_values, arrays), ids_RT, drop))
 
-    return lax.map(group, (q_GNTK, k_GNTK, v_GNTK, ids, heads_GN, *rest))
+    return lax.map(group, (arrays, ids_GRT, heads_GN))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rate, q_GNTK, k_GNTK, v_GNTK, ids, words, heads_GN):
-    return _attend_forward(rate, q_GNTK, k_GNTK, v_GNTK, ids, words, heads_GN)[0]
-
-
-def _attend_forward(rate, *args):
-    y_GNTK, lse_GNT1 = _over_groups(_forward, rate, *args)
-    # Kept unrounded: the gradient is a difference of which sum(dy * y) is one part.
-    return y_GNTK.astype(args[0].dtype), (*args, y_GNTK, lse_GNT1)
-
-
-def _attend_backward(rate, residuals, dy_GNTK):
-    return *_over_groups(_backward, rate, *residuals, dy_GNTK), None, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
-
-
 def blocked(
     rate: float,
     q_BTHK: Array,
@@ -162,13 +174,27 @@ def blocked(
       heads_BH: uint32, b * H + h in the whole array, of which this may be a part: what the dropout
         mask of a row and head depends on.
     """
-    batch, length, heads, width = q_BTHK.shape
-    rows = _group(batch, heads, length)
-    qkv = tuple(
-        jnp.moveaxis(x, 2, 1).reshape(batch // rows, rows * heads, length, width)
-        for x in (q_BTHK, k_BTHK, v_BTHK)
-    )
-    ids = tuple(x.reshape(batch // rows, rows, length) for x in (query_ids_BT, key_ids_BT))
-    heads_GN = heads_BH.reshape(batch // rows, rows * heads)
-    y_GNTK = _attend(rate, *lax.optimization_barrier(qkv), ids, words, heads_GN)
-    return jnp.moveaxis(y_GNTK.reshape(batch, heads, length, width), 1, 2)
+    return _blocked_forward(
+        rate, q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, words, heads_BH
+    )[0]
+
+
+def _blocked_forward(rate, q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, words, heads_BH):
+    rest = (query_ids_BT, key_ids_BT), words, heads_BH
+    qkv = tuple(map(_grouped, (q_BTHK, k_BTHK, v_BTHK)))
+    y_GNTK, lse_GNT1 = _over_groups(_forward, rate, rest, qkv)
+    y_BTHK = _ungrouped(y_GNTK, q_BTHK.shape[2]).astype(q_BTHK.dtype)
+    # Kept unrounded: the gradient is a difference of which sum(dy * y) is one part.
+    return y_BTHK, ((q_BTHK, k_BTHK, v_BTHK), y_GNTK, lse_GNT1, rest)
+
+
+def _blocked_backward(rate, residuals, dy_BTHK):
+    qkv, y_GNTK, lse_GNT1, rest = residuals
+    # The barrier: not those of the forward pass, which XLA would keep, and copy for the loop.
+    qkvd = tuple(map(_grouped, lax.optimization_barrier((*qkv, dy_BTHK))))
+    arrays = (*qkvd[:3], y_GNTK, lse_GNT1, qkvd[3])
+    gradients = _over_groups(_backward, rate, rest, arrays)
+    return *(_ungrouped(x, dy_BTHK.shape[2]) for x in gradients), None, None, None, None
+
+
+blocked.defvjp(_blocked_forward, _blocked_backward)

@@ -54,13 +54,16 @@ def _one_hot(targets_BT: Array, vocabulary: int) -> Array:
     return targets_BT[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)[None, None]
 
 
-def _chunk_loss(x_BTD: Array, table_DV: Array, targets_BT: Array, weights_BT: Array):
+def _chunk_loss(x_BTD: Array, table_DV: Array, targets_BT: Array, weights_BT: Array, sharded: bool):
     """Returns the chunk's loss and what its gradient needs: exponentials, their sums, one-hot."""
     logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, table_DV, preferred_element_type=jnp.float32)
     logits_BTV = jax.lax.optimization_barrier(logits_BTV)
     largest_BT1 = logits_BTV.max(axis=-1, keepdims=True)
     hot_BTV = _one_hot(targets_BT, table_DV.shape[1])
-    picked_BT = jnp.where(hot_BTV, logits_BTV, 0).sum(-1)
+    if sharded:
+        picked_BT = jnp.where(hot_BTV, logits_BTV, 0).sum(-1)
+    else:
+        picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
     # Computed once, for the sum and for the gradient, and not within the products: on a CPU
     # exponentials are half of the work here.
     exp_BTV = jax.lax.optimization_barrier(jnp.exp(logits_BTV - largest_BT1))
@@ -103,7 +106,7 @@ def lm_cross_entropy(
 
     def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
         x, targets, weights = piece
-        return total + _chunk_loss(x, table_DV, targets, weights)[0], None
+        return total + _chunk_loss(x, table_DV, targets, weights, sharded)[0], None
 
     pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
     return jax.lax.scan(add, jnp.float32(0), pieces)[0]
@@ -116,7 +119,7 @@ def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks, sharded):
     def add(carry, piece):
         total, d_table_DV = carry
         x, targets, weights = piece
-        loss, (exp, total_exp, hot) = _chunk_loss(x, table_DV, targets, weights)
+        loss, (exp, total_exp, hot) = _chunk_loss(x, table_DV, targets, weights, sharded)
         d_logits = (exp * (weights / total_exp)[..., None] - hot * weights[..., None]).astype(dtype)
         d_logits = jax.lax.optimization_barrier(d_logits)
         d_x = products.input_gradient(d_logits, table_DV, 1, sharded)

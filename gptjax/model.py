@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax import attention, products, sharding
+from gptjax import activations, attention, products, sharding
 from gptjax import dropout as dropout_lib
 from gptjax.config import ModelConfig
 
@@ -25,10 +25,6 @@ Cache = dict[str, Array]
 # Segment ids [B, T] of the queries and of the keys.
 Ids = tuple[Array, Array]
 Params = dict[str, Any]
-
-
-def _activation(name: str, x: Array) -> Array:
-    return nn.relu(x) if name == "relu" else nn.gelu(x, approximate=True)
 
 
 def _like(x: Array, y: Array) -> Array:
@@ -122,7 +118,7 @@ class Attention(nn.Module):
         config = self.config
         heads, width = config.num_heads, config.head_width
         qkv_BT3HK = Linear((3, heads, width), 1, config, self.mesh, name="qkv")(x_BTD)
-        q_BTHK, k_BTHK, v_BTHK = (qkv_BT3HK[:, :, i] for i in range(3))
+        q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
         if cache is not None:
             k_BSHK, v_BSHK = (
                 jax.lax.dynamic_update_slice_in_dim(
@@ -172,7 +168,7 @@ class Block(nn.Module):
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
         x_BTD = LayerNorm(config, name="norm1")(x_BTD + y_BTD)
         h_BTF = Linear((config.hidden_ffn_width,), 1, config, self.mesh, name="ffn_in")(x_BTD)
-        h_BTF = _activation(config.activation, h_BTF)
+        h_BTF = activations.FUNCTIONS[config.activation](h_BTF)
         y_BTD = Linear((config.width,), 1, config, self.mesh, name="ffn_out")(h_BTF)
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
         return LayerNorm(config, name="norm2")(x_BTD + y_BTD), cache

@@ -18,7 +18,8 @@ ORDER = (
     *("data.columns", "data.tables", "data.sources"),
     *("data.docstrings", "data.builtin", "data.tasks", "data.splits", "data.paper_tasks"),
     *("data.packing", "data.loader", "data"),
-    *("sharding", "dropout", "products", "attention_cpu", "attention_tpu", "attention", "model"),
+    *("sharding", "dropout", "products", "activations"),
+    *("attention_cpu", "attention_tpu", "attention", "model"),
     *("losses", "optim", "state", "steps"),
     *("metrics", "evaluate", "probes", "generate", "flops", "telemetry", "checkpoint", "report"),
     *("weights", "openai", "huggingface"),
@@ -106,7 +107,8 @@ def test_data_knows_only_the_contract(name):
 
 @pytest.mark.parametrize("name", ["model", "attention", "dropout", "losses", "products"])
 def test_the_model_does_not_know_data(name):
-    kernels = {"dropout", "products", "attention", "attention_cpu", "attention_tpu"}
+    kernels = {"dropout", "products", "activations"}
+    kernels |= {"attention", "attention_cpu", "attention_tpu"}
     assert own_imports(name) <= kernels | {"config", "errors", "batch", "sharding"}
 
 
