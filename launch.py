@@ -217,7 +217,7 @@ def _check_config_flags(argv: list[str]) -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags; a wrong one is one line and exit code 2."""
+    """Parses the flags; a wrong one is one line and exit code 2, help is exit code 0."""
     if "--config" in argv[:-1]:  # absl's other spelling: --config FILE
         place = argv.index("--config")
         argv = [*argv[:place], f"--config={argv[place + 1]}", *argv[place + 2 :]]
@@ -226,6 +226,9 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         _check_config_flags([argument for argument in argv[1:] if argument.startswith("-")])
         return FLAGS(argv)
+    except SystemExit as end:  # absl prints the help that was asked for, and ends with 1
+        asked = any(re.match(r"--?(help|\?)", argument) for argument in argv[1:])
+        sys.exit(0 if asked else end.code)
     except (UserError, flags.Error) as error:
         sys.exit(_error(error, 2))
     except KeyError as error:  # an entry of ablation.tasks or probes

@@ -8,14 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.sizes import (
-    CLIP_NORM,
-    EPSILON,
-    INIT_STD,
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    Size,
-)
+from benchmarks.sizes import CLIP_NORM, EPSILON, INIT_STD, LEARNING_RATE, WEIGHT_DECAY, Size
 
 _NORMAL = nn.initializers.normal(INIT_STD)
 

@@ -12,14 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from benchmarks.sizes import (
-    CLIP_NORM,
-    EPSILON,
-    INIT_STD,
-    LEARNING_RATE,
-    WEIGHT_DECAY,
-    Size,
-)
+from benchmarks.sizes import CLIP_NORM, EPSILON, INIT_STD, LEARNING_RATE, WEIGHT_DECAY, Size
 
 Tensor = torch.Tensor
 # Keys and values [B, H, S, K] of each layer.

@@ -6,19 +6,16 @@ No accelerator is needed and no data is read: the step, its state and its batch 
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import re
-import sys
 import time
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import chips, flops, hlo, hlo_cost, optim, sharding, steps, telemetry
+from gptjax import chips, flops, hlo, hlo_cost, sharding, telemetry
 from gptjax import config as config_lib
 from gptjax import plan as plan_lib
 from gptjax.config import Experiment
@@ -68,12 +65,12 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
     mesh = sharding.make_mesh(experiment.mesh, devices)
     plan = plan_lib.build(experiment, stage, mesh)
     rows, length = plan.batch.tokens.shape
-    _say(
+    telemetry.say(
         f"{topology}: {len(devices)} x {devices[0].device_kind}, {stage}, {rows} x {length} tokens"
     )
     state_like = plan_lib.abstract_state(plan, mesh)
     outcome = _compile(plan, state_like, mesh)
-    _say(f"compiled in {outcome.seconds:.1f} s" if outcome.compiled else outcome.refusal)
+    telemetry.say(f"compiled in {outcome.seconds:.1f} s" if outcome.compiled else outcome.refusal)
     report = {
         "topology": topology,
         "devices": len(devices),
@@ -88,14 +85,8 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
         **_costs(plan, state_like, outcome, mesh, chip),
         "compile_seconds": outcome.seconds,
     }
-    print(json.dumps(telemetry.json_ready(report), indent=2))
-    if output:
-        telemetry.write_json(output, report)
+    telemetry.print_json(report, output)
     return report
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
@@ -143,16 +134,8 @@ def _cpus(count: int) -> list[Any]:
 
 
 def _compile(plan: Plan, state_like: Any, mesh: Mesh) -> Outcome:
-    step = steps.jit_train_step(
-        mesh,
-        model=plan.model,
-        objective=plan.objective,
-        optimizer=optim.build(plan.optimizer, plan.total_steps),
-        micro=plan.optimizer.accumulation,
-    )
     start = time.perf_counter()
-    seed = jax.ShapeDtypeStruct((), np.uint32)
-    lowered = step.lower(state_like, plan.batch, seed)  # type: ignore[attr-defined]
+    lowered = plan_lib.lower(plan, mesh, state_like)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:

@@ -9,7 +9,6 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from gptjax import attention_cpu, sharding
 from gptjax import dropout as dropout_lib
@@ -143,26 +142,8 @@ def causal(
     if kind == "pallas":
         from gptjax import attention_tpu  # half a second of imports that only a TPU needs
 
-        if mesh is None or mesh.size == 1:
-            return attention_tpu.flash(*inputs, rate, words)
-        return attention_tpu.flash_sharded(mesh, *inputs, rate, words)
-    return _blocked(mesh, *inputs, rate, words)
-
-
-def _blocked(mesh, q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, rate, words):
+        return attention_tpu.flash(*inputs, rate, words, mesh=mesh)
     if not q_BTHK.size:
         return q_BTHK
-    batch, _, heads, _ = q_BTHK.shape
-    words = jnp.zeros(2, jnp.uint32) if words is None else words
-    heads_BH = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
     kernel = functools.partial(attention_cpu.blocked, rate)
-    if mesh is not None and mesh.size > 1:
-        # The partitioner cannot cut a loop over rows by itself.
-        rows = sharding.BATCH_AXES
-        tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
-        x, ids = P(rows, None, tensor, None), P(rows, None)
-        kernel = jax.shard_map(
-            kernel, mesh=mesh, in_specs=(x, x, x, ids, ids, P(), P(rows, tensor)), out_specs=x,
-            check_vma=False,
-        )  # fmt: skip
-    return kernel(q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, words, heads_BH)
+    return sharding.by_rows_and_heads(kernel, mesh, *inputs, words)

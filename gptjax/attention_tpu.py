@@ -22,17 +22,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from gptjax import dropout as dropout_lib
-from gptjax.sharding import BATCH_AXES
+from gptjax import sharding
 
 Array = jax.Array
 Ref = Any
 
 LANES = 128
 BLOCK = 256
-HEAD_AXIS = "tensor"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +66,14 @@ def _scores(q_KT: Array, k_KS: Array, query_ids_1T: Array, key_ids_1S: Array, ah
 
 
 def _kept(plan: _Plan, scalars_ref: Ref, shape: tuple[int, ...], b: Any, h: Any, t: Any, s: Any):
-    """Returns bool [S, T]: the dropout mask of the block that begins at query t and key s."""
-    words = (scalars_ref[0], scalars_ref[1])
+    """Returns bool [S, T]: the dropout mask of the block that begins at query t and key s.
+
+    The scalars are the two words of the dropout, and what `_padded` says of the first row and head.
+    """
+    words, first = (scalars_ref[0], scalars_ref[1]), scalars_ref[2]
     row, head, t, s = (x.astype(jnp.uint32) for x in (b, h, t, s))
-    row, head = row + scalars_ref[2], head + scalars_ref[3]
     length = jnp.uint32(plan.length)
-    start = ((row * jnp.uint32(plan.heads) + head) * length + t) * length + s
+    start = ((first + row * jnp.uint32(plan.heads) + head) * length + t) * length + s
     key, query = (
         lax.broadcasted_iota(jnp.int32, shape, axis).astype(jnp.uint32) for axis in range(2)
     )
@@ -240,7 +240,7 @@ def _run_forward(plan: _Plan, arrays: tuple[Array, ...], save: bool) -> list[Arr
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _flash(plan: _Plan, *arrays: Array) -> Array:
-    """Of q, k, v [B, H, K, T], ids [B, 1, T], T a multiple of the block, and the scalars [4]."""
+    """Of q, k, v [B, H, K, T], ids [B, 1, T], T a multiple of the block, and the scalars [3]."""
     return _run_forward(plan, arrays, save=False)[0]
 
 
@@ -277,7 +277,7 @@ _flash.defvjp(_forward, _backward)
 
 def _padded(
     plan: _Plan, q_BTHK: Array, k_BTHK: Array, v_BTHK: Array,
-    query_ids_BT: Array, key_ids_BT: Array, scalars: Array,
+    query_ids_BT: Array, key_ids_BT: Array, words: Array, heads_BH: Array,
 ) -> Array:  # fmt: skip
     """Brings the arrays into the kernels' layout, with whole blocks of tokens, and back."""
     length = q_BTHK.shape[1]
@@ -289,17 +289,9 @@ def _padded(
     # One id for all padding, so that no row of it is empty. Which one does not matter: padding is
     # after every real query, so hidden from it.
     ids = (jnp.pad(x, [(0, 0), (0, more)])[:, None] for x in (query_ids_BT, key_ids_BT))
+    # Of rows and heads the first number, b * H + h in the whole array, says the others.
+    scalars = jnp.concatenate([words, heads_BH[0, :1]])
     return _flash(plan, *heads, *ids, scalars)[..., :length].transpose(0, 3, 1, 2)
-
-
-def _plan(
-    length: int, heads: int, rate: float, words: Array | None, block: int | None, interpret: bool
-) -> tuple[_Plan, Array]:
-    """Returns what the kernels are compiled for, and the dropout key (zeros: none) to run with."""
-    plan = _Plan(
-        length, heads, rate if words is not None else 0.0, block or _block_size(length), interpret
-    )
-    return plan, jnp.zeros(2, jnp.uint32) if words is None else words
 
 
 def flash(
@@ -311,6 +303,7 @@ def flash(
     dropout_rate: float = 0.0,
     dropout_words: Array | None = None,
     *,
+    mesh: Mesh | None = None,
     interpret: bool = False,
     block: int | None = None,
 ) -> Array:
@@ -319,9 +312,8 @@ def flash(
     Query t sees key s if s <= t and query_ids[b, t] == key_ids[b, s]. As `gptjax.attention.attend`
     with those keys visible, and with its dropout mask, but without an array [T, T], in the forward
     pass as in the gradient. Scores and softmax are float32; the products take the dtype of q, k, v
-    (float32 in the precision that `jax_default_matmul_precision` says) and add up in float32.
-
-    Not under a jit whose arrays are sharded: there, `flash_sharded`.
+    (float32 in the precision that `jax_default_matmul_precision` says) and add up in float32. The
+    result does not depend on the mesh, its dropout mask included.
 
     Args:
       q_BTHK, k_BTHK, v_BTHK: queries, keys, values; bfloat16 or float32, any T and K. The fast
@@ -331,52 +323,13 @@ def flash(
         without any visible key gets 0.
       dropout_rate: of the attention weights.
       dropout_words: uint32 [2]; None: no dropout.
+      mesh: of the devices that share the rows and heads, as in `gptjax.sharding.by_rows_and_heads`;
+        None: one device.
       interpret: run the kernel's operations one by one on any device, for tests.
       block: tokens of a block, a multiple of 128 (any where interpreted); None: chosen by T.
     """
     length, heads = q_BTHK.shape[1:3]
-    plan, words = _plan(length, heads, dropout_rate, dropout_words, block, interpret)
-    scalars = jnp.concatenate([words, jnp.zeros(2, jnp.uint32)])
-    return _padded(plan, q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, scalars)
-
-
-def flash_sharded(
-    mesh: Mesh,
-    q_BTHK: Array,
-    k_BTHK: Array,
-    v_BTHK: Array,
-    query_ids_BT: Array,
-    key_ids_BT: Array,
-    dropout_rate: float = 0.0,
-    dropout_words: Array | None = None,
-    *,
-    interpret: bool = False,
-    block: int | None = None,
-) -> Array:
-    """`flash` under a jit on a mesh: each device runs the kernel on its own rows and heads.
-
-    XLA cannot cut a kernel up by itself. Rows lie over the axes data and fsdp, whose product must
-    divide B; heads over tensor, or on every device of it where it does not divide H. The result
-    does not depend on the mesh, its dropout mask included.
-
-    Args:
-      mesh: with the axes ('data', 'fsdp', 'tensor').
-      q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, dropout_rate, dropout_words, interpret,
-        block: as in `flash`, of the whole arrays.
-    """
-    length, heads = q_BTHK.shape[1:3]
-    plan, words = _plan(length, heads, dropout_rate, dropout_words, block, interpret)
-    head_axis = HEAD_AXIS if heads % mesh.shape[HEAD_AXIS] == 0 else None
-
-    def local(words: Array, q: Array, k: Array, v: Array, query_ids: Array, key_ids: Array):
-        row = lax.axis_index(BATCH_AXES) * q.shape[0]
-        head = lax.axis_index(head_axis) * q.shape[2] if head_axis else 0
-        scalars = jnp.concatenate([words, jnp.stack([row, head]).astype(jnp.uint32)])
-        return _padded(plan, q, k, v, query_ids, key_ids, scalars)
-
-    split, rows = P(BATCH_AXES, None, head_axis), P(BATCH_AXES)
-    # Kernels do not say over which axes their results vary, so that there is nothing to check.
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(P(), split, split, split, rows, rows), out_specs=split,
-        check_vma=False,
-    )(words, q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT)  # fmt: skip
+    rate = 0.0 if dropout_words is None else dropout_rate
+    plan = _Plan(length, heads, rate, block or _block_size(length), interpret)
+    inputs = (q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, dropout_words)
+    return sharding.by_rows_and_heads(functools.partial(_padded, plan), mesh, *inputs)

@@ -5,11 +5,9 @@ Steps and generation run on synthetic tokens, so no data is needed; input is the
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import re
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,11 +18,10 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from gptjax import config as config_lib
-from gptjax import flops, loop, optim, sharding, state, telemetry, validation
+from gptjax import flops, loop, sharding, telemetry, validation
 from gptjax import generate as generate_lib
 from gptjax import model as model_lib
 from gptjax import plan as plan_lib
-from gptjax import steps as steps_lib
 from gptjax.batch import Batch
 from gptjax.config import Experiment, MeshConfig
 from gptjax.errors import require
@@ -94,16 +91,8 @@ def run(experiment: Experiment, request: Request, output: str = "") -> dict[str,
         "machine": telemetry.machine(),
         "allocator": os.environ.get("GLIBC_TUNABLES", ""),
     }
-    if jax.process_index() == 0:
-        print(json.dumps(telemetry.json_ready(report), indent=2))
-        if output:
-            telemetry.write_json(output, report)
+    telemetry.print_json(report, output)
     return report
-
-
-def _say(text: str) -> None:
-    if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
 
 
 def sequence_length(plan: Plan) -> int:
@@ -172,30 +161,11 @@ def _nothing_kept() -> Iterator[None]:
 
 def _compile(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], float]:
     """The compiled train step, and the seconds that tracing and compiling it took."""
-    step = steps_lib.jit_train_step(
-        mesh,
-        model=plan.model.clone(mesh=mesh),
-        objective=plan.objective,
-        optimizer=optim.build(plan.optimizer, plan.total_steps),
-        micro=plan.optimizer.accumulation,
-    )
-    seed = jax.ShapeDtypeStruct((), np.uint32)
     start = time.perf_counter()
     with _nothing_kept():
-        lowered = step.lower(  # type: ignore[attr-defined]
-            plan_lib.abstract_state(plan, mesh), plan.batch, seed
-        )
+        lowered = plan_lib.lower(plan, mesh, plan_lib.abstract_state(plan, mesh))
         compiled = lowered.compile()
     return compiled, time.perf_counter() - start
-
-
-def _new_state(plan: Plan, mesh: Mesh) -> state.TrainState:
-    optimizer = optim.build(plan.optimizer, plan.total_steps)
-
-    def make(key: jax.Array) -> state.TrainState:
-        return state.create(model_lib.init_params(plan.model, key), optimizer)
-
-    return state.born_sharded(make, mesh, jax.random.key(0))
 
 
 def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
@@ -215,10 +185,10 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
     plan = plan_lib.build(experiment, request.stage, mesh)
     batch = synthetic_batch(plan)
     rows, length = batch.tokens.shape
-    _say(f"{request.stage}: compiling the step of {rows} x {length} tokens")
+    telemetry.say(f"{request.stage}: compiling the step of {rows} x {length} tokens")
     compiled, compile_seconds = _compile(plan, mesh)
-    _say(f"compiled in {compile_seconds:.1f} s; timing {request.timed} steps")
-    train_state = _new_state(plan, mesh)
+    telemetry.say(f"compiled in {compile_seconds:.1f} s; timing {request.timed} steps")
+    train_state = plan_lib.new_state(plan, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
 
     def step() -> Any:
@@ -310,7 +280,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
             np.zeros(vocabulary, bool),
         )  # fmt: skip
 
-    _say(
+    telemetry.say(
         f"generate: {request.num_samples} x {request.max_new_tokens} tokens, {request.timed} times"
     )
     first = float(np.median(_times(lambda: call(1), request)))
@@ -338,12 +308,12 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
         f"--stage={request.stage}: the experiment has no {request.stage} part",
     )
     mesh = sharding.make_mesh(experiment.mesh)
-    _say(f"{request.stage}: loading the data")
+    telemetry.say(f"{request.stage}: loading the data")
     start = time.perf_counter()
     _, model, stages = loop.prepare(experiment, _NO_WORKDIR, mesh)
     stage = next(each for each in stages if each.name == request.stage)
     load_seconds = time.perf_counter() - start
-    _say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")
+    telemetry.say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")
     warmup = _WARMUP[request.what]
     begun = time.perf_counter()
     batches = stage.batches.iterate(0, warmup + request.timed)

@@ -1,17 +1,18 @@
-"""The train step of an experiment as shapes alone: what `--mode=compile` compiles.
+"""The train step of an experiment as shapes alone: what `--mode=compile` and `bench` compile.
 
 No data is read; what a training would learn from its data is assumed, and said.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import checkpoint, optim, sharding, stages, state, validation
+from gptjax import checkpoint, optim, sharding, stages, state, steps, validation
 from gptjax import model as model_lib
 from gptjax.batch import Batch
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, OptimizerConfig
@@ -157,11 +158,40 @@ def _abstract_batch(
     )
 
 
-def abstract_state(plan: Plan, mesh: Mesh) -> Any:
-    """Returns the shapes and shardings of the training state, a `TrainState`."""
+def _birth(plan: Plan) -> Callable[[jax.Array], state.TrainState]:
+    """Returns what makes the training state of a key."""
     optimizer = optim.build(plan.optimizer, plan.total_steps)
 
     def make(key: jax.Array) -> state.TrainState:
         return state.create(model_lib.init_params(plan.model, key), optimizer)
 
-    return state.abstract(make, mesh, jax.eval_shape(lambda: jax.random.key(0)))
+    return make
+
+
+def abstract_state(plan: Plan, mesh: Mesh) -> Any:
+    """Returns the shapes and shardings of the training state, a `TrainState`."""
+    return state.abstract(_birth(plan), mesh, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def new_state(plan: Plan, mesh: Mesh) -> state.TrainState:
+    """Returns a training state with random weights."""
+    return state.born_sharded(_birth(plan), mesh, jax.random.key(0))
+
+
+def lower(plan: Plan, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
+    """Returns the train step of (state, batch, seed), traced.
+
+    Args:
+      plan: from `build`.
+      mesh: the plan's.
+      state_like: from `abstract_state`.
+    """
+    step = steps.jit_train_step(
+        mesh,
+        model=plan.model,
+        objective=plan.objective,
+        optimizer=optim.build(plan.optimizer, plan.total_steps),
+        micro=plan.optimizer.accumulation,
+    )
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    return step.lower(state_like, plan.batch, seed)  # type: ignore[attr-defined]

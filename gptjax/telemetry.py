@@ -88,6 +88,20 @@ def write_json(path: PathLike, obj: Any) -> None:
     write_atomically(path, json.dumps(json_ready(obj), indent=2, allow_nan=False).encode() + b"\n")
 
 
+def say(text: str) -> None:
+    """Prints a line on stderr, from the first process."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)
+
+
+def print_json(obj: Any, path: PathLike = "") -> None:
+    """Prints `obj` as JSON, and writes it to `path` unless empty, both from the first process."""
+    if jax.process_index() == 0:
+        print(json.dumps(json_ready(obj), indent=2))
+        if path:
+            write_json(path, obj)
+
+
 def read_json(path: PathLike) -> Any:
     """Reads a JSON file; a missing or broken one is a `UserError`."""
     try:

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+import launch
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "gptjax"
 
@@ -159,9 +161,25 @@ def test_help_comes_at_once():
 
     start = used()
     command = [sys.executable, "launch.py", "--help"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
     assert "--config.FIELD" in done.stdout
     assert used() - start < 2
+
+
+@pytest.mark.parametrize("flag", ["--help", "-help", "-?", "--helpshort", "--helpfull"])
+def test_help_is_no_error(flag):
+    command = [sys.executable, "launch.py", "--mode=bench", flag]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(launch.__doc__)
+    assert "--mode: <train|" in done.stdout
+    assert ("--[no]only_check_args" in done.stdout) == (flag == "--helpfull"), "absl's own flags"
+
+
+def test_an_experiment_that_ends_the_process_ends_it_with_its_code(tmp_path):
+    (tmp_path / "experiment.py").write_text("import sys; sys.exit(7)")
+    command = [sys.executable, "launch.py", f"--config={tmp_path}/experiment.py"]
+    assert subprocess.run(command, capture_output=True, check=False, cwd=ROOT).returncode == 7
 
 
 def test_import_gptjax_is_light():

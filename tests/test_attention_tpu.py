@@ -62,12 +62,11 @@ def pulled(attend):
 @functools.cache
 def flash(rate=0.1, block=32, mesh=None):
     """(q, k, v, g, query_ids, key_ids, words) -> y, dq, dk, dv. Cached, for compiling is slow."""
-    function = attention_tpu.flash
-    if mesh is not None:
-        function = functools.partial(attention_tpu.flash_sharded, mesh)
 
     def attend(q, k, v, query_ids, key_ids, words):
-        return function(q, k, v, query_ids, key_ids, rate, words, interpret=True, block=block)
+        return attention_tpu.flash(
+            q, k, v, query_ids, key_ids, rate, words, mesh=mesh, interpret=True, block=block
+        )
 
     return small.fast_jit(pulled(attend))
 
@@ -271,11 +270,6 @@ def test_a_mesh_computes_what_one_device_computes(sizes, heads):
     assert np.abs(other[0] - np.asarray(got[0])).max() > 0.1, "the comparison is about masks"
 
 
-def test_the_axes_are_those_of_the_mesh():
-    assert (*attention_tpu.BATCH_AXES, attention_tpu.HEAD_AXIS) == sharding.AXES
-    assert attention_tpu.BATCH_AXES == sharding.BATCH_AXES
-
-
 B, T, H, K = 32, 512, 12, 64
 
 
@@ -334,7 +328,7 @@ def test_it_compiles_for_a_mesh_of_v5es_without_communication(chips, backward):
     mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), chips)
 
     def kernel(q, k, v, ids, words):
-        return attention_tpu.flash_sharded(mesh, q, k, v, ids, ids, 0.1, words)
+        return attention_tpu.flash(q, k, v, ids, ids, 0.1, words, mesh=mesh)
 
     specs = P(sharding.BATCH_AXES, None, "tensor"), P(sharding.BATCH_AXES), P()
     program = compiled(kernel, *(NamedSharding(mesh, spec) for spec in specs), backward)

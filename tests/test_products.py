@@ -59,16 +59,14 @@ def test_linear_and_its_gradients_are_their_formulas(leading, inputs, features, 
     assert d_x.shape == x.shape
 
 
-def test_other_platforms_compute_the_same():
+def test_other_platforms_compute_the_same(monkeypatch):
     """What GPUs and TPUs are given, run here: the products without a transpose in memory."""
     x, kernel, g = draw((2, 3), (2, 4), (8,), "float32")
-    pick = jax.lax.platform_dependent
     here = products.weight_gradient(x, g, 2), products.input_gradient(g, kernel, 2)
-    try:
-        jax.lax.platform_dependent = lambda *args, default, **kwargs: default(*args)
-        there = products.weight_gradient(x, g, 2), products.input_gradient(g, kernel, 2)
-    finally:
-        jax.lax.platform_dependent = pick
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, default, **kwargs: default(*args)
+    )
+    there = products.weight_gradient(x, g, 2), products.input_gradient(g, kernel, 2)
     for one, other in zip(here, there, strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

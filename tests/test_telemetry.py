@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
@@ -160,6 +161,21 @@ def test_write_json_round_trips_in_order(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_only_the_first_process_speaks(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "report.json"
+    for process in (1, 0):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        telemetry.say("a line")
+        telemetry.print_json({"speed": np.float32(0.5), "none": float("nan")})
+        telemetry.print_json({"n": process}, path)
+        shown = capsys.readouterr()
+        if process:
+            assert (shown.out, shown.err, os.listdir(tmp_path)) == ("", "", [])
+    assert shown.err == "a line\n"
+    assert shown.out == '{\n  "speed": 0.5,\n  "none": null\n}\n{\n  "n": 0\n}\n'
+    assert strict_json(path.read_text()) == {"n": 0}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
