@@ -13,6 +13,7 @@ from gptjax import optim, sharding, stages, state, steps
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.data import loader
 from gptjax.data.tasks import TaskSpec
+from gptjax.decoding import Decoder
 from gptjax.generate import Sampling
 from gptjax.steps import Objective, StepOutput
 
@@ -81,14 +82,14 @@ class Generation:
 
     def __init__(self, size: Size, dtype: str, params: Any = None):
         """Args: size; dtype float32 or bfloat16; params: weights, None: random ones."""
-        self._model = stages.make_model(sizes.model_config(size, dtype), None)
-        init = jax.jit(lambda key: model_lib.init_params(self._model, key))
-        self._params = init(jax.random.key(0)) if params is None else params
+        model = stages.make_model(sizes.model_config(size, dtype), None)
+        if params is None:
+            params = jax.jit(lambda key: model_lib.init_params(model, key))(jax.random.key(0))
+        self._decoder = Decoder(model, params)
         self._banned = np.zeros(size.vocab_size, bool)
 
     def __call__(self, prompt: np.ndarray, batch: int, tokens: int) -> np.ndarray:
         """Returns int [batch, tokens]: continuations of int [T]."""
         return generate_lib.generate(
-            self._model, self._params, prompt, tokens, batch, Sampling(temperature=0.0), 0,
-            self._banned,
+            self._decoder, prompt, tokens, batch, Sampling(temperature=0.0), 0, self._banned
         )  # fmt: skip

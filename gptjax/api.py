@@ -1,6 +1,7 @@
 """A trained model in Python: for notebooks, services, and the modes of `launch.py`."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples, TaskSpec
 from gptjax.data.tokenizer import SPECIALS, UNKNOWN, Tokenizer
+from gptjax.decoding import Decoder
 from gptjax.errors import UserError, brief, require
 from gptjax.generate import Sampling
 from gptjax.model import GPT
@@ -76,6 +78,10 @@ class LoadedGPT:
     def _batched(self) -> GPT:
         """The same for batches whose rows the devices share."""
         return self._make("auto", self.mesh)
+
+    @functools.cached_property
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model, self.params)
 
     def _make(self, attention: str, mesh: Mesh | None = None) -> GPT:
         # The attention of the training was for its devices, not for these.
@@ -138,8 +144,8 @@ class LoadedGPT:
         banned[len(self.tokenizer) :] = True
         banned[[self.tokenizer.token_id(name) for name in (*SPECIALS, UNKNOWN)]] = True
         new = generate_lib.generate(
-            self.model, self.params, np.array(ids, np.int32), max_new_tokens, num_samples,
-            sampling, seed, banned,
+            self._decoder, np.array(ids, np.int32), max_new_tokens, num_samples, sampling, seed,
+            banned,
         )  # fmt: skip
         return [self.tokenizer.decode([*prompt_ids, *row]) for row in new]
 

@@ -1,6 +1,6 @@
 """Masked attention behind two functions: `causal` over whole sequences, `attend` to a cache.
 
-Letters of shapes: B batch, T queries, S keys, H heads, K width of a head.
+Letters of shapes: B batch, T queries, S keys, H heads, K width of a head, X leading axes.
 """
 
 import functools
@@ -37,34 +37,31 @@ def causal_cached(query_positions_T: Array, cache_length: int) -> Array:
 
 
 def attend(
-    q_BTHK: Array,
-    k_BSHK: Array,
-    v_BSHK: Array,
-    visible_BTS: Array,
+    q_XTK: Array,
+    k_XSK: Array,
+    v_XSK: Array,
+    visible_XTS: Array,
     dropout_rate: float = 0.0,
     dropout_words: Array | None = None,
 ) -> Array:
-    """Returns softmax(q k^T / sqrt(K), hidden keys at weight 0) v, as [B, T, H, K].
+    """Returns softmax(q k^T / sqrt(K), hidden keys at weight 0) v, as [X..., T, K].
 
     The plain way, with all scores at once. Scores and softmax are float32 whatever the dtype of q,
     k and v.
 
     Args:
-      q_BTHK, k_BSHK, v_BSHK: queries, keys, values.
-      visible_BTS: bool, which keys a query may see; every query must see at least one.
+      q_XTK, k_XSK, v_XSK: queries, keys, values, with any leading axes.
+      visible_XTS: bool, which keys a query may see; every query must see at least one.
       dropout_rate: of the attention weights.
       dropout_words: uint32 [2]; None: no dropout.
     """
-    scale = 1 / math.sqrt(q_BTHK.shape[-1])
-    # Heads beside the batch first: XLA's CPU products are a third faster so, on others it is free.
-    q_BHTK, k_BHSK, v_BHSK = (jnp.moveaxis(x, 2, 1) for x in (q_BTHK, k_BSHK, v_BSHK))
-    scores_BHTS = jnp.einsum("BHTK,BHSK->BHTS", q_BHTK, k_BHSK, preferred_element_type=jnp.float32)
-    scores_BHTS = jnp.where(visible_BTS[:, None], scores_BHTS * scale, jnp.finfo(jnp.float32).min)
-    weights_BHTS = jax.nn.softmax(scores_BHTS, axis=-1)
+    scale = 1 / math.sqrt(q_XTK.shape[-1])
+    scores_XTS = jnp.einsum("...TK,...SK->...TS", q_XTK, k_XSK, preferred_element_type=jnp.float32)
+    scores_XTS = jnp.where(visible_XTS, scores_XTS * scale, jnp.finfo(jnp.float32).min)
+    weights_XTS = jax.nn.softmax(scores_XTS, axis=-1)
     if dropout_words is not None and dropout_rate > 0:
-        weights_BHTS = dropout_lib.dropout(weights_BHTS, dropout_words, dropout_rate)
-    y_BHTK = jnp.einsum("BHTS,BHSK->BHTK", weights_BHTS.astype(v_BSHK.dtype), v_BHSK)
-    return jnp.moveaxis(y_BHTK, 1, 2)
+        weights_XTS = dropout_lib.dropout(weights_XTS, dropout_words, dropout_rate)
+    return jnp.einsum("...TS,...SK->...TK", weights_XTS.astype(v_XSK.dtype), v_XSK)
 
 
 def choose(kind: str, platform: str, dtype: str, dropout_rate: float) -> str:
@@ -96,7 +93,10 @@ def choose(kind: str, platform: str, dtype: str, dropout_rate: float) -> str:
 
 def _plain(q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, rate, words):
     visible_BTT = causal_segments(query_ids_BT, key_ids_BT)
-    return attend(q_BTHK, k_BTHK, v_BTHK, visible_BTT, rate, words)
+    # Heads beside the batch first: XLA's CPU products are a third faster so, on others it is free.
+    q_BHTK, k_BHTK, v_BHTK = (jnp.moveaxis(x, 2, 1) for x in (q_BTHK, k_BTHK, v_BTHK))
+    y_BHTK = attend(q_BHTK, k_BHTK, v_BHTK, visible_BTT[:, None], rate, words)
+    return jnp.moveaxis(y_BHTK, 1, 2)
 
 
 def _cudnn(q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, implementation="cudnn"):

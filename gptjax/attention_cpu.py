@@ -118,7 +118,7 @@ def _group(batch: int, heads: int, length: int) -> int:
 
 
 def _bits(x: Array) -> Array:
-    """bfloat16 as uint16, for what only moves it: XLA's CPU backend moves bfloat16 as float32."""
+    """bfloat16 as uint16, for what only moves it: XLA moves bfloat16 as float32 on CPUs."""
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 

@@ -24,6 +24,7 @@ from gptjax import model as model_lib
 from gptjax import plan as plan_lib
 from gptjax.batch import Batch
 from gptjax.config import Experiment, MeshConfig
+from gptjax.decoding import Decoder
 from gptjax.errors import require
 from gptjax.generate import Sampling
 from gptjax.plan import Plan
@@ -272,12 +273,12 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     plan = plan_lib.build(experiment, stage, mesh)
     vocabulary = plan.model.config.vocab_size
     params = jax.jit(lambda key: model_lib.init_params(plan.model, key))(jax.random.key(0))
+    decoder = Decoder(plan.model, params)
     prompt = np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS, dtype=np.int32)
 
     def call(tokens: int) -> np.ndarray:
         return generate_lib.generate(
-            plan.model, params, prompt, tokens, request.num_samples, Sampling(), 0,
-            np.zeros(vocabulary, bool),
+            decoder, prompt, tokens, request.num_samples, Sampling(), 0, np.zeros(vocabulary, bool)
         )  # fmt: skip
 
     telemetry.say(

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax import decoding, sharding
+from gptjax.decoding import Caches, Decoder, Weights
 from gptjax.errors import require
-from gptjax.model import GPT, Cache, new_cache, run
-from gptjax.state import Params
+from gptjax.model import GPT, new_cache
 
 Array = jax.Array
 
@@ -34,12 +35,16 @@ class Sampling:
         require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")
 
 
+def _tempered(logits_NV: Array, temperature: Array) -> Array:
+    return logits_NV / jnp.maximum(temperature, 1e-6)
+
+
 def filtered(logits_NV: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
     """Returns the logits over the temperature, -inf where top_k or top_p leaves a token out.
 
     Equal logits share their fate: a tie at the edge keeps all of its tokens.
     """
-    logits_NV = logits_NV / jnp.maximum(temperature, 1e-6)
+    logits_NV = _tempered(logits_NV, temperature)
     descending_NV = -jnp.sort(-logits_NV, axis=-1)
     size = logits_NV.shape[-1]
     last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
@@ -54,35 +59,61 @@ def filtered(logits_NV: Array, temperature: Array, top_k: Array, top_p: Array) -
 
 def draw(logits_NV: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
     """Returns int32 [N]: the next token of each sample."""
-    sampled_N = jax.random.categorical(key, filtered(logits_NV, temperature, top_k, top_p))
-    return jnp.where(temperature == 0, logits_NV.argmax(-1), sampled_N).astype(jnp.int32)
+
+    def greedy() -> Array:
+        return logits_NV.argmax(-1)
+
+    def sampled() -> Array:
+        # Sorting a vocabulary takes a CPU longer than a small model's step.
+        whole = (top_k == 0) & (top_p >= 1)
+        kept_NV = jax.lax.cond(
+            whole,
+            lambda: _tempered(logits_NV, temperature),
+            lambda: filtered(logits_NV, temperature, top_k, top_p),
+        )
+        return jax.random.categorical(key, kept_NV)
+
+    return jax.lax.cond(temperature == 0, greedy, sampled).astype(jnp.int32)
 
 
-def _next_logits(model: GPT, params: Params, x_N1D: Array, banned_V: Array) -> Array:
-    logits_N1V = run(model, params, x_N1D, method="lm_logits")
-    return jnp.where(banned_V[None], -jnp.inf, logits_N1V[:, 0])
+def _next_logits(weights: Weights, x_N1D: Array, banned_V: Array) -> Array:
+    return jnp.where(banned_V[None], -jnp.inf, decoding.lm_logits(weights, x_N1D)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "samples"))
+@functools.partial(jax.jit, static_argnames=("model", "samples", "entries"))
 def _prefill(
-    model: GPT, params: Params, prompt_1T: Array, length: Array, banned_V: Array, samples: int
-) -> tuple[Cache, Array]:
+    model: GPT,
+    weights: Weights,
+    prompt_NT: Array,
+    length: Array,
+    banned_V: Array,
+    samples: int,
+    entries: int,
+) -> tuple[Caches, Array]:
     """Runs the prompt (padded at its end) once; returns cache and logits of `samples` copies."""
-    cache = new_cache(model.config, prompt_1T.shape[0], model.config.context_length)
-    x_NTD, cache = run(model, params, prompt_1T, cache, jnp.int32(0), method="decode")
+    # A CPU reads bfloat16 one by one: it has the same numbers as float32.
+    on_cpu = sharding.platform(model.mesh) == "cpu"
+    dtype = jnp.float32 if on_cpu else model.config.dtype
+    cache = new_cache(model.config, prompt_NT.shape[0], entries, dtype)
+    x_NTD, cache = decoding.decode(model, weights, prompt_NT, cache, 0)
     # What the padding wrote is overwritten by later tokens before any query can see it.
     x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
-    logits_NV = _next_logits(model, params, x_N1D, banned_V)
-    copies = samples // prompt_1T.shape[0]
-    cache = {name: jnp.repeat(value, copies, axis=1) for name, value in cache.items()}
-    return cache, jnp.repeat(logits_NV, copies, axis=0)
+    logits_NV = _next_logits(weights, x_N1D, banned_V)
+    rows = prompt_NT.shape[0]
+
+    def copied(x: Array) -> Array:
+        """Of the leading axis, rows times something: all of a row, then all of its copy."""
+        x = jnp.repeat(x.reshape(rows, -1, *x.shape[1:]), samples // rows, axis=0)
+        return x.reshape(-1, *x.shape[2:])
+
+    return jax.tree.map(copied, (cache, logits_NV))
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def _decode(
     model: GPT,
-    params: Params,
-    cache: Cache,
+    weights: Weights,
+    cache: Caches,
     logits_NV: Array,
     banned_V: Array,
     start: Array,
@@ -91,26 +122,28 @@ def _decode(
     key: Array,
     sampling: tuple[Array, Array, Array],
 ) -> Array:
-    """Draws `count` tokens from position `start` on; returns int32 [N, context] (the first count).
+    """Draws `count` tokens from position `start` on; returns int32 [N, S] (the first count).
 
-    One compiled loop for any prompt, count and sampling. `drawn` tokens came before (in earlier
-    windows): the key of a draw is its index among all draws.
+    One compiled loop for any prompt, count and sampling that fit a cache of S entries. `drawn`
+    tokens came before (in earlier windows): the key of a draw is its index among all draws.
     """
-    out_NT = jnp.zeros((logits_NV.shape[0], model.config.context_length), jnp.int32)
+    entries = cache[0]["key"].shape[1]
+    out_NS = jnp.zeros((logits_NV.shape[0], entries), jnp.int32)
 
-    def body(i: Array, carry: tuple[Array, Cache, Array]) -> tuple[Array, Cache, Array]:
-        out_NT, cache, logits_NV = carry
+    def body(i: Array, carry: tuple[Array, Caches, Array]) -> tuple[Array, Caches, Array]:
+        out_NS, cache, logits_NV = carry
         token_N = draw(logits_NV, jax.random.fold_in(key, drawn + i), *sampling)
-        out_NT = jax.lax.dynamic_update_slice_in_dim(out_NT, token_N[:, None], i, axis=1)
-        x_N1D, cache = run(model, params, token_N[:, None], cache, start + i, method="decode")
-        return out_NT, cache, _next_logits(model, params, x_N1D, banned_V)
+        out_NS = jax.lax.dynamic_update_slice_in_dim(out_NS, token_N[:, None], i, axis=1)
+        x_N1D, cache = decoding.decode(model, weights, token_N[:, None], cache, start + i)
+        return out_NS, cache, _next_logits(weights, x_N1D, banned_V)
 
-    return jax.lax.fori_loop(0, count, body, (out_NT, cache, logits_NV))[0]
+    return jax.lax.fori_loop(0, count, body, (out_NS, cache, logits_NV))[0]
 
 
 def _bucket(length: int, limit: int) -> int:
-    """The next power of two, at least 16: few shapes are compiled."""
-    return min(limit, max(16, 1 << (length - 1).bit_length()))
+    """The next power of two, or one and a half of one, at least 16: few shapes are compiled."""
+    power = max(16, 1 << (length - 1).bit_length())
+    return min(limit, power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power)
 
 
 def window_start(length: int, context_length: int) -> int:
@@ -123,8 +156,7 @@ def window_start(length: int, context_length: int) -> int:
 
 
 def generate(
-    model: GPT,
-    params: Params,
+    decoder: Decoder,
     prompt: np.ndarray,
     max_new_tokens: int,
     num_samples: int,
@@ -135,8 +167,7 @@ def generate(
     """Returns int32 [N, max_new_tokens]: continuations of one prompt.
 
     Args:
-      model: any head; only the decoder is used.
-      params: its parameters.
+      decoder: of a model.
       prompt: int32 [T], at least one token; its end counts where it exceeds the context.
       max_new_tokens: may exceed the context (see `window_start`).
       num_samples: N.
@@ -150,19 +181,22 @@ def generate(
         jnp.int32(sampling.top_k),
         jnp.float32(sampling.top_p),
     )
-    context = model.config.context_length
+    context = decoder.model.config.context_length
     texts = prompt[None].astype(np.int32)
     done = 0
     while done < max_new_tokens:
         window = texts[:, window_start(texts.shape[1], context) :]
         length = window.shape[1]
+        count = min(max_new_tokens - done, context - length)
         padded = np.zeros((window.shape[0], _bucket(length, context)), np.int32)
         padded[:, :length] = window
-        cache, logits = _prefill(model, params, padded, length, banned, num_samples)
-        count = min(max_new_tokens - done, context - length)
+        cache, logits = _prefill(
+            decoder.model, decoder.weights, padded, length, banned, num_samples,
+            _bucket(length + count, context),
+        )  # fmt: skip
         out = _decode(
-            model, params, cache, logits, banned, jnp.int32(length), jnp.int32(count),
-            jnp.int32(done), key, numbers,
+            decoder.model, decoder.weights, cache, logits, banned, jnp.int32(length),
+            jnp.int32(count), jnp.int32(done), key, numbers,
         )  # fmt: skip
         texts = np.repeat(texts, num_samples // texts.shape[0], axis=0)
         texts = np.concatenate([texts, np.asarray(out)[:, :count]], axis=1)

@@ -122,7 +122,7 @@ def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks, sharded):
         loss, (exp, total_exp, hot) = _chunk_loss(x, table_DV, targets, weights, sharded)
         d_logits = (exp * (weights / total_exp)[..., None] - hot * weights[..., None]).astype(dtype)
         d_logits = jax.lax.optimization_barrier(d_logits)
-        d_x = products.input_gradient(d_logits, table_DV, 1, sharded)
+        d_x = products.times_transposed(d_logits, table_DV, 1, sharded)
         # [D, V], not [V, D]: of the two factors the smaller one is transposed.
         d_table_DV += products.weight_gradient(x, d_logits, 1, sharded)
         return (total + loss, d_table_DV), d_x.astype(dtype)

@@ -25,6 +25,8 @@ Cache = dict[str, Array]
 # Segment ids [B, T] of the queries and of the keys.
 Ids = tuple[Array, Array]
 Params = dict[str, Any]
+# Flax variables of each block.
+Layers = tuple[dict[str, Params], ...]
 
 
 def _like(x: Array, y: Array) -> Array:
@@ -60,13 +62,17 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Returns [..., *features] in the compute dtype."""
-        dtype = jnp.dtype(self.config.dtype)
-        shape = x.shape[x.ndim - self.inputs :] + self.features
-        kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
+        x = x.astype(self.config.dtype)
         bias = self.param("bias", nn.initializers.zeros, self.features)
         sharded = self.mesh is not None and self.mesh.size > 1
-        y = products.linear(x.astype(dtype), kernel, self.inputs, sharded)
-        return (y + _like(bias, y)).astype(dtype)
+        if self.has_variable("prepared", "kernel"):  # see `gptjax.decoding`
+            transposed: Array = self.get_variable("prepared", "kernel")
+            y = products.times_transposed(x, transposed, len(self.features), sharded)
+        else:
+            shape = x.shape[x.ndim - self.inputs :] + self.features
+            kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
+            y = products.linear(x, kernel, self.inputs, sharded)
+        return (y + _like(bias, y)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -111,8 +117,8 @@ class Attention(nn.Module):
         x_BTD: Array,
         ids: Ids | None,
         deterministic: bool,
-        cache: Cache | None,
-        offset: Array,
+        cache: Cache | None = None,
+        offset: Array | int = 0,
     ) -> tuple[Array, Cache | None]:
         """Returns the output [B, T, D] and the cache with these keys and values written in."""
         config = self.config
@@ -120,20 +126,29 @@ class Attention(nn.Module):
         qkv_BT3HK = Linear((3, heads, width), 1, config, self.mesh, name="qkv")(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
         if cache is not None:
-            k_BSHK, v_BSHK = (
-                jax.lax.dynamic_update_slice_in_dim(
-                    cache[name], new.astype(cache[name].dtype), offset, 1
-                )
-                for name, new in (("key", k_BTHK), ("value", v_BTHK))
-            )
-            cache = {"key": k_BSHK, "value": v_BSHK}
-            positions_T = offset + jnp.arange(x_BTD.shape[1])
-            visible_1TS = attention.causal_cached(positions_T, k_BSHK.shape[1])
-            y_BTHK = attention.attend(q_BTHK, k_BSHK, v_BSHK, visible_1TS)
+            y_BTHK, cache = self._cached(q_BTHK, k_BTHK, v_BTHK, cache, offset)
         else:
             assert ids is not None
             y_BTHK = self._causal(q_BTHK, k_BTHK, v_BTHK, ids, deterministic)
         return Linear((config.width,), 2, config, self.mesh, name="out")(y_BTHK), cache
+
+    def _cached(
+        self, q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, cache: Cache, offset: Array | int
+    ) -> tuple[Array, Cache]:
+        batch, length, heads, width = q_BTHK.shape
+        q_NTK, k_NTK, v_NTK = (
+            jnp.moveaxis(x, 2, 1).reshape(-1, length, width).astype(cache["key"].dtype)
+            for x in (q_BTHK, k_BTHK, v_BTHK)
+        )
+        cache = {
+            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new_NTK, offset, 1)
+            for name, new_NTK in (("key", k_NTK), ("value", v_NTK))
+        }
+        positions_T = offset + jnp.arange(length)
+        visible_1TS = attention.causal_cached(positions_T, cache["key"].shape[1])
+        y_NTK = attention.attend(q_NTK, cache["key"], cache["value"], visible_1TS)
+        y_BHTK = y_NTK.reshape(batch, heads, length, width)
+        return jnp.moveaxis(y_BHTK, 1, 2).astype(q_BTHK.dtype), cache
 
     def _causal(self, q: Array, k: Array, v: Array, ids: Ids, deterministic: bool) -> Array:
         rate, words = self.config.attention_dropout, None
@@ -157,8 +172,8 @@ class Block(nn.Module):
         x_BTD: Array,
         ids: Ids | None,
         deterministic: bool,
-        cache: Cache | None,
-        offset: Array,
+        cache: Cache | None = None,
+        offset: Array | int = 0,
     ) -> tuple[Array, Cache | None]:
         """Returns the next [B, T, D] and the updated cache."""
         config = self.config
@@ -218,7 +233,7 @@ class GPT(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast),
+            in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,
             unroll=min(unroll, config.num_layers),
         )(config, self.mesh)
@@ -275,15 +290,18 @@ class GPT(nn.Module):
             # Padding inside a sequence sees the texts before it, and is seen by nothing.
             key_ids_BT = jnp.where(token_types_BT == 2, -1, key_ids_BT)
         ids = (segment_ids_BT, key_ids_BT)
-        x_BTD, _ = self.blocks(x_BTD, ids, deterministic, None, jnp.int32(0))
+        x_BTD, _ = self.blocks(x_BTD, ids, deterministic)
         return x_BTD
 
-    def decode(self, tokens_BT: Array, cache: Cache, offset: Array) -> tuple[Array, Cache]:
+    def decode(
+        self, tokens_BT: Array, layers: Layers, cache: tuple[Cache, ...], offset: Array
+    ) -> tuple[Array, tuple[Cache, ...]]:
         """Runs T further tokens of B sequences against the cache (dropout off).
 
         Args:
           tokens_BT: the tokens at positions offset..offset + T - 1 (cut to the context length).
-          cache: from `new_cache`, filled up to `offset`.
+          layers: the variables of each block, from `gptjax.decoding`.
+          cache: of each layer, from `new_cache`, filled up to `offset`.
           offset: int32 scalar.
 
         Returns:
@@ -292,9 +310,12 @@ class GPT(nn.Module):
         positions_T = offset + jnp.arange(tokens_BT.shape[1])
         positions_T = jnp.minimum(positions_T, self.config.context_length - 1)
         x_BTD = self._embed(tokens_BT, positions_T[None], jnp.zeros_like(tokens_BT), True)
-        x_BTD, filled = self.blocks(x_BTD, None, True, cache, offset)
-        assert filled is not None
-        return x_BTD, filled
+        block = Block(self.config, self.mesh, parent=None)
+        filled: list[Any] = []
+        for variables, old in zip(layers, cache, strict=True):
+            x_BTD, new = block.apply(variables, x_BTD, None, True, old, offset)
+            filled.append(new)
+        return x_BTD, tuple(filled)
 
     def lm_projection(self, deterministic: bool = True) -> tuple[Array, Array | None]:
         """Returns the LM head's rows, float32 [V, D] or [V + T, D] (one matrix), and its bias [V].
@@ -309,12 +330,10 @@ class GPT(nn.Module):
 
     def lm_logits(self, x_BTD: Array) -> Array:
         """Returns float32 [B, T, V]: the states times the LM head's rows (of tokens), + bias."""
-        dtype = jnp.dtype(self.config.dtype)
         rows, bias = self.lm_projection()
-        logits_BTV = jnp.einsum(
-            "BTD,VD->BTV", x_BTD, rows[: self.config.vocab_size].astype(dtype),
-            preferred_element_type=jnp.float32,
-        )  # fmt: skip
+        rows = rows[: self.config.vocab_size].astype(self.config.dtype)
+        sharded = self.mesh is not None and self.mesh.size > 1
+        logits_BTV = products.times_transposed(x_BTD, rows, 1, sharded)
         return logits_BTV if bias is None else logits_BTV + _like(bias, logits_BTV)
 
     def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:
@@ -368,7 +387,7 @@ def init_params(model: GPT, key: Array) -> Params:
     return alone.init(key, jnp.zeros((1, max(2, model.flatten)), jnp.int32))["params"]
 
 
-def new_cache(config: ModelConfig, batch: int, length: int) -> Cache:
-    """Returns an empty cache: key and value [L, B, S, H, K], S = length."""
-    shape = (config.num_layers, batch, length, config.num_heads, config.head_width)
-    return {name: jnp.zeros(shape, config.dtype) for name in ("key", "value")}
+def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> tuple[Cache, ...]:
+    """Returns an empty cache: of each layer key and value [B * H, S, K], S = length."""
+    empty = jnp.zeros((batch * config.num_heads, length, config.head_width), dtype)
+    return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))

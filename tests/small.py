@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gptjax import attention, sharding, stages, steps
 from gptjax import model as model_lib
-from gptjax import sharding, stages, steps
 from gptjax.batch import Batch
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.data import tasks, tokenizer
@@ -213,3 +213,10 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, floor: floa
         assert ratio <= tolerance, f"{jax.tree_util.keystr(path)}: {ratio:.2e}"
         worst = max(worst, float(ratio))
     return worst
+
+
+def attend(q_BTHK, k_BSHK, v_BSHK, visible_BTS, *dropout):
+    """`attention.attend` of [B, T, H, K]."""
+    heads_first = (jnp.moveaxis(x, 2, 1) for x in (q_BTHK, k_BSHK, v_BSHK))
+    y_BHTK = attention.attend(*heads_first, visible_BTS[:, None], *dropout)
+    return jnp.moveaxis(y_BHTK, 1, 2)

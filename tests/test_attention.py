@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import small
 
 from gptjax import attention, attention_cpu, dropout, sharding
 from gptjax.config import MeshConfig
@@ -37,7 +38,7 @@ def draw(shape_q=(2, 7, 3, 5), keys=9, seed=0):
 
 def test_attend_equals_the_formula():
     q, k, v, visible = draw()
-    got = attention.attend(q, k, v, visible)
+    got = small.attend(q, k, v, visible)
     assert got.dtype == np.float32
     np.testing.assert_allclose(got, by_hand(q, k, v, visible), atol=2e-6)
 
@@ -50,7 +51,7 @@ def test_bfloat16_rounds_inputs_and_weights_only():
     """
     q, k, v, visible = draw(seed=1)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (3 * q, k, v))
-    got = attention.attend(q, k, v, visible)
+    got = small.attend(q, k, v, visible)
     assert got.dtype == jnp.bfloat16
     exact = by_hand(*(np.asarray(x, np.float64) for x in (q, k, v)), visible)
     error = np.abs(np.asarray(got, np.float64) - exact).max()
@@ -79,11 +80,9 @@ def test_hidden_keys_have_exactly_no_weight_and_no_gradient():
     huge_k, huge_v = k.copy(), v.copy()
     huge_k[:, 4], huge_v[:, 4] = 1e18, -1e30
     np.testing.assert_array_equal(
-        attention.attend(q, k, v, visible), attention.attend(q, huge_k, huge_v, visible)
+        small.attend(q, k, v, visible), small.attend(q, huge_k, huge_v, visible)
     )
-    gradients = jax.grad(lambda *x: jnp.square(attention.attend(*x, visible)).sum(), (0, 1, 2))(
-        q, k, v
-    )
+    gradients = jax.grad(lambda *x: jnp.square(small.attend(*x, visible)).sum(), (0, 1, 2))(q, k, v)
     assert not np.any(gradients[1][:, 4])
     assert not np.any(gradients[2][:, 4])
     assert all(np.isfinite(g).all() and np.any(g) for g in gradients)
@@ -91,7 +90,7 @@ def test_hidden_keys_have_exactly_no_weight_and_no_gradient():
 
 def test_large_scores_stay_finite():
     q, k, v, visible = draw(seed=3)
-    got = attention.attend(1e4 * q, 1e4 * k, v, visible)
+    got = small.attend(1e4 * q, 1e4 * k, v, visible)
     np.testing.assert_allclose(got, by_hand(1e4 * q, 1e4 * k, v, visible), atol=1e-5)
 
 
@@ -100,7 +99,7 @@ def test_dropout_drops_whole_weights_after_the_softmax(rate):
     """With the mask known: softmax, times mask / (1 - rate), times v. Weights do not sum to 1."""
     q, k, v, visible = draw(seed=4)
     words = dropout.key_words(jax.random.key(5))
-    got = attention.attend(q, k, v, visible, rate, words)
+    got = small.attend(q, k, v, visible, rate, words)
     kept_BHTS = np.asarray(dropout.keep(words, (2, 3, 7, 9), rate))
     scores = np.einsum("BTHK,BSHK->BHTS", q, k, dtype=np.float64) / np.sqrt(5)
     scores = np.where(visible[:, None], scores, -np.inf)
@@ -108,7 +107,7 @@ def test_dropout_drops_whole_weights_after_the_softmax(rate):
     weights = weights / weights.sum(-1, keepdims=True) * kept_BHTS / (1 - rate)
     np.testing.assert_allclose(got, np.einsum("BHTS,BSHK->BTHK", weights, v), atol=5e-6)
     np.testing.assert_array_equal(
-        attention.attend(q, k, v, visible, 0.0, words), attention.attend(q, k, v, visible)
+        small.attend(q, k, v, visible, 0.0, words), small.attend(q, k, v, visible)
     )
 
 

@@ -74,7 +74,7 @@ def flash(rate=0.1, block=32, mesh=None):
 @functools.cache
 def plain(rate=0.1):
     def attend(q, k, v, see, words):
-        return attention.attend(q, k, v, see, rate, words)
+        return small.attend(q, k, v, see, rate, words)
 
     run = small.fast_jit(pulled(attend))
     return lambda q, k, v, g, query_ids, key_ids, words: run(
@@ -245,7 +245,7 @@ def test_no_array_has_the_size_of_all_scores():
 
     assert largest(lambda q, k, v: attention_tpu.flash(q, k, v, ids, ids, 0.1, WORDS)) == 256 * 256
     see = jnp.ones((1, 4096, 4096), bool)
-    assert largest(lambda q, k, v: attention.attend(q, k, v, see, 0.1, WORDS)) == 4096**2
+    assert largest(lambda q, k, v: small.attend(q, k, v, see, 0.1, WORDS)) == 4096**2
 
 
 @pytest.mark.parametrize(
@@ -312,7 +312,7 @@ def test_it_compiles_for_a_v5e_and_needs_no_square_memory(chips, backward):
         return attention_tpu.flash(q, k, v, ids, ids, 0.1, words)
 
     def usual(q, k, v, ids, words):
-        return attention.attend(q, k, v, attention.causal_segments(ids), 0.1, words)
+        return small.attend(q, k, v, attention.causal_segments(ids), 0.1, words)
 
     used = {}
     for function in (kernel, usual):

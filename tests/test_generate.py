@@ -8,6 +8,7 @@ import small
 
 from gptjax import generate
 from gptjax import model as model_lib
+from gptjax.decoding import Decoder
 from gptjax.errors import UserError
 from gptjax.generate import Sampling
 from gptjax.model import GPT
@@ -92,7 +93,7 @@ def test_cached_equals_uncached(setup, length, count, samples, sampling):
     banned = np.zeros(97, bool)
     banned[[0, 7, 50]] = True
     prompt = prompt_of(length, length)
-    got = generate.generate(model, params, prompt, count, samples, sampling, 11, banned)
+    got = generate.generate(Decoder(model, params), prompt, count, samples, sampling, 11, banned)
     assert got.shape == (samples, count)
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, naive(logits, prompt, count, samples, sampling, 11, banned))
@@ -112,19 +113,62 @@ def test_window_start_is_its_rule():
 
 def test_prompts_of_a_bucket_and_any_sampling_share_one_compilation(setup):
     model, params, _ = setup
-    none = np.zeros(97, bool)
+    decoder, none = Decoder(model, params), np.zeros(97, bool)
 
     def run(length, count, sampling, seed):
-        generate.generate(model, params, prompt_of(length), count, 2, sampling, seed, none)
+        generate.generate(decoder, prompt_of(length), count, 2, sampling, seed, none)
 
     run(3, 2, GREEDY, 0)
     sizes = generate._prefill._cache_size(), generate._decode._cache_size()
-    for length in (1, 2, 8, 15, 16):
+    for length in (1, 2, 8, 11, 12):
         run(length, 1 + length % 4, Sampling(0.5 + length / 10, length, 0.9), length)
     assert (generate._prefill._cache_size(), generate._decode._cache_size()) == sizes
-    run(17, 2, GREEDY, 0)  # another bucket: another prefill, the same decode
+    run(16, 2, GREEDY, 0)  # a larger cache
     assert generate._prefill._cache_size() == sizes[0] + 1
-    assert generate._decode._cache_size() == sizes[1]
+    assert generate._decode._cache_size() == sizes[1] + 1
+    run(17, 2, GREEDY, 0)  # a longer prompt in a cache of that size: the same decode
+    assert generate._prefill._cache_size() == sizes[0] + 2
+    assert generate._decode._cache_size() == sizes[1] + 1
+
+
+def test_buckets_hold_what_they_must_with_little_waste():
+    for limit in (5, 20, 512, 600):
+        sizes = [generate._bucket(length, limit) for length in range(1, limit + 1)]
+        assert all(length <= size <= limit for length, size in enumerate(sizes, 1))
+        assert all(size <= max(16, 1.5 * length) for length, size in enumerate(sizes, 1))
+        assert len(set(sizes)) <= 2 * max(1, limit // 16).bit_length()
+
+
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_samples_of_a_prompt_get_its_cache(setup, prompts):
+    """As many rows as samples, a row's copies side by side, heads of a row together."""
+    model, params, _ = setup
+    weights = Decoder(model, params).weights
+    rows = np.stack([prompt_of(16, seed) for seed in range(prompts)])
+    none = np.zeros(97, bool)
+    cache, logits = generate._prefill(model, weights, rows, 9, none, 2 * prompts, 16)
+    alone = [generate._prefill(model, weights, row[None], 9, none, 1, 16) for row in rows]
+    for sample in range(2 * prompts):
+        own_cache, own_logits = alone[sample // 2]
+        np.testing.assert_allclose(logits[sample], own_logits[0], rtol=1e-5, atol=1e-6)
+        for layer, own in zip(cache, own_cache, strict=True):
+            heads = layer["key"].reshape(2 * prompts, *own["key"].shape)[sample]
+            np.testing.assert_allclose(heads, own["key"], rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_generates_what_its_logits_say():
+    """Greedy tokens are the most likely ones of the uncached model, to the rounding of bfloat16."""
+    model = GPT(small.config(context_length=CONTEXT, dtype="bfloat16"))
+    params = small.params(model, seed=4)
+    got = generate.generate(
+        Decoder(model, params), prompt_of(5), 12, 1, GREEDY, 0, np.zeros(97, bool)
+    )
+    tokens = np.concatenate([prompt_of(5), got[0]])[None]
+    ones, positions = np.ones_like(tokens), np.arange(17, dtype=np.int32)[None]
+    x = model_lib.run(model, params, tokens, ones, positions, method="hidden")
+    logits = np.asarray(model_lib.run(model, params, x, method="lm_logits"))[0, 4:-1]
+    chosen = logits[np.arange(12), got[0]]
+    assert (chosen >= logits.max(-1) - 0.02 * logits.std()).all()
 
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
@@ -162,7 +206,7 @@ def test_top_k_1_is_greedy(setup):
     model, params, _ = setup
     none = np.zeros(97, bool)
     one, greedy = (
-        generate.generate(model, params, prompt_of(9), 12, 1, sampling, 5, none)
+        generate.generate(Decoder(model, params), prompt_of(9), 12, 1, sampling, 5, none)
         for sampling in (Sampling(1.3, top_k=1), GREEDY)
     )
     np.testing.assert_array_equal(one, greedy)

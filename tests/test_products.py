@@ -62,14 +62,29 @@ def test_linear_and_its_gradients_are_their_formulas(leading, inputs, features, 
 def test_other_platforms_compute_the_same(monkeypatch):
     """What GPUs and TPUs are given, run here: the products without a transpose in memory."""
     x, kernel, g = draw((2, 3), (2, 4), (8,), "float32")
-    here = products.weight_gradient(x, g, 2), products.input_gradient(g, kernel, 2)
+    here = products.weight_gradient(x, g, 2), products.times_transposed(g, kernel, 2)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, **kwargs: default(*args)
     )
-    there = products.weight_gradient(x, g, 2), products.input_gradient(g, kernel, 2)
+    there = products.weight_gradient(x, g, 2), products.times_transposed(g, kernel, 2)
     for one, other in zip(here, there, strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("leading", [(0,), (1,), (1, 1), (3,), (4,), (1, 5)])
+def test_few_rows_times_a_transposed_kernel(leading, dtype):
+    """Rows are added to a product of few on a CPU, and are not in its result."""
+    rng = np.random.default_rng(0)
+    x, kernel = (
+        jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*leading, 2, 8), (3, 5, 2, 8))
+    )
+    y = products.times_transposed(x, kernel, 2)
+    assert y.dtype == jnp.float32
+    want = np.einsum("...ik,abik->...ab", *(np.asarray(a, np.float64) for a in (x, kernel)))
+    assert y.shape == want.shape
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
 
 
 def test_transposed_is_the_transpose():
