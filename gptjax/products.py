@@ -35,7 +35,8 @@ def _dot(x: Array, y: Array, contract: tuple[tuple[int, ...], tuple[int, ...]]) 
 
 def _matrix(x: Array, columns: int) -> Array:
     """The last `columns` axes as one, the others as another."""
-    return x.reshape(math.prod(x.shape[: x.ndim - columns]), -1)
+    rows = x.ndim - columns
+    return x.reshape(math.prod(x.shape[:rows]), math.prod(x.shape[rows:]))
 
 
 def weight_gradient(x: Array, g: Array, inputs: int, sharded: bool = False) -> Array:
