@@ -105,7 +105,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
     mesh = sharding.make_mesh(MeshConfig())
     stage = stages.finetune(config, model_config, data, own, mesh, 0)
     marks.append(time.time())
-    training = with_gptjax.Training(model_config, stage.spec, stage.objective)
+    training = with_gptjax.Training(model_config, stage.objective, model=stage.model)
     marks.append(time.time())
     seconds, shapes, losses = [], [], []
     before = time.perf_counter()

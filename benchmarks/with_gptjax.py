@@ -12,7 +12,6 @@ from gptjax import model as model_lib
 from gptjax import optim, sharding, stages, state, steps
 from gptjax.config import MeshConfig, ModelConfig
 from gptjax.data import loader
-from gptjax.data.tasks import TaskSpec
 from gptjax.decoding import Decoder
 from gptjax.generate import Sampling
 from gptjax.steps import Objective, StepOutput
@@ -27,21 +26,21 @@ class Training:
     def __init__(
         self,
         config: ModelConfig,
-        spec: TaskSpec | None = None,
         objective: Objective | None = None,
         params: Any = None,
+        model: Any = None,
     ):
         """Builds model, optimizer and state.
 
         Args:
           config: of the model.
-          spec: a task; None: language modelling alone.
           objective: what is minimised; None: the LM loss.
           params: weights to start from; None: random ones.
+          model: with the head of a task; None: for language modelling alone.
         """
         self.mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         self.objective = objective or Objective()
-        model = stages.make_model(config, spec)
+        model = model or stages.make_model(config, None)
         optimizer = optim.build(sizes.optimizer_config(), _STEPS)
 
         def birth(key: jax.Array) -> state.TrainState:

@@ -74,19 +74,18 @@ class LoadedGPT:
         # The kernels share the rows between the devices, which needs enough of them.
         return self._make("plain" if self.mesh.size > 1 else "auto")
 
-    @property
-    def _batched(self) -> GPT:
+    def _batched(self, longest: int = 0) -> GPT:
         """The same for batches whose rows the devices share."""
-        return self._make("auto", self.mesh)
+        return self._make("auto", self.mesh, longest)
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
         return Decoder(self.model, self.params)
 
-    def _make(self, attention: str, mesh: Mesh | None = None) -> GPT:
+    def _make(self, attention: str, mesh: Mesh | None = None, longest: int = 0) -> GPT:
         # The attention of the training was for its devices, not for these.
         config = dataclasses.replace(self.config, attention=attention)
-        return stages_lib.make_model(config, self.task, mesh)
+        return stages_lib.make_model(config, self.task, mesh, longest)
 
     def lm_logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
         """Returns float32 [B, T, V]: logits of the token after each token.
@@ -228,25 +227,30 @@ class LoadedGPT:
             probes.build(name, each, self.tokenizer, self.config.context_length)
             for name, each in configs.items()
         ]
-        step = steps.jit_span_step(self.mesh, self._batched)
+        step = steps.jit_span_step(self.mesh, self._batched())
         found = probes.run(asked, step, self.params, self.config.vocab_size, self.mesh)
         assert found is not None
         return found
 
-    def _step(self, objective: Objective) -> Callable[..., Any]:
-        return steps.jit_eval_step(self.mesh, self._batched, objective)
+    def _step(self, objective: Objective, longest: int = 0) -> Callable[..., Any]:
+        return steps.jit_eval_step(self.mesh, self._batched(longest), objective)
 
     def _run(self, examples: Examples, objective: Objective) -> evaluate.Outputs:
         divisor = sharding.batch_divisor(self.mesh)
         # Powers of two: requests of about the same size find their program compiled.
         wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
         means = (self.meta.experiment.get("finetune") or {}).get("lm_mean") == "sequence"
-        packer = Packer(examples.lengths, _BATCH, 1 << (wanted - 1).bit_length(), divisor, means)
-        packer.rows = 1 << (packer.rows - 1).bit_length()
-        step = self._step(objective)
+        packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
+        packer.rows = _power(packer.rows)
+        step = self._step(objective, _power(examples.longest))
         outputs = evaluate.run_task(step, self.params, examples, packer, self.mesh)
         assert outputs is not None
         return outputs
+
+
+def _power(number: int) -> int:
+    """The next power of two."""
+    return 1 << (number - 1).bit_length()
 
 
 def _positions(segments: jax.Array) -> jax.Array:

@@ -117,6 +117,7 @@ def causal(
     *,
     kind: str = "plain",
     mesh: Mesh | None = None,
+    longest: int = 0,
 ) -> Array:
     """Returns causal attention within segments, [B, T, H, K] in the dtype of q.
 
@@ -130,6 +131,7 @@ def causal(
       words: uint32 [2], its key; None: no dropout.
       kind: from `choose`.
       mesh: of the devices that share the batch (and the heads); None: one device.
+      longest: no query sees a key that is so many tokens or more before it; 0: it may be any.
     """
     if words is None:
         rate = 0.0
@@ -145,5 +147,5 @@ def causal(
         return attention_tpu.flash(*inputs, rate, words, mesh=mesh)
     if not q_BTHK.size:
         return q_BTHK
-    kernel = functools.partial(attention_cpu.blocked, rate)
+    kernel = functools.partial(attention_cpu.blocked, rate, longest or q_BTHK.shape[1])
     return sharding.by_rows_and_heads(kernel, mesh, *inputs, words)

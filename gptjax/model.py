@@ -110,6 +110,7 @@ class Attention(nn.Module):
 
     config: ModelConfig
     mesh: Mesh | None = None
+    longest: int = 0
 
     @nn.compact
     def __call__(
@@ -157,7 +158,10 @@ class Attention(nn.Module):
         kind = attention.choose(
             self.config.attention, sharding.platform(self.mesh), self.config.dtype, rate
         )
-        return attention.causal(q, k, v, *ids, rate, words, kind=kind, mesh=self.mesh)
+        longest = self.longest or self.config.context_length
+        return attention.causal(
+            q, k, v, *ids, rate, words, kind=kind, mesh=self.mesh, longest=longest
+        )
 
 
 class Block(nn.Module):
@@ -165,6 +169,7 @@ class Block(nn.Module):
 
     config: ModelConfig
     mesh: Mesh | None = None
+    longest: int = 0
 
     @nn.compact
     def __call__(
@@ -177,7 +182,7 @@ class Block(nn.Module):
     ) -> tuple[Array, Cache | None]:
         """Returns the next [B, T, D] and the updated cache."""
         config = self.config
-        y_BTD, cache = Attention(config, self.mesh, name="attention")(
+        y_BTD, cache = Attention(config, self.mesh, self.longest, name="attention")(
             x_BTD, ids, deterministic, cache, offset
         )
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
@@ -200,6 +205,8 @@ class GPT(nn.Module):
     """The task head reads the last so many states of a sequence, flattened; 0: the last one."""
     mesh: Mesh | None = None
     """The devices that it runs on; None: JAX's first one. It decides how, not what is computed."""
+    longest: int = 0
+    """No sequence has more tokens; 0: the context length. It too decides how alone."""
 
     def setup(self) -> None:
         """Declares the parameters; every block's are stacked on a leading axis of size L."""
@@ -236,7 +243,7 @@ class GPT(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,
             unroll=min(unroll, config.num_layers),
-        )(config, self.mesh)
+        )(config, self.mesh, self.longest)
         if self.num_outputs:
             self.head_dropout = Dropout(config.head_dropout)
             inputs = 2 if self.flatten else 1

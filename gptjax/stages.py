@@ -61,14 +61,21 @@ class Stage:
     """What to tell the user about the data."""
 
 
-def make_model(config: ModelConfig, spec: TaskSpec | None, mesh: Mesh | None = None) -> GPT:
-    """Returns the model with the head that the task needs, for the devices of a mesh."""
+def make_model(
+    config: ModelConfig, spec: TaskSpec | None, mesh: Mesh | None = None, longest: int = 0
+) -> GPT:
+    """Returns the model with the head that the task needs.
+
+    Args:
+      config: of the model.
+      spec: the task, or None.
+      mesh: the devices.
+      longest: see `GPT.longest`.
+    """
     if spec is None:
-        return GPT(config, mesh=mesh)
+        return GPT(config, mesh=mesh, longest=longest)
     summed = spec.kind in ("similarity", "regression")
-    return GPT(
-        config, num_outputs=spec.num_outputs, sum_candidates=summed, flatten=spec.flatten, mesh=mesh
-    )
+    return GPT(config, spec.num_outputs, summed, spec.flatten, mesh, longest)
 
 
 def fingerprint(*arrays: np.ndarray | None) -> str:
@@ -297,7 +304,8 @@ def finetune(
     packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, means)
     epoch = _epoch_steps(config, len(train))
     total = config.steps or math.ceil(config.epochs * epoch)
-    model = make_model(model_config, spec, mesh)
+    longest = max(each.longest for each in examples.values())
+    model = make_model(model_config, spec, mesh, longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     eval_step = steps.jit_eval_step(mesh, model, objective)
 

@@ -133,11 +133,11 @@ def cases(batch, length, heads, width, dtype, seed=0):
     return qkvg, ids, key_ids
 
 
-def value_and_gradients(kind, qkvg, ids, key_ids, rate, words, mesh=None):
+def value_and_gradients(kind, qkvg, ids, key_ids, rate, words, mesh=None, longest=0):
     def run(q, k, v, g):
         function = functools.partial(
             attention.causal, query_ids_BT=ids, key_ids_BT=key_ids, rate=rate, words=words,
-            kind=kind, mesh=mesh,
+            kind=kind, mesh=mesh, longest=longest,
         )  # fmt: skip
         y, back = jax.vjp(lambda *qkv: function(*qkv), q, k, v)
         return y, *back(g)
@@ -161,6 +161,54 @@ def test_blocked_equals_plain_in_value_and_gradient(batch, length, heads, width,
             assert one.dtype == other.dtype
             # 3e-6 of the largest: sums of up to 300 float32 products.
             assert np.abs(one - other).max() <= 3e-6 * np.abs(other).max()
+
+
+def short_segments(rng, batch, length, longest):
+    """Segment ids of sequences of 1 to `longest` tokens, the last ones of a row padding (0)."""
+    ids = np.zeros((batch, length), np.int32)
+    for row in ids:
+        at, segment = 0, 0
+        while at < length - longest - 3:
+            size, segment = rng.integers(1, longest + 1), segment + 1
+            if segment % 5 == 0:
+                size = longest
+            row[at : at + size] = segment
+            at += size
+    return ids
+
+
+@pytest.mark.parametrize("scores", [2**20, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("length", "longest"), [(257, 64), (500, 65), (700, 150), (384, 1)])
+def test_blocks_meet_only_keys_in_reach(length, longest, rate, dtype, scores, monkeypatch):
+    """All but what padding computes: value and gradient, with the dropout mask of the whole."""
+    monkeypatch.setattr(attention_cpu, "_SCORES", scores)
+    assert attention_cpu._Cut.of(length, longest).before
+    rng = np.random.default_rng(length)
+    ids = short_segments(rng, 2, length, longest)
+    (q, k, v, g), _, _ = cases(2, length, 3, 8, dtype)
+    hidden = (rng.random(ids.shape) < 0.1) & (np.diff(ids, axis=1, prepend=-1) == 0)
+    key_ids = np.where(hidden, -1, ids)
+    real = ids[..., None, None] > 0
+    g = jnp.where(real, g, 0)
+    words = dropout.key_words(jax.random.key(1)) if rate else None
+    wide = [x.astype(jnp.float32) for x in (q, k, v, g)]
+    want = value_and_gradients("plain", wide, ids, key_ids, rate, words)
+    got = value_and_gradients("blocked", (q, k, v, g), ids, key_ids, rate, words, None, longest)
+    bound = {"float32": 3e-6, "bfloat16": 2**-6}[dtype]
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == q.dtype
+        error = np.abs(np.where(real, np.asarray(one, np.float32) - other, 0)).max()
+        # A query that sees one key alone has no gradient at all.
+        assert error <= bound * max(1, np.abs(other).max())
+
+
+def test_rows_are_cut_where_that_saves_half():
+    assert attention_cpu._Cut.of(512, 512) == attention_cpu._Cut(512, 512, 0)
+    assert attention_cpu._Cut.of(1720, 140) == attention_cpu._Cut(1720, 64, 192)
+    assert attention_cpu._Cut.of(384, 60) == attention_cpu._Cut(384, 64, 64)
+    assert attention_cpu._Cut.of(200, 60) == attention_cpu._Cut(200, 200, 0)
 
 
 def test_blocked_in_bfloat16_is_as_near_to_float64_as_plain():

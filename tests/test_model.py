@@ -267,7 +267,7 @@ def test_every_layer_draws_its_own_mask():
     x_BTD = model.apply(
         {"params": small.params(model) | {"blocks": params}},
         jnp.zeros((1, 4, 24)),
-        method=lambda m, x: m.blocks(x, ids, False, None, jnp.int32(0))[0],
+        method=lambda m, x: m.blocks(x, ids, False)[0],
         rngs={"dropout": jax.random.key(0)},
     )
     for row in np.round(np.asarray(x_BTD[0]), 4):

@@ -99,6 +99,11 @@ class Examples:
         lengths = np.array([len(t) for t in self.tokens], np.int32)
         return lengths.reshape(-1, self.num_candidates).sum(axis=1, dtype=np.int32)
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence; 0 where there is none."""
+        return max(map(len, self.tokens), default=0)
+
 
 def as_text(value: Any) -> str:
     """A cell as text: None is empty."""
