@@ -17,8 +17,10 @@ from gptjax.batch import Batch
 
 Array = jax.Array
 
-# Logits that a device holds at a time in the LM loss, in elements (128 MiB of float32).
+# Logits that a device holds at a time in the LM loss, in elements (128 MiB of float32): in fewer
+# the gradient of the embedding goes through an accelerator's memory too often. A CPU has caches.
 _LOGITS = 2**25
+_LOGITS_OF_CPU = 2**24
 
 
 @flax.struct.dataclass
@@ -37,9 +39,9 @@ def lm_targets(batch: Batch) -> Array:
     return jnp.roll(batch.tokens, -1, axis=1)
 
 
-def lm_chunks(rows: int, length: int, vocabulary: int) -> int:
-    """Returns into how many pieces the time axis is cut: a divisor of `length`."""
-    wanted = min(length, math.ceil(rows * length * vocabulary / _LOGITS))
+def lm_chunks(rows: int, length: int, vocabulary: int, limit: int) -> int:
+    """Returns into how many pieces of at most `limit` logits the time axis is cut: a divisor."""
+    wanted = min(length, math.ceil(rows * length * vocabulary / limit))
     return next(n for n in range(wanted, length + 1) if length % n == 0)
 
 
@@ -164,7 +166,8 @@ def lm_loss(
         x_BTD = jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1)
     rows, length = batch.tokens.shape
     devices = sharding.batch_divisor(mesh) if mesh is not None else 1
-    chunks = lm_chunks(math.ceil(rows / devices), length, embedding_VD.shape[0])
+    limit = _LOGITS_OF_CPU if sharding.platform(mesh) == "cpu" else _LOGITS
+    chunks = lm_chunks(math.ceil(rows / devices), length, embedding_VD.shape[0], limit)
     sharded = mesh is not None and mesh.size > 1
     total = lm_cross_entropy(
         x_BTD, embedding_VD, lm_targets(batch), batch.lm_weights, chunks, sharded

@@ -98,16 +98,17 @@ def test_bfloat16_loss_is_exact_for_its_inputs():
     assert float(got) == pytest.approx(exact, rel=1e-6)
 
 
-def test_lm_chunks_divides_and_bounds_the_logits():
+@pytest.mark.parametrize("limit", [2**24, 2**25])
+def test_lm_chunks_divides_and_bounds_the_logits(limit):
     for rows, length, vocabulary in [
         (1, 1, 5), (64, 512, 40478), (32, 511, 40478), (8, 509, 40478), (3, 96, 97), (1, 7, 10**9),
     ]:  # fmt: skip
-        chunks = losses.lm_chunks(rows, length, vocabulary)
+        chunks = losses.lm_chunks(rows, length, vocabulary, limit)
         assert length % chunks == 0
-        assert chunks == length or rows * length // chunks * vocabulary <= losses._LOGITS
+        assert chunks == length or rows * length // chunks * vocabulary <= limit
         # The fewest such: every smaller divisor would be over the bound.
         for n in range(1, chunks):
-            assert length % n or rows * (length // n) * vocabulary > losses._LOGITS
+            assert length % n or rows * (length // n) * vocabulary > limit
 
 
 def test_no_weight_no_loss_no_gradient():
