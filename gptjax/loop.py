@@ -224,6 +224,7 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     old = telemetry.read_json(path) if os.path.exists(path) else {}
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
+    context.say(telemetry.machine())
     for stage in stages:
         for note in stage.notes:
             context.say(note)

@@ -1,14 +1,15 @@
 """The named recipes, and all that tells them apart.
 
 paper      what the paper says, and where it is silent what its authors' code does: the defaults of
-           `config.py` (Radford et al. 2018, section 4.1).
+           `config.py` (Radford et al. 2018, section 4.1). But that batches hold about equal numbers
+           of tokens (`data.packing.deal`), where theirs are shuffled by examples alone.
 original   what the authors' released fine-tuning code does besides: tokens, special tokens and
            positions are rows of one matrix, so that the softmax of the LM covers positions too;
            embedding dropout is applied to that matrix, and the dropped matrix is the LM head; the
            candidates of an example share the classifier's dropout mask; the LM loss is the mean
            over each sequence's tokens, then over the sequences; the authors' Adam and schedule; two
-           texts are cut to half a context less two tokens each; an epoch's last, smaller batch is
-           dropped. (As in every recipe, the checkpoint with the best validation score is kept.) It
+           texts are cut to half a context less two tokens each; batches are shuffled by examples
+           alone, and an epoch's last, smaller one is dropped. (As in every recipe, the checkpoint with the best validation score is kept.) It
            needs text tokenised as the authors did: `--mode=import` does so.
 tutorial   a small model on pairs: a segment embedding with a row for padding, ReLU, an untied LM
            head with bias, a task head on the states of all positions, LM + 0.2 * task, Adam at

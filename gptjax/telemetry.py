@@ -73,14 +73,21 @@ def json_ready(value: Any) -> Any:
 
 
 def machine() -> str:
-    """Returns what a measurement was made on: "2 x Intel(R) Xeon(R) ..., jax 0.10.2"."""
+    """Returns what a measurement was made on: "2 x Intel(R) Xeon(R) ..., jax 0.10.2".
+
+    With what the C library was told about its memory, by the launcher or by the user.
+    """
     device = jax.devices()[0]
     count, kind = jax.device_count(), device.device_kind
     if device.platform == "cpu":
         count, kind = os.cpu_count() or 1, platform.processor() or platform.machine()
         with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
             kind = next(line for line in lines if "model name" in line).partition(":")[2].strip()
-    return f"{count} x {kind}, Python {platform.python_version()}, jax {jax.__version__}"
+    memory = os.environ.get("GLIBC_TUNABLES", "") if device.platform == "cpu" else ""
+    return (
+        f"{count} x {kind}, Python {platform.python_version()}, jax {jax.__version__}"
+        f"{memory and f', GLIBC_TUNABLES={memory}'}"
+    )
 
 
 def write_json(path: PathLike, obj: Any) -> None:

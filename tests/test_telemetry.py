@@ -279,3 +279,11 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "\r" in err
     assert re.search(r"pretrain:? +10/10 \|.*loss 2\.0000", err.split("\r")[-1])
+
+
+def test_the_machine_is_named_with_what_its_memory_was_told(monkeypatch):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    plain = telemetry.machine()
+    assert plain.endswith(f"jax {jax.__version__}")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+    assert telemetry.machine() == f"{plain}, GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
