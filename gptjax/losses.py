@@ -56,12 +56,12 @@ def _one_hot(targets_BT: Array, vocabulary: int) -> Array:
     return targets_BT[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)[None, None]
 
 
-def _chunk_loss(x_BTD: Array, table_DV: Array, targets_BT: Array, weights_BT: Array, sharded: bool):
+def _chunk_loss(x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, sharded: bool):
     """Returns the chunk's loss and what its gradient needs: exponentials, their sums, one-hot."""
-    logits_BTV = jnp.einsum("BTD,DV->BTV", x_BTD, table_DV, preferred_element_type=jnp.float32)
+    logits_BTV = products.times_transposed(x_BTD, table_VD, 1, sharded)
     logits_BTV = jax.lax.optimization_barrier(logits_BTV)
     largest_BT1 = logits_BTV.max(axis=-1, keepdims=True)
-    hot_BTV = _one_hot(targets_BT, table_DV.shape[1])
+    hot_BTV = _one_hot(targets_BT, table_VD.shape[0])
     if sharded:
         picked_BT = jnp.where(hot_BTV, logits_BTV, 0).sum(-1)
     else:
@@ -74,11 +74,9 @@ def _chunk_loss(x_BTD: Array, table_DV: Array, targets_BT: Array, weights_BT: Ar
     return ((lse_BT - picked_BT) * weights_BT).sum(), (exp_BTV, total_BT, hot_BTV)
 
 
-def _table(embedding_VD: Array, dtype: jnp.dtype, sharded: bool) -> Array:
-    """[D, V] in memory, so that the products with it are fast on a CPU; once for all pieces."""
-    table_VD = embedding_VD.astype(dtype)
-    table_DV = table_VD.T if sharded else products.transposed(table_VD)
-    return jax.lax.optimization_barrier(table_DV)
+def _table(embedding_VD: Array, dtype: jnp.dtype) -> Array:
+    """The table in the dtype of the products, in memory: once for all pieces."""
+    return jax.lax.optimization_barrier(embedding_VD.astype(dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -104,11 +102,11 @@ def lm_cross_entropy(
       chunks: a divisor of T, from `lm_chunks`.
       sharded: the arrays lie on several devices.
     """
-    table_DV = _table(embedding_VD, x_BTD.dtype, sharded)
+    table_VD = _table(embedding_VD, x_BTD.dtype)
 
     def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
         x, targets, weights = piece
-        return total + _chunk_loss(x, table_DV, targets, weights, sharded)[0], None
+        return total + _chunk_loss(x, table_VD, targets, weights, sharded)[0], None
 
     pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
     return jax.lax.scan(add, jnp.float32(0), pieces)[0]
@@ -116,15 +114,15 @@ def lm_cross_entropy(
 
 def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks, sharded):
     dtype = x_BTD.dtype
-    table_DV = _table(embedding_VD, dtype, sharded)
+    table_VD = _table(embedding_VD, dtype)
 
     def add(carry, piece):
         total, d_table_DV = carry
         x, targets, weights = piece
-        loss, (exp, total_exp, hot) = _chunk_loss(x, table_DV, targets, weights, sharded)
+        loss, (exp, total_exp, hot) = _chunk_loss(x, table_VD, targets, weights, sharded)
         d_logits = (exp * (weights / total_exp)[..., None] - hot * weights[..., None]).astype(dtype)
         d_logits = jax.lax.optimization_barrier(d_logits)
-        d_x = products.times_transposed(d_logits, table_DV, 1, sharded)
+        d_x = jnp.einsum("BTV,VD->BTD", d_logits, table_VD, preferred_element_type=jnp.float32)
         # [D, V], not [V, D]: of the two factors the smaller one is transposed.
         d_table_DV += products.weight_gradient(x, d_logits, 1, sharded)
         return (total + loss, d_table_DV), d_x.astype(dtype)

@@ -9,8 +9,9 @@ original   what the authors' released fine-tuning code does besides: tokens, spe
            candidates of an example share the classifier's dropout mask; the LM loss is the mean
            over each sequence's tokens, then over the sequences; the authors' Adam and schedule; two
            texts are cut to half a context less two tokens each; batches are shuffled by examples
-           alone, and an epoch's last, smaller one is dropped. (As in every recipe, the checkpoint with the best validation score is kept.) It
-           needs text tokenised as the authors did: `--mode=import` does so.
+           alone, and an epoch's last, smaller one is dropped. (As in every recipe, the checkpoint
+           with the best validation score is kept.) It needs text tokenised as the authors did:
+           `--mode=import` does so.
 tutorial   a small model on pairs: a segment embedding with a row for padding, ReLU, an untied LM
            head with bias, a task head on the states of all positions, LM + 0.2 * task, Adam at
            a constant 1e-4 without decay, warm-up and clipping, dropout 0.2 on embeddings,
