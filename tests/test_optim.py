@@ -260,3 +260,15 @@ def test_a_gradient_that_is_not_finite_changes_nothing(clip_norm):
         found, good = run(after, gradients[4:], skipped)
         assert (int(good.notfinite_count), int(good.total_notfinite)) == (0, 3)
         jax.tree.map(np.testing.assert_array_equal, found, straight)
+
+
+def test_gradients_whose_squares_overflow_are_skipped_too():
+    optimizer = optim.build(OptimizerConfig(), 10)
+    params = {"kernel": jnp.ones(3)}
+    state = optimizer.init(params)
+    updates, after = optimizer.update({"kernel": jnp.full(3, 1e30)}, state, params)
+    np.testing.assert_array_equal(updates["kernel"], 0)
+    assert int(after.notfinite_count) == 1
+    np.testing.assert_array_equal(
+        jax.tree.leaves(after.inner_state)[0], jax.tree.leaves(state.inner_state)[0]
+    )
