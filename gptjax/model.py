@@ -63,7 +63,6 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Returns [..., *features] in the compute dtype."""
         x = x.astype(self.config.dtype)
-        bias = self.param("bias", nn.initializers.zeros, self.features)
         sharded = self.mesh is not None and self.mesh.size > 1
         if self.has_variable("prepared", "kernel"):  # see `gptjax.decoding`
             transposed: Array = self.get_variable("prepared", "kernel")
@@ -72,6 +71,8 @@ class Linear(nn.Module):
             shape = x.shape[x.ndim - self.inputs :] + self.features
             kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
             y = products.linear(x, kernel, self.inputs, sharded)
+        # After the kernel: Flax's keys, and so a seed's initial values, count the parameters.
+        bias = self.param("bias", nn.initializers.zeros, self.features)
         return (y + _like(bias, y)).astype(x.dtype)
 
 
@@ -158,10 +159,8 @@ class Attention(nn.Module):
         kind = attention.choose(
             self.config.attention, sharding.platform(self.mesh), self.config.dtype, rate
         )
-        longest = self.longest or self.config.context_length
-        return attention.causal(
-            q, k, v, *ids, rate, words, kind=kind, mesh=self.mesh, longest=longest
-        )
+        far, mesh = self.longest or self.config.context_length, self.mesh
+        return attention.causal(q, k, v, *ids, rate, words, kind=kind, mesh=mesh, longest=far)
 
 
 class Block(nn.Module):

@@ -254,6 +254,17 @@ def test_remat_and_unroll_change_neither_loss_nor_gradients(with_dropout, remat,
     small.assert_trees_close(got["gradients"], expected["gradients"], TOLERANCE)
 
 
+def test_a_seed_keeps_its_initial_values():
+    """Flax's keys count the parameters of a module: in another order they would be others."""
+    blocks = model_lib.init_params(GPT(small.config()), jax.random.key(0))["blocks"]
+    drawn = (
+        blocks["ffn_in"]["kernel"][0, 0, 0],
+        blocks["attention"]["qkv"]["kernel"][1].reshape(-1)[-1],
+        blocks["ffn_out"]["kernel"][0, -1, -1],
+    )
+    np.testing.assert_allclose(drawn, (-0.0386627167, -0.1641942263, 0.4214984179), rtol=1e-6)
+
+
 def test_every_layer_draws_its_own_mask():
     """Two blocks that only add a dropped 1 and normalise: with one mask a row has two values."""
     model = GPT(small.config(residual_dropout=0.5))
