@@ -7,7 +7,7 @@ module. The same fine-tuning from random weights runs last, to show what pretrai
 
 Measured on 2 cores of an Intel Xeon, Python 3.11, jax 0.10.2, 2026-11-23, medians of seeds 0, 1, 2:
 test accuracy 50.0% (48.2, 51.3, 50.0), without pretraining 40.3% (38.8, 40.3, 43.1), majority class
-19.4%; validation perplexity after pretraining 163.8; 2 minutes 16 seconds in all, 2 minutes with
+19.4%; validation perplexity after pretraining 163.8; 2 minutes 2 seconds in all, less with
 the caches of an earlier run; 1.7 GB.
 """
 
