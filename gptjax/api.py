@@ -80,6 +80,7 @@ class LoadedGPT:
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
+        """A second copy of the weights, from the first generation on: later ones begin at once."""
         return Decoder(self.model, self.params)
 
     def _make(self, attention: str, mesh: Mesh | None = None, longest: int = 0) -> GPT:

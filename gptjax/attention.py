@@ -131,7 +131,8 @@ def causal(
       words: uint32 [2], its key; None: no dropout.
       kind: from `choose`.
       mesh: of the devices that share the batch (and the heads); None: one device.
-      longest: no query sees a key that is so many tokens or more before it; 0: it may be any.
+      longest: no query whose result is used sees a key that is so many tokens or more before it;
+        0: it may be any. Only the blocked kind makes use of it.
     """
     if words is None:
         rate = 0.0

@@ -30,8 +30,8 @@ _SHORT_BLOCK = 64
 # Scores computed at a time, in elements: 4 MiB of float32.
 _SCORES = 2**20
 _HIDDEN = float(jnp.finfo(jnp.float32).min)
-# Segment ids of what is put before and after a row, which nobody sees.
-_OUTSIDE = -2
+# Segment ids of the keys and queries that are put before and after a row: none sees another.
+_NO_KEY, _NO_QUERY = -2, -3
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
@@ -234,9 +234,9 @@ def _over_groups(function, rate, cut, rest, arrays):
     """Maps a function of a group and its arrays [N, T, K] over all groups of [G, N, T, K]."""
     (query_ids_BT, key_ids_BT), words, heads_BH = rest
     groups = arrays[0].shape[0]
-    query_ids_UT = cut.queries(query_ids_BT, _OUTSIDE - 1)
+    query_ids_UT = cut.queries(query_ids_BT, _NO_QUERY)
     query_ids_GRT = query_ids_UT.reshape(groups, -1, query_ids_UT.shape[1])
-    key_ids_US = cut.keys(key_ids_BT, _OUTSIDE)
+    key_ids_US = cut.keys(key_ids_BT, _NO_KEY)
     key_ids_GRS = key_ids_US.reshape(groups, -1, key_ids_US.shape[1])
     index_GN = cut.index_UH(heads_BH).reshape(groups, -1)
 

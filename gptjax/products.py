@@ -18,7 +18,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 Array = jax.Array
 
-# Of bfloat16: products of one row take six times as long on a CPU as those of four.
+# Of bfloat16: products of one row take three to six times as long on a CPU as those of four.
 _FEW_ROWS = 4
 
 

@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -213,6 +216,17 @@ def assert_trees_close(actual: Any, expected: Any, tolerance: float, floor: floa
         assert ratio <= tolerance, f"{jax.tree_util.keystr(path)}: {ratio:.2e}"
         worst = max(worst, float(ratio))
     return worst
+
+
+def outputs_by_hash_seed(code, seeds):
+    """What a program prints in processes whose sets have different orders."""
+    return {
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONHASHSEED": str(seed)},
+        ).stdout
+        for seed in range(seeds)
+    }  # fmt: skip
 
 
 def attend(q_BTHK, k_BSHK, v_BSHK, visible_BTS, *dropout):

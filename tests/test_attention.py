@@ -226,14 +226,17 @@ def test_blocked_in_bfloat16_is_as_near_to_float64_as_plain():
         assert errors[1] <= 1.6 * errors[0]
 
 
-def test_blocked_on_a_mesh_equals_one_device():
-    qkvg, ids, key_ids = cases(4, 130, 2, 16, "float32")
+@pytest.mark.parametrize(("length", "longest"), [(130, 0), (260, 40)])
+def test_blocked_on_a_mesh_equals_one_device(length, longest):
+    qkvg, ids, key_ids = cases(4, length, 2, 16, "float32")
+    if longest:
+        ids = key_ids = short_segments(np.random.default_rng(0), 4, length, longest)
     words = dropout.key_words(jax.random.key(3))
-    want = value_and_gradients("blocked", qkvg, ids, key_ids, 0.3, words)
+    want = value_and_gradients("blocked", qkvg, ids, key_ids, 0.3, words, None, longest)
     for sizes in ((2, 1, 2), (2, 2, 1), (1, 4, 1), (1, 2, 2)):
         config = MeshConfig(**dict(zip(sharding.AXES, sizes, strict=True)))
         mesh = sharding.make_mesh(config, jax.devices()[:4])
-        got = value_and_gradients("blocked", qkvg, ids, key_ids, 0.3, words, mesh)
+        got = value_and_gradients("blocked", qkvg, ids, key_ids, 0.3, words, mesh, longest)
         for one, other in zip(got, want, strict=True):
             assert np.abs(one - other).max() <= 3e-6 * np.abs(other).max()
 

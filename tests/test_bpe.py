@@ -4,11 +4,10 @@ import itertools
 import os
 import random
 import string
-import subprocess
-import sys
 
 import bpe
 import pytest
+import small
 import test_text
 
 from gptjax.data import sources, streams
@@ -128,13 +127,7 @@ def test_training_is_the_same_in_every_process():
         "words = [''.join(map(chr, r.choices(range(97, 400), k=5))) for _ in range(400)]\n"
         "for size in (60, 700): print(tokenizer.train_bpe([' '.join(words)], size).hash)\n"
     )
-    hashes = {
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-            env=os.environ | {"PYTHONHASHSEED": str(seed)},
-        ).stdout
-        for seed in range(3)
-    }  # fmt: skip
+    hashes = small.outputs_by_hash_seed(code, 3)
     assert len(hashes) == 1
 
 

@@ -10,6 +10,7 @@ import small
 
 from gptjax import stages
 from gptjax.config import FinetuneConfig, OptimizerConfig, PretrainConfig
+from gptjax.data import tasks
 from gptjax.data.splits import Table
 from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError
@@ -153,6 +154,21 @@ def test_finetuning_counts(tokenizer):
     assert finetune(tokenizer, steps=3).total_steps == 3
     assert finetune(tokenizer, evals_per_epoch=2.0).eval_every == 2
     assert finetune(tokenizer, evals_per_epoch=100.0).eval_every == 1
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_the_longest_sequence_is_that_of_any_split(tokenizer, split):
+    """Attention leaves out keys beyond it, so that a longer one anywhere would be cut short."""
+    data = label_data()
+    table = data[split].rows
+    long = " ".join(["sea"] * 20)
+    texts = [long, *table["text"][1:]]
+    data[split] = Table(table.remove_columns("text").add_column("text", texts), data[split].where)
+    stage = finetune(tokenizer, data=data)
+    spec = TaskSpec("classification", "text", labels=("no", "yes", "maybe"))
+    found = tasks.encode(spec, {"text": [long], "label": ["no"]}, tokenizer, 1000, "x")
+    assert stage.model.longest == min(len(found.tokens[0]), stage.model.config.context_length)
+    assert stage.model.longest > finetune(tokenizer).model.longest
 
 
 def test_floors_are_the_majority_answer(tokenizer):

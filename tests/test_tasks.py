@@ -1,10 +1,7 @@
 """The input transformations against the table of the paper, written out by hand."""
 
 import math
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -203,13 +200,7 @@ def test_order_of_labels_does_not_depend_on_the_process():
         "rows = {'label': ['1', '1.0', '01', '1e0', 'nan', '0', 'NaN', '2']}\n"
         "print(tasks.find_labels(spec, rows, 'x').labels)\n"
     )
-    orders = {
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-            env=os.environ | {"PYTHONHASHSEED": str(seed)},
-        ).stdout
-        for seed in range(4)
-    }  # fmt: skip
+    orders = small.outputs_by_hash_seed(code, 4)
     assert len(orders) == 1
 
 
