@@ -93,7 +93,8 @@ class LoadedGPT:
 
         Args:
           tokens: int32 [B, T], T at most the context length (per segment where packed).
-          segment_ids: int32 [B, T]: packed sequences 1, 2, ..., padding 0; None: one a row.
+          segment_ids: int32 [B, T]: padding 0, packed sequences any other number, another than
+            that of the one before; None: one a row.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         require(tokens.ndim == 2, f"lm_logits: tokens must be [B, T], not {tokens.shape}")
@@ -106,7 +107,7 @@ class LoadedGPT:
             int(tokens.min(initial=0)) >= 0 and int(tokens.max(initial=0)) < self.config.vocab_size,
             f"lm_logits: token ids must be 0 to {self.config.vocab_size - 1}",
         )
-        positions = jnp.where(segments > 0, _positions(segments), 0)
+        positions, segments = _packing(segments)
         longest = int(positions.max(initial=0)) + 1
         require(
             longest <= self.config.context_length,
@@ -254,13 +255,15 @@ def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _positions(segments: jax.Array) -> jax.Array:
-    """int32 [B, T]: distance from the start of the token's segment."""
+def _packing(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Positions within each run of one number, and the runs numbered 1, 2, ...; 0 where padding."""
     index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
     first = jnp.concatenate(
         [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
     )
-    return index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    runs = jnp.cumsum(first, axis=1, dtype=jnp.int32)
+    return jnp.where(segments != 0, positions, 0), jnp.where(segments != 0, runs, 0)
 
 
 def _lm_logits_of(

@@ -64,19 +64,34 @@ def attend(
     return jnp.einsum("...TS,...SK->...TK", weights_XTS.astype(v_XSK.dtype), v_XSK)
 
 
-def choose(kind: str, platform: str, dtype: str, dropout_rate: float) -> str:
+def choose(
+    kind: str,
+    platform: str,
+    dtype: str,
+    dropout_rate: float,
+    length: int,
+    head_width: int,
+    capability: float,
+) -> str:
     """Returns which implementation computes `causal`: `kind`, or where it is "auto" the best one.
+
+    What cuDNN takes is read from `jax._src.cudnn`: bfloat16, an even number of tokens, heads of a
+    multiple of 8 up to 128, Ampere or newer. Its dropout masks would not be ours.
 
     Args:
       kind: as `ModelConfig.attention`.
       platform: cpu, gpu or tpu.
-      dtype: of the products; cuDNN has no float32.
-      dropout_rate: of the attention weights; cuDNN's masks would not be ours.
+      dtype: of the products.
+      dropout_rate: of the attention weights.
+      length: T.
+      head_width: K.
+      capability: from `sharding.compute_capability`.
 
     Raises:
       UserError: there is no such kernel for these devices, or it cannot do what is asked.
     """
-    cudnn = platform == "gpu" and dtype == "bfloat16" and not dropout_rate
+    fits = length % 2 == 0 and head_width % 8 == 0 and head_width <= 128 and capability >= 8
+    cudnn = platform == "gpu" and dtype == "bfloat16" and not dropout_rate and fits
     if kind == "auto":
         return {"cpu": "blocked", "tpu": "pallas"}.get(platform, "cudnn" if cudnn else "plain")
     require(
@@ -85,8 +100,8 @@ def choose(kind: str, platform: str, dtype: str, dropout_rate: float) -> str:
     )
     require(
         kind != "cudnn" or cudnn,
-        "--config.model.attention=cudnn: is for NVIDIA GPUs, with --config.model.dtype=bfloat16 "
-        "and --config.model.attention_dropout=0; use auto",
+        "--config.model.attention=cudnn: is for NVIDIA GPUs from Ampere on, bfloat16, no "
+        "attention_dropout, heads of a multiple of 8 up to 128, rows of even length; use auto",
     )
     return kind
 

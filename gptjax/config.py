@@ -67,7 +67,8 @@ class ModelConfig(_Config):
     """What a block recomputes in the backward pass: none, dots (all but matrix products), full."""
     unroll: int = 0
     """Layers per iteration of the scan over layers: more compile time, faster steps; 0: all of them
-    on a CPU, where that gains most, one elsewhere."""
+    on a CPU, where that gains most, one elsewhere and with remat (a CPU recomputes nothing of
+    layers that are all written out)."""
     attention: str = "auto"
     """How attention is computed: plain (all scores at once), blocked (on CPUs), pallas (on TPUs),
     cudnn (on NVIDIA GPUs, bfloat16, without dropout); auto: what suits the devices."""

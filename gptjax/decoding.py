@@ -6,12 +6,13 @@ fastest.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gptjax import products
+from gptjax.config import ModelConfig
 from gptjax.model import GPT, Cache, Layers, Params, run
 
 Array = jax.Array
@@ -76,3 +77,9 @@ class Decoder:
         """Args: model: with any head, which is not used; params: its parameters."""
         self.model = model
         self.weights = _prepare(model, params)
+
+
+def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Caches:
+    """Returns an empty cache: of each layer key and value [B * H, S, K], S = length."""
+    empty = jnp.zeros((batch * config.num_heads, length, config.head_width), dtype)
+    return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))

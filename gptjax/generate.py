@@ -5,6 +5,7 @@ Letters of shapes: N samples, T tokens, V vocabulary.
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import numpy as np
 from gptjax import decoding, sharding
 from gptjax.decoding import Caches, Decoder, Weights
 from gptjax.errors import require
-from gptjax.model import GPT, new_cache
+from gptjax.model import GPT
 
 Array = jax.Array
 
@@ -30,7 +31,10 @@ class Sampling:
     """Draw among the fewest most likely tokens whose probabilities reach top_p."""
 
     def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"--temperature={self.temperature}: must not be negative")
+        require(
+            0 <= self.temperature < math.inf,
+            f"--temperature={self.temperature}: must be a number from 0 on",
+        )
         require(self.top_k >= 0, f"--top_k={self.top_k}: must not be negative")
         require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")
 
@@ -94,7 +98,7 @@ def _prefill(
     # A CPU reads bfloat16 one by one: it has the same numbers as float32.
     on_cpu = sharding.platform(model.mesh) == "cpu"
     dtype = jnp.float32 if on_cpu else model.config.dtype
-    cache = new_cache(model.config, prompt_NT.shape[0], entries, dtype)
+    cache = decoding.new_cache(model.config, prompt_NT.shape[0], entries, dtype)
     x_NTD, cache = decoding.decode(model, weights, prompt_NT, cache, 0)
     # What the padding wrote is overwritten by later tokens before any query can see it.
     x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
@@ -175,10 +179,11 @@ def generate(
       seed: of the draws.
       banned: bool [V], tokens never drawn.
     """
+    require(-(2**63) <= seed < 2**63, f"--seed={seed}: must be a number of 64 bits")
     key = jax.random.key(seed)
     numbers = (
         jnp.float32(sampling.temperature),
-        jnp.int32(sampling.top_k),
+        jnp.int32(min(sampling.top_k, len(banned))),
         jnp.float32(sampling.top_p),
     )
     context = decoder.model.config.context_length

@@ -155,7 +155,7 @@ def lm_loss(
       embedding_VD: rows of the output projection (more of them than tokens exist, where the
         softmax covers others too).
       batch: its tokens and lm_weights.
-      bias_V: of a projection that is not tied.
+      bias_V: of a projection that is not tied; rounded to the dtype of the products, like the rows.
       mesh: of the devices that share the rows: each may hold as many logits as one alone.
     """
     if bias_V is not None:

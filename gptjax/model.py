@@ -153,13 +153,15 @@ class Attention(nn.Module):
         return jnp.moveaxis(y_BHTK, 1, 2).astype(q_BTHK.dtype), cache
 
     def _causal(self, q: Array, k: Array, v: Array, ids: Ids, deterministic: bool) -> Array:
-        rate, words = self.config.attention_dropout, None
-        if not deterministic and rate > 0:
+        config, mesh = self.config, self.mesh
+        rate, words = 0.0 if deterministic else config.attention_dropout, None
+        if rate > 0:
             words = dropout_lib.key_words(self.make_rng("dropout"))
         kind = attention.choose(
-            self.config.attention, sharding.platform(self.mesh), self.config.dtype, rate
-        )
-        far, mesh = self.longest or self.config.context_length, self.mesh
+            config.attention, sharding.platform(mesh), config.dtype, rate, q.shape[1],
+            config.head_width, sharding.compute_capability(mesh),
+        )  # fmt: skip
+        far = self.longest or config.context_length
         return attention.causal(q, k, v, *ids, rate, words, kind=kind, mesh=mesh, longest=far)
 
 
@@ -233,8 +235,9 @@ class GPT(nn.Module):
                 prevent_cse=False,
                 static_argnums=(3,),
             )
-        on_cpu = sharding.platform(self.mesh) == "cpu"
-        unroll = config.unroll or (config.num_layers if on_cpu else 1)
+        # Written out, forward and backward pass become one program that XLA keeps all values of.
+        whole = sharding.platform(self.mesh) == "cpu" and config.remat == "none"
+        unroll = config.unroll or (config.num_layers if whole else 1)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -391,9 +394,3 @@ def init_params(model: GPT, key: Array) -> Params:
     # One row cannot be shared by devices; the parameters are the same.
     alone = model.clone(mesh=None)
     return alone.init(key, jnp.zeros((1, max(2, model.flatten)), jnp.int32))["params"]
-
-
-def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> tuple[Cache, ...]:
-    """Returns an empty cache: of each layer key and value [B * H, S, K], S = length."""
-    empty = jnp.zeros((batch * config.num_heads, length, config.head_width), dtype)
-    return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))

@@ -114,7 +114,7 @@ def decay_mask(params: optax.Params) -> optax.Params:
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
     """Returns `inner`, with no update and no change of its state where a gradient is not finite.
 
-    As `optax.apply_if_finite`, by the norm of all gradients, which the step computes anyway: a look
+    As `optax.apply_if_finite`, by the norm of all gradients, which the step reports anyway: a look
     at each element takes a CPU longer. Gradients whose squares overflow count as not finite.
     """
 

@@ -57,6 +57,13 @@ def platform(mesh: Mesh | None) -> str:
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
+def compute_capability(mesh: Mesh | None) -> float:
+    """Returns what an NVIDIA GPU of the mesh is (7.5 Turing, 8.0 Ampere, 9.0 Hopper); else 0."""
+    device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
+    found = re.fullmatch(r"\d+\.\d+", str(getattr(device, "compute_capability", "")))
+    return float(found[0]) if found else 0.0
+
+
 def batch_divisor(mesh: Mesh) -> int:
     """Returns what the number of rows of a batch must be a multiple of."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

@@ -60,11 +60,12 @@ def test_a_model_trained_with_another_machine_s_attention_runs_here(gpt):
     np.testing.assert_array_equal(one.probabilities, other.probabilities)
 
 
-def test_packed_logits_are_those_of_each_alone(gpt):
+@pytest.mark.parametrize("ids", [(1, 2, 3, 0), (4, 1, 4, 0)])
+def test_packed_logits_are_those_of_each_alone(gpt, ids):
     rng = np.random.default_rng(0)
     parts = [rng.integers(0, 84, n) for n in (5, 1, 7)]
     row = np.concatenate([*parts, np.zeros(3, int)])[None]
-    segments = np.repeat([1, 2, 3, 0], [5, 1, 7, 3])[None]
+    segments = np.repeat(ids, [5, 1, 7, 3])[None]
     packed = np.asarray(gpt.lm_logits(row, segments))[0]
     start = 0
     for part in parts:
@@ -82,6 +83,14 @@ def test_packed_rows_may_be_longer_than_the_context(gpt):
         gpt.lm_logits(tokens[0])
     with pytest.raises(UserError, match="must have the shape of tokens"):
         gpt.lm_logits(tokens, tokens[:, :5])
+
+
+def test_numbers_too_large_for_the_device(gpt):
+    """More than the vocabulary is all of it; a seed has 64 bits."""
+    kept = [gpt.generate("the", 5, top_k=k, seed=3) for k in (0, len(gpt.tokenizer), 3 * 10**9)]
+    assert kept[0] == kept[1] == kept[2]
+    with pytest.raises(UserError, match=r"^--seed=\d+: must be a number of 64 bits$"):
+        gpt.generate("the", 5, seed=2**64)
 
 
 def test_rows_may_come_as_mappings_or_as_columns(gpt):

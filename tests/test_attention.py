@@ -1,6 +1,7 @@
 """Attention against float64 NumPy, its masks against their definitions, and what it hides."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -279,7 +280,31 @@ def test_what_cudnn_is_asked_for_is_the_same_attention():
     ],
 )
 def test_auto_is_the_one_for_the_platform(kind, platform, dtype, rate, expected):
-    assert attention.choose(kind, platform, dtype, rate) == expected
+    assert attention.choose(kind, platform, dtype, rate, 128, 64, 9.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("length", "width", "capability"),
+    [(511, 64, 9.0), (512, 20, 9.0), (512, 136, 9.0), (512, 64, 7.5)],
+)
+def test_what_cudnn_does_not_take_is_left_to_the_plain_way(length, width, capability):
+    shape = (length, width, capability)
+    assert attention.choose("auto", "gpu", "bfloat16", 0.0, *shape) == "plain"
+    with pytest.raises(UserError, match=r"^--config.model.attention=cudnn: .*use auto$"):
+        attention.choose("cudnn", "gpu", "bfloat16", 0.0, *shape)
+
+
+def test_compute_capability():
+    """As CUDA's and ROCm's devices, and a CPU's, have it."""
+
+    def mesh(**attributes):
+        device = types.SimpleNamespace(**attributes)
+        return types.SimpleNamespace(devices=np.array([device]))
+
+    assert sharding.compute_capability(mesh(compute_capability="7.5")) == 7.5
+    assert sharding.compute_capability(mesh(compute_capability="12.0")) == 12.0
+    assert sharding.compute_capability(mesh(compute_capability="gfx90a")) == 0
+    assert sharding.compute_capability(None) == 0
 
 
 @pytest.mark.parametrize(
@@ -293,7 +318,7 @@ def test_auto_is_the_one_for_the_platform(kind, platform, dtype, rate, expected)
 )
 def test_a_kernel_that_cannot_do_it_is_one_line(kind, platform, dtype, rate):
     with pytest.raises(UserError, match=f"^--config.model.attention={kind}: .*use auto$"):
-        attention.choose(kind, platform, dtype, rate)
+        attention.choose(kind, platform, dtype, rate, 128, 64, 9.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 2, 4), (2, 0, 2, 4)])

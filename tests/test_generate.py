@@ -1,5 +1,7 @@
 """Generation with a cache equals recomputing everything for every token."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -223,7 +225,16 @@ def test_draws_follow_the_probabilities():
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}]
+    "values",
+    [
+        {"temperature": -0.1},
+        {"temperature": math.inf},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"top_p": math.nan},
+    ],
 )
 def test_sampling_out_of_range_is_a_user_error(values):
     with pytest.raises(UserError, match=next(iter(values))):

@@ -13,6 +13,7 @@ import pytest
 import reference
 import small
 
+from gptjax import attention
 from gptjax import model as model_lib
 from gptjax.config import ModelConfig
 from gptjax.model import GPT
@@ -252,6 +253,40 @@ def test_remat_and_unroll_change_neither_loss_nor_gradients(with_dropout, remat,
     expected, got = (f(task.params, batch, key) for f in (measure, other))
     assert float(got["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-6)
     small.assert_trees_close(got["gradients"], expected["gradients"], TOLERANCE)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_needs_less_memory(remat):
+    """As a CPU runs it by default, by XLA's own buffer assignment."""
+    ids = jnp.ones((8, 128), jnp.int32)
+
+    def temporary(**changes):
+        model = GPT(small.config(num_layers=6, context_length=128, **changes))
+        params = small.params(model)
+
+        def total(params):
+            return model_lib.run(model, params, ids, ids, ids, method="hidden").sum()
+
+        return jax.jit(jax.grad(total)).lower(params).compile().memory_analysis()
+
+    none, less = (temporary(**changes).temp_size_in_bytes for changes in ({}, {"remat": remat}))
+    assert less < {"dots": 0.8, "full": 0.5}[remat] * none
+
+
+def test_inference_asks_for_no_dropout_of_the_attention_kernel(monkeypatch):
+    """One that has none of ours still serves a model that was trained with it."""
+    rates, choose = [], attention.choose
+    monkeypatch.setattr(
+        attention, "choose", lambda *args: (rates.append(args[3]), choose(*args))[1]
+    )
+    model, ids = GPT(small.config(attention_dropout=0.3)), jnp.ones((1, 4), jnp.int32)
+    params = small.params(model)
+    rates.clear()
+    model_lib.run(model, params, ids, ids, ids, method="hidden")
+    assert set(rates) == {0.0}
+    key = jax.random.key(0)
+    model_lib.run(model, params, ids, ids, ids, None, False, method="hidden", key=key)
+    assert set(rates) == {0.0, 0.3}
 
 
 def test_a_seed_keeps_its_initial_values():
