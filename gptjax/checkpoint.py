@@ -19,13 +19,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import config as config_lib
+from gptjax import ledger, telemetry
 from gptjax import metrics as metrics_lib
-from gptjax import telemetry
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
@@ -55,6 +54,8 @@ class Meta:
     """The whole configuration as plain values."""
     data_fingerprint: str
     """Hash of the training data."""
+    ledger: str = ""
+    """Of the batches that the weights were trained on, from `gptjax.ledger`."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON-ready values."""
@@ -77,15 +78,7 @@ class Meta:
 
 @jax.jit
 def _checksums(tree: Any) -> Any:
-    def checksum(x: jax.Array) -> jax.Array:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-        x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-        words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32).reshape(-1)
-        # Odd weights by position: no exchange of two words, and no single flip, goes unnoticed.
-        weights = jax.lax.iota(jnp.uint32, words.size) * jnp.uint32(2) + jnp.uint32(1)
-        return (words * weights).sum(dtype=jnp.uint32)
-
-    return jax.tree.map(checksum, tree)
+    return jax.tree.map(ledger.checksum, tree)
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -220,6 +213,10 @@ class Checkpoints:
         sums = values.pop("checksums")
         values.pop("step")
         return Meta.from_dict(values, str(self.directory / str(step))), sums
+
+    def ledger(self, step: int) -> str:
+        """Returns the ledger of the checkpoint of a step, to go on with; "" where there is none."""
+        return self.meta(step)[0].ledger if step in self.steps() else ""
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Returns the state of `step`, laid out like `like` (arrays or shapes with shardings).

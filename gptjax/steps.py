@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gptjax import losses, sharding
+from gptjax import ledger, losses, sharding
 from gptjax.batch import Batch
 from gptjax.losses import Sum
 from gptjax.model import GPT, run
@@ -52,6 +52,8 @@ class StepOutput:
     gradient_norm: jax.Array
     bad_steps: jax.Array
     """Non-finite updates in a row, all of them skipped."""
+    batch_checksum: jax.Array
+    """uint32, from `ledger.of_batch`."""
 
 
 def weights(batch: Batch) -> Losses:
@@ -144,7 +146,8 @@ def train_step(
     grads, sums = gradients(model, objective, state.params, batch, key, micro)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count)
+    seen = ledger.of_batch(batch)
+    output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count, seen)
     return TrainState(state.step + 1, params, opt_state), output
 
 

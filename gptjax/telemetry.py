@@ -162,8 +162,9 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
 class MetricsLog:
     """``metrics.jsonl`` in a working directory, and the same numbers under ``tensorboard/``.
 
-    A line is ``{"step", "stage", "split", NAME: float or null, ...}``, on disk when `write`
-    returns. Use as a context manager, or call `close`. A full disk is a `UserError` everywhere.
+    A line is ``{"step", "stage", "split", NAME: float or null, ...}``, of a training step with the
+    ``"ledger"`` of its batches (see `gptjax.ledger`), on disk when `write` returns. Use as a
+    context manager, or call `close`. A full disk is a `UserError` everywhere.
 
     Args:
       workdir: made if missing.
@@ -189,12 +190,16 @@ class MetricsLog:
         with disk_errors(self._path):
             self._file = open(self._path, "ab")  # noqa: SIM115
 
-    def write(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
+    def write(
+        self, stage: str, split: str, step: int, values: Mapping[str, float], ledger: str = ""
+    ) -> None:
         """Adds one line. `values` are host numbers; one that is not finite is written as null."""
         if not self._enabled:
             return
         floats = {name: float(value) for name, value in values.items()}
         record = {"step": int(step), "stage": stage, "split": split, **floats}
+        if ledger:
+            record["ledger"] = ledger
         with disk_errors(self._path):
             self._file.write(json.dumps(json_ready(record)).encode() + b"\n")
             self._file.flush()

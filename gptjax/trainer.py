@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import optim, sharding, steps, telemetry
+from gptjax import ledger, optim, sharding, steps, telemetry
 from gptjax.checkpoint import Meta
 from gptjax.config import Experiment, ModelConfig, OptimizerConfig
 from gptjax.data.tokenizer import Tokenizer
@@ -75,6 +75,7 @@ class Trainer:
             context.mesh, stage.model, stage.objective, stage.optimizer, stage.total_steps
         )
         self._seed = np.uint32(context.experiment.seed)
+        self._ledger = ""
 
     def train(self, train_state: TrainState, start: int) -> dict[str, float]:
         """Runs steps [start, total); returns how fast, for the summary, or {} where none was run.
@@ -83,6 +84,7 @@ class Trainer:
         """
         context, stage = self._context, self._stage
         total, pending = stage.total_steps, None
+        self._ledger = self._checkpoints.ledger(start)
         shown = context.is_main and not context.trial
         with telemetry.Progress(stage.name, total, start, shown) as progress:
             self._progress = progress
@@ -121,12 +123,13 @@ class Trainer:
             return
         step, device_output, tokens = pending
         output: StepOutput = jax.device_get(device_output)
+        self._ledger = ledger.entry(self._ledger, int(output.batch_checksum))
         values = _scores(self._stage, output)
         self._progress.update(step, values["loss"], tokens)
         if step % self._every == 0 or step in (1, self._stage.total_steps):
             values["gradient_norm"] = float(output.gradient_norm)
             values["learning_rate"] = float(self._rate(step - 1))
-            self._context.log.write(self._stage.name, "train", step, values)
+            self._context.log.write(self._stage.name, "train", step, values, self._ledger)
         bad, limit = int(output.bad_steps), self._stage.optimizer.max_bad_steps
         if bad == 1:
             logging.warning("%s: step %d was not finite and is skipped", self._stage.name, step)
@@ -159,14 +162,17 @@ class Trainer:
             if have:  # saved by a run that was stopped before it could validate
                 self._checkpoints.set_metrics(step, scores)
             else:
-                self._checkpoints.save(step, train_state, self._meta, scores)
+                self._checkpoints.save(step, train_state, self._meta_now(), scores)
         self._context.log.write(self._stage.name, "validation", step, scores)
 
     def _save(self, train_state: TrainState, step: int) -> None:
         if step in self._checkpoints.steps():
             return
         with self._progress.paused():
-            self._checkpoints.save(step, train_state, self._meta)
+            self._checkpoints.save(step, train_state, self._meta_now())
+
+    def _meta_now(self) -> Meta:
+        return dataclasses.replace(self._meta, ledger=self._ledger)
 
     def _stop_if_asked(self, train_state: TrainState, step: int) -> None:
         if not self._context.stop():

@@ -10,6 +10,7 @@ import re
 import signal
 import time
 
+import numpy as np
 import pytest
 import runs
 
@@ -72,9 +73,9 @@ def saving(workdir: str, stage: str) -> bool:
     return any(pathlib.Path(workdir, "checkpoints", stage).glob("*orbax-checkpoint-tmp*"))
 
 
-def interrupt(workdir: str, number: signal.Signals, when) -> runs.Result:
+def interrupt(workdir: str, number: signal.Signals, when, **kwargs) -> runs.Result:
     """Starts the run and sends it a signal as soon as `when` is true."""
-    process = runs.start(*command(workdir))
+    process = runs.start(*command(workdir), **kwargs)
     while process.poll() is None and not when():
         time.sleep(0.001)
     process.send_signal(number)
@@ -110,6 +111,33 @@ def test_killed_and_terminated_runs_end_like_an_uninterrupted_one(uninterrupted,
     result = finish(runs.start(*command(workdir)))
     assert result.code == 0, result.err
     assert_same(workdir, uninterrupted)
+
+
+@pytest.mark.slow
+def test_another_number_of_devices_goes_on_with_the_same_batches(uninterrupted, tmp_path):
+    """Losses to float32 rounding, which Adam and 40 steps magnify; the ledger to the bit."""
+    workdir = str(tmp_path / "run")
+    four = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
+    asked = interrupt(
+        workdir, signal.SIGTERM, lambda: recorded(workdir, "pretrain") >= 10, env=four
+    )
+    assert asked.code == 75, asked.err
+    assert runs.steps(workdir, "pretrain")[-1] < 40
+    two = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
+    asked = interrupt(workdir, signal.SIGTERM, lambda: recorded(workdir, "finetune") >= 10, env=two)
+    assert asked.code == 75, asked.err
+    result = finish(runs.start(*command(workdir)))
+    assert result.code == 0, result.err
+    ours, theirs = runs.records(workdir), runs.records(uninterrupted)
+    ledgers = [[record.get("ledger") for record in records] for records in (ours, theirs)]
+    assert ledgers[0] == ledgers[1]
+    assert all(
+        entry
+        for record, entry in zip(theirs, ledgers[1], strict=True)
+        if record["split"] == "train"
+    )
+    losses = [[record["loss"] for record in records] for records in (ours, theirs)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
 @pytest.mark.slow
