@@ -62,7 +62,9 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "output", str(RESULTS), "Folder for the table, the JSON and the plot.", flag_values=FLAGS
 )
-flags.DEFINE_integer("timeout", 1800, "Seconds after which a worker is stopped.", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "timeout", 1800, "Seconds after which a worker is stopped.", lower_bound=1, flag_values=FLAGS
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,6 @@ Letters of shapes: N samples, T tokens, V vocabulary.
 
 import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,10 @@ from gptjax.errors import require
 from gptjax.model import GPT
 
 Array = jax.Array
+
+
+# All tokens are as likely there; float32 reaches 3.4e38.
+_HOTTEST = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require(
-            0 <= self.temperature < math.inf,
-            f"--temperature={self.temperature}: must be a number from 0 on",
+            0 <= self.temperature <= _HOTTEST,
+            f"--temperature={self.temperature}: must be 0 to {_HOTTEST:g}",
         )
         require(self.top_k >= 0, f"--top_k={self.top_k}: must not be negative")
         require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")

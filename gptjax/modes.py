@@ -82,7 +82,7 @@ def predict(
         f"--output={output_path}: the ending must be one of {', '.join(_OUTPUTS)}",
     )
     require(
-        not (input_path and os.path.exists(output_path))
+        not (os.path.exists(input_path) and os.path.exists(output_path))
         or not os.path.samefile(input_path, output_path),
         f"--output={output_path}: is the input file; choose another name",
     )
@@ -234,6 +234,9 @@ def generate(
     """Prints texts that begin with the prompt."""
     require(checkpoint, "--checkpoint: give the --workdir of a finished training")
     gpt = api.load(checkpoint)
+    unknown = gpt.tokenizer.encode(prompt).count(gpt.tokenizer.unknown_id)
+    if unknown:
+        telemetry.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
     texts = gpt.generate(prompt, max_new_tokens, temperature, top_k, top_p, num_samples, seed)
     for i, text in enumerate(texts):
         if num_samples > 1:

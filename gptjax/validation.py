@@ -1,6 +1,7 @@
 """Checks a configuration once, before anything else happens: every error names its flag."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -44,12 +45,14 @@ def _positive(config: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"--config.{where}.{name}={value}: must be greater than 0")
+        require(value < math.inf, f"--config.{where}.{name}={value}: must be finite")
 
 
 def _not_negative(config: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(value >= 0, f"--config.{where}.{name}={value}: must not be negative")
+        require(value < math.inf, f"--config.{where}.{name}={value}: must be finite")
 
 
 def _choice(config: Any, where: str, name: str, allowed: tuple[str, ...]) -> None:

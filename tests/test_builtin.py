@@ -191,7 +191,8 @@ def test_the_same_in_another_process_and_without_a_cache(cache, tmp_path):
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
     here = [*(builtin_task(task, "test") for task in TASKS), builtin_text("test")]
     assert out.stdout.split() == [fingerprint(each) for each in here]
-    assert out.stderr == ""
+    (warning,) = out.stderr.splitlines()
+    assert f"{unwritable}/data: cannot keep data there" in warning
 
 
 def test_cache_is_used_and_a_broken_one_is_rebuilt(tmp_path, monkeypatch):
@@ -201,17 +202,21 @@ def test_cache_is_used_and_a_broken_one_is_rebuilt(tmp_path, monkeypatch):
     monkeypatch.setattr(docstrings, "collect", lambda stdlib: calls.append(stdlib) or [entry])
     assert read_entries() == read_entries() == [entry]
     assert len(calls) == 1
-    (path,) = (tmp_path / "new").iterdir()
-    for broken in (b"", b"PAR1", path.read_bytes()[:-20], path.read_bytes()[20:]):
+    (path,) = (tmp_path / "new" / "data").iterdir()
+    whole = path.read_bytes()
+    # It reads as well with one letter changed.
+    other = whole.replace(b"Says it.", b"Says at.")
+    assert other != whole
+    for broken in (b"", b"PAR1", whole[:-20], whole[20:], other):
         path.write_bytes(broken)
         assert read_entries() == [entry]
-    assert len(calls) == 5
+    assert len(calls) == 6
     assert read_entries() == [entry]
-    assert len(calls) == 5
+    assert len(calls) == 6
     monkeypatch.setattr(docstrings, "SCHEMA_VERSION", -1)
     read_entries()
-    assert len(calls) == 6
-    assert sorted(each.suffix for each in (tmp_path / "new").iterdir()) == [".parquet"] * 2
+    assert len(calls) == 7
+    assert sorted(each.suffix for each in path.parent.iterdir()) == [".parquet"] * 2
 
 
 def test_works_on_a_small_library_and_says_so_on_none(tmp_path):

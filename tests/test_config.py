@@ -235,6 +235,7 @@ _CHOICES = {
 WRONG = [
     *((name, value, "greater than 0") for name in _POSITIVE for value in (0, -1)),
     *((name, -1, "must not be negative") for name in _NOT_NEGATIVE),
+    *((name, math.inf, "must be finite") for name in ("model.init_std", "pretrain.epochs")),
     *((name, value, "at least 0 and below 1") for name in _FRACTIONS for value in (-0.1, 1.0)),
     *((name, value, "must be one of") for name, value in _CHOICES.items()),
     *((name, math.nan, "") for name in ("model.head_dropout", "finetune.optimizer.learning_rate")),

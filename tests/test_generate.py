@@ -229,6 +229,7 @@ def test_draws_follow_the_probabilities():
     [
         {"temperature": -0.1},
         {"temperature": math.inf},
+        {"temperature": 1e39},
         {"temperature": math.nan},
         {"top_k": -1},
         {"top_p": 0.0},

@@ -94,6 +94,13 @@ def test_an_output_that_cannot_be_written_is_one_line():
     assert "cannot write /proc/out.csv" in predict(runs.files().test, "/proc/out.csv").error
 
 
+def test_a_missing_input_beside_an_old_output_is_one_line(tmp_path):
+    output = tmp_path / "out.csv"
+    output.write_text("an earlier run's")
+    assert "typo.csv: no such file" in predict(str(tmp_path / "typo.csv"), str(output)).error
+    assert output.read_text() == "an earlier run's"
+
+
 def evaluate(*flags) -> dict:
     result = runs.main("--mode=evaluate", f"--checkpoint={runs.trained()}", *flags)
     assert result.code == 0, result.err
@@ -151,6 +158,13 @@ def test_generate_prints_texts_that_begin_with_the_prompt():
     starts = [after for line, after in itertools.pairwise(lines) if line[:4] == "--- "]
     assert all(text.split()[:2] == ["the", "cat"] for text in starts)
     assert generate("--prompt=", "--max_new_tokens=3", "--temperature=0")
+
+
+def test_what_the_vocabulary_lacks_is_said():
+    flags = ("--mode=generate", f"--checkpoint={runs.trained()}", "--max_new_tokens=1")
+    said = "of its characters or words are not in the vocabulary"
+    assert said in runs.main(*flags, "--prompt=the 漢 cat").err
+    assert said not in runs.main(*flags, "--prompt=the cat").err
 
 
 @pytest.mark.parametrize("kind", ["bpe", "character"])

@@ -7,6 +7,7 @@ the same bytes. The folder may be deleted at any time, also while a run reads fr
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import logging
@@ -73,12 +74,17 @@ def kept(
             os.replace(temporary, path)
         return read(path)
     except OSError as error:
-        logging.warning(
-            "%s: cannot keep data there (%s); it is held in memory instead; set GPTJAX_CACHE to "
-            "another folder, or to nothing to keep none",
-            place, error.strerror or error,
-        )  # fmt: skip
+        _warn(place, error.strerror or str(error))
         return None
+
+
+@functools.cache  # once for each folder
+def _warn(place: str, reason: str) -> None:
+    logging.warning(
+        "%s: cannot keep data there (%s); it is held in memory instead; set GPTJAX_CACHE to "
+        "another folder, or to nothing to keep none",
+        place, reason,
+    )  # fmt: skip
 
 
 def _find(place: str, name: str, ending: str) -> str | None:

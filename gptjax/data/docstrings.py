@@ -9,7 +9,6 @@ elsewhere: only the first is kept) is in one of train, validation and test.
 from __future__ import annotations
 
 import ast
-import contextlib
 import functools
 import gc
 import hashlib
@@ -19,11 +18,10 @@ import os
 import re
 import sys
 import sysconfig
-import tempfile
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from gptjax.data import cache
 from gptjax.errors import UserError
@@ -86,29 +84,16 @@ def read_entries() -> Sequence[Entry]:
 
     stdlib = sysconfig.get_path("stdlib")
     version = ".".join(map(str, sys.version_info[:3]))
-    name = (
-        f"builtin-v{SCHEMA_VERSION}-{sys.implementation.name}-{version}-{name_hash(stdlib).hex()}"
-    )
-    folder = cache.folder()
-    if not folder:
-        return collect(stdlib)
-    path = os.path.join(folder, f"{name}.parquet")
-    # Any trouble with the cache, a cut-off file or foreign columns, only costs the time to collect.
-    with contextlib.suppress(OSError, ValueError, TypeError, pa.ArrowException):
-        rows = pq.ParquetFile(path).read().to_pylist()
-        return [Entry(**row) for row in rows]
-    entries = collect(stdlib)
-    with contextlib.suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, suffix=".tmp", delete=False) as file:
-            temporary = file.name
-        try:
-            pq.write_table(pa.Table.from_pylist([each._asdict() for each in entries]), temporary)
-            os.replace(temporary, path)  # atomic: another process sees all of it or nothing
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    return entries
+    name = f"builtin-v{SCHEMA_VERSION}-{sys.implementation.name}-{version}-"
+
+    def write(file: BinaryIO) -> None:
+        pq.write_table(pa.Table.from_pylist([each._asdict() for each in collect(stdlib)]), file)
+
+    def read(path: str) -> list[Entry]:
+        return [Entry(**row) for row in pq.ParquetFile(path).read().to_pylist()]
+
+    found = cache.kept(name + name_hash(stdlib).hex(), ".parquet", write, read)
+    return collect(stdlib) if found is None else found
 
 
 @functools.lru_cache(maxsize=1)  # where the cache on disk cannot be written
