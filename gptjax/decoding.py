@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import products
+from gptjax.attention import Cache
 from gptjax.config import ModelConfig
-from gptjax.model import GPT, Cache, Layers, Params, run
+from gptjax.model import GPT, Layers, Params, run
 
 Array = jax.Array
 Caches = tuple[Cache, ...]
@@ -70,6 +71,12 @@ def lm_logits(weights: Weights, x_BTD: Array) -> Array:
     return logits_BTV if weights.bias_V is None else logits_BTV + weights.bias_V[None, None]
 
 
+def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Caches:
+    """Returns an empty cache: of each layer key and value [B * H, S, K], S = length."""
+    empty = jnp.zeros((batch * config.num_heads, length, config.head_width), dtype)
+    return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))
+
+
 class Decoder:
     """A model for generation: its module and a copy of its weights."""
 
@@ -77,9 +84,3 @@ class Decoder:
         """Args: model: with any head, which is not used; params: its parameters."""
         self.model = model
         self.weights = _prepare(model, params)
-
-
-def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Caches:
-    """Returns an empty cache: of each layer key and value [B * H, S, K], S = length."""
-    empty = jnp.zeros((batch * config.num_heads, length, config.head_width), dtype)
-    return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))

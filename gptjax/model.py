@@ -14,19 +14,23 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from gptjax import activations, attention, products, sharding
+from gptjax import activations, attention, parallel, products, sharding
 from gptjax import dropout as dropout_lib
+from gptjax.attention import Cache
 from gptjax.config import ModelConfig
 
 Array = jax.Array
-Cache = dict[str, Array]
 # Segment ids [B, T] of the queries and of the keys.
 Ids = tuple[Array, Array]
 Params = dict[str, Any]
 # Flax variables of each block.
 Layers = tuple[dict[str, Params], ...]
+
+# What `remat=dots` keeps: results of products, in the compute dtype.
+_PRODUCT = "product"
 
 
 def _like(x: Array, y: Array) -> Array:
@@ -63,17 +67,17 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Returns [..., *features] in the compute dtype."""
         x = x.astype(self.config.dtype)
-        sharded = self.mesh is not None and self.mesh.size > 1
         if self.has_variable("prepared", "kernel"):  # see `gptjax.decoding`
             transposed: Array = self.get_variable("prepared", "kernel")
-            y = products.times_transposed(x, transposed, len(self.features), sharded)
+            y = products.times_transposed(x, transposed, len(self.features))
         else:
             shape = x.shape[x.ndim - self.inputs :] + self.features
             kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
-            y = products.linear(x, kernel, self.inputs, sharded)
+            name = "/".join((*self.path, "kernel"))
+            y = parallel.linear(x, kernel, self.inputs, self.mesh, name)
         # After the kernel: Flax's keys, and so a seed's initial values, count the parameters.
         bias = self.param("bias", nn.initializers.zeros, self.features)
-        return (y + _like(bias, y)).astype(x.dtype)
+        return checkpoint_name((y + _like(bias, y)).astype(x.dtype), _PRODUCT)
 
 
 class LayerNorm(nn.Module):
@@ -128,29 +132,11 @@ class Attention(nn.Module):
         qkv_BT3HK = Linear((3, heads, width), 1, config, self.mesh, name="qkv")(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
         if cache is not None:
-            y_BTHK, cache = self._cached(q_BTHK, k_BTHK, v_BTHK, cache, offset)
+            y_BTHK, cache = attention.cached(q_BTHK, k_BTHK, v_BTHK, cache, offset)
         else:
             assert ids is not None
             y_BTHK = self._causal(q_BTHK, k_BTHK, v_BTHK, ids, deterministic)
         return Linear((config.width,), 2, config, self.mesh, name="out")(y_BTHK), cache
-
-    def _cached(
-        self, q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, cache: Cache, offset: Array | int
-    ) -> tuple[Array, Cache]:
-        batch, length, heads, width = q_BTHK.shape
-        q_NTK, k_NTK, v_NTK = (
-            jnp.moveaxis(x, 2, 1).reshape(-1, length, width).astype(cache["key"].dtype)
-            for x in (q_BTHK, k_BTHK, v_BTHK)
-        )
-        cache = {
-            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new_NTK, offset, 1)
-            for name, new_NTK in (("key", k_NTK), ("value", v_NTK))
-        }
-        positions_T = offset + jnp.arange(length)
-        visible_1TS = attention.causal_cached(positions_T, cache["key"].shape[1])
-        y_NTK = attention.attend(q_NTK, cache["key"], cache["value"], visible_1TS)
-        y_BHTK = y_NTK.reshape(batch, heads, length, width)
-        return jnp.moveaxis(y_BHTK, 1, 2).astype(q_BTHK.dtype), cache
 
     def _causal(self, q: Array, k: Array, v: Array, ids: Ids, deterministic: bool) -> Array:
         config, mesh = self.config, self.mesh
@@ -228,13 +214,9 @@ class GPT(nn.Module):
         self.embedding_dropout = Dropout(config.embedding_dropout)
         block = Block
         if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-            block = nn.remat(
-                Block,
-                policy=policy if config.remat == "dots" else None,
-                prevent_cse=False,
-                static_argnums=(3,),
-            )
+            kept = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+            policy = kept if config.remat == "dots" else None
+            block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
         # Written out, forward and backward pass become one program that XLA keeps all values of.
         whole = sharding.platform(self.mesh) == "cpu" and config.remat == "none"
         unroll = config.unroll or (config.num_layers if whole else 1)
@@ -260,18 +242,34 @@ class GPT(nn.Module):
         rows = self.embedding_dropout(rows, deterministic)
         return rows[: self.config.vocab_size], rows[self.config.vocab_size :]
 
+    def copies(self, deterministic: bool = True) -> Array:
+        """Returns `parallel.copies` of the token embedding, or of the one matrix, dropped."""
+        if self.config.one_matrix:
+            return parallel.copies(jnp.concatenate(self._one_matrix(deterministic)), self.mesh)
+        return parallel.copies(self.token_embedding, self.mesh)
+
     def _embed(
         self,
         tokens_BT: Array,
         positions_BT: Array,
         token_types_BT: Array | None,
         deterministic: bool,
+        copies: Array | None = None,
     ) -> Array:
         """Token + position (+ segment), dropout: [B, T, D] in the compute dtype."""
-        tokens_VD, positions_TD = self.token_embedding, self.position_embedding
-        if self.config.one_matrix:
-            tokens_VD, positions_TD = self._one_matrix(deterministic)
-        x_BTD = tokens_VD[tokens_BT] + positions_TD[positions_BT]
+        config, positions_TD = self.config, self.position_embedding
+        if copies is not None:
+            x_BTD = parallel.lookup(copies, tokens_BT, self.mesh)
+            if config.one_matrix:
+                at_BT = config.vocab_size + positions_BT
+                x_BTD = x_BTD + parallel.lookup(copies, at_BT, self.mesh)
+            else:
+                x_BTD = x_BTD + positions_TD[positions_BT]
+        else:
+            tokens_VD = self.token_embedding
+            if config.one_matrix:
+                tokens_VD, positions_TD = self._one_matrix(deterministic)
+            x_BTD = tokens_VD[tokens_BT] + positions_TD[positions_BT]
         if self.config.segment_types:
             types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
             x_BTD = x_BTD + self.segment_embedding[types_BT]
@@ -286,14 +284,18 @@ class GPT(nn.Module):
         positions_BT: Array,
         token_types_BT: Array | None = None,
         deterministic: bool = True,
+        copies: Array | None = None,
     ) -> Array:
         """Returns the last block's states [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT, segment_ids_BT, positions_BT, token_types_BT: as in `gptjax.batch.Batch`.
           deterministic: no dropout; else the rng `dropout` is needed.
+          copies: what `copies` returns, where others use it too.
         """
-        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic)
+        if copies is None and sharding.several(self.mesh):
+            copies = self.copies(deterministic)
+        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic, copies)
         key_ids_BT = segment_ids_BT
         if self.config.segment_types == 3 and token_types_BT is not None:
             # Padding inside a sequence sees the texts before it, and is seen by nothing.
@@ -310,7 +312,7 @@ class GPT(nn.Module):
         Args:
           tokens_BT: the tokens at positions offset..offset + T - 1 (cut to the context length).
           layers: the variables of each block, from `gptjax.decoding`.
-          cache: of each layer, from `new_cache`, filled up to `offset`.
+          cache: of each layer, from `decoding.new_cache`, filled up to `offset`.
           offset: int32 scalar.
 
         Returns:
@@ -341,8 +343,7 @@ class GPT(nn.Module):
         """Returns float32 [B, T, V]: the states times the LM head's rows (of tokens), + bias."""
         rows, bias = self.lm_projection()
         rows = rows[: self.config.vocab_size].astype(self.config.dtype)
-        sharded = self.mesh is not None and self.mesh.size > 1
-        logits_BTV = products.times_transposed(x_BTD, rows, 1, sharded)
+        logits_BTV = parallel.logits(x_BTD, rows, self.mesh)
         return logits_BTV if bias is None else logits_BTV + _like(bias, logits_BTV)
 
     def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:
