@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -25,7 +24,7 @@ from etils import epath
 
 from gptjax import config as config_lib
 from gptjax import metrics as metrics_lib
-from gptjax import telemetry
+from gptjax import storage, telemetry
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
@@ -136,7 +135,7 @@ class Checkpoints:
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.
         """
-        self.directory = epath.Path(os.path.abspath(workdir)) / _FOLDER / stage
+        self.directory = storage.absolute(workdir) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
         self._scores = _read_scores(self.directory / _SCORES)
@@ -305,11 +304,10 @@ class Checkpoints:
             self.directory / str(step),
             brief(error),
         )
-        self._damaged.mkdir(parents=True, exist_ok=True)
         target = self._damaged / f"{self.directory.name}-{step}"
         if target.exists():
             target.rmtree()
-        (self.directory / str(step)).rename(target)
+        storage.move_folder(self.directory / str(step), target)
         self._manager.reload()
 
     def wait(self) -> None:
@@ -354,7 +352,8 @@ def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
     Raises:
       UserError: there is no checkpoint.
     """
-    place = epath.Path(os.path.abspath(path))
+    storage.check(path, flag)
+    place = storage.absolute(path)
     if place.name.isdigit() and place.parent.name in telemetry.STAGES and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
     if place.name in telemetry.STAGES and place.parent.name == _FOLDER:

@@ -159,6 +159,7 @@ class Trainer:
             if have:  # saved by a run that was stopped before it could validate
                 self._checkpoints.set_metrics(step, scores)
             else:
+                self._context.log.sync()
                 self._checkpoints.save(step, train_state, self._meta, scores)
         self._context.log.write(self._stage.name, "validation", step, scores)
 
@@ -166,6 +167,7 @@ class Trainer:
         if step in self._checkpoints.steps():
             return
         with self._progress.paused():
+            self._context.log.sync()
             self._checkpoints.save(step, train_state, self._meta)
 
     def _stop_if_asked(self, train_state: TrainState, step: int) -> None:
