@@ -376,6 +376,8 @@ def open_for_use(path: str, flag: str = "--checkpoint") -> tuple[Checkpoints, in
     """
     workdir, stage, step = find(path, flag)
     newest = Checkpoints(workdir, stage, read_only=True)
+    # In a bucket a save that is under way has the name of its step already.
+    require(step or newest.steps(), f"{flag}={path}: no finished checkpoint there yet")
     meta = _meta_for_use(newest, newest.steps()[-1] if step is None else step)
     if step is not None:
         return newest, step, meta

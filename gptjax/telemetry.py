@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 
 from gptjax import storage
-from gptjax.errors import UserError, brief
+from gptjax.errors import UserError
 from gptjax.storage import PathLike
 
 STAGES = ("pretrain", "finetune", "finetune_from_scratch")
@@ -34,16 +34,13 @@ T = TypeVar("T")
 def disk_errors(path: PathLike) -> Iterator[None]:
     """Turns a full or read-only disk into a `UserError`: one line that names the path.
 
-    At an address, whatever goes wrong: the libraries have errors of their own.
+    Of a bucket, rights alone: that it cannot be reached for a while is not the user's to mend.
     """
     try:
         yield
-    except UserError:
-        raise
-    except Exception as error:
-        if storage.is_remote(path):
-            raise UserError(f"cannot reach {os.fspath(path)}: {brief(error)}") from error
-        if not isinstance(error, OSError):
+    except OSError as error:
+        refused = isinstance(error, PermissionError) or "orbidden" in str(error)
+        if storage.is_remote(path) and not refused:
             raise
         raise UserError(
             f"cannot write {os.fspath(path)}: {error.strerror or error}; "

@@ -78,7 +78,7 @@ def tree(path: str) -> set[str]:
 
 
 def train(workdir: str, *arguments: str) -> runs.Result:
-    return runs.main(*runs.TINY, *runs.files().pretrain, f"--workdir={workdir}", *arguments)
+    return runs.main(*arguments, *runs.TINY, *runs.files().pretrain, f"--workdir={workdir}")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +86,8 @@ def trained(server, tmp_path_factory):
     """The same run in the bucket and in a folder."""
     there, here = f"{BUCKET}/shared/run", str(tmp_path_factory.mktemp("here") / "run")
     for workdir in (there, here):
-        result = train(workdir, *runs.files().finetune)
+        flags = [*runs.TINY, *runs.files().pretrain, *runs.files().finetune]
+        result = runs.main(*flags, f"--workdir={workdir}")
         assert result.code == 0, result.err
     return there, here
 
@@ -160,7 +161,7 @@ def test_predictions_and_texts_come_from_a_bucket(trained, tmp_path):
 def test_a_run_continues_from_a_bucket(trained, tmp_path):
     there, _ = trained
     start = f"--config.init_from={there}/checkpoints/pretrain"
-    flags = [*runs.TINY[:1], *runs.files().finetune, start, f"--workdir={tmp_path}/next"]
+    flags = [*runs.files().finetune, start, f"--workdir={tmp_path}/next"]
     result = runs.main("--config=experiments/finetune_file.py", *flags)
     assert result.code == 0, result.err
 
@@ -200,6 +201,7 @@ def test_a_killed_run_resumes_in_the_bucket_bit_for_bit(trained):
     assert read(f"{workdir}/metrics.jsonl") == read(whole)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_moved_aside_in_the_bucket():
     workdir, alone = f"{BUCKET}/damaged/run", "--config=experiments/pretrain_file.py"
     assert train(workdir, alone).code == 0
@@ -290,3 +292,24 @@ def test_lines_are_in_the_bucket_when_sync_returns():
         log.write("pretrain", "train", 4, {"loss": 2.0})
     found = [(record["step"], record["loss"]) for record in telemetry.read(workdir)]
     assert found == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 2.0)]
+
+
+def test_rights_are_the_users_and_other_failures_are_not(monkeypatch):
+    def fail(error: Exception) -> None:
+        def write(*_: object) -> None:
+            raise error
+
+        monkeypatch.setattr(type(epath.Path(BUCKET)), "write_bytes", write)
+        telemetry.write_json(f"{BUCKET}/a.json", {})
+
+    with pytest.raises(UserError, match=r"cannot write gs://bucket/a\.json"):
+        fail(OSError("Forbidden: no right to write"))
+    with pytest.raises(ConnectionError):  # a traceback, exit code 1: a cluster starts again
+        fail(ConnectionError("gone"))
+
+
+def test_a_save_that_is_under_way_is_no_checkpoint():
+    path = f"{BUCKET}/under/way"
+    (epath.Path(path) / "checkpoints" / "pretrain" / "10" / "params" / "x").write_bytes(b"1")
+    result = runs.main("--mode=generate", f"--checkpoint={path}")
+    assert "no finished checkpoint there yet" in result.error
