@@ -4,8 +4,6 @@
 is told to run on the workers here.
 """
 
-import importlib.metadata
-import json
 import os
 import pathlib
 import re
@@ -15,10 +13,9 @@ import subprocess
 import sys
 import time
 
+import jobset as jobset_schema
 import jsonschema
 import kubernetes_validate
-import nbclient
-import nbformat
 import pytest
 import yaml
 
@@ -258,74 +255,6 @@ def test_a_preempted_job_goes_back_to_the_queue(tmp_path, code, requeued):
 
 # GKE
 
-_TEXT, _COUNT = {"type": "string"}, {"type": "integer", "minimum": 0}
-
-
-def _object(required: tuple[str, ...] = (), **properties) -> dict:
-    return {
-        "type": "object", "additionalProperties": False,
-        "required": list(required), "properties": properties,
-    }  # fmt: skip
-
-
-# Written from the reference of jobset.x-k8s.io/v1alpha2, for the fields that we may want: it is not
-# the controller's own schema. What is inside a Job is checked with Kubernetes' schema.
-JOBSET = _object(
-    ("apiVersion", "kind", "metadata", "spec"),
-    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
-    kind={"const": "JobSet"},
-    metadata=_object(
-        ("name",),
-        name={"type": "string", "pattern": "^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"},
-        namespace=_TEXT,
-        labels={"type": "object", "additionalProperties": _TEXT},
-        annotations={"type": "object", "additionalProperties": _TEXT},
-    ),
-    spec=_object(
-        ("replicatedJobs",),
-        replicatedJobs={
-            "type": "array",
-            "minItems": 1,
-            "items": _object(
-                ("name", "template"),
-                name=_TEXT, groupName=_TEXT, replicas=_COUNT, template={"type": "object"},
-                dependsOn={"type": "array"},
-            ),
-        },
-        failurePolicy=_object(
-            maxRestarts=_COUNT,
-            restartStrategy={"enum": ["Recreate", "BlockingRecreate"]},
-            rules={
-                "type": "array",
-                "items": _object(
-                    ("name", "action"),
-                    name={"type": "string", "pattern": "^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$"},
-                    action={
-                        "enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]
-                    },
-                    onJobFailureReasons={
-                        "type": "array",
-                        "items": {
-                            "enum": [
-                                "BackoffLimitExceeded", "DeadlineExceeded", "FailedIndexes",
-                                "MaxFailedIndexesExceeded", "PodFailurePolicy",
-                            ]
-                        },
-                    },
-                    targetReplicatedJobs={"type": "array", "items": _TEXT},
-                ),
-            },
-        ),
-        network=_object(
-            enableDNSHostnames={"type": "boolean"}, subdomain=_TEXT,
-            publishNotReadyAddresses={"type": "boolean"},
-        ),
-        successPolicy={"type": "object"},
-        suspend={"type": "boolean"},
-        ttlSecondsAfterFinished=_COUNT,
-    ),
-)  # fmt: skip
-
 
 @pytest.fixture
 def jobset():
@@ -334,7 +263,7 @@ def jobset():
 
 def check(jobset) -> None:
     """Raises where the manifest is not a JobSet, or what it makes not Jobs."""
-    jsonschema.validate(jobset, JOBSET)
+    jsonschema.validate(jobset, jobset_schema.JOBSET)
     for replicated in jobset["spec"]["replicatedJobs"]:
         job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": replicated["name"]}}
         kubernetes_validate.validate(job | replicated["template"], "1.34", strict=True)
@@ -406,67 +335,24 @@ def test_the_image_gets_all_that_launch_needs_and_nothing_else():
     assert text.splitlines()[-1] == 'ENTRYPOINT ["python", "launch.py"]'
 
 
-# colab.ipynb
-
-# A hundredth of the quickstart; flags of the same kind as a user's.
-SMALL = [
-    "--config.model.num_layers=1", "--config.model.width=16", "--config.model.num_heads=2",
-    "--config.model.context_length=32", "--config.tokenizer.vocab_size=400",
-    "--config.pretrain.steps=4", "--config.pretrain.eval_every=4",
-    "--config.finetune.steps=4",
-]  # fmt: skip
+# What the files say of others
 
 
-@pytest.fixture
-def notebook():
-    return nbformat.read(DEPLOY / "colab.ipynb", as_version=4)
+@pytest.mark.parametrize(
+    "path", [each for each in sorted(DEPLOY.rglob("*")) if each.is_file()], ids=lambda p: p.name
+)
+def test_what_is_named_exists(path):
+    text = path.read_text(encoding="utf-8")
+    named = re.findall(r"\b(?:experiments/\w+\.py|requirements[a-z-]*\.txt)", text)
+    named += re.findall(r"\b(?:deploy|tests|docs)/[\w/]+\.\w+", text)
+    for name in named:
+        assert (ROOT / name).is_file(), name
+    for link in re.findall(r"\]\(([^)#]+)\)", text) if path.suffix == ".md" else ():
+        assert (path.parent / link).exists(), link
 
 
-def test_the_notebook_is_valid_and_clear(notebook):
-    nbformat.validate(notebook)
-    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    assert not [cell for cell in cells if cell.outputs or cell.execution_count]
-    for cell in cells:
-        compile(cell.source, "cell", "exec")
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_notebook_runs_from_its_first_cell_to_its_last(notebook, tmp_path, monkeypatch):
-    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
-    place = next(
-        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
-    )
-    own = f"WORKDIR = {str(tmp_path / 'run')!r}\nFLAGS = {SMALL!r}"
-    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(own))
-    resources = {"metadata": {"path": str(DEPLOY)}}
-    nbclient.NotebookClient(notebook, timeout=500, resources=resources).execute()
-    text = "\n".join(
-        output.get("text", "")
-        for cell in notebook.cells
-        if cell.cell_type == "code"
-        for output in cell.outputs
-    )
-    assert f"jax {importlib.metadata.version('jax')} kept" in text
-    assert "installed" not in text.replace("already installed", "")
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["pretrain"]["steps"] == summary["finetune"]["steps"] == 4
-    assert f"test accuracy                {summary['finetune']['test']['accuracy']:.1%}" in text
-    # What the notebook said of each text is what the command line says.
-    shown = re.findall(r"^(\w+) +(0\.\d{3})  (\S.*)$", text, re.MULTILINE)
-    assert len(shown) == 3
-    source, target = tmp_path / "rows.jsonl", tmp_path / "predictions.jsonl"
-    source.write_text("".join(json.dumps({"text": row[2]}) + "\n" for row in shown))
-    done = run(
-        sys.executable, "launch.py", "--mode=predict", f"--checkpoint={tmp_path}/run",
-        f"--input={source}", f"--output={target}",
-    )  # fmt: skip
+def test_the_manifests_flags_are_launchs(jobset):
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    (container,) = replicated["template"]["spec"]["template"]["spec"]["containers"]
+    done = run(sys.executable, "launch.py", "--only_check_args", *container["args"])
     assert done.returncode == 0, done.stderr
-    for row, line in zip(shown, target.read_text().splitlines(), strict=True):
-        record = json.loads(line)
-        assert record["prediction"] == row[0]
-        best = max(value for name, value in record.items() if name.startswith("probability_"))
-        assert abs(best - float(row[1])) < 2e-3
-    assert text.count("return the ") >= 3
