@@ -17,21 +17,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import (
-    ablation_report,
-    checkpoint,
-    loop,
-    metrics,
-    sharding,
-    storage,
-    telemetry,
-    validation,
-)
+from gptjax import ablation_report, checkpoint, loop, metrics, sharding, telemetry, validation
 from gptjax import config as config_lib
 from gptjax.config import AblationConfig, Experiment, FinetuneConfig, MeshConfig
 from gptjax.data import paper_tasks, splits
 from gptjax.errors import Preempted, TrainingDiverged, UserError, require
 from gptjax.preemption import StopRequest
+from gptjax.storage import exists
 
 _RESULTS = "ablation.json"
 
@@ -168,7 +160,7 @@ class _Runner:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._path = os.path.join(workdir, _RESULTS)
-        old = telemetry.read_json(self._path) if storage.exists(self._path) else {}
+        old = telemetry.read_json(self._path) if exists(self._path) else {}
         done = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
         self._spent, self._began = old.get("seconds", 0.0), time.monotonic()
         # Results of variants and seeds that this command leaves out stay in the file.

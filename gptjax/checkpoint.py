@@ -352,7 +352,7 @@ def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
     Raises:
       UserError: there is no checkpoint.
     """
-    storage.check(path, flag)
+    storage.check_address(path, flag)
     place = storage.absolute(path)
     if place.name.isdigit() and place.parent.name in telemetry.STAGES and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)

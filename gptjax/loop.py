@@ -8,18 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import (
-    checkpoint,
-    flops,
-    optim,
-    probes,
-    report,
-    sharding,
-    state,
-    storage,
-    telemetry,
-    validation,
-)
+from gptjax import checkpoint, flops, optim, probes, report, sharding, state, telemetry, validation
 from gptjax import config as config_lib
 from gptjax import model as model_lib
 from gptjax import stages as stages_lib
@@ -33,6 +22,7 @@ from gptjax.keeping import BestInMemory, Keeper
 from gptjax.preemption import StopRequest
 from gptjax.stages import Scores, Stage
 from gptjax.state import Params, TrainState
+from gptjax.storage import check_address, exists, is_folder
 from gptjax.trainer import Run, Trainer
 
 # What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
@@ -108,9 +98,9 @@ def prepare(
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     """Refuses a place that cannot be written, or whose `product` has another configuration."""
-    storage.check(workdir, "--workdir")
+    check_address(workdir, "--workdir")
     path = os.path.join(workdir, "config.json")
-    if not (storage.exists(path) and storage.exists(os.path.join(workdir, product))):
+    if not (exists(path) and exists(os.path.join(workdir, product))):
         return
     # Through the configuration: a file of an older version lacks newer fields.
     old = config_lib.from_dict(Experiment, telemetry.read_json(path), path)
@@ -147,7 +137,7 @@ def _tokenizer_and_model(
             validation.validate_head(experiment.finetune, model)
         return tokenizer_lib.from_json(meta.tokenizer_json), model
     saved = os.path.join(workdir, "tokenizer.json")
-    if storage.exists(saved) and storage.is_folder(os.path.join(workdir, "checkpoints")):
+    if exists(saved) and is_folder(os.path.join(workdir, "checkpoints")):
         tokenizer = tokenizer_lib.load(saved)
     else:
         if experiment.pretrain:
@@ -229,7 +219,7 @@ def _write_start(context: Run) -> None:
 
 def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     path = os.path.join(context.workdir, "summary.json")
-    old = telemetry.read_json(path) if storage.exists(path) else {}
+    old = telemetry.read_json(path) if exists(path) else {}
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
     context.say(telemetry.machine())

@@ -19,7 +19,7 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def check(path: PathLike, flag: str) -> None:
+def check_address(path: PathLike, flag: str) -> None:
     """Refuses an address that can hold no run, or that cannot be reached; a folder is fine.
 
     Raises:
@@ -55,7 +55,7 @@ def _forget_nothing() -> None:
     """Asks the store each time what it holds: other processes, and tensorstore, write to it too."""
     try:
         from fsspec.config import conf
-    except ImportError:  # then TensorFlow is used, or `check` says what is missing
+    except ImportError:  # then TensorFlow is used, or `check_address` says what is missing
         return
     conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of every way in that it tries
