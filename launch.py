@@ -46,7 +46,9 @@ CONFIG = config_flags.DEFINE_config_file(
     help_string="Experiment file, by default experiments/quickstart.py; --config.FIELD=VALUE "
     "changes one field of it.",
 )
-WORKDIR = flags.DEFINE_string("workdir", "", "train, ablate: folder of the run; empty: runs/NAME.")
+WORKDIR = flags.DEFINE_string(
+    "workdir", "", "train, ablate: folder of the run, or gs://BUCKET/FOLDER; empty: runs/NAME."
+)
 SEEDS = flags.DEFINE_integer("seeds", 3, "ablate: seeds to run, from --config.seed on.")
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "evaluate, predict, generate: a workdir, a stage or a step of it."

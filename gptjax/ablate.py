@@ -23,6 +23,7 @@ from gptjax.config import AblationConfig, Experiment, FinetuneConfig, MeshConfig
 from gptjax.data import paper_tasks, splits
 from gptjax.errors import Preempted, TrainingDiverged, UserError, require
 from gptjax.preemption import StopRequest
+from gptjax.storage import exists
 
 _RESULTS = "ablation.json"
 
@@ -159,7 +160,7 @@ class _Runner:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._path = os.path.join(workdir, _RESULTS)
-        old = telemetry.read_json(self._path) if os.path.exists(self._path) else {}
+        old = telemetry.read_json(self._path) if exists(self._path) else {}
         done = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
         self._spent, self._began = old.get("seconds", 0.0), time.monotonic()
         # Results of variants and seeds that this command leaves out stay in the file.
@@ -167,7 +168,6 @@ class _Runner:
 
     def run(self, meshes: list[Mesh], stop: Callable[[], bool]) -> None:
         """Runs what waits; the first error ends the others, which the next time begin anew."""
-        os.makedirs(self._workdir, exist_ok=True)
         path = os.path.join(self._workdir, "config.json")
         telemetry.write_json(path, config_lib.to_dict(self._experiment))
         self._save()

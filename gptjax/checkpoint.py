@@ -14,7 +14,6 @@ import errno
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import config as config_lib
-from gptjax import ledger, telemetry
+from gptjax import ledger, storage, telemetry
 from gptjax import metrics as metrics_lib
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
@@ -129,7 +128,7 @@ class Checkpoints:
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.
         """
-        self.directory = epath.Path(os.path.abspath(workdir)) / _FOLDER / stage
+        self.directory = storage.absolute(workdir) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
         self._scores = _read_scores(self.directory / _SCORES)
@@ -302,11 +301,10 @@ class Checkpoints:
             self.directory / str(step),
             brief(error),
         )
-        self._damaged.mkdir(parents=True, exist_ok=True)
         target = self._damaged / f"{self.directory.name}-{step}"
         if target.exists():
             target.rmtree()
-        (self.directory / str(step)).rename(target)
+        storage.move_folder(self.directory / str(step), target)
         self._manager.reload()
 
     def wait(self) -> None:
@@ -351,7 +349,8 @@ def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
     Raises:
       UserError: there is no checkpoint.
     """
-    place = epath.Path(os.path.abspath(path))
+    storage.check_address(path, flag)
+    place = storage.absolute(path)
     if place.name.isdigit() and place.parent.name in telemetry.STAGES and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
     if place.name in telemetry.STAGES and place.parent.name == _FOLDER:
@@ -374,6 +373,8 @@ def open_for_use(path: str, flag: str = "--checkpoint") -> tuple[Checkpoints, in
     """
     workdir, stage, step = find(path, flag)
     newest = Checkpoints(workdir, stage, read_only=True)
+    # In a bucket a save that is under way has the name of its step already.
+    require(step or newest.steps(), f"{flag}={path}: no finished checkpoint there yet")
     meta = _meta_for_use(newest, newest.steps()[-1] if step is None else step)
     if step is not None:
         return newest, step, meta

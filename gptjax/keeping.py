@@ -1,12 +1,12 @@
 """Where a stage's states go: `checkpoint.Checkpoints` on disk, or this, in memory, for a trial."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from gptjax import metrics as metrics_lib
+from gptjax import storage
 from gptjax.checkpoint import Checkpoints, Meta
 from gptjax.state import Params, TrainState
 
@@ -16,7 +16,7 @@ class BestInMemory:
 
     def __init__(self, workdir: str, metric: str):
         """Args: workdir, for messages only; metric, the validation score that ranks."""
-        self.directory = os.path.abspath(workdir)
+        self.directory = str(storage.absolute(workdir))
         self._metric = metric
         self._scores: dict[int, dict[str, float]] = {}
         self._best: tuple[float, int, Params] | None = None

@@ -22,6 +22,7 @@ from gptjax.keeping import BestInMemory, Keeper
 from gptjax.preemption import StopRequest
 from gptjax.stages import Scores, Stage
 from gptjax.state import Params, TrainState
+from gptjax.storage import check_address, exists, is_folder
 from gptjax.trainer import Run, Trainer
 
 # What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
@@ -96,13 +97,10 @@ def prepare(
 
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
-    """Refuses an address, and a workdir whose `product` belongs to another configuration."""
-    require(
-        "://" not in workdir,
-        f"--workdir={workdir}: must be a folder of this machine or a mounted one, not an address",
-    )
+    """Refuses a place that cannot be written, or whose `product` has another configuration."""
+    check_address(workdir, "--workdir")
     path = os.path.join(workdir, "config.json")
-    if not (os.path.exists(path) and os.path.exists(os.path.join(workdir, product))):
+    if not (exists(path) and exists(os.path.join(workdir, product))):
         return
     # Through the configuration: a file of an older version lacks newer fields.
     old = config_lib.from_dict(Experiment, telemetry.read_json(path), path)
@@ -139,7 +137,7 @@ def _tokenizer_and_model(
             validation.validate_head(experiment.finetune, model)
         return tokenizer_lib.from_json(meta.tokenizer_json), model
     saved = os.path.join(workdir, "tokenizer.json")
-    if os.path.exists(saved) and os.path.isdir(os.path.join(workdir, "checkpoints")):
+    if exists(saved) and is_folder(os.path.join(workdir, "checkpoints")):
         tokenizer = tokenizer_lib.load(saved)
     else:
         if experiment.pretrain:
@@ -221,7 +219,7 @@ def _write_start(context: Run) -> None:
 
 def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     path = os.path.join(context.workdir, "summary.json")
-    old = telemetry.read_json(path) if os.path.exists(path) else {}
+    old = telemetry.read_json(path) if exists(path) else {}
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
     context.say(telemetry.machine())

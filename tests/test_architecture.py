@@ -24,7 +24,7 @@ ORDER = (
     *("attention_cpu", "attention_tpu", "attention", "model"),
     *("losses", "optim", "state", "steps"),
     *("metrics", "evaluate", "probes", "decoding", "generate", "flops"),
-    *("telemetry", "checkpoint", "report"),
+    *("storage", "telemetry", "checkpoint", "report"),
     *("weights", "openai", "huggingface"),
     *("stages", "keeping", "trainer", "loop", "ablation_report", "ablate", "api", "modes"),
     *("pretrained", "chips", "hlo", "hlo_cost", "plan", "aot", "bench", ""),

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import tokenizers
+from etils import epath
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from gptjax.config import TokenizerConfig
@@ -162,7 +163,7 @@ def load(path: str | os.PathLike[str]) -> Tokenizer:
 
 def _read(path: str | os.PathLike[str]) -> str:
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return epath.Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
