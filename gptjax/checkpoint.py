@@ -24,8 +24,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import config as config_lib
+from gptjax import distributed, telemetry
 from gptjax import metrics as metrics_lib
-from gptjax import telemetry
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
@@ -139,7 +139,7 @@ class Checkpoints:
         self.directory = epath.Path(os.path.abspath(workdir)) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
-        self._scores = _read_scores(self.directory / _SCORES)
+        self._scores = distributed.from_main(lambda: _read_scores(self.directory / _SCORES))
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
@@ -172,7 +172,8 @@ class Checkpoints:
     def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Stores the validation scores of a step."""
         self._scores[str(step)] = dict(metrics)
-        telemetry.write_json(self.directory / _SCORES, self._scores)
+        if jax.process_index() == 0:
+            telemetry.write_json(self.directory / _SCORES, self._scores)
 
     def best_first(self) -> list[int]:
         """Returns the steps by validation score, best first, the newest of equals before."""
@@ -268,8 +269,8 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, int]:
-            check(self.meta(step)[0])
-            return self.restore(step, like), step
+            check(distributed.attempt(lambda: self.meta(step)[0]))
+            return distributed.attempt(lambda: self.restore(step, like)), step
 
         steps = self.steps()
         return self._first_good(steps[::-1], read) if steps else None
@@ -305,11 +306,13 @@ class Checkpoints:
             self.directory / str(step),
             brief(error),
         )
-        self._damaged.mkdir(parents=True, exist_ok=True)
-        target = self._damaged / f"{self.directory.name}-{step}"
-        if target.exists():
-            target.rmtree()
-        (self.directory / str(step)).rename(target)
+        if jax.process_index() == 0:
+            self._damaged.mkdir(parents=True, exist_ok=True)
+            target = self._damaged / f"{self.directory.name}-{step}"
+            if target.exists():
+                target.rmtree()
+            (self.directory / str(step)).rename(target)
+        distributed.barrier()
         self._manager.reload()
 
     def wait(self) -> None:
@@ -317,7 +320,7 @@ class Checkpoints:
         with _disk_errors(self.directory):
             self._manager.wait_until_finished()
             # What a run that was killed between saving and deleting has left.
-            for step in set(self.steps()) - self._kept(self.steps()):
+            for step in sorted(set(self.steps()) - self._kept(self.steps())):
                 self._manager.delete(step)
 
     def close(self) -> None:

@@ -15,7 +15,18 @@ PACKAGE = ROOT / "gptjax"
 
 # A module imports only what is above it. A new module has its place here.
 ORDER = (
-    *("version", "errors", "preemption", "allocator", "config", "recipes", "validation", "batch"),
+    *(
+        "version",
+        "errors",
+        "preemption",
+        "allocator",
+        "group",
+        "distributed",
+        "config",
+        "recipes",
+        "validation",
+        "batch",
+    ),
     *("data.cache", "data.text", "data.words", "data.tokenizer", "data.streams"),
     *("data.columns", "data.tables", "data.sources"),
     *("data.docstrings", "data.builtin", "data.tasks", "data.splits", "data.paper_tasks"),
@@ -38,6 +49,7 @@ TESTED_IN = {
     "decoding": "generate",
     "data.docstrings": "builtin",
     "errors": "config",
+    "group": "distributed",
     "validation": "config",
     "keeping": "ablate",
     "trainer": "loop",
