@@ -181,7 +181,7 @@ class Group:
         self._put: dict[str, dict[int, Any]] = {}
         self._results: dict[str, list[Any]] = {}
         self._left: set[int] = set()
-        self._ending = False
+        self._ending = self._following = False
         # Of the agreement to stop: calls so far, those of each process, the call that says yes.
         self._calls, self._asked, self._held = 0, False, False
         self._calls_of: dict[int, int] = {}
@@ -214,7 +214,7 @@ class Group:
                 self._take(peer, message)
                 self._change.notify_all()
         with self._change:
-            over = self._ending or peer in self._left
+            over = self._ending or self._following or peer in self._left
             self._left.add(peer)
             self._change.notify_all()
         if not over:
@@ -227,7 +227,7 @@ class Group:
         elif kind == "all":
             self._results[message["name"]] = value
         elif kind == "lost":
-            self._thread(self._lose, int(value))
+            self._lose(int(value))
         elif kind == "bye":
             self._left.add(peer)
             self._after(peer, *value)
@@ -311,6 +311,7 @@ class Group:
         """Follows a process that has ended with an exit code, unless this one does so by itself."""
         if not code:
             return
+        self._following = True
         if self.index == 0:
             self._send({"kind": "after", "value": [peer, code, text]})
 
@@ -322,10 +323,11 @@ class Group:
         self._thread(follow)
 
     def _end(self, text: str, code: int) -> None:
-        self._ending = True
-        # Not print: the main thread may be in the middle of one.
-        os.write(2, f"error: {text}\n".encode())
-        os._exit(code)
+        with self._change:  # one thread, one line
+            self._ending = True
+            # Not print: the main thread may be in the middle of one.
+            os.write(2, f"error: {text}\n".encode())
+            os._exit(code)
 
     def leave(self, code: int, text: str = "") -> None:
         """Tells the others how this process ends, and in process 0 waits for their ends."""

@@ -184,7 +184,7 @@ MPI = {
         (SLURM, ("node07:61441", 4, 2)),
         (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell inside a job of four tasks
-        (MPI, ("10.96.0.1:62847", 2, 1)),
+        (MPI, ("10.96.0.1:62624", 2, 1)),
         (MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
     ],
 )
@@ -201,7 +201,7 @@ def test_the_environment_tells_where_there_are_several(environment, expected, mo
 
 def test_an_environment_that_jax_does_not_know_is_refused(monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")  # Open MPI 5 tells no more than this
-    with pytest.raises(UserError, match="Open MPI says .* give --coordinator_address"):
+    with pytest.raises(UserError, match=r"Open MPI says .* give --coordinator_address"):
         distributed.place(Options())
 
 
@@ -228,7 +228,7 @@ def test_the_rows_of_two_processes_are_those_of_one(kind):
             return loader.TextBatches(stream, 16, 4, 3, *local)
     else:
         _, examples = small.examples("multiple_choice", 20)
-        packer = Packer(examples.lengths, 8, divisor=2)
+        packer = Packer(examples.lengths, 8, 1, divisor=2)
 
         def make(*local):
             return loader.TaskBatches(examples, packer, 8, 3, False, *local)
