@@ -11,13 +11,14 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from gptjax import allocator
+from gptjax import allocator, distributed
 from gptjax.errors import Preempted, TrainingDiverged, UserError, require
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
@@ -96,6 +97,19 @@ TOP_K = flags.DEFINE_integer("top_k", 0, "generate: draw among the k most likely
 TOP_P = flags.DEFINE_float("top_p", 1.0, "generate: draw among the likeliest p of probability.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, "generate, bench: texts to draw.")
 SEED = flags.DEFINE_integer("seed", 0, "generate: of the draws.")
+COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address", "", "train, several processes: HOST:PORT of process 0. This and the "
+    "next two only where the environment (TPU, GKE, Slurm, Open MPI) does not say it."
+)  # fmt: skip
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "train: processes of this run.")
+PROCESS_ID = flags.DEFINE_integer("process_id", None, "train: which of them this is, from 0.")
+INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+    "initialization_timeout", 300, "train: seconds for all processes to come up.", lower_bound=1
+)
+HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, "train: seconds without a sign of life until a process counts as "
+    "lost, and the others end.", lower_bound=2
+)  # fmt: skip
 
 
 def _workdir() -> str:
@@ -192,9 +206,20 @@ _MODES: dict[str, Callable[[], None]] = {
 
 
 def _error(error: object, code: int) -> int:
-    """Prints one line and returns the exit code."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr, flush=True)
+    """Prints one line and returns the exit code; one of several processes ends here."""
+    text = " ".join(str(error).split())
+    print("error:", text, file=sys.stderr, flush=True)
+    distributed.leave(code, text)
     return code
+
+
+def _join() -> None:
+    """Joins the other processes of this run, if there are any."""
+    options = distributed.Options(
+        COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value,
+        INITIALIZATION_TIMEOUT.value, HEARTBEAT_TIMEOUT.value,
+    )  # fmt: skip
+    distributed.start(options, MODE.value)
 
 
 def _check_config_flags(argv: list[str]) -> None:
@@ -274,7 +299,9 @@ def _asked_to_stop(*_: object) -> None:
 
     Nothing is half-written then: files are replaced whole.
     """
-    os.write(2, b"error: asked to stop; the same command starts again\n")
+    text = "asked to stop; the same command starts again"
+    os.write(2, f"error: {text}\n".encode())
+    distributed.leave(75, text)
     os._exit(75)
 
 
@@ -289,6 +316,7 @@ def main(argv: list[str]) -> int:
     if MODE.value != "compile":  # which says how long it took
         _set_up_jax()
     try:
+        _join()
         _MODES[MODE.value]()
     except UserError as error:
         return _error(error, 2)
@@ -296,6 +324,13 @@ def main(argv: list[str]) -> int:
         return _error(error, 3)
     except Preempted as error:
         return _error(error, 75)
+    except Exception:
+        distributed.wait_for_news()  # a lost process is the reason, and says so in one line
+        if distributed.count() > 1:
+            traceback.print_exc()
+            distributed.leave(1, "a bug; see its traceback")
+        raise
+    distributed.leave(0)
     return 0
 
 

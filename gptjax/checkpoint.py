@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import config as config_lib
-from gptjax import ledger, storage, telemetry
+from gptjax import distributed, ledger, storage, telemetry
 from gptjax import metrics as metrics_lib
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
@@ -131,7 +131,7 @@ class Checkpoints:
         self.directory = storage.absolute(workdir) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
-        self._scores = _read_scores(self.directory / _SCORES)
+        self._scores = distributed.from_main(lambda: _read_scores(self.directory / _SCORES))
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
@@ -164,7 +164,8 @@ class Checkpoints:
     def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Stores the validation scores of a step."""
         self._scores[str(step)] = dict(metrics)
-        telemetry.write_json(self.directory / _SCORES, self._scores)
+        if jax.process_index() == 0:
+            telemetry.write_json(self.directory / _SCORES, self._scores)
 
     def best_first(self) -> list[int]:
         """Returns the steps by validation score, best first, the newest of equals before."""
@@ -264,8 +265,8 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, int]:
-            check(self.meta(step)[0])
-            return self.restore(step, like), step
+            check(distributed.attempt(lambda: self.meta(step)[0]))
+            return distributed.attempt(lambda: self.restore(step, like)), step
 
         steps = self.steps()
         return self._first_good(steps[::-1], read) if steps else None
@@ -301,10 +302,12 @@ class Checkpoints:
             self.directory / str(step),
             brief(error),
         )
-        target = self._damaged / f"{self.directory.name}-{step}"
-        if target.exists():
-            target.rmtree()
-        storage.move_folder(self.directory / str(step), target)
+        if jax.process_index() == 0:
+            target = self._damaged / f"{self.directory.name}-{step}"
+            if target.exists():
+                target.rmtree()
+            storage.move_folder(self.directory / str(step), target)
+        distributed.barrier()
         self._manager.reload()
 
     def wait(self) -> None:
@@ -312,7 +315,7 @@ class Checkpoints:
         with _disk_errors(self.directory):
             self._manager.wait_until_finished()
             # What a run that was killed between saving and deleting has left.
-            for step in set(self.steps()) - self._kept(self.steps()):
+            for step in sorted(set(self.steps()) - self._kept(self.steps())):
                 self._manager.delete(step)
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Scores of a model on a split: every predicted token and every example counts exactly once."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -55,7 +56,8 @@ def language_model(
       stop: asked between batches.
     """
     sums = []
-    for batch in loader.text_in_order(stream, window, rows, limit):
+    local = functools.partial(sharding.local_rows, mesh)
+    for batch in loader.text_in_order(stream, window, rows, limit, local):
         if stop():
             return None
         sums.append(step(params, sharding.to_devices(batch, mesh))[0].lm)
@@ -86,7 +88,8 @@ def run_task(
     """Runs every example once, packed, and returns the outputs in order; None if stopped."""
     waiting, sums = [], []
     logits: np.ndarray | None = None
-    for batch, index in loader.every_example(examples, packer):
+    local = functools.partial(sharding.local_rows, mesh)
+    for batch, index in loader.every_example(examples, packer, local):
         if stop():
             return None
         losses, out = step(params, sharding.to_devices(batch, mesh))

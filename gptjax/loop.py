@@ -17,6 +17,7 @@ from gptjax.config import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.distributed import agree, agreed, from_main, require_shared
 from gptjax.errors import UserError, brief, require
 from gptjax.keeping import BestInMemory, Keeper
 from gptjax.preemption import StopRequest
@@ -54,9 +55,11 @@ def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> di
         experiment.pretrain or experiment.finetune,
         "--config: the experiment has nothing to train, only an ablation; use --mode=ablate",
     )
+    # Before the devices: those of a process that has another mesh would differ too.
+    agree({"--config": config_lib.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = sharding.make_mesh(experiment.mesh)
-        summary, stages = train(experiment, workdir, mesh, stop, given)
+        summary, stages = train(experiment, workdir, mesh, agreed(stop), given)
     _report(workdir, summary, stages)
     return summary
 
@@ -77,7 +80,10 @@ def train(
     is_main = jax.process_index() == 0
     check_workdir(experiment, workdir, "checkpoints")
     tokenizer, model, stages = prepare(experiment, workdir, mesh, given)
-    # Nothing is written before all of the input has been found good.
+    # What decides the steps. Nothing is written before all of the input has been found good.
+    facts = {each.name: {"data": each.fingerprint, "steps": each.total_steps} for each in stages}
+    devices = jax.local_device_count()
+    agree({"tokenizer": tokenizer.hash, "devices": devices, **facts})
     with telemetry.MetricsLog(workdir, enabled=is_main) as log:
         context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main, trial)
         _write_start(context)
@@ -215,11 +221,13 @@ def _write_start(context: Run) -> None:
         telemetry.write_json(path, config_lib.to_dict(context.experiment))
         path = os.path.join(context.workdir, "tokenizer.json")
         telemetry.write_atomically(path, context.tokenizer.to_json().encode())
+    if not context.trial:
+        require_shared(context.workdir, "tokenizer.json")
 
 
 def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     path = os.path.join(context.workdir, "summary.json")
-    old = telemetry.read_json(path) if exists(path) else {}
+    old = from_main(lambda: telemetry.read_json(path) if exists(path) else {})
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
     context.say(telemetry.machine())

@@ -166,8 +166,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
+    """Returns bool [rows]: which rows of a batch lie on devices of this process."""
+    found = np.zeros(rows, bool)
+    for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
+        found[index] = True
+    return found
+
+
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """Places a host batch on the mesh, each device getting its own rows."""
+    """Places a batch on the mesh, each device its rows; those of other processes are not read."""
     sharding = batch_sharding(mesh)
 
     def place(array: np.ndarray) -> jax.Array:

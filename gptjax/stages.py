@@ -1,6 +1,7 @@
 """The stages of an experiment: configuration and tokenised data -> what the loop trains."""
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -191,7 +192,8 @@ def pretrain(
         len(stream["validation"]) > 1,
         "--config.pretrain: the validation text is empty; give validation_files or more text",
     )
-    batches = loader.TextBatches(stream["train"], window, config.batch_size, seed)
+    local = functools.partial(sharding.local_rows, mesh)
+    batches = loader.TextBatches(stream["train"], window, config.batch_size, seed, local)
     total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
     model, objective = make_model(model_config, None, mesh), Objective()
     validate = _text_scorer(config, model, stream["validation"], window, mesh, asked)
@@ -320,7 +322,8 @@ def finetune(
 
         return run
 
-    batches = loader.TaskBatches(train, packer, config.batch_size, seed, config.drop_last)
+    local = functools.partial(sharding.local_rows, mesh)
+    batches = loader.TaskBatches(train, packer, config.batch_size, seed, config.drop_last, local)
     every = max(1, round(epoch / config.evals_per_epoch))
     notes = [_note(name, each, data[name].ignored, model_config) for name, each in examples.items()]
     notes.append(_what(config, total, packer))

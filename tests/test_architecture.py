@@ -15,7 +15,8 @@ PACKAGE = ROOT / "gptjax"
 
 # A module imports only what is above it. A new module has its place here.
 ORDER = (
-    *("version", "errors", "preemption", "allocator", "config", "recipes", "validation", "batch"),
+    *("version", "errors", "preemption", "allocator", "storage", "group", "distributed"),
+    *("config", "recipes", "validation", "batch"),
     *("data.cache", "data.text", "data.words", "data.tokenizer", "data.streams"),
     *("data.columns", "data.tables", "data.sources"),
     *("data.docstrings", "data.builtin", "data.tasks", "data.splits", "data.paper_tasks"),
@@ -24,7 +25,7 @@ ORDER = (
     *("attention_cpu", "attention_tpu", "attention", "model"),
     *("losses", "optim", "state", "steps"),
     *("metrics", "evaluate", "probes", "decoding", "generate", "flops"),
-    *("storage", "telemetry", "checkpoint", "report"),
+    *("telemetry", "checkpoint", "report"),
     *("weights", "openai", "huggingface"),
     *("stages", "keeping", "trainer", "loop", "ablation_report", "ablate", "api", "modes"),
     *("pretrained", "chips", "hlo", "hlo_cost", "plan", "aot", "bench", ""),
@@ -38,6 +39,7 @@ TESTED_IN = {
     "decoding": "generate",
     "data.docstrings": "builtin",
     "errors": "config",
+    "group": "distributed",
     "validation": "config",
     "keeping": "ablate",
     "trainer": "loop",

@@ -6,7 +6,7 @@ the step it stands at and gets what the uninterrupted run got, on any number of 
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
@@ -22,6 +22,16 @@ _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 _POOL = 2048
 
 
+Local = Callable[[int], np.ndarray]
+"""Rows of a batch -> bool [rows]: those that this process has to fill. Of the others only
+`segment_ids` are, which tell how many tokens the whole batch has."""
+
+
+def all_rows(rows: int) -> np.ndarray:
+    """All rows: there is one process."""
+    return np.ones(rows, bool)
+
+
 def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:
     """Packs token windows, one to a row; short or missing ones leave padding."""
     tokens = np.zeros((rows, window), np.int32)
@@ -33,6 +43,19 @@ def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:
         weights[row, : len(ids) - 1] = 1.0
     positions = np.where(segments, np.arange(window, dtype=np.int32), 0)
     return Batch(tokens, segments, positions, np.zeros_like(tokens), weights)
+
+
+def _cut_batch(
+    stream: np.ndarray, starts: Sequence[int], window: int, rows: int, local: Local
+) -> Batch:
+    """Cuts the windows of the local rows at `starts`."""
+    mine = local(rows)
+    none = stream[:0]
+    cut = [stream[s : s + window] if mine[i] else none for i, s in enumerate(starts)]
+    batch = lm_batch(cut, window, rows)
+    for row, start in enumerate(starts):
+        batch.segment_ids[row, : len(stream) - start] = 1
+    return batch
 
 
 def _draw(seed: int, epoch: int, below: int) -> int:
@@ -49,28 +72,36 @@ class TextBatches:
     time. What an offset leaves out at either end, less than two windows in all, others reach.
     """
 
-    def __init__(self, stream: np.ndarray, window: int, batch_size: int, seed: int):
-        """Args: stream integers [n]; window in tokens; batch_size in windows; seed of the order."""
+    def __init__(
+        self,
+        stream: np.ndarray,
+        window: int,
+        batch_size: int,
+        seed: int,
+        local: Local = all_rows,
+    ):
+        """Args: stream integers [n]; window in tokens; batch_size in windows; seed; local rows."""
         require(
             len(stream) >= window,
             f"--config.pretrain: the training text has {len(stream)} tokens, fewer than one window "
             f"of {window}; give more text or a smaller --config.pretrain.window",
         )
         self._stream, self._window, self._rows, self._seed = stream, window, batch_size, seed
+        self._local = local
         self.windows = max(1, len(stream) // window - 1)
         """Windows an epoch."""
         # As far as the end of the stream: no token may be out of reach of every epoch.
         self._offsets = len(stream) - self.windows * window + 1
         order = grain.MapDataset.range(self.windows).shuffle(seed=seed % 2**32).repeat(None)
-        self._batches = order.map_with_index(self._cut).batch(batch_size, batch_fn=list)
+        self._batches = order.map_with_index(self._start).batch(batch_size, batch_fn=list)
 
-    def _cut(self, position: int, index: int) -> np.ndarray:
+    def _start(self, position: int, index: int) -> int:
         offset = _draw(self._seed, position // self.windows, self._offsets)
-        start = offset + int(index) * self._window
-        return self._stream[start : start + self._window]
+        return offset + int(index) * self._window
 
     def __getitem__(self, step: int) -> Batch:
-        return lm_batch(self._batches[step], self._window, self._rows)
+        starts = self._batches[step]
+        return _cut_batch(self._stream, starts, self._window, self._rows, self._local)
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps [start, stop), prefetched."""
@@ -95,8 +126,10 @@ class TaskBatches:
         batch_size: int,
         seed: int,
         drop_last: bool = False,
+        local: Local = all_rows,
     ):
-        """Args: examples; packer of their lengths; batch_size in examples; seed; drop_last."""
+        """Args: examples; packer; batch_size in examples; seed; drop_last; local rows."""
+        self._local = local
         self._examples, self._packer, self._size = examples, packer, batch_size
         self._seed, self._drop_last = seed % 2**32, drop_last
         count = len(examples)
@@ -127,7 +160,7 @@ class TaskBatches:
         return dealt[step - first]
 
     def __getitem__(self, step: int) -> Batch:
-        return self._packer.pack(self._examples, self._chosen(step))[0]
+        return self._packer.pack(self._examples, self._chosen(step), self._local)[0]
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps [start, stop), prefetched."""
@@ -139,17 +172,21 @@ def _prefetch(batches: TextBatches | TaskBatches, start: int, stop: int) -> Iter
     return iter(steps.to_iter_dataset(_READ))
 
 
-def text_in_order(stream: np.ndarray, window: int, rows: int, limit: int = 0) -> Iterator[Batch]:
+def text_in_order(
+    stream: np.ndarray, window: int, rows: int, limit: int = 0, local: Local = all_rows
+) -> Iterator[Batch]:
     """Yields the whole stream in order, `rows` windows a batch; at most `limit` batches, 0: all."""
     starts = range(0, len(stream), window)
     if limit:
         starts = starts[: limit * rows]
     for first in range(0, len(starts), rows):
         chosen = starts[first : first + rows]
-        yield lm_batch([stream[s : s + window] for s in chosen], window, rows)
+        yield _cut_batch(stream, chosen, window, rows, local)
 
 
-def every_example(examples: Examples, packer: Packer) -> Iterator[tuple[Batch, np.ndarray]]:
+def every_example(
+    examples: Examples, packer: Packer, local: Local = all_rows
+) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields every example once, packed, with int32 [B, E] example indices (-1: none).
 
     Some thousand of them are packed at a time, in full rows; the last batch may be short.
@@ -161,4 +198,6 @@ def every_example(examples: Examples, packer: Packer) -> Iterator[tuple[Batch, n
         fitted = first_fit(pool, packer.row_length, packer.slots)
         rows += [[start + i for i in row] for row in fitted]
     chunks = grain.MapDataset.source(rows).batch(packer.rows, batch_fn=list)
-    return iter(chunks.map(lambda chunk: packer.fill(examples, chunk)).to_iter_dataset(_READ))
+    return iter(
+        chunks.map(lambda chunk: packer.fill(examples, chunk, local)).to_iter_dataset(_READ)
+    )

@@ -5,7 +5,7 @@ separate the attention, positions restart, and sums are divided by their weights
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -115,25 +115,44 @@ class Packer:
         self.rows, self.row_length = _shape(sample, longest, mean)
         self.slots = _slots(self.row_length, mean, batch_size)
 
-    def pack(self, examples: Examples, chosen: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """Packs the examples with the indices `chosen` (int [n]).
+    def pack(
+        self,
+        examples: Examples,
+        chosen: np.ndarray,
+        local: Callable[[int], np.ndarray] | None = None,
+    ) -> tuple[Batch, np.ndarray]:
+        """Packs the examples with the indices `chosen` (int [n]); `local` is as in `fill`.
 
         Returns:
           The batch, and int32 [B, E]: which example (index) lies in each slot, -1 for none.
         """
         lengths = examples.lengths[chosen].tolist()
         rows = first_fit(lengths, self.row_length, self.slots)
-        return self.fill(examples, [[int(chosen[i]) for i in row] for row in rows])
+        return self.fill(examples, [[int(chosen[i]) for i in row] for row in rows], local)
 
-    def fill(self, examples: Examples, rows: list[list[int]]) -> tuple[Batch, np.ndarray]:
-        """As `pack`, of examples that are in rows already."""
+    def fill(
+        self,
+        examples: Examples,
+        rows: list[list[int]],
+        local: Callable[[int], np.ndarray] | None = None,
+    ) -> tuple[Batch, np.ndarray]:
+        """As `pack`, of examples that are in rows already.
+
+        `local` says which of a number of rows to fill (bool [rows]); None: all. Of the others only
+        the index is filled, and `segment_ids`, with ones, for who counts the tokens.
+        """
         height = self.rows
         if len(rows) > height:  # in few steps: each number of rows is compiled
             height = _round_up(len(rows), math.ceil(height / 4))
         height = _round_up(height, self._divisor)
         batch = _empty(height, self.row_length, self.slots, examples)
         index = np.full((height, self.slots), -1, np.int32)
+        mine = local(height) if local else None
         for b, row in enumerate(rows):
+            if mine is not None and not mine[b]:
+                index[b, : len(row)] = row
+                batch.segment_ids[b, : int(examples.lengths[row].sum())] = 1
+                continue
             cursor = _Cursor()
             for e, i in enumerate(row):
                 index[b, e] = i

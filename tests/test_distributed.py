@@ -1,0 +1,352 @@
+"""Several processes: what they agree on, how they end, and that their run is one process's run."""
+
+import json
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import runs
+import small
+
+from gptjax import distributed
+from gptjax.data import loader
+from gptjax.data.packing import Packer
+from gptjax.distributed import Options
+from gptjax.errors import UserError
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+LOST = 1
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+# The processes of a group, without JAX: argv is port, count, index, and what to do.
+_MEMBER = """
+import os, sys, time
+from gptjax.errors import UserError
+from gptjax.group import Group, answer_roll, call_roll
+port, count, index = map(int, sys.argv[1:4])
+address, facts = f"localhost:{port}", {"host": f"host{index}"}
+try:
+    if index == 0:
+        links, everyone = call_roll(address, count, facts, WAIT, 3.0)
+        hosts = [each["host"] for each in everyone]
+        for link in links.values():
+            link.send({"hosts": hosts})
+    else:
+        link, answer = answer_roll(address, index, count, facts, WAIT, 3.0)
+        links, hosts = {0: link}, answer["hosts"]
+except UserError as error:
+    print(error)
+    sys.exit(2)
+group = Group(index, hosts, links, 3.0)
+"""
+
+
+def members(count: int, present, body: str, wait: float = 60.0) -> list[runs.Result]:
+    """Runs `body` in the processes `present` of a group."""
+    port, code = str(free_port()), _MEMBER.replace("WAIT", str(wait)) + body
+    pipe = subprocess.PIPE
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, port, str(count), str(index)], stdout=pipe, stderr=pipe,
+            text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
+        for index in present
+    ]  # fmt: skip
+    return [finish(process) for process in processes]
+
+
+def finish(process, timeout: float = 250) -> runs.Result:
+    out, err = process.communicate(timeout=timeout)
+    return runs.Result(process.returncode, out, err)
+
+
+def test_a_process_that_does_not_come_up_is_named_in_all():
+    for result in members(4, (0, 1, 3), "", wait=4.0):
+        assert result.code == 2, result.err
+        assert "process 2 of 4 did not come up within 4 s" in result.out
+        assert "0 (host0), 1 (host1), 3 (host3)" in result.out
+
+
+def test_a_missing_process_0_is_named():
+    (result,) = members(2, (1,), "", wait=1.0)
+    assert result.code == 2
+    assert "process 0 of 2 did not come up at --coordinator_address=localhost:" in result.out
+
+
+def test_values_are_gathered_in_order_and_all_end():
+    body = "print(group.gather('a', index * 10), group.gather('b', [index])); group.leave(0)"
+    for result in members(3, (0, 1, 2), body):
+        assert (result.code, result.out) == (0, "[0, 10, 20] [[0], [1], [2]]\n"), result.err
+
+
+@pytest.mark.parametrize("asked", [0, 2])
+def test_all_stop_at_the_same_call(asked):
+    """However far each is when one of them is asked."""
+    body = (
+        f"stop = group.agreed(lambda: index == {asked} and calls > 5)\n"
+        "calls = 1\n"
+        "while not stop():\n"
+        "    time.sleep(0.02 * (index + 1)); calls += 1\n"
+        "print(calls); assert stop(); group.leave(75)\n"
+    )
+    results = members(3, (0, 1, 2), body)
+    assert {result.code for result in results} == {0}, results
+    (calls,) = {int(result.out) for result in results}
+    assert calls > 5
+
+
+def test_where_none_is_asked_none_stops():
+    body = "stop = group.agreed(lambda: False); print(any(stop() for _ in range(99)))"
+    for result in members(2, (0, 1), body + "; group.leave(0)"):
+        assert (result.code, result.out) == (0, "False\n"), result.err
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_is_named_by_the_others(lost):
+    body = f"group.gather('up', 0); index == {lost} and os.kill(os.getpid(), 9); time.sleep(60)"
+    results = members(3, (0, 1, 2), body)
+    assert results.pop(lost).code == -signal.SIGKILL
+    for result in results:
+        assert result.code == LOST
+        assert result.err.startswith(f"error: process {lost} of 3 (host{lost}) was lost: ")
+        assert result.err.count("\n") == 1
+
+
+def test_a_process_that_hangs_is_lost_too():
+    """Its machine is gone: the connection stays, and nothing comes."""
+    body = (
+        "group.gather('up', 0)\n"
+        "if index == 1:\n"
+        "    group._send = lambda message: None\n"
+        "    time.sleep(20); os._exit(9)\n"
+        "time.sleep(60)\n"
+    )
+    results = members(3, (0, 1, 2), body)
+    for result in (results[0], results[2]):
+        assert result.code == LOST
+        assert "process 1 of 3 (host1) was lost" in result.err
+
+
+def test_an_error_of_one_ends_all_with_its_code():
+    body = (
+        "if index == 1:\n"
+        "    group.leave(2, 'a.csv: no such file'); os._exit(2)\n"
+        "group.gather('never', 0)\n"
+    )
+    for index, result in enumerate(members(3, (0, 1, 2), body)):
+        assert result.code == 2
+        if index != 1:
+            assert result.err == "error: process 1 of 3 (host1) ended: a.csv: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options("host:1"), "go together"),
+        (Options("host:1", 2), "go together"),
+        (Options("", 2, 0), "go together"),
+        (Options("host", 2, 0), "--coordinator_address=host: must be HOST:PORT"),
+        (Options("host:1", 2, 2), "--process_id=2: must be 0 to 1"),
+        (Options("host:1", 0, 0), "--num_processes=0: must be at least 1"),
+    ],
+)
+def test_wrong_flags_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        distributed.place(options)
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4097", "SLURM_STEP_NODELIST": "node[07-10]", "SLURM_NTASKS": "4",
+    "SLURM_PROCID": "2", "SLURM_LOCALID": "0",
+}  # fmt: skip
+MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, None),
+        (SLURM, ("node07:61441", 4, 2)),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # a shell inside a job of four tasks
+        (MPI, ("10.96.0.1:62624", 2, 1)),
+        (MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+    ],
+)
+def test_the_environment_tells_where_there_are_several(environment, expected, monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    place = distributed.place(Options())
+    assert expected == (place and (place.address, place.count, place.index))
+    assert distributed.place(Options(num_processes=1)) is None
+
+
+def test_an_environment_that_jax_does_not_know_is_refused(monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")  # Open MPI 5 tells no more than this
+    with pytest.raises(UserError, match=r"Open MPI says .* give --coordinator_address"):
+        distributed.place(Options())
+
+
+def test_a_difference_names_process_and_field():
+    same = {"--config": {"seed": 0, "model": {"width": 16}}, "tokenizer": "a"}
+    other = {"--config": {"seed": 0, "model": {"width": 24}}, "tokenizer": "a"}
+    names = ["process 0", "process 1", "process 2 of 3 (h)"]
+    assert distributed._different([same, same, same], names) == ""
+    found = distributed._different([same, same, other], names)
+    assert found.startswith("process 2 of 3 (h) differs from process 0: --config.model.width 24,")
+
+
+def half(which: int):
+    """The rows of one of two processes."""
+    return lambda rows: np.arange(rows) // (rows // 2) == which
+
+
+@pytest.mark.parametrize("kind", ["text", "task"])
+def test_the_rows_of_two_processes_are_those_of_one(kind):
+    if kind == "text":
+        stream = np.arange(1, 400, dtype=np.int32)
+
+        def make(*local):
+            return loader.TextBatches(stream, 16, 4, 3, *local)
+    else:
+        _, examples = small.examples("multiple_choice", 20)
+        packer = Packer(examples.lengths, 8, 1, divisor=2)
+
+        def make(*local):
+            return loader.TaskBatches(examples, packer, 8, 3, False, *local)
+
+    whole, parts = make(), [make(half(0)), make(half(1))]
+    for step in range(4):
+        expected, found = whole[step], [part[step] for part in parts]
+        rows = len(expected.tokens) // 2
+        tokens = {int((batch.segment_ids > 0).sum()) for batch in (expected, *found)}
+        assert len(tokens) == 1
+        for name, array in vars(expected).items():
+            if array is None:
+                continue
+            np.testing.assert_array_equal(getattr(found[0], name)[:rows], array[:rows])
+            np.testing.assert_array_equal(getattr(found[1], name)[rows:], array[rows:])
+        assert not found[0].tokens[rows:].any(), "the other process's rows are not read"
+        assert expected.tokens[rows:].any()
+
+
+def start_all(count: int, workdir, *flags, each=lambda index: (), devices: int = 1) -> list:
+    """`launch.py` in some processes of this machine."""
+    port, files = free_port(), runs.files()
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
+    together = lambda index: (  # noqa: E731
+        f"--coordinator_address=localhost:{port}", f"--num_processes={count}",
+        f"--process_id={index}", "--initialization_timeout=200",
+    )  # fmt: skip
+    command = (*runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}", *flags)
+    return [
+        runs.start(*command, *(together(i) if count > 1 else ()), *each(i), env=environment)
+        for i in range(count)
+    ]
+
+
+def losses(workdir) -> list[dict]:
+    return runs.records(str(workdir))
+
+
+def assert_close(ours: list[dict], theirs: list[dict]) -> None:
+    assert len(ours) == len(theirs)
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.keys() == y.keys()
+        for name in x:
+            if isinstance(x[name], str):
+                assert x[name] == y[name]
+            else:
+                assert x[name] == pytest.approx(y[name], rel=2e-4, abs=1e-5), (x, y)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Both stages in one process with four devices."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    (result,) = (finish(each, 900) for each in start_all(1, workdir, devices=4))
+    assert result.code == 0, result.err
+    return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("count", [2, 4])
+def test_several_processes_train_as_one_and_one_continues_them(count, alone, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_all(count, workdir, devices=4 // count)
+    results = [finish(each, 900) for each in processes]
+    assert [result.code for result in results] == [0] * count, results
+    assert_close(losses(workdir), losses(alone))
+    assert "Saved in" in results[0].out
+    assert not any("Saved in" in result.out for result in results[1:]), "process 0 alone prints"
+    # Restored by one, and by two: the last checkpoint is validated, tested and reported again.
+    for others in (1, 2):
+        (workdir / "summary.json").unlink()
+        results = [finish(each, 900) for each in start_all(others, workdir, devices=4 // others)]
+        assert [result.code for result in results] == [0] * others, results
+        test = json.loads((workdir / "summary.json").read_text())["finetune"]["test"]
+        expected = json.loads((alone / "summary.json").read_text())["finetune"]["test"]
+        assert test == pytest.approx(expected, rel=2e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_one_ended_all_end_and_the_same_command_completes(number, alone, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_all(2, workdir, devices=2)
+    log = workdir / "metrics.jsonl"
+    while not (log.exists() and '"finetune"' in log.read_text()):
+        assert all(each.poll() is None for each in processes)
+        time.sleep(0.01)
+    processes[1].send_signal(number)
+    results = [finish(each, 300) for each in processes]
+    if number == signal.SIGKILL:
+        assert results[0].code == LOST, results[0].err
+        assert "error: process 1 of 2 (" in results[0].err
+    else:
+        assert [result.code for result in results] == [75, 75], results
+        saved = {result.err.partition("saved at step ")[2][:9] for result in results}
+        assert len(saved) == 1
+    results = [finish(each, 900) for each in start_all(2, workdir, devices=2)]
+    assert [result.code for result in results] == [0, 0], results
+    assert_close(losses(workdir), losses(alone))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_another_configuration_is_named_before_anything_is_written(tmp_path):
+    workdir = tmp_path / "run"
+    each = lambda index: ("--config.model.width=24",) if index else ()  # noqa: E731
+    for result in [finish(each, 500) for each in start_all(2, workdir, each=each)]:
+        assert result.code == 2, result.err
+        assert "error: process 1 of 2 (" in result.err
+        assert "--config.model.width 24, not 16" in result.err
+    assert not workdir.exists()
+
+
+def test_other_modes_run_alone():
+    error = runs.main(
+        "--mode=predict", "--coordinator_address=localhost:1", "--num_processes=2",
+        "--process_id=0",
+    ).error  # fmt: skip
+    assert "--mode=predict: runs in one process" in error
