@@ -132,7 +132,7 @@ def run(
 def _try_all(
     experiment: Experiment, target: aot.Machine, stage: str, wanted: list[Choice], limit: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Returns the entries of the choices that were tried or need no trial; how many compilations."""
+    """Returns the entries of what was tried or need not be; how many compilations."""
     tried: list[tuple[Choice, dict[str, Any]]] = []
     compiled = 0
     for choice in wanted:

@@ -69,20 +69,18 @@ def test_choices_are_compiled_ranked_and_counted(monkeypatch, capsys):
     assert first["fits"]
     assert first["tokens_per_second"] >= second["tokens_per_second"] > 0
     assert {first["remat"], second["remat"]} == {"none", "dots"}
-    alone = aot.report(sweep.changed(experiment(), "pretrain", sweep.Choice(6, (1, 1, 1), "dots")),
-                       aot.machine(""), "pretrain")  # fmt: skip
-    entry = next(e for e in found["ranking"] if e["remat"] == "dots")
-    for name in ("step_seconds", "tokens_per_second", "mfu", "peak_memory_bytes_per_device"):
-        assert entry[name] == alone[name]
+    for entry in (first, second):
+        assert entry["tokens_per_second"] == 6 * 16 / entry["step_seconds"]
+        assert 0 < entry["peak_memory_bytes_per_device"] < 2**30
     assert "not a measurement" in printed.err
     assert "7 choices not tried" in printed.err
 
 
 def test_what_does_not_fit_is_not_tried_with_more(monkeypatch, capsys):
     on(chips.Chip(1e12, 1000, 1e9, 1e9, 4, ""), monkeypatch)
-    found = sweep.run(experiment(), "v5e:1x1", "pretrain", 9)
-    assert found["compiled"] == 3, "a batch of 6 with each remat; 12 and 24 need more"
-    assert len(found["ranking"]) == 9
+    found = sweep.run(experiment(), "v5e:1x1", "pretrain", 1)
+    assert (found["compiled"], found["left_out"]) == (1, 6)
+    assert [entry["batch_size"] for entry in found["ranking"]] == [6, 12, 24]
     assert not any(entry["fits"] for entry in found["ranking"])
     assert "batch 6 does not fit already" in capsys.readouterr().err
 
