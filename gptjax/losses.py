@@ -11,8 +11,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from gptjax import products, sharding
+from gptjax import parallel, products, sharding
 from gptjax.batch import Batch
 
 Array = jax.Array
@@ -21,6 +22,8 @@ Array = jax.Array
 # the gradient of the embedding goes through an accelerator's memory too often. A CPU has caches.
 _LOGITS = 2**25
 _LOGITS_OF_CPU = 2**24
+
+_ROWS = P(sharding.BATCH_AXES)
 
 
 @flax.struct.dataclass
@@ -51,18 +54,22 @@ def _chunked(x: Array, chunks: int) -> Array:
     return jnp.moveaxis(x.reshape(rows, chunks, length // chunks, *x.shape[2:]), 1, 0)
 
 
-def _one_hot(targets_BT: Array, vocabulary: int) -> Array:
-    # A comparison with an iota, unlike a gather, needs no communication where V is sharded.
-    return targets_BT[..., None] == jnp.arange(vocabulary, dtype=jnp.int32)[None, None]
+def _chunk_loss(x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, size: int):
+    """Returns the chunk's loss and what its gradient needs: exponentials, their sums, one-hot.
 
-
-def _chunk_loss(x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, sharded: bool):
-    """Returns the chunk's loss and what its gradient needs: exponentials, their sums, one-hot."""
-    logits_BTV = products.times_transposed(x_BTD, table_VD, 1, sharded)
+    `size`: rows of the table on all devices along tensor, each of which has a part; 0: it is whole.
+    """
+    logits_BTV = products.times_transposed(x_BTD, table_VD, 1)
     logits_BTV = jax.lax.optimization_barrier(logits_BTV)
+    ids_V = jnp.arange(table_VD.shape[0], dtype=jnp.int32)
+    if size:
+        ids_V += jax.lax.axis_index("tensor") * table_VD.shape[0]
+        logits_BTV = jnp.where((ids_V < size)[None, None], logits_BTV, jnp.finfo(jnp.float32).min)
     largest_BT1 = logits_BTV.max(axis=-1, keepdims=True)
-    hot_BTV = _one_hot(targets_BT, table_VD.shape[0])
-    if sharded:
+    if size:
+        largest_BT1 = jax.lax.pmax(largest_BT1, "tensor")
+    hot_BTV = targets_BT[..., None] == ids_V[None, None]
+    if size:
         picked_BT = jnp.where(hot_BTV, logits_BTV, 0).sum(-1)
     else:
         picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
@@ -70,6 +77,8 @@ def _chunk_loss(x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Ar
     # exponentials are half of the work here.
     exp_BTV = jax.lax.optimization_barrier(jnp.exp(logits_BTV - largest_BT1))
     total_BT = exp_BTV.sum(axis=-1)
+    if size:
+        total_BT, picked_BT = jax.lax.psum((total_BT, picked_BT), "tensor")
     lse_BT = largest_BT1[..., 0] + jnp.log(total_BT)
     return ((lse_BT - picked_BT) * weights_BT).sum(), (exp_BTV, total_BT, hot_BTV)
 
@@ -79,14 +88,42 @@ def _table(embedding_VD: Array, dtype: jnp.dtype) -> Array:
     return jax.lax.optimization_barrier(embedding_VD.astype(dtype))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _total(x_BTD, embedding_VD, targets_BT, weights_BT, chunks: int, size: int = 0) -> Array:
+    table_VD = _table(embedding_VD, x_BTD.dtype)
+
+    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
+        x, targets, weights = piece
+        return total + _chunk_loss(x, table_VD, targets, weights, size)[0], None
+
+    pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+    return jax.lax.scan(add, jnp.float32(0), pieces)[0]
+
+
+def _total_and_gradients(x_BTD, embedding_VD, targets_BT, weights_BT, chunks: int, size: int = 0):
+    """Returns the loss, d_x [B, T, D] and the table's gradient, float32 [D, V]."""
+    dtype = x_BTD.dtype
+    table_VD = _table(embedding_VD, dtype)
+
+    def add(carry, piece):
+        total, d_table_DV = carry
+        x, targets, weights = piece
+        loss, (exp, total_exp, hot) = _chunk_loss(x, table_VD, targets, weights, size)
+        d_logits = (exp * (weights / total_exp)[..., None] - hot * weights[..., None]).astype(dtype)
+        d_logits = jax.lax.optimization_barrier(d_logits)
+        d_x = jnp.einsum("BTV,VD->BTD", d_logits, table_VD, preferred_element_type=jnp.float32)
+        # [D, V], not [V, D]: of the two factors the smaller one is transposed.
+        d_table_DV += products.weight_gradient(x, d_logits, 1)
+        return (total + loss, d_table_DV), d_x.astype(dtype)
+
+    pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
+    start = (jnp.float32(0), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
+    (total, d_table_DV), d_x = jax.lax.scan(add, start, pieces)
+    return total, jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_table_DV
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def lm_cross_entropy(
-    x_BTD: Array,
-    embedding_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    chunks: int,
-    sharded: bool = False,
+    x_BTD: Array, embedding_VD: Array, targets_BT: Array, weights_BT: Array, chunks: int
 ) -> Array:
     """Returns the sum over t of weight * -log softmax(x E^T)[target], a float32 scalar.
 
@@ -100,45 +137,77 @@ def lm_cross_entropy(
       targets_BT: int32 next tokens.
       weights_BT: float32, 0 where nothing is predicted. Not differentiated.
       chunks: a divisor of T, from `lm_chunks`.
-      sharded: the arrays lie on several devices.
     """
-    table_VD = _table(embedding_VD, x_BTD.dtype)
-
-    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
-        x, targets, weights = piece
-        return total + _chunk_loss(x, table_VD, targets, weights, sharded)[0], None
-
-    pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
-    return jax.lax.scan(add, jnp.float32(0), pieces)[0]
+    return _total(x_BTD, embedding_VD, targets_BT, weights_BT, chunks)
 
 
-def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks, sharded):
-    dtype = x_BTD.dtype
-    table_VD = _table(embedding_VD, dtype)
-
-    def add(carry, piece):
-        total, d_table_DV = carry
-        x, targets, weights = piece
-        loss, (exp, total_exp, hot) = _chunk_loss(x, table_VD, targets, weights, sharded)
-        d_logits = (exp * (weights / total_exp)[..., None] - hot * weights[..., None]).astype(dtype)
-        d_logits = jax.lax.optimization_barrier(d_logits)
-        d_x = jnp.einsum("BTV,VD->BTD", d_logits, table_VD, preferred_element_type=jnp.float32)
-        # [D, V], not [V, D]: of the two factors the smaller one is transposed.
-        d_table_DV += products.weight_gradient(x, d_logits, 1, sharded)
-        return (total + loss, d_table_DV), d_x.astype(dtype)
-
-    pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
-    start = (jnp.float32(0), jnp.zeros(embedding_VD.shape[::-1], jnp.float32))
-    (total, d_table_DV), d_x = jax.lax.scan(add, start, pieces)
-    return total, (jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_table_DV)
+def _lm_forward(x_BTD, embedding_VD, targets_BT, weights_BT, chunks):
+    total, *gradients = _total_and_gradients(x_BTD, embedding_VD, targets_BT, weights_BT, chunks)
+    return total, tuple(gradients)
 
 
-def _lm_backward(chunks, sharded, residuals, g):
+def _lm_backward(chunks, residuals, g):
     d_x_BTD, d_table_DV = residuals
     return (d_x_BTD * g).astype(d_x_BTD.dtype), (d_table_DV * g).T, None, None
 
 
 lm_cross_entropy.defvjp(_lm_forward, _lm_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def lm_cross_entropy_on(
+    x_BTD: Array,
+    table_NVD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    chunks: int,
+    mesh: Mesh,
+    vocabulary: int,
+) -> Array:
+    """Returns `lm_cross_entropy` of a batch whose rows and whose vocabulary several devices share.
+
+    Each has its rows' gradient of its part of the table, to be added up outside. What travels here
+    are, along tensor, a piece's largest logits and sums of exponentials, and d_x once.
+
+    Args:
+      x_BTD, targets_BT, weights_BT, chunks: as there, rows over ('data', 'fsdp').
+      table_NVD: from `parallel.copies`.
+      mesh: the devices.
+      vocabulary: rows of the table before `copies` made them a multiple of tensor.
+    """
+
+    def local(x, table, targets, weights):
+        total = _total(x, table[0], targets, weights, chunks, _size(mesh, vocabulary))
+        return parallel.sum_and_cut(total, P(), mesh)
+
+    inputs = (_ROWS, parallel.COPIES, _ROWS, _ROWS)
+    return parallel.mapped(local, mesh, inputs, P())(x_BTD, table_NVD, targets_BT, weights_BT)
+
+
+def _size(mesh: Mesh, vocabulary: int) -> int:
+    return vocabulary if mesh.shape["tensor"] > 1 else 0
+
+
+def _lm_forward_on(x_BTD, table_NVD, targets_BT, weights_BT, chunks, mesh, vocabulary):
+    def local(x, table, targets, weights):
+        size = _size(mesh, vocabulary)
+        total, d_x, d_table_DV = _total_and_gradients(x, table[0], targets, weights, chunks, size)
+        if size:
+            d_x = jax.lax.psum(d_x, "tensor")
+        return parallel.sum_and_cut(total, P(), mesh), (d_x, d_table_DV[None])
+
+    inputs = (_ROWS, parallel.COPIES, _ROWS, _ROWS)
+    outputs = (P(), (_ROWS, P(sharding.BATCH_AXES, None, "tensor")))
+    return parallel.mapped(local, mesh, inputs, outputs)(x_BTD, table_NVD, targets_BT, weights_BT)
+
+
+def _lm_backward_on(chunks, mesh, vocabulary, residuals, g):
+    d_x_BTD, d_table_NDV = residuals
+    d_table_NVD = (d_table_NDV * g).swapaxes(1, 2)
+    return (d_x_BTD * g).astype(d_x_BTD.dtype), d_table_NVD, None, None
+
+
+lm_cross_entropy_on.defvjp(_lm_forward_on, _lm_backward_on)
 
 
 def lm_loss(
@@ -147,6 +216,7 @@ def lm_loss(
     batch: Batch,
     bias_V: Array | None = None,
     mesh: Mesh | None = None,
+    copies_NVD: Array | None = None,
 ) -> Sum:
     """Returns the LM loss L1 of a batch: sum of weighted nats, sum of the weights.
 
@@ -157,20 +227,38 @@ def lm_loss(
       batch: its tokens and lm_weights.
       bias_V: of a projection that is not tied.
       mesh: of the devices that share the rows: each may hold as many logits as one alone.
+      copies_NVD: `parallel.copies` of the embedding, where they are made already.
     """
-    if bias_V is not None:
-        # One more input that is always 1: the loss below needs no second kind of gradient.
-        embedding_VD = jnp.concatenate([embedding_VD, bias_V[:, None]], axis=1)
-        x_BTD = jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1)
     rows, length = batch.tokens.shape
-    devices = sharding.batch_divisor(mesh) if mesh is not None else 1
+    vocabulary, targets_BT = embedding_VD.shape[0], lm_targets(batch)
     limit = _LOGITS_OF_CPU if sharding.platform(mesh) == "cpu" else _LOGITS
-    chunks = lm_chunks(math.ceil(rows / devices), length, embedding_VD.shape[0], limit)
-    sharded = mesh is not None and mesh.size > 1
-    total = lm_cross_entropy(
-        x_BTD, embedding_VD, lm_targets(batch), batch.lm_weights, chunks, sharded
+    if not sharding.several(mesh):
+        x_BTD, embedding_VD = _with_bias(x_BTD, embedding_VD, bias_V)
+        chunks = lm_chunks(rows, length, vocabulary, limit)
+        total = lm_cross_entropy(x_BTD, embedding_VD, targets_BT, batch.lm_weights, chunks)
+        return Sum(total, batch.lm_weights.sum())
+    if copies_NVD is None:
+        copies_NVD = parallel.copies(embedding_VD, mesh)
+    x_BTD, copies_NVD = _with_bias(x_BTD, copies_NVD, bias_V)
+    rows = math.ceil(rows / sharding.batch_divisor(mesh))
+    chunks = lm_chunks(rows, length, copies_NVD.shape[1] // mesh.shape["tensor"], limit)
+    total = lm_cross_entropy_on(
+        x_BTD, copies_NVD, targets_BT, batch.lm_weights, chunks, mesh, vocabulary
     )
     return Sum(total, batch.lm_weights.sum())
+
+
+def _with_bias(x_BTD: Array, table_VD: Array, bias_V: Array | None) -> tuple[Array, Array]:
+    """One more input that is always 1: the losses above need no second kind of gradient."""
+    if bias_V is None:
+        return x_BTD, table_VD
+    rows = table_VD.shape[-2]
+    bias_V = jnp.pad(bias_V, (0, rows - len(bias_V))) if rows > len(bias_V) else bias_V
+    column_V1 = jnp.broadcast_to(
+        bias_V.reshape((1,) * (table_VD.ndim - 2) + (-1, 1)), (*table_VD.shape[:-1], 1)
+    )
+    x_BTD = jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1)
+    return x_BTD, jnp.concatenate([table_VD, column_V1], axis=-1)
 
 
 def task_loss(kind: str, logits: Array, batch: Batch) -> Sum:

@@ -14,9 +14,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from gptjax import activations, attention, products, sharding
+from gptjax import activations, attention, parallel, products, sharding
 from gptjax import dropout as dropout_lib
 from gptjax.config import ModelConfig
 
@@ -27,6 +28,9 @@ Ids = tuple[Array, Array]
 Params = dict[str, Any]
 # Flax variables of each block.
 Layers = tuple[dict[str, Params], ...]
+
+# What `remat=dots` keeps: results of products, in the compute dtype.
+_PRODUCT = "product"
 
 
 def _like(x: Array, y: Array) -> Array:
@@ -63,17 +67,17 @@ class Linear(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Returns [..., *features] in the compute dtype."""
         x = x.astype(self.config.dtype)
-        sharded = self.mesh is not None and self.mesh.size > 1
         if self.has_variable("prepared", "kernel"):  # see `gptjax.decoding`
             transposed: Array = self.get_variable("prepared", "kernel")
-            y = products.times_transposed(x, transposed, len(self.features), sharded)
+            y = products.times_transposed(x, transposed, len(self.features))
         else:
             shape = x.shape[x.ndim - self.inputs :] + self.features
             kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
-            y = products.linear(x, kernel, self.inputs, sharded)
+            name = "/".join((*self.path, "kernel"))
+            y = parallel.linear(x, kernel, self.inputs, self.mesh, name)
         # After the kernel: Flax's keys, and so a seed's initial values, count the parameters.
         bias = self.param("bias", nn.initializers.zeros, self.features)
-        return (y + _like(bias, y)).astype(x.dtype)
+        return checkpoint_name((y + _like(bias, y)).astype(x.dtype), _PRODUCT)
 
 
 class LayerNorm(nn.Module):
@@ -226,7 +230,7 @@ class GPT(nn.Module):
         self.embedding_dropout = Dropout(config.embedding_dropout)
         block = Block
         if config.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
             block = nn.remat(
                 Block,
                 policy=policy if config.remat == "dots" else None,
@@ -257,18 +261,35 @@ class GPT(nn.Module):
         rows = self.embedding_dropout(rows, deterministic)
         return rows[: self.config.vocab_size], rows[self.config.vocab_size :]
 
+    def copies(self, deterministic: bool = True) -> Array:
+        """Returns `parallel.copies` of the token embedding, or of the one matrix, dropped."""
+        one_matrix = self.config.one_matrix
+        rows = jnp.concatenate(self._one_matrix(deterministic)) if one_matrix else None
+        return parallel.copies(self.token_embedding if rows is None else rows, self.mesh)
+
     def _embed(
         self,
         tokens_BT: Array,
         positions_BT: Array,
         token_types_BT: Array | None,
         deterministic: bool,
+        copies: Array | None = None,
     ) -> Array:
         """Token + position (+ segment), dropout: [B, T, D] in the compute dtype."""
         tokens_VD, positions_TD = self.token_embedding, self.position_embedding
-        if self.config.one_matrix:
-            tokens_VD, positions_TD = self._one_matrix(deterministic)
-        x_BTD = tokens_VD[tokens_BT] + positions_TD[positions_BT]
+        if copies is not None:
+            tokens = parallel.lookup(copies, tokens_BT, self.mesh)
+            if self.config.one_matrix:
+                positions = parallel.lookup(
+                    copies, self.config.vocab_size + positions_BT, self.mesh
+                )
+            else:
+                positions = positions_TD[positions_BT]
+            x_BTD = tokens + positions
+        else:
+            if self.config.one_matrix:
+                tokens_VD, positions_TD = self._one_matrix(deterministic)
+            x_BTD = tokens_VD[tokens_BT] + positions_TD[positions_BT]
         if self.config.segment_types:
             types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else token_types_BT
             x_BTD = x_BTD + self.segment_embedding[types_BT]
@@ -283,14 +304,18 @@ class GPT(nn.Module):
         positions_BT: Array,
         token_types_BT: Array | None = None,
         deterministic: bool = True,
+        copies_NVD: Array | None = None,
     ) -> Array:
         """Returns the last block's states [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT, segment_ids_BT, positions_BT, token_types_BT: as in `gptjax.batch.Batch`.
           deterministic: no dropout; else the rng `dropout` is needed.
+          copies_NVD: what `copies` returns, where it is used elsewhere too.
         """
-        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic)
+        if copies_NVD is None and sharding.several(self.mesh):
+            copies_NVD = self.copies(deterministic)
+        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic, copies_NVD)
         key_ids_BT = segment_ids_BT
         if self.config.segment_types == 3 and token_types_BT is not None:
             # Padding inside a sequence sees the texts before it, and is seen by nothing.
@@ -338,8 +363,7 @@ class GPT(nn.Module):
         """Returns float32 [B, T, V]: the states times the LM head's rows (of tokens), + bias."""
         rows, bias = self.lm_projection()
         rows = rows[: self.config.vocab_size].astype(self.config.dtype)
-        sharded = self.mesh is not None and self.mesh.size > 1
-        logits_BTV = products.times_transposed(x_BTD, rows, 1, sharded)
+        logits_BTV = parallel.logits(x_BTD, rows, self.mesh)
         return logits_BTV if bias is None else logits_BTV + _like(bias, logits_BTV)
 
     def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:

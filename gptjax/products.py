@@ -4,8 +4,9 @@ Products of bfloat16 accumulate in float32. XLA's CPU backend has fast kernels f
 AVX-512), but only for two matrices of which the first is contracted over its last axis: x @ w and
 x @ w.T. With more axes it copies w.T first; and the gradient of a weight, x.T @ g, falls back to
 products five times slower. So on a CPU the factors are made matrices, and the smaller factor of
-x.T @ g is transposed in memory. Other backends choose their layouts well, and arrays on several
-devices must be left to XLA to cut up.
+x.T @ g is transposed in memory. Other backends choose their layouts well.
+
+The arrays are those of one device: `gptjax.parallel` is for several.
 """
 
 import functools
@@ -39,14 +40,13 @@ def _matrix(x: Array, columns: int) -> Array:
     return x.reshape(math.prod(x.shape[:rows]), math.prod(x.shape[rows:]))
 
 
-def weight_gradient(x: Array, g: Array, inputs: int, sharded: bool = False) -> Array:
+def weight_gradient(x: Array, g: Array, inputs: int) -> Array:
     """Returns x^T g, float32 [*inputs, *features], summed over the leading axes that both have.
 
     Args:
       x: [..., *inputs].
       g: [..., *features], of the same dtype.
       inputs: how many axes of x are not summed over.
-      sharded: the arrays lie on several devices.
     """
     leading = tuple(range(x.ndim - inputs))
 
@@ -62,19 +62,16 @@ def weight_gradient(x: Array, g: Array, inputs: int, sharded: bool = False) -> A
     def elsewhere(x: Array, g: Array) -> Array:
         return _dot(x, g, (leading, leading))
 
-    if sharded:
-        return elsewhere(x, g)
     return lax.platform_dependent(x, g, cpu=on_cpu, default=elsewhere)
 
 
-def times_transposed(x: Array, kernel: Array, outputs: int, sharded: bool = False) -> Array:
+def times_transposed(x: Array, kernel: Array, outputs: int) -> Array:
     """Returns x kernel^T, float32 [..., *outputs]: summed over the last axes, which both have.
 
     Args:
       x: [..., *summed].
       kernel: [*outputs, *summed], of the same dtype.
       outputs: how many axes of the kernel are not summed over.
-      sharded: the arrays lie on several devices.
     """
     summed = kernel.ndim - outputs
 
@@ -90,38 +87,31 @@ def times_transposed(x: Array, kernel: Array, outputs: int, sharded: bool = Fals
         last = tuple(range(x.ndim - summed, x.ndim))
         return _dot(x, kernel, (last, tuple(range(outputs, kernel.ndim))))
 
-    if sharded:
-        return elsewhere(x, kernel)
     return lax.platform_dependent(x, kernel, cpu=on_cpu, default=elsewhere)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def linear(x: Array, kernel: Array, inputs: int, sharded: bool = False) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Array, kernel: Array, inputs: int) -> Array:
     """Returns x times kernel over the last `inputs` axes of x and the first of kernel, float32.
 
     Args:
       x: [..., *inputs], in the dtype of the product.
       kernel: [*inputs, *features], float32; its gradient is float32 too, and not rounded.
       inputs: how many axes are summed over.
-      sharded: the arrays lie on several devices.
     """
-    return _forward(x, kernel, inputs, sharded)[0]
+    return _forward(x, kernel, inputs)[0]
 
 
-def _forward(
-    x: Array, kernel: Array, inputs: int, sharded: bool
-) -> tuple[Array, tuple[Array, Array]]:
+def _forward(x: Array, kernel: Array, inputs: int) -> tuple[Array, tuple[Array, Array]]:
     last, kernel = tuple(range(x.ndim - inputs, x.ndim)), kernel.astype(x.dtype)
     return _dot(x, kernel, (last, tuple(range(inputs)))), (x, kernel)
 
 
-def _backward(
-    inputs: int, sharded: bool, residuals: tuple[Array, Array], g: Array
-) -> tuple[Array, Array]:
+def _backward(inputs: int, residuals: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
     x, kernel = residuals
     g = g.astype(x.dtype)
-    d_x = times_transposed(g, kernel, inputs, sharded).astype(x.dtype)
-    return d_x, weight_gradient(x, g, inputs, sharded)
+    d_x = times_transposed(g, kernel, inputs).astype(x.dtype)
+    return d_x, weight_gradient(x, g, inputs)
 
 
 linear.defvjp(_forward, _backward)

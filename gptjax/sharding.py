@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def several(mesh: Mesh | None) -> TypeGuard[Mesh]:
+    """Returns whether there is more than one device."""
+    return mesh is not None and mesh.size > 1
+
+
 def platform(mesh: Mesh | None) -> str:
     """Returns what the devices are: cpu, gpu or tpu; without a mesh, JAX's first device."""
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
@@ -84,6 +89,24 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, _fit(spec, leaf.shape, mesh) if leaf.ndim >= len(spec) else P())
 
     return jax.tree_util.tree_map_with_path(rule, tree)
+
+
+def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns the layout of a parameter, of a single layer where layers are stacked.
+
+    Args:
+      name: its path, "blocks/attention/qkv/kernel".
+      shape: of the parameter, without the axis of the layers.
+      mesh: the devices. Axes of one device are left out, as are those that do not divide.
+
+    Returns:
+      An entry for each axis.
+    """
+    spec = tuple(next(spec for pattern, spec in _RULES if re.search(pattern, name)))
+    spec = spec[1:] if len(spec) > len(shape) else spec
+    spec = spec + (None,) * (len(shape) - len(spec))
+    wide = (axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec)
+    return _fit(P(*wide), shape, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -132,7 +155,7 @@ def by_rows_and_heads(
     batch, _, heads, _ = q_BTHK.shape
     words = jnp.zeros(2, jnp.uint32) if words is None else words
     heads_BH = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
-    if mesh is not None and mesh.size > 1:
+    if several(mesh):
         tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
         x, ids = P(BATCH_AXES, None, tensor), P(BATCH_AXES)
         # Kernels do not say over which axes their results vary, so that there is nothing to check.

@@ -78,15 +78,18 @@ def forward(
     key: jax.Array | None = None,
 ) -> tuple[Losses, jax.Array | None]:
     """Returns the loss sums of a batch and the task logits; dropout only with a key."""
-    deterministic = key is None
+    deterministic, copies = key is None, None
+    if model.config.tied and sharding.several(model.mesh):
+        # For both uses, so that its gradient is added up over the devices once.
+        copies = run(model, params, deterministic, method="copies", key=key)
     x_BTD = run(
         model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
-        deterministic, method="hidden", key=key,
+        deterministic, copies, method="hidden", key=key,
     )  # fmt: skip
     sums = weights(batch)
     if objective.lm_weight:
         rows, bias = run(model, params, deterministic, method="lm_projection", key=key)
-        sums = Losses(losses.lm_loss(x_BTD, rows, batch, bias, model.mesh), sums.task)
+        sums = Losses(losses.lm_loss(x_BTD, rows, batch, bias, model.mesh, copies), sums.task)
     if not objective.kind:
         return sums, None
     logits = run(model, params, x_BTD, batch.extract, deterministic, method="task_logits", key=key)
