@@ -23,7 +23,8 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 def flops(module: Module) -> int:
     """Returns the operations of all matrix products of a step, two a multiply-add.
 
-    Elementwise work is not counted, and what a custom kernel does is not seen.
+    Elementwise work is not counted; of a custom kernel, what it says of itself (Pallas's
+    `cost_estimate`).
     """
     return sum(_product_flops(run) * run.times for run in module.runs())
 
@@ -45,6 +46,9 @@ def _product_flops(run: Run) -> int:
         return 2 * run.instruction.shapes[0].elements * depth
     if run.instruction.opcode == "convolution":
         return _convolution_flops(run.instruction, *run.operand_shapes()[:2])
+    if run.instruction.opcode == "custom-call":
+        said = re.search(r'"cost_estimate":\{"flops":"?(\d+)', run.instruction.attributes)
+        return int(said[1]) if said else 0
     return 0
 
 
