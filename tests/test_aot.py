@@ -248,6 +248,14 @@ def test_a_program_of_a_tpu_is_read(start):
     assert hlo_cost.memory_bytes(module) == trips * (4 * 8 * 2 + 4 + 8) + matrices + 4
 
 
+def test_a_kernel_counts_as_what_it_says():
+    cost = '"cost_estimate":{"flops":"700","transcendentals":"0"}'
+    kernel = f'%k = f32[] custom-call(), backend_config={{"custom_call_config":{{,{cost}}}}}'
+    text = PROGRAM.replace("START", "0").replace("bf16[32,512,768]", "bf16[32,512,768,1,1]")
+    more = hlo.parse(text.replace("  %start = s32[]", f"  {kernel}\n  %start = s32[]"))
+    assert hlo_cost.flops(more) == hlo_cost.flops(hlo.parse(text)) + 700
+
+
 def test_a_loop_of_unknown_length_is_named():
     text = PROGRAM.replace("direction=LT", "direction=NE").replace("START", "0")
     module = hlo.parse(text)
