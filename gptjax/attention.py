@@ -15,6 +15,8 @@ from gptjax import dropout as dropout_lib
 from gptjax.errors import require
 
 Array = jax.Array
+# Of a layer: key and value [B * H, S, K].
+Cache = dict[str, Array]
 
 
 def causal_segments(query_ids_BT: Array, key_ids_BT: Array | None = None) -> Array:
@@ -62,6 +64,32 @@ def attend(
     if dropout_words is not None and dropout_rate > 0:
         weights_XTS = dropout_lib.dropout(weights_XTS, dropout_words, dropout_rate)
     return jnp.einsum("...TS,...SK->...TK", weights_XTS.astype(v_XSK.dtype), v_XSK)
+
+
+def cached(
+    q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, cache: Cache, offset: Array | int
+) -> tuple[Array, Cache]:
+    """Returns the attention of new tokens to a cache, [B, T, H, K], and it with them written in.
+
+    Args:
+      q_BTHK, k_BTHK, v_BTHK: queries, keys, values of the tokens at offset..offset + T - 1.
+      cache: filled up to there.
+      offset: int32 scalar.
+    """
+    batch, length, heads, width = q_BTHK.shape
+    q_NTK, k_NTK, v_NTK = (
+        jnp.moveaxis(x, 2, 1).reshape(-1, length, width).astype(cache["key"].dtype)
+        for x in (q_BTHK, k_BTHK, v_BTHK)
+    )
+    cache = {
+        name: jax.lax.dynamic_update_slice_in_dim(cache[name], new_NTK, offset, 1)
+        for name, new_NTK in (("key", k_NTK), ("value", v_NTK))
+    }
+    positions_T = offset + jnp.arange(length)
+    visible_1TS = causal_cached(positions_T, cache["key"].shape[1])
+    y_NTK = attend(q_NTK, cache["key"], cache["value"], visible_1TS)
+    y_BHTK = y_NTK.reshape(batch, heads, length, width)
+    return jnp.moveaxis(y_BHTK, 1, 2).astype(q_BTHK.dtype), cache
 
 
 def choose(kind: str, platform: str, dtype: str, dropout_rate: float) -> str:

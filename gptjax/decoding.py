@@ -6,13 +6,15 @@ fastest.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from gptjax import products
-from gptjax.model import GPT, Cache, Layers, Params, run
+from gptjax.attention import Cache
+from gptjax.config import ModelConfig
+from gptjax.model import GPT, Layers, Params, run
 
 Array = jax.Array
 Caches = tuple[Cache, ...]
@@ -67,6 +69,12 @@ def lm_logits(weights: Weights, x_BTD: Array) -> Array:
     """Returns float32 [B, T, V]: logits of the token after each state."""
     logits_BTV = products.times_transposed(x_BTD, weights.rows_VD, 1)
     return logits_BTV if weights.bias_V is None else logits_BTV + weights.bias_V[None, None]
+
+
+def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> Caches:
+    """Returns an empty cache: of each layer key and value [B * H, S, K], S = length."""
+    empty = jnp.zeros((batch * config.num_heads, length, config.head_width), dtype)
+    return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))
 
 
 class Decoder:

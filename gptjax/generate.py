@@ -13,7 +13,7 @@ import numpy as np
 from gptjax import decoding, sharding
 from gptjax.decoding import Caches, Decoder, Weights
 from gptjax.errors import require
-from gptjax.model import GPT, new_cache
+from gptjax.model import GPT
 
 Array = jax.Array
 
@@ -94,7 +94,7 @@ def _prefill(
     # A CPU reads bfloat16 one by one: it has the same numbers as float32.
     on_cpu = sharding.platform(model.mesh) == "cpu"
     dtype = jnp.float32 if on_cpu else model.config.dtype
-    cache = new_cache(model.config, prompt_NT.shape[0], entries, dtype)
+    cache = decoding.new_cache(model.config, prompt_NT.shape[0], entries, dtype)
     x_NTD, cache = decoding.decode(model, weights, prompt_NT, cache, 0)
     # What the padding wrote is overwritten by later tokens before any query can see it.
     x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)

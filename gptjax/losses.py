@@ -252,13 +252,12 @@ def _with_bias(x_BTD: Array, table_VD: Array, bias_V: Array | None) -> tuple[Arr
     """One more input that is always 1: the losses above need no second kind of gradient."""
     if bias_V is None:
         return x_BTD, table_VD
-    rows = table_VD.shape[-2]
-    bias_V = jnp.pad(bias_V, (0, rows - len(bias_V))) if rows > len(bias_V) else bias_V
-    column_V1 = jnp.broadcast_to(
-        bias_V.reshape((1,) * (table_VD.ndim - 2) + (-1, 1)), (*table_VD.shape[:-1], 1)
-    )
-    x_BTD = jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1)
-    return x_BTD, jnp.concatenate([table_VD, column_V1], axis=-1)
+    column_VD = bias_V[:, None]
+    if table_VD.ndim == 3:  # copies, with more rows
+        column_VD = jnp.pad(column_VD, ((0, table_VD.shape[1] - len(bias_V)), (0, 0)))[None]
+        column_VD = jnp.broadcast_to(column_VD, (*table_VD.shape[:2], 1))
+    table_VD = jnp.concatenate([table_VD, column_VD], axis=-1)
+    return jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1), table_VD
 
 
 def task_loss(kind: str, logits: Array, batch: Batch) -> Sum:

@@ -19,10 +19,10 @@ from jax.sharding import Mesh
 
 from gptjax import activations, attention, parallel, products, sharding
 from gptjax import dropout as dropout_lib
+from gptjax.attention import Cache
 from gptjax.config import ModelConfig
 
 Array = jax.Array
-Cache = dict[str, Array]
 # Segment ids [B, T] of the queries and of the keys.
 Ids = tuple[Array, Array]
 Params = dict[str, Any]
@@ -132,29 +132,11 @@ class Attention(nn.Module):
         qkv_BT3HK = Linear((3, heads, width), 1, config, self.mesh, name="qkv")(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
         if cache is not None:
-            y_BTHK, cache = self._cached(q_BTHK, k_BTHK, v_BTHK, cache, offset)
+            y_BTHK, cache = attention.cached(q_BTHK, k_BTHK, v_BTHK, cache, offset)
         else:
             assert ids is not None
             y_BTHK = self._causal(q_BTHK, k_BTHK, v_BTHK, ids, deterministic)
         return Linear((config.width,), 2, config, self.mesh, name="out")(y_BTHK), cache
-
-    def _cached(
-        self, q_BTHK: Array, k_BTHK: Array, v_BTHK: Array, cache: Cache, offset: Array | int
-    ) -> tuple[Array, Cache]:
-        batch, length, heads, width = q_BTHK.shape
-        q_NTK, k_NTK, v_NTK = (
-            jnp.moveaxis(x, 2, 1).reshape(-1, length, width).astype(cache["key"].dtype)
-            for x in (q_BTHK, k_BTHK, v_BTHK)
-        )
-        cache = {
-            name: jax.lax.dynamic_update_slice_in_dim(cache[name], new_NTK, offset, 1)
-            for name, new_NTK in (("key", k_NTK), ("value", v_NTK))
-        }
-        positions_T = offset + jnp.arange(length)
-        visible_1TS = attention.causal_cached(positions_T, cache["key"].shape[1])
-        y_NTK = attention.attend(q_NTK, cache["key"], cache["value"], visible_1TS)
-        y_BHTK = y_NTK.reshape(batch, heads, length, width)
-        return jnp.moveaxis(y_BHTK, 1, 2).astype(q_BTHK.dtype), cache
 
     def _causal(self, q: Array, k: Array, v: Array, ids: Ids, deterministic: bool) -> Array:
         rate, words = self.config.attention_dropout, None
@@ -230,13 +212,9 @@ class GPT(nn.Module):
         self.embedding_dropout = Dropout(config.embedding_dropout)
         block = Block
         if config.remat != "none":
-            policy = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
-            block = nn.remat(
-                Block,
-                policy=policy if config.remat == "dots" else None,
-                prevent_cse=False,
-                static_argnums=(3,),
-            )
+            kept = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
+            policy = kept if config.remat == "dots" else None
+            block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
         on_cpu = sharding.platform(self.mesh) == "cpu"
         unroll = config.unroll or (config.num_layers if on_cpu else 1)
         self.blocks = nn.scan(
@@ -263,9 +241,9 @@ class GPT(nn.Module):
 
     def copies(self, deterministic: bool = True) -> Array:
         """Returns `parallel.copies` of the token embedding, or of the one matrix, dropped."""
-        one_matrix = self.config.one_matrix
-        rows = jnp.concatenate(self._one_matrix(deterministic)) if one_matrix else None
-        return parallel.copies(self.token_embedding if rows is None else rows, self.mesh)
+        if self.config.one_matrix:
+            return parallel.copies(jnp.concatenate(self._one_matrix(deterministic)), self.mesh)
+        return parallel.copies(self.token_embedding, self.mesh)
 
     def _embed(
         self,
@@ -276,18 +254,17 @@ class GPT(nn.Module):
         copies: Array | None = None,
     ) -> Array:
         """Token + position (+ segment), dropout: [B, T, D] in the compute dtype."""
-        tokens_VD, positions_TD = self.token_embedding, self.position_embedding
+        config, positions_TD = self.config, self.position_embedding
         if copies is not None:
-            tokens = parallel.lookup(copies, tokens_BT, self.mesh)
-            if self.config.one_matrix:
-                positions = parallel.lookup(
-                    copies, self.config.vocab_size + positions_BT, self.mesh
-                )
+            x_BTD = parallel.lookup(copies, tokens_BT, self.mesh)
+            if config.one_matrix:
+                at_BT = config.vocab_size + positions_BT
+                x_BTD = x_BTD + parallel.lookup(copies, at_BT, self.mesh)
             else:
-                positions = positions_TD[positions_BT]
-            x_BTD = tokens + positions
+                x_BTD = x_BTD + positions_TD[positions_BT]
         else:
-            if self.config.one_matrix:
+            tokens_VD = self.token_embedding
+            if config.one_matrix:
                 tokens_VD, positions_TD = self._one_matrix(deterministic)
             x_BTD = tokens_VD[tokens_BT] + positions_TD[positions_BT]
         if self.config.segment_types:
@@ -304,18 +281,18 @@ class GPT(nn.Module):
         positions_BT: Array,
         token_types_BT: Array | None = None,
         deterministic: bool = True,
-        copies_NVD: Array | None = None,
+        copies: Array | None = None,
     ) -> Array:
         """Returns the last block's states [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT, segment_ids_BT, positions_BT, token_types_BT: as in `gptjax.batch.Batch`.
           deterministic: no dropout; else the rng `dropout` is needed.
-          copies_NVD: what `copies` returns, where it is used elsewhere too.
+          copies: what `copies` returns, where others use it too.
         """
-        if copies_NVD is None and sharding.several(self.mesh):
-            copies_NVD = self.copies(deterministic)
-        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic, copies_NVD)
+        if copies is None and sharding.several(self.mesh):
+            copies = self.copies(deterministic)
+        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic, copies)
         key_ids_BT = segment_ids_BT
         if self.config.segment_types == 3 and token_types_BT is not None:
             # Padding inside a sequence sees the texts before it, and is seen by nothing.
@@ -332,7 +309,7 @@ class GPT(nn.Module):
         Args:
           tokens_BT: the tokens at positions offset..offset + T - 1 (cut to the context length).
           layers: the variables of each block, from `gptjax.decoding`.
-          cache: of each layer, from `new_cache`, filled up to `offset`.
+          cache: of each layer, from `decoding.new_cache`, filled up to `offset`.
           offset: int32 scalar.
 
         Returns:
@@ -415,9 +392,3 @@ def init_params(model: GPT, key: Array) -> Params:
     # One row cannot be shared by devices; the parameters are the same.
     alone = model.clone(mesh=None)
     return alone.init(key, jnp.zeros((1, max(2, model.flatten)), jnp.int32))["params"]
-
-
-def new_cache(config: ModelConfig, batch: int, length: int, dtype: Any) -> tuple[Cache, ...]:
-    """Returns an empty cache: of each layer key and value [B * H, S, K], S = length."""
-    empty = jnp.zeros((batch * config.num_heads, length, config.head_width), dtype)
-    return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))

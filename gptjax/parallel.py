@@ -2,8 +2,8 @@
 
 XLA can place the communication of a sharded program by itself, but where a parameter is cut along
 the axis that a product sums over, it may as well cut the activations along that axis and sum every
-product over the devices: a hundred times the traffic. So each function here runs on the devices' own
-parts (`jax.shard_map`) and says what travels. Rows of a batch lie over ('data', 'fsdp') throughout.
+product over the devices: a hundred times the traffic. So each function here runs on the devices'
+own parts (`jax.shard_map`) and says what travels. Rows of a batch lie over ('data', 'fsdp').
 
 - fsdp: a weight is gathered in the compute dtype where it is used, in the forward and again in the
   backward pass; the float32 gradients of the devices' rows are summed and cut (reduce-scatter).
@@ -118,7 +118,7 @@ def _linear_backward(inputs: int, mesh: Mesh, spec: P, residuals: tuple[Array, A
 _linear.defvjp(_linear_forward, _linear_backward)
 
 
-def copies(table_VD: Array, mesh: Mesh) -> Array:
+def copies(table_VD: Array, mesh: Mesh | None) -> Array:
     """Returns a copy of a table for each device that has rows of its own: float32 [N, V', D].
 
     N = data * fsdp, and V' is V, with rows of zeros to a multiple of tensor, over which it is cut.
@@ -129,6 +129,7 @@ def copies(table_VD: Array, mesh: Mesh) -> Array:
       table_VD: float32, in the layout of the token embedding.
       mesh: of more than one device.
     """
+    assert mesh is not None
     return _copies(table_VD, mesh, table_VD.shape[0])
 
 
@@ -167,7 +168,7 @@ def _copies_backward(mesh: Mesh, size: int, residuals: None, g_NVD: Array) -> tu
 _copies.defvjp(lambda *args: (_copies(*args), None), _copies_backward)
 
 
-def lookup(table_NVD: Array, ids_BT: Array, mesh: Mesh) -> Array:
+def lookup(table_NVD: Array, ids_BT: Array, mesh: Mesh | None) -> Array:
     """Returns rows of a table, float32 [B, T, D].
 
     Args:
@@ -175,6 +176,7 @@ def lookup(table_NVD: Array, ids_BT: Array, mesh: Mesh) -> Array:
       ids_BT: int32 [B, T], each below V.
       mesh: the devices.
     """
+    assert mesh is not None
     return _lookup(table_NVD, ids_BT, mesh, table_NVD.shape[1] // mesh.shape["tensor"])
 
 

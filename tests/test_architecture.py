@@ -20,7 +20,7 @@ ORDER = (
     *("data.columns", "data.tables", "data.sources"),
     *("data.docstrings", "data.builtin", "data.tasks", "data.splits", "data.paper_tasks"),
     *("data.packing", "data.loader", "data"),
-    *("sharding", "dropout", "products", "activations"),
+    *("sharding", "dropout", "products", "parallel", "activations"),
     *("attention_cpu", "attention_tpu", "attention", "model"),
     *("losses", "optim", "state", "steps"),
     *("metrics", "evaluate", "probes", "decoding", "generate", "flops"),

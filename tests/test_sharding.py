@@ -1,13 +1,15 @@
 """Eight devices compute what one computes, and every array lies where the table says."""
 
+import importlib.util
+
 import jax
 import numpy as np
 import pytest
 import small
 from jax.sharding import PartitionSpec as P
 
+from gptjax import aot, optim, sharding, stages, state, steps
 from gptjax import model as model_lib
-from gptjax import optim, sharding, stages, state, steps
 from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
 from gptjax.data import loader
 from gptjax.errors import UserError
@@ -127,6 +129,53 @@ def test_a_mesh_takes_the_devices_that_are_left():
         sharding.make_mesh(MeshConfig(data=2, fsdp=2), devices)
 
 
+def test_between_slices_lies_the_data_axis():
+    """Before fsdp, and tensor never."""
+    assert sharding._over_slices([8, 4, 1], 2) == [2, 1, 1]
+    assert sharding._over_slices([4, 4, 4], 4) == [4, 1, 1]
+    assert sharding._over_slices([2, 8, 1], 4) == [2, 2, 1]
+    assert sharding._over_slices([1, 8, 2], 2) == [1, 2, 1]
+    with pytest.raises(UserError, match="multiple of the 2 slices"):
+        sharding._over_slices([1, 1, 8], 2)
+
+
+@pytest.fixture(scope="module")
+def two_slices():
+    """Twice 16 v5e that are not there."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in aot._TPU_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        bounds = {"chips_per_host_bounds": [2, 2, 1]}
+        yield topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2, **bounds).devices
+
+
+@pytest.mark.parametrize(
+    ("sizes", "across"),
+    [((-1, 1, 1), 0), ((-1, 4, 2), 0), ((2, -1, 1), 0), ((-1, 2, 4), 0), ((1, -1, 2), 1)],
+    ids=str,
+)
+def test_a_mesh_of_two_slices(two_slices, sizes, across):
+    """Along one axis half of the devices are in each slice; along the others all are in one."""
+    data, fsdp, tensor = sizes
+    mesh = sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), two_slices)
+    assert mesh.size == 32
+    slices = np.moveaxis(np.vectorize(lambda device: device.slice_index)(mesh.devices), across, 0)
+    half = len(slices) // 2
+    assert set(slices[:half].flat) != set(slices[half:].flat)
+    assert len(set(slices[:half].flat)) == len(set(slices[half:].flat)) == 1
+
+
+def test_an_axis_may_be_a_part_of_a_torus_s(two_slices):
+    """4 x 4 chips are a mesh 2 x 4 x 2 too."""
+    one = [device for device in two_slices if device.slice_index == 0]
+    mesh = sharding.make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), one)
+    assert set(mesh.devices.flat) == set(one)
+
+
 def test_to_devices_gives_each_device_its_rows():
     mesh = small.mesh(2, 2, 2)
     windows = [np.full(4, i, np.int32) for i in range(8)]
@@ -151,9 +200,19 @@ ADAM = OptimizerConfig(
 )
 
 
-def problem(kind):
+# On top of `problem`'s configuration. Odd: tensor divides neither the heads nor the vocabulary.
+CHANGES = {
+    "": {},
+    "odd": {"vocab_size": 97, "num_heads": 1},
+    "not tied": {"tied": False, "vocab_size": 97, "segment_types": 2, "remat": "full"},
+    "one matrix": {"one_matrix": True, "remat": "dots"},
+}
+
+
+def problem(kind, changes=""):
     """(model, objective, params, batch) with dropout on; sizes that 8 and 2 x 2 x 2 divide."""
-    config = small.config(vocab_size=98, width=16, num_heads=4, **DROPOUT)
+    values = {"vocab_size": 98, "width": 16, "num_heads": 4} | DROPOUT | CHANGES[changes]
+    config = small.config(**values)
     if not kind:
         model, objective = GPT(config), steps.Objective()
         rng = np.random.default_rng(0)
@@ -166,13 +225,24 @@ def problem(kind):
     return model, objective, small.params(model), batch
 
 
-SLOW = pytest.param("similarity", marks=pytest.mark.slow)
+PROBLEMS = [
+    ("", ""),
+    *(
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in (
+            ("similarity", ""), ("", "odd"), ("similarity", "odd"), ("", "not tied"),
+            ("multiple_choice", "not tied"), ("", "one matrix"), ("similarity", "one matrix"),
+        )
+    ),
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["", SLOW], ids=["pretrain", "finetune"])
+@pytest.fixture(
+    scope="module", params=PROBLEMS, ids=lambda each: f"{each[0] or 'pretrain'} {each[1]}".strip()
+)
 def alone(request):
     """The problem, and a function that takes two steps on a mesh; and its result on one device."""
-    model, objective, params, batch = problem(request.param)
+    model, objective, params, batch = problem(*request.param)
     optimizer = optim.build(ADAM, 100)
     start = jax.device_get(state.create(params, optimizer))
 
