@@ -70,6 +70,10 @@ TOPOLOGY = flags.DEFINE_string(
     "topology", "", "compile: the machine to compile for, one of v4, v5e, v5p, v6e with its shape "
     "(v5e:4x4, v4:2x2x1), or cpu:8."
 )  # fmt: skip
+SWEEP = flags.DEFINE_bool(
+    "sweep", False, "compile: tries batch sizes, remat and meshes, and ranks those that fit."
+)  # fmt: skip
+SWEEP_LIMIT = flags.DEFINE_integer("sweep_limit", 12, "compile --sweep: compilations at most.")
 STAGE = flags.DEFINE_enum(
     "stage", "pretrain", ["pretrain", "finetune"], "compile, bench: whose train step (or input)."
 )
@@ -177,8 +181,12 @@ def _export() -> None:
 
 
 def _compile() -> None:
-    from gptjax import aot
+    from gptjax import aot, sweep
 
+    if SWEEP.value:
+        stage, limit = STAGE.value, SWEEP_LIMIT.value
+        sweep.run(CONFIG.value, TOPOLOGY.value, stage, limit, OUTPUT.value)
+        return
     aot.run(CONFIG.value, TOPOLOGY.value, STAGE.value, OUTPUT.value)
 
 

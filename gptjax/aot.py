@@ -9,13 +9,14 @@ import importlib.util
 import math
 import os
 import re
+import tempfile
 import time
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from gptjax import chips, flops, hlo, hlo_cost, sharding, telemetry
+from gptjax import buffers, chips, collectives, flops, hlo, hlo_cost, sharding, telemetry
 from gptjax import config as config_lib
 from gptjax import plan as plan_lib
 from gptjax.config import Experiment
@@ -40,11 +41,23 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
+class Machine:
+    """What is compiled for."""
+
+    topology: str
+    devices: list[Any]
+    chip: chips.Chip | None
+    """Published figures; None: a CPU."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """The compiled step; or None, and why the compiler refused it for want of memory."""
 
     compiled: jax.stages.Compiled | None
     seconds: float
+    held: dict[str, Any] | None
+    """The buffers of the peak, from `buffers.largest`."""
     refusal: str = ""
 
 
@@ -61,20 +74,32 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
       UserError: an unknown topology, no libtpu, or a configuration that does not fit it.
     """
     experiment = plan_lib.validated(experiment, stage)
-    devices, chip = devices_of(topology)
-    mesh = sharding.make_mesh(experiment.mesh, devices)
+    found = report(experiment, machine(topology), stage)
+    for line in summary(found):
+        telemetry.say(line)
+    telemetry.print_json(found, output)
+    return found
+
+
+def machine(topology: str) -> Machine:
+    """Returns the devices of a topology and their chip, as `devices_of`."""
+    return Machine(topology, *devices_of(topology))
+
+
+def report(experiment: Experiment, target: Machine, stage: str) -> dict[str, Any]:
+    """Returns what the train step of a stage of a validated experiment costs."""
+    mesh = sharding.make_mesh(experiment.mesh, target.devices)
     plan = plan_lib.build(experiment, stage, mesh)
     rows, length = plan.batch.tokens.shape
-    telemetry.say(
-        f"{topology}: {len(devices)} x {devices[0].device_kind}, {stage}, {rows} x {length} tokens"
-    )
+    kind = target.devices[0].device_kind
+    telemetry.say(f"{target.topology}: {mesh.size} x {kind}, {stage}, {rows} x {length} tokens")
     state_like = plan_lib.abstract_state(plan, mesh)
     outcome = _compile(plan, state_like, mesh)
     telemetry.say(f"compiled in {outcome.seconds:.1f} s" if outcome.compiled else outcome.refusal)
-    report = {
-        "topology": topology,
-        "devices": len(devices),
-        "device_kind": devices[0].device_kind,
+    return {
+        "topology": target.topology,
+        "devices": mesh.size,
+        "device_kind": kind,
         "mesh": dict(mesh.shape),
         "stage": stage,
         "model": config_lib.to_dict(plan.model.config),
@@ -82,11 +107,31 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state_like.params)),
         "batch": {"rows": rows, "row_length": length, "tokens": rows * length},
         "assumed": plan.assumed,
-        **_costs(plan, state_like, outcome, mesh, chip),
+        **_costs(plan, state_like, outcome, mesh, target.chip),
         "compile_seconds": outcome.seconds,
     }
-    telemetry.print_json(report, output)
-    return report
+
+
+def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
+    """Returns the largest buffers and collectives of a report, and its estimates, as lines."""
+    peak = found["peak_memory_bytes_per_device"]
+    fits = {True: "fits", False: "does not fit", None: "of a CPU"}[found["fits"]]
+    text = [f"memory of a device: {peak / 2**30:.2f} GiB ({fits})" if peak else fits]
+    if found["largest_buffers"]:
+        text += ["the largest buffers at the peak:"]
+        text += [buffers.summary(entry) for entry in found["largest_buffers"][:lines]]
+    if found["communication"]:
+        text += ["communication of a step:"]
+        text += [collectives.summary(entry) for entry in found["communication"][:lines]]
+    if found["step_seconds"]:
+        parts = found["estimate"]
+        text += [
+            f"estimate, not a measurement: step {found['step_seconds'] * 1e3:.1f} ms (compute "
+            f"{parts['compute_seconds'] * 1e3:.1f}, memory {parts['memory_seconds'] * 1e3:.1f}, "
+            f"communication not hidden {parts['exposed_communication_seconds'] * 1e3:.1f}), "
+            f"{found['tokens_per_second']:,.0f} tokens/s, MFU {found['mfu']:.0%}"
+        ]
+    return text
 
 
 def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
@@ -136,13 +181,16 @@ def _cpus(count: int) -> list[Any]:
 def _compile(plan: Plan, state_like: Any, mesh: Mesh) -> Outcome:
     start = time.perf_counter()
     lowered = plan_lib.lower(plan, mesh, state_like)
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return Outcome(None, time.perf_counter() - start, str(error).splitlines()[0])
-    return Outcome(compiled, time.perf_counter() - start)
+    with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            refusal, seconds = str(error).splitlines()[0], time.perf_counter() - start
+            return Outcome(None, seconds, buffers.largest(folder), refusal)
+        seconds = time.perf_counter() - start
+        return Outcome(compiled, seconds, buffers.largest(folder))
 
 
 def _costs(
@@ -151,24 +199,34 @@ def _costs(
     """The part of the report that depends on what was compiled."""
     rows, length = plan.batch.tokens.shape
     model_flops = flops.train_flops_per_token(plan.model.config, length) * rows * length / mesh.size
-    report: dict[str, Any] = {"model_flops_per_device": model_flops}
+    largest = outcome.held or {"bytes": None, "largest": None}
+    costs = {"model_flops_per_device": model_flops, "largest_buffers": largest["largest"]}
     if outcome.compiled is None:
         # No program, so no figures of one: what the compiler says of its needs, and what is given.
         held = _held(state_like) + _held(plan.batch)
-        report |= _unknown() | {
-            "peak_memory_bytes_per_device": _required(outcome.refusal, held),
-            "memory": {"arguments": held},
-            "refused": outcome.refusal,
-            "fits": False,
-        }
-        return report
+        return (
+            costs
+            | dict.fromkeys(_OF_A_PROGRAM)
+            | {
+                "peak_memory_bytes_per_device": largest["bytes"]
+                or _required(outcome.refusal, held),
+                "memory": {"arguments": held, "buffers_at_peak": largest["bytes"]},
+                "refused": outcome.refusal,
+                "fits": False,
+            }
+        )
     module = hlo.parse(outcome.compiled.as_text() or "")
     found, traffic = hlo_cost.flops(module), hlo_cost.memory_bytes(module)
     analysis = outcome.compiled.cost_analysis() or {}
     memory = _memory(outcome.compiled)
     peak = memory["arguments"] + memory["outputs"] - memory["aliased"]
     peak += memory["temporaries"] + memory["code"]
-    return report | {
+    sent, devices = collectives.find(module), list(mesh.devices.flat)
+    roof, communication = None, 0.0
+    if chip is not None:
+        communication, exposed = collectives.exposed_seconds(module, sent, devices, chip)
+        roof = chips.roofline(chip, max(found, model_flops), traffic, exposed)
+    return costs | {
         "flops_per_device": found,
         "bytes_per_device": traffic,
         "loops_counted_once": module.unknown_loops(),
@@ -177,35 +235,41 @@ def _costs(
             "bytes_loops_once": analysis.get("bytes accessed"),
         },
         "peak_memory_bytes_per_device": peak,
-        "memory": memory,
+        "memory": memory | {"buffers_at_peak": largest["bytes"]},
         "fits": None if chip is None else peak <= chip.memory_bytes,
-        "collectives": hlo_cost.collectives(module),
-        **_estimates(chip, max(found, model_flops), traffic, model_flops, rows * length),
+        "collectives": collectives.totals(sent),
+        "communication": collectives.listed(module, sent, devices, chip),
+        **_estimates(chip, roof, communication, model_flops, rows * length),
     }
 
 
-def _unknown() -> dict[str, Any]:
-    names = ("flops_per_device", "bytes_per_device", "collectives", "step_seconds",
-             "tokens_per_second", "mfu")  # fmt: skip
-    return dict.fromkeys(names)
+_OF_A_PROGRAM = (
+    "flops_per_device", "bytes_per_device", "collectives", "communication", "step_seconds",
+    "tokens_per_second", "mfu",
+)  # fmt: skip
 
 
 def _estimates(
-    chip: chips.Chip | None, operations: float, traffic: int, model_flops: float, tokens: int
+    chip: chips.Chip | None,
+    roof: chips.Roofline | None,
+    communication: float,
+    model_flops: float,
+    tokens: int,
 ) -> dict[str, Any]:
     """Step time, speed and MFU by the roofline; null for a CPU, which has no published figures."""
-    if chip is None:
+    if chip is None or roof is None:
         return dict.fromkeys(("step_seconds", "tokens_per_second", "mfu"))
-    roof = chips.roofline(chip, operations, traffic)
     return {
         "step_seconds": roof.step_seconds,
         "tokens_per_second": tokens / roof.step_seconds,
         "mfu": model_flops / roof.step_seconds / chip.flops_per_second,
         "estimate": {
-            "of": "step_seconds, tokens_per_second, mfu: a roofline, not a measurement; "
-            "communication, latencies and imperfect kernels come on top",
+            "of": "step_seconds, tokens_per_second, mfu: a roofline and the communication that "
+            "nothing hides, not a measurement; latencies and imperfect kernels come on top",
             "compute_seconds": roof.compute_seconds,
             "memory_seconds": roof.memory_seconds,
+            "communication_seconds": communication,
+            "exposed_communication_seconds": roof.exposed_seconds,
             **dataclasses.asdict(chip),
         },
     }

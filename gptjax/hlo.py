@@ -7,6 +7,7 @@ device: a compiled program is what one device runs.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 
@@ -19,6 +20,10 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%?([\w.\-]+)$")
+# Tables in front of a program, a line each: 3 "model.py"; 7 {file_name_id=3 ... line=90 ...}.
+_FILE_NAME = re.compile(r'^(\d+) "(.*)"$')
+_LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
+_FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +65,12 @@ class Instruction:
         for one, many in re.findall(pattern, self.attributes):
             found += [part.strip().lstrip("%") for part in many.split(",")] if many else [one]
         return found
+
+    @property
+    def op_name(self) -> str:
+        """What JAX called it: jit(step)/jvp(GPT.hidden)/.../ffn_in/dot_general."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1].replace("\\'", "'") if found else ""
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """The list of an attribute: (1, 2) of `name={1,2}`."""
@@ -140,6 +151,8 @@ class Module:
 
     computations: Mapping[str, Computation]
     entry: str
+    frames: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Number of a stack frame -> "model.py:90"."""
 
     def trips(self, loop: Instruction, computation: Computation) -> int | None:
         """How often a loop runs; None where the text does not say.
@@ -165,6 +178,14 @@ class Module:
             return None
         return int(limit.operands[0]) - int(start.operands[0])
 
+    def source(self, instruction: Instruction) -> str:
+        """Where the sources ask for it, "model.py:90": the innermost line of this package."""
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        if frame:
+            return self.frames.get(int(frame[1]), "")
+        file = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes)
+        return f"{os.path.basename(file[1])}:{file[2]}" if file else ""
+
     def runs(self) -> Iterator[Run]:
         """Yields every instruction that is run, loops' bodies once with their count in `times`."""
         yield from self._runs(self.entry, 1, False)
@@ -172,19 +193,25 @@ class Module:
     def _runs(self, name: str, times: int, fused: bool) -> Iterator[Run]:
         computation = self.computations[name]
         for each in computation.values():
-            yield Run(each, computation, times, fused)
-            if each.opcode == "while":
-                body = each.called("body")[0]
-                yield from self._runs(body, times * (self.trips(each, computation) or 1), fused)
-            elif each.opcode == "conditional":
-                # As if every branch were taken: an upper bound.
-                for branch in each.called("branch_computations", "true_computation",
-                                          "false_computation"):  # fmt: skip
-                    yield from self._runs(branch, times, fused)
-            elif each.opcode in ("fusion", "call", "async-start"):
-                inside = fused or each.opcode == "fusion"
-                for inner in each.called("calls", "to_apply"):
-                    yield from self._runs(inner, times, inside)
+            yield from self.runs_of(each, computation, times, fused)
+
+    def runs_of(
+        self, each: Instruction, computation: Computation, times: int = 1, fused: bool = False
+    ) -> Iterator[Run]:
+        """Yields an instruction of a computation, and every one that it runs."""
+        yield Run(each, computation, times, fused)
+        if each.opcode == "while":
+            body = each.called("body")[0]
+            yield from self._runs(body, times * (self.trips(each, computation) or 1), fused)
+        elif each.opcode == "conditional":
+            # As if every branch were taken: an upper bound.
+            for branch in each.called("branch_computations", "true_computation",
+                                      "false_computation"):  # fmt: skip
+                yield from self._runs(branch, times, fused)
+        elif each.opcode in ("fusion", "call", "async-start"):
+            inside = fused or each.opcode == "fusion"
+            for inner in each.called("calls", "to_apply"):
+                yield from self._runs(inner, times, inside)
 
     def unknown_loops(self) -> list[str]:
         """Names of the loops whose trip count is not known: their bodies count once."""
@@ -196,12 +223,47 @@ class Module:
         ]
 
 
+def _frames(lines: list[str]) -> dict[int, str]:
+    """Reads the tables of files, locations and stack frames."""
+    files: dict[int, str] = {}
+    places: dict[int, tuple[str, str]] = {}
+    frames: dict[int, tuple[int, int]] = {}
+    section = ""
+    for line in lines:
+        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            section = line
+        elif section == "FileNames" and (found := _FILE_NAME.match(line)):
+            files[int(found[1])] = found[2]
+        elif section == "FileLocations" and (found := _LOCATION.match(line)):
+            places[int(found[1])] = (files[int(found[2])], found[3])
+        elif section == "StackFrames" and (found := _FRAME.match(line)):
+            frames[int(found[1])] = (int(found[2]), int(found[3]))
+        elif section == "StackFrames" and line.startswith(("%", "ENTRY")):
+            break
+    # A frame of its own parent: the text counts parents from 1, where 1 is none.
+    shift = 1 if any(number == parent for number, (_, parent) in frames.items()) else 0
+
+    def place(number: int) -> str:
+        innermost = ""
+        while number in frames:
+            location, parent = frames[number]
+            path, line = places.get(location, ("", ""))
+            shown = f"{os.path.basename(path)}:{line}"
+            if os.path.dirname(path) == os.path.dirname(__file__):
+                return shown
+            innermost, number = innermost or shown, min(parent - shift, number - 1)
+        return innermost
+
+    return {number: place(number) for number in frames}
+
+
 def parse(text: str) -> Module:
     """Returns the program in the text of `jax.stages.Compiled.as_text`."""
     computations: dict[str, Computation] = {}
     current: Computation = {}
     entry = ""
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for line in lines:
         head = _HEAD.match(line)
         if head:
             current = computations[head[2]] = {}
@@ -210,4 +272,4 @@ def parse(text: str) -> Module:
         instruction = _instruction(re.sub(r"/\*.*?\*/", "", line))
         if instruction is not None:
             current[instruction.name] = instruction
-    return Module(computations, entry)
+    return Module(computations, entry, _frames(lines))

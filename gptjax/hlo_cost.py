@@ -1,4 +1,4 @@
-"""What a compiled program costs a device: operations, memory traffic, communication."""
+"""What a compiled program costs a device: operations and memory traffic."""
 
 import re
 
@@ -23,9 +23,19 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 def flops(module: Module) -> int:
     """Returns the operations of all matrix products of a step, two a multiply-add.
 
-    Elementwise work is not counted, and what a custom kernel does is not seen.
+    Elementwise work is not counted; of a custom kernel, what it says of itself (Pallas's
+    `cost_estimate`).
     """
     return sum(_product_flops(run) * run.times for run in module.runs())
+
+
+def work(module: Module, each: Instruction, computation: Computation) -> tuple[int, int]:
+    """Returns operations and bytes of one instruction of a computation, and of all that it runs."""
+    runs = list(module.runs_of(each, computation))
+    return (
+        sum(_product_flops(run) * run.times for run in runs),
+        sum(_traffic(run, module) * run.times for run in runs if not run.fused),
+    )
 
 
 def _product_flops(run: Run) -> int:
@@ -36,6 +46,9 @@ def _product_flops(run: Run) -> int:
         return 2 * run.instruction.shapes[0].elements * depth
     if run.instruction.opcode == "convolution":
         return _convolution_flops(run.instruction, *run.operand_shapes()[:2])
+    if run.instruction.opcode == "custom-call":
+        said = re.search(r'"cost_estimate":\{"flops":"?(\d+)', run.instruction.attributes)
+        return int(said[1]) if said else 0
     return 0
 
 
@@ -139,8 +152,8 @@ def _read_inside(name: str, inside: Computation, module: Module) -> int:
                 continue
             if user.opcode == "bitcast":
                 total += _read_inside(user.name, inside, module)
-            elif user.opcode == "tuple":
-                total += 0  # handed through
+            elif user.opcode == "tuple" or user.opcode in COLLECTIVES:
+                total += 0  # handed through; a piece of a collective, which its start counts
             elif user.opcode in _SLICES and place == 0:
                 total += user.shapes[0].bytes
             elif user.opcode == "dynamic-update-slice" and place == 0:
@@ -167,6 +180,8 @@ def _written(each: Instruction, computation: Computation, module: Module) -> int
     for leaf, shape in zip(leaves, each.shapes, strict=True):
         while leaf.opcode == "bitcast" and leaf.operands[0] in inside:
             leaf = inside[leaf.operands[0]]
+        if leaf.opcode == "parameter" or leaf.opcode in COLLECTIVES:
+            continue  # handed through; or a piece of what its start counts
         if leaf.opcode == "fusion" and shape.space == 0 and len(leaf.shapes) == 1:
             total += _written(leaf, inside, module)
         elif leaf.opcode == "dynamic-update-slice" and shape.space == 0:
@@ -174,25 +189,3 @@ def _written(each: Instruction, computation: Computation, module: Module) -> int
         elif shape.space == 0:
             total += shape.bytes
     return total
-
-
-def collectives(module: Module) -> dict[str, dict[str, int]]:
-    """Returns name -> {"count", "bytes"} of a step, per device.
-
-    The bytes are what a device puts in, of an all-gather what it gets out: the whole of an array,
-    however often parts of it travel.
-    """
-    found: dict[str, dict[str, int]] = {}
-    for run in module.runs():
-        name = run.instruction.opcode.removesuffix("-start")
-        if name not in COLLECTIVES:
-            continue
-        size = sum(shape.bytes for shape in run.operand_shapes())
-        if name == "all-gather":
-            # Of the asynchronous form the result is (what goes in, what comes out).
-            started = run.instruction.opcode.endswith("-start")
-            size = sum(shape.bytes for shape in run.instruction.shapes) - (size if started else 0)
-        entry = found.setdefault(name, {"count": 0, "bytes": 0})
-        entry["count"] += run.times
-        entry["bytes"] += run.times * size
-    return found

@@ -10,7 +10,7 @@ import pytest
 import runs
 import small
 
-from gptjax import aot, chips, flops, hlo, hlo_cost, plan
+from gptjax import aot, chips, collectives, flops, hlo, hlo_cost, plan
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig
 
 LAYERS, WIDTH, LENGTH, VOCABULARY, ROWS = 3, 16, 16, 96, 8
@@ -239,7 +239,8 @@ def test_a_program_of_a_tpu_is_read(start):
     text = PROGRAM.replace("START", str(start)).replace("bf16[32,512,768]", "bf16[32,512,768,1,1]")
     module, trips = hlo.parse(text), 12 - start
     assert module.unknown_loops() == []
-    assert hlo_cost.collectives(module) == {"all-reduce": {"count": trips, "bytes": 4 * trips}}
+    totals = collectives.totals(collectives.find(module))
+    assert totals == {"all-reduce": {"count": trips, "bytes": 4 * trips}}
     assert hlo_cost.flops(module) == 2 * 32 * 512 * 768 * 3 * 12 * 64
     # A slice of the array, the counter, and the sum's reading and writing; then both matrices, and
     # the counter's first value. What is written to the chip's own memory costs nothing.
@@ -247,11 +248,163 @@ def test_a_program_of_a_tpu_is_read(start):
     assert hlo_cost.memory_bytes(module) == trips * (4 * 8 * 2 + 4 + 8) + matrices + 4
 
 
+def test_a_kernel_counts_as_what_it_says():
+    cost = '"cost_estimate":{"flops":"700","transcendentals":"0"}'
+    kernel = f'%k = f32[] custom-call(), backend_config={{"custom_call_config":{{,{cost}}}}}'
+    text = PROGRAM.replace("START", "0").replace("bf16[32,512,768]", "bf16[32,512,768,1,1]")
+    more = hlo.parse(text.replace("  %start = s32[]", f"  {kernel}\n  %start = s32[]"))
+    assert hlo_cost.flops(more) == hlo_cost.flops(hlo.parse(text)) + 700
+
+
 def test_a_loop_of_unknown_length_is_named():
     text = PROGRAM.replace("direction=LT", "direction=NE").replace("START", "0")
     module = hlo.parse(text)
     assert module.unknown_loops() == ["loop"]
-    assert hlo_cost.collectives(module)["all-reduce"]["count"] == 1
+    assert collectives.totals(collectives.find(module))["all-reduce"]["count"] == 1
+
+
+# Two steps of a ring, one while a product runs and one while nothing does; then a TPU's other form:
+# a fusion starts an all-gather, one in a loop does a piece of it, a third ends it.
+ASYNC = """HloModule jit_step, is_scheduled=true
+
+FileNames
+1 "/somewhere/library.py"
+2 "PACKAGE/model.py"
+
+FileLocations
+1 {file_name_id=2 function_name_id=1 line=7 end_line=7 column=1 end_column=2}
+2 {file_name_id=1 function_name_id=2 line=90 end_line=90 column=1 end_column=2}
+
+StackFrames
+1 {file_location_id=1 parent_frame_id=1}
+2 {file_location_id=2 parent_frame_id=2}
+
+
+%start (a: f32[4]) -> (f32[4], f32[8]) {
+  %a = f32[4]{0} parameter(0)
+  %g = f32[8]{0} all-gather(%a), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  ROOT %c = (f32[4]{0}, f32[8]{0}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%piece (b: f32[4], o: f32[8]) -> f32[8] {
+  %b = f32[4]{0} parameter(0)
+  %o = f32[8]{0} parameter(1)
+  ROOT %h = f32[8]{0} all-gather(%b), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+}
+
+%end (d: f32[4]) -> f32[8] {
+  %d = f32[4]{0} parameter(0)
+  %i = f32[8]{0} all-gather(%d), channel_id=7, replica_groups={{0,1}}, dimensions={0}
+  ROOT %e = f32[8]{0} custom-call(%i), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (p: (s32[], f32[4], f32[8])) -> (s32[], f32[4], f32[8]) {
+  %p = (s32[], f32[4]{0}, f32[8]{0}) parameter(0)
+  %n = s32[] get-tuple-element(%p), index=0
+  %q = f32[4]{0} get-tuple-element(%p), index=1
+  %r = f32[8]{0} get-tuple-element(%p), index=2
+  %f = f32[8]{0} fusion(%q, %r), kind=kLoop, calls=%piece
+  ROOT %t = (s32[], f32[4]{0}, f32[8]{0}) tuple(%n, %q, %f)
+}
+
+%condition (q: (s32[], f32[4], f32[8])) -> pred[] {
+  %limit = s32[] constant(3)
+  %s = (s32[], f32[4]{0}, f32[8]{0}) parameter(0)
+  %m = s32[] get-tuple-element(%s), index=0
+  ROOT %lt = pred[] compare(%m, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[4], y: f32[300,300]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  %y = f32[300,300]{1,0} parameter(1)
+  %zero = s32[] constant(0)
+  %s1 = (f32[4]{0}, f32[4]{0}) collective-permute-start(%x), channel_id=1, \
+source_target_pairs={{0,1},{1,0}}, metadata={op_name="jit(step)/ring" stack_frame_id=2}
+  %z = f32[300,300]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d1 = f32[4]{0} collective-permute-done(%s1)
+  %s2 = (f32[4]{0}, f32[4]{0}) collective-permute-start(%d1), channel_id=2, \
+source_target_pairs={{0,1},{1,0}}
+  %d2 = f32[4]{0} collective-permute-done(%s2)
+  %go = (f32[4]{0}, f32[8]{0}) fusion(%d2), kind=kCustom, calls=%start
+  %o = f32[8]{0} get-tuple-element(%go), index=1
+  %state = (s32[], f32[4]{0}, f32[8]{0}) tuple(%zero, %d2, %o)
+  %loop = (s32[], f32[4]{0}, f32[8]{0}) while(%state), condition=%condition, body=%body
+  ROOT %stop = f32[8]{0} fusion(%d2), kind=kCustom, calls=%end
+}
+""".replace("PACKAGE", os.path.dirname(aot.__file__))
+
+
+class Place:
+    def __init__(self, *coords):
+        self.coords = coords
+
+
+def test_what_runs_beside_communication_is_seen_and_pieces_count_once():
+    module = hlo.parse(ASYNC)
+    found = collectives.find(module)
+    assert [each.overlaps for each in found] == [True, False, True]
+    assert collectives.totals(found) == {
+        "collective-permute": {"count": 2, "bytes": 2 * 16},
+        "all-gather": {"count": 1, "bytes": 32},
+    }
+    # The innermost line of the package, not of the library that it calls.
+    assert module.source(found[0].instruction) == "model.py:7"
+    entries = collectives.listed(module, found, [None] * 2, None)
+    assert {entry["seconds"] for entry in entries} == {None}
+    assert [entry["devices"] for entry in entries] == [2, 2, 2]
+
+
+def test_communication_is_exposed_as_far_as_nothing_hides_it():
+    module = hlo.parse(ASYNC)
+    found, devices = collectives.find(module), [Place(0, 0), Place(1, 0)]
+    product = 2 * 300**3
+    # A link of 16 bytes a second: a step of the ring takes 1 s, half of 32 bytes too.
+    fast = chips.Chip(product / 0.25, 1, 1e9, 16.0, 4, "")
+    total, exposed = collectives.exposed_seconds(module, found, devices, fast)
+    assert total == pytest.approx(3.0)
+    # One step waits, the other two collectives have 0.25 s of product to hide behind.
+    assert exposed == pytest.approx(1 + 2 - 0.25, abs=1e-3)
+    slow = chips.Chip(product / 5, 1, 1e9, 16.0, 4, "")
+    assert collectives.exposed_seconds(module, found, devices, slow)[1] == pytest.approx(1.0)
+
+
+def test_the_least_time_of_a_collective_is_that_of_its_links():
+    chip = chips.Chip(1.0, 1, 1.0, 10.0, 4, "")
+
+    def seconds(kind, *sides):
+        ids = [(x, y) for x in range(sides[0]) for y in range(sides[1])]
+        return chips.collective_seconds(kind, 160.0, ids, sides, chip)
+
+    assert seconds("all-gather", 2, 1) == 160 / 2 / 10
+    # A ring of four has two links for each, two lines of two one for each of two dimensions.
+    assert seconds("all-gather", 4, 1) == seconds("all-gather", 2, 2) == 160 * 3 / 4 / 20
+    assert seconds("all-reduce", 4, 4) == 2 * seconds("reduce-scatter", 4, 4)
+    assert seconds("all-gather", 4, 4) == 160 * 15 / 16 / 40
+    assert seconds("all-reduce", 1, 1) == 0
+
+
+def test_the_buffers_of_the_peak_are_those_of_the_program():
+    found = report("cpu:2")
+    memory, largest = found["memory"], found["largest_buffers"]
+    whole = found["peak_memory_bytes_per_device"]
+    assert memory["arguments"] < memory["buffers_at_peak"] <= whole
+    assert sum(e["bytes"] * e["count"] for e in largest) <= memory["buffers_at_peak"]
+    sizes = [e["bytes"] * e["count"] for e in largest]
+    assert sizes == sorted(sizes, reverse=True)
+    for entry in largest:  # nothing is padded on a CPU
+        assert entry["bytes"] == sum(shape.bytes for shape in hlo._shapes(entry["shape"]))
+    [embedding] = [e for e in largest if e["shape"] == f"f32[{VOCABULARY},{WIDTH}]"
+                   and e["argument"]]  # fmt: skip
+    assert embedding["count"] == 3
+    assert "token_embedding" in embedding["op_name"]
+
+
+def test_the_summary_names_buffers_and_communication():
+    found = report("cpu:2")
+    text = "\n".join(aot.summary(found))
+    assert f"f32[{VOCABULARY},{WIDTH}]" in text
+    assert "all-reduce x" in text
+    assert "estimate" not in text
 
 
 def test_a_refused_program_says_what_it_needs():
@@ -262,9 +415,10 @@ def test_a_refused_program_says_what_it_needs():
 
 
 def test_the_roofline_is_the_longer_of_its_two_parts():
-    chip = chips.Chip(100.0, 1, 10.0, "")
+    chip = chips.Chip(100.0, 1, 10.0, 1.0, 4, "")
     assert chips.roofline(chip, 200.0, 5.0).step_seconds == 2.0
     assert chips.roofline(chip, 200.0, 50.0).step_seconds == 5.0
+    assert chips.roofline(chip, 200.0, 50.0, 0.25).step_seconds == 5.25
 
 
 @pytest.mark.skipif(not has_libtpu, reason="libtpu is not installed")
@@ -278,6 +432,19 @@ def test_a_tpu_is_compiled_for_without_one(topology, devices):
     assert 0.5 < found["flops_per_device"] * devices / products(ROWS * LENGTH) < 1.05
     assert 0 < found["mfu"] < 1
     assert ("all-reduce" in found["collectives"]) == (devices > 1)
+    sent = found["communication"]
+    assert sum(e["count"] * e["bytes"] for e in sent) == sum(
+        entry["bytes"] for entry in found["collectives"].values()
+    )
+    parts = found["estimate"]
+    assert (parts["communication_seconds"] > 0) == (devices > 1)
+    assert parts["exposed_communication_seconds"] <= parts["communication_seconds"]
+    roof = max(parts["compute_seconds"], parts["memory_seconds"])
+    assert found["step_seconds"] == roof + parts["exposed_communication_seconds"]
+    # Of the three copies of a matrix (the parameters, Adam's two), each is an argument.
+    held = [e for e in found["largest_buffers"] if e["argument"]]
+    assert held[0]["count"] % 3 == 0
+    assert held[0]["op_name"].startswith("state.")
 
 
 @pytest.mark.skipif(not has_libtpu, reason="libtpu is not installed")
@@ -289,3 +456,10 @@ def test_what_a_tpu_cannot_hold_is_said():
     assert found["fits"] is False
     assert found["peak_memory_bytes_per_device"] > chips.CHIPS["v5e"].memory_bytes
     assert found["step_seconds"] is None
+    # The message of libtpu has the same sum, to two decimals of GiB, arguments included or not.
+    total = found["memory"]["buffers_at_peak"]
+    said = aot._required(found["refused"], 0)
+    assert total == pytest.approx(said, rel=0.01)
+    largest = found["largest_buffers"][0]
+    assert largest["bytes"] * largest["count"] > total / 20
+    assert not largest["argument"]

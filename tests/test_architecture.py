@@ -28,7 +28,8 @@ ORDER = (
     *("telemetry", "checkpoint", "report"),
     *("weights", "openai", "huggingface"),
     *("stages", "keeping", "trainer", "loop", "ablation_report", "ablate", "api", "modes"),
-    *("pretrained", "chips", "hlo", "hlo_cost", "plan", "aot", "bench", ""),
+    *("pretrained", "chips", "hlo", "hlo_cost", "collectives", "buffers"),
+    *("plan", "aot", "sweep", "bench", ""),
 )
 # Tested by the file of the module they exist for.
 TESTED_IN = {
@@ -46,6 +47,8 @@ TESTED_IN = {
     "chips": "aot",
     "hlo": "aot",
     "hlo_cost": "aot",
+    "collectives": "aot",
+    "buffers": "aot",
     "plan": "aot",
     "huggingface": "pretrained",
     "openai": "pretrained",

@@ -17,6 +17,9 @@ NEEDED = {
     "finetune_file": ["--config.finetune.train_file=rows.csv"],
     "pretrain_file": ["--config.pretrain.train_files=a.txt"],
     "gpt1_pretrain": ["--config.pretrain.train_files=a.txt"],
+    "gpt_350m": ["--config.pretrain.train_files=a.txt"],
+    "gpt_1b3": ["--config.pretrain.train_files=a.txt"],
+    "gpt_6b7": ["--config.pretrain.train_files=a.txt"],
     "ablation": [
         "--config.ablation.only=rte",
         "--config.ablation.tasks.rte.train_file=rte.tsv",
