@@ -200,14 +200,18 @@ class Checkpoints:
                 force=True,
             )
 
+    def _read(self, step: int, **items: Any) -> Any:
+        """Reads items of a checkpoint; what one process cannot read fails in all of them."""
+        args = ocp.args.Composite(**items)
+        return distributed.attempt(lambda: self._manager.restore(step, args=args))
+
     def meta(self, step: int) -> tuple[Meta, dict[str, int]]:
         """Returns what lies beside the weights of a step, and the checksums of its arrays.
 
         Raises:
           ValueError: it is not what was saved. orbax's own errors on broken files.
         """
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        values = dict(self._manager.restore(step, args=args)["meta"])
+        values = dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
         if values.pop("digest", None) != _digest(values):
             raise ValueError("its meta does not have the checksum it was saved with")
         sums = values.pop("checksums")
@@ -225,12 +229,10 @@ class Checkpoints:
           ValueError: an array's checksum is not the saved one. orbax's own errors on broken files.
         """
         arrays = {"step": like.step, "opt_state": like.opt_state}
-        restored = self._manager.restore(
+        restored = self._read(
             step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(_abstract(like.params)),
-                optimizer=ocp.args.StandardRestore(_abstract(arrays)),
-            ),
+            params=ocp.args.StandardRestore(_abstract(like.params)),
+            optimizer=ocp.args.StandardRestore(_abstract(arrays)),
         )
         state = TrainState(params=restored["params"], **restored["optimizer"])
         _verify(checksums(state), self.meta(step)[1])
@@ -238,8 +240,7 @@ class Checkpoints:
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Returns the parameters alone (a third of the bytes), laid out like `like`."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(_abstract(like)))
-        params = self._manager.restore(step, args=args)["params"]
+        params = self._read(step, params=ocp.args.StandardRestore(_abstract(like)))["params"]
         saved = self.meta(step)[1]
         prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey("params"),))
         _verify({prefix + name: value for name, value in checksums(params).items()}, saved)
@@ -265,8 +266,8 @@ class Checkpoints:
         """
 
         def read(step: int) -> tuple[TrainState, int]:
-            check(distributed.attempt(lambda: self.meta(step)[0]))
-            return distributed.attempt(lambda: self.restore(step, like)), step
+            check(self.meta(step)[0])
+            return self.restore(step, like), step
 
         steps = self.steps()
         return self._first_good(steps[::-1], read) if steps else None
