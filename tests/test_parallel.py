@@ -151,7 +151,7 @@ def test_tensor_sums_the_activations_four_times_a_layer():
 
 
 @pytest.mark.slow
-def test_full_remat_gathers_no_weight_more_often_than_twice():
-    assert collectives(1, 8, 1, "--config.model.remat=full")["all-gather"] <= 4 * (
-        3 * BLOCKS + TABLE
-    )
+def test_full_remat_gathers_no_weight_more_often_than_none():
+    """The backward pass recomputes a layer with the weights that its gradients need anyway."""
+    found = collectives(1, 8, 1, "--config.model.remat=full")["all-gather"]
+    assert found == 4 * (2 * BLOCKS + TABLE)
