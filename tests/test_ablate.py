@@ -218,7 +218,7 @@ def test_no_other_variant_is_known(name):
         ("--config.init_from=", "needs a pretrained model"),
         ("--config.init_from=nowhere", "--config.init_from=nowhere"),
         ("--seeds=0", "--seeds=0"),
-        ("--workdir=gs://bucket/x", "--workdir=gs://bucket/x: must be a folder"),
+        ("--workdir=s3://bucket/x", "--workdir=s3://bucket/x: orbax"),
     ],
 )
 def test_wrong_use_is_one_line(tmp_path, flag, words):

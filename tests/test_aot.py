@@ -68,7 +68,7 @@ def test_launch_prints_one_json_object_and_writes_it(tmp_path):
 
 
 def test_the_arguments_are_the_state_and_the_rows_of_a_device():
-    state, rows = 3 * 4 * (MATRICES + VECTORS), 4 * 4 * LENGTH * ROWS // 2  # token types: unused
+    state, rows = 3 * 4 * (MATRICES + VECTORS), 5 * 4 * LENGTH * ROWS // 2
     memory = report("cpu:2")["memory"]
     assert abs(memory["arguments"] - (state + rows + COUNTERS + SEED)) < 8
     assert abs(memory["aliased"] - (state + COUNTERS)) < 8, "the old state makes room for the new"
@@ -113,11 +113,13 @@ def test_full_remat_adds_a_forward_pass_of_the_blocks():
 
 
 def test_data_parallel_devices_sum_the_gradients_and_nothing_else():
-    """The tied embedding's gradient, as input and as output, is summed once; so are two losses."""
+    """The tied embedding's gradient, as input and as output, is summed once; so are the LM loss,
+    its weight, that of the task, and the checksums of the batch's five fields.
+    """
     gradients = 4 * (MATRICES + VECTORS)
     found = report("cpu:2")["collectives"]
     assert list(found) == ["all-reduce"]
-    assert found["all-reduce"]["bytes"] == gradients + 3 * 4
+    assert found["all-reduce"]["bytes"] == gradients + (3 + 5) * 4
     assert report("cpu:1")["collectives"] == {}
 
 
