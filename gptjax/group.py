@@ -116,16 +116,15 @@ def call_roll(
 def _admit(link: Link, count: int, links: dict[int, Link], found: dict[int, Message]) -> str:
     """Takes one more process in; returns what is wrong with it."""
     hello = link.read()
-    if hello is None or not {"process_id", "num_processes", "facts"} <= hello.keys():
+    index, facts = (hello or {}).get("process_id"), (hello or {}).get("facts")
+    if hello is None or not isinstance(index, int) or not isinstance(facts, dict):
         link.close()  # not one of us
         return ""
-    index, facts = int(hello["process_id"]), hello["facts"]
     host, problem = facts.get("host", "?"), ""
-    if hello["num_processes"] != count:
-        problem = (
-            f"process {index} ({host}) was started with --num_processes={hello['num_processes']}, "
-            f"process 0 with {count}; give all processes the same"
-        )
+    theirs = hello.get("num_processes")
+    if theirs != count or not 0 <= index < count:
+        f"process {index} ({host}) was started with --num_processes={theirs}, process 0 "
+        f"with {count}; give all processes the same"
     elif index in found:
         problem = (
             f"two processes have --process_id={index}, on {found[index].get('host')} and on {host}"

@@ -118,6 +118,10 @@ def _path(path: tuple[Any, ...]) -> str:
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
+def _rule(name: str) -> P:
+    return next(spec for pattern, spec in _RULES if re.search(pattern, name))
+
+
 def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Drops the mesh axes that do not divide their dimension (a vocabulary of odd size)."""
     entries = [
@@ -131,8 +135,7 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
     """Returns a NamedSharding for every array (or shape) of a state or parameter tree."""
 
     def rule(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        name = _path(path)
-        spec = next(spec for pattern, spec in _RULES if re.search(pattern, name))
+        spec = _rule(_path(path))
         return NamedSharding(mesh, _fit(spec, leaf.shape, mesh) if leaf.ndim >= len(spec) else P())
 
     return jax.tree_util.tree_map_with_path(rule, tree)
@@ -149,7 +152,7 @@ def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Returns:
       An entry for each axis.
     """
-    spec = tuple(next(spec for pattern, spec in _RULES if re.search(pattern, name)))
+    spec = tuple(_rule(name))
     spec = spec[1:] if len(spec) > len(shape) else spec
     spec = spec + (None,) * (len(shape) - len(spec))
     wide = (axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec)

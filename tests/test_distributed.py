@@ -53,9 +53,12 @@ group = Group(index, hosts, links, 3.0)
 """
 
 
-def members(count: int, present, body: str, wait: float = 60.0) -> list[runs.Result]:
-    """Runs `body` in the processes `present` of a group."""
+def members(
+    count: int, present, body: str, wait: float = 60.0, before: str = ""
+) -> list[runs.Result]:
+    """Runs `body` in the processes `present` of a group, and `before` before they join."""
     port, code = str(free_port()), _MEMBER.replace("WAIT", str(wait)) + body
+    code = code.replace("try:\n", before + "try:\n", 1)
     pipe = subprocess.PIPE
     processes = [
         subprocess.Popen(
@@ -83,6 +86,25 @@ def test_a_missing_process_0_is_named():
     (result,) = members(2, (1,), "", wait=1.0)
     assert result.code == 2
     assert "process 0 of 2 did not come up at --coordinator_address=localhost:" in result.out
+
+
+def test_strangers_at_the_door_are_no_members():
+    """What connects and says something else, or nothing, neither joins nor stops the roll call."""
+    said = (
+        b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": "x"}\n',
+        b'{"process_id": 1, "num_processes": 2, "facts": 3}\n',
+    )  # fmt: skip
+    before = (
+        "import socket\n"
+        f"for said in {said!r} if index else ():\n"
+        "    for _ in range(200):\n"
+        "        try: stranger = socket.create_connection(('localhost', port)); break\n"
+        "        except OSError: time.sleep(0.05)\n"
+        "    stranger.sendall(said); stranger.close()\n"
+    )
+    body = "print(group.gather('a', index)); group.leave(0)"
+    for result in members(2, (0, 1), body, before=before):
+        assert (result.code, result.out) == (0, "[0, 1]\n"), result.err
 
 
 def test_values_are_gathered_in_order_and_all_end():

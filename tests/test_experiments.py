@@ -17,9 +17,7 @@ NEEDED = {
     "finetune_file": ["--config.finetune.train_file=rows.csv"],
     "pretrain_file": ["--config.pretrain.train_files=a.txt"],
     "gpt1_pretrain": ["--config.pretrain.train_files=a.txt"],
-    "gpt_350m": ["--config.pretrain.train_files=a.txt"],
-    "gpt_1b3": ["--config.pretrain.train_files=a.txt"],
-    "gpt_6b7": ["--config.pretrain.train_files=a.txt"],
+    "larger": ["--config.pretrain.train_files=a.txt"],
     "ablation": [
         "--config.ablation.only=rte",
         "--config.ablation.tasks.rte.train_file=rte.tsv",
@@ -47,7 +45,7 @@ def test_every_experiment_loads_and_validates(seen, name):
     result = runs.main(f"--config={path}", *NEEDED.get(name, []))
     assert (result.code, result.err) == (0, "")
     [(experiment, workdir)] = seen
-    name = {"gpt1_task": "gpt1_sst2"}.get(name, name)
+    name = {"gpt1_task": "gpt1_sst2", "larger": "gpt_350m"}.get(name, name)
     assert (experiment.name, workdir) == (name, f"runs/{name}")
     validation.validate(experiment)
     values = json.loads(json.dumps(config.to_dict(experiment)))
@@ -91,3 +89,20 @@ def test_the_paper_s_model_has_its_size(seen):
     width = 768
     block = 4 * width * width + 4 * width + 8 * width * width + 5 * width + 4 * width
     assert count == (40482 + 512) * width + 12 * block
+
+
+@pytest.mark.parametrize(("size", "millions"), [("350m", 346.3), ("1b3", 1296.7), ("6b7", 6620.3)])
+def test_the_larger_have_as_many_parameters_as_they_say(seen, size, millions):
+    """12 w^2 + 13 w of a block (its biases and gains), and the rows of tokens and positions."""
+    result = runs.main(f"--config={FOLDER / 'larger.py'}:{size}", *NEEDED["larger"])
+    assert result.code == 0, result.err
+    [(experiment, _)] = seen
+    model = experiment.model
+    rows = experiment.tokenizer.vocab_size + 4 + model.context_length
+    count = model.num_layers * (12 * model.width**2 + 13 * model.width) + rows * model.width
+    assert count / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_a_size_that_is_not_there_is_one_line(seen):
+    error = runs.main(f"--config={FOLDER / 'larger.py'}:350M").error
+    assert "larger.py:350M: must be one of 350m, 1b3, 6b7" in error
