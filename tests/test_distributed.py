@@ -332,19 +332,22 @@ def test_several_processes_train_as_one_and_one_continues_them(count, alone, tmp
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_one_ended_all_end_and_the_same_command_completes(number, alone, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "which"), [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGTERM, 1)]
+)
+def test_one_ended_all_end_and_the_same_command_completes(number, which, alone, tmp_path):
     workdir = tmp_path / "run"
     processes = start_all(2, workdir, devices=2)
     log = workdir / "metrics.jsonl"
     while not (log.exists() and '"finetune"' in log.read_text()):
         assert all(each.poll() is None for each in processes)
         time.sleep(0.01)
-    processes[1].send_signal(number)
+    processes[which].send_signal(number)
     results = [finish(each, 300) for each in processes]
     if number == signal.SIGKILL:
-        assert results[0].code == LOST, results[0].err
-        assert "error: process 1 of 2 (" in results[0].err
+        other = results[1 - which]
+        assert other.code == LOST, other.err
+        assert f"error: process {which} of 2 (" in other.err
     else:
         assert [result.code for result in results] == [75, 75], results
         saved = {result.err.partition("saved at step ")[2][:9] for result in results}
