@@ -68,7 +68,7 @@ FORMAT = flags.DEFINE_enum(
 )
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "compile: the machine to compile for, one of v4, v5e, v5p, v6e with its shape "
-    "(v5e:4x4, v4:2x2x1), or cpu:8."
+    "(v5e:4x4, v4:2x2x1), of two slices 2xv5e:16x16; or cpu:8."
 )  # fmt: skip
 SWEEP = flags.DEFINE_bool(
     "sweep", False, "compile: tries batch sizes, remat and meshes, and ranks those that fit."

@@ -23,7 +23,7 @@ from gptjax.config import Experiment
 from gptjax.errors import UserError, brief, require
 from gptjax.plan import Plan
 
-EXAMPLES = "v5e:4x4, v6e:2x2, v4:2x2x1, v5p:2x2x2, cpu:8"
+EXAMPLES = "v5e:4x4, 2xv5e:16x16 (two slices), v6e:2x2, v4:2x2x1, v5p:2x2x2, cpu:8"
 
 # libtpu asks a cloud machine's metadata server what it runs on, and waits where there is none.
 _TPU_ENVIRONMENT = {
@@ -37,6 +37,7 @@ _TPU_ENVIRONMENT = {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 _MOST_CPUS = 1024
+_MOST_SLICES = 64
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -66,7 +67,7 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
 
     Args:
       experiment: the configuration; files of text and data sets that it names are not opened.
-      topology: "v5e:4x4", "cpu:8", ...
+      topology: "v5e:4x4", "2xv5e:4x4" (two slices), "cpu:8", ...
       stage: pretrain or finetune.
       output: a file that gets the report too.
 
@@ -140,16 +141,22 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
     Raises:
       UserError: libtpu is missing, or does not know the topology.
     """
-    kind, _, sizes = topology.partition(":")
+    many, kind, sizes = re.findall(r"^(?:(\d+)x)?([^:]*):?(.*)", topology)[0]
     wanted = f"--topology={topology}: must be like {EXAMPLES}"
     # The devices of this machine are not used: they may be busy.
     jax.config.update("jax_platforms", "cpu")
-    if kind == "cpu":
+    if kind == "cpu" and not many:
         require(sizes.isdecimal() and 0 < int(sizes) <= _MOST_CPUS, wanted)
         return _cpus(int(sizes)), None
     require(kind in chips.CHIPS, wanted)
     torus = r"\d+x\d+" if kind in ("v5e", "v6e") else r"\d+x\d+x\d+"
-    require(re.fullmatch(torus, sizes), wanted)
+    slices = int(many or 1)
+    require(re.fullmatch(torus, sizes) and 0 < slices <= _MOST_SLICES, wanted)
+    require(
+        slices == 1 or chips.CHIPS[kind].network_bytes_per_second,
+        f"--topology={topology}: Google publishes no figure of the network between {kind} slices; "
+        f"give one slice, {kind}:{sizes}",
+    )
     require(
         importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH"),
         f"--topology={topology}: needs libtpu: pip install -r requirements-tpu.txt",
@@ -161,10 +168,12 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
     # A host holds 2 x 2 chips of a larger slice; a smaller one is a part of a host.
     bounds = [min(2, int(size)) for size in sizes.split("x")[:2]] + [1]
     options: dict[str, Any] = {"chips_per_host_bounds": bounds}
+    if slices > 1:
+        options["num_slices"] = slices
     if kind == "v4":
         options["chip_config_name"] = "megacore"  # the two cores of a chip as one device
     try:
-        found = topologies.get_topology_desc(topology, "tpu", **options)
+        found = topologies.get_topology_desc(f"{kind}:{sizes}", "tpu", **options)
     except Exception as error:  # JaxRuntimeError, and what a broken libtpu may raise
         raise UserError(f"{wanted} ({brief(error)})") from error
     return found.devices, chips.CHIPS[kind]
@@ -221,7 +230,7 @@ def _costs(
     memory = _memory(outcome.compiled)
     peak = memory["arguments"] + memory["outputs"] - memory["aliased"]
     peak += memory["temporaries"] + memory["code"]
-    sent, devices = collectives.find(module), list(mesh.devices.flat)
+    sent, devices = collectives.find(module), sharding.slice_devices(mesh)
     roof, communication = None, 0.0
     if chip is not None:
         communication, exposed = collectives.exposed_seconds(module, sent, devices, chip)

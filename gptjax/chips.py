@@ -15,6 +15,9 @@ class Chip:
     """Of that memory."""
     link_bytes_per_second: float
     """Of one link of the interconnect (ICI) to a neighbouring chip, in one direction."""
+    network_bytes_per_second: float | None
+    """A chip's share of its pod's network to other slices (DCN), in one direction; None: not
+    published."""
     torus: int
     """Links close to a ring along the sides of a slice that are a multiple of this."""
     source: str
@@ -28,13 +31,14 @@ _PAGE = "https://cloud.google.com/tpu/docs/"
 # (v5e), 800 over 4 (v6e), 1200 over 6 (v5p); v4's page gives none, its makers' paper six links of
 # 50 GB/s (Jouppi et al. 2023, arXiv:2304.01433). v5p's page: slices from 4x4x4 on are a torus. A
 # pod of v5e or v6e is 16x16, and only its full sides are rings.
+# Of the network, 6.4 and 25.6 Tbps a pod of 256 (v5e, v6e), 50 Gbps a chip (v5p).
 # What the pages call GB of memory is GiB. v5e's bandwidth is 819 GBps on one state of its page and
 # 800 GiBps (859e9) on another: the lower one is taken.
 CHIPS = {
-    "v4": Chip(275e12, 32 * _GIB, 1200e9, 50e9, 4, f"{_PAGE}v4"),
-    "v5e": Chip(197e12, 16 * _GIB, 819e9, 50e9, 16, f"{_PAGE}v5e"),
-    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 100e9, 4, f"{_PAGE}v5p"),
-    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 100e9, 16, f"{_PAGE}v6e"),
+    "v4": Chip(275e12, 32 * _GIB, 1200e9, 50e9, None, 4, f"{_PAGE}v4"),
+    "v5e": Chip(197e12, 16 * _GIB, 819e9, 50e9, 6.4e12 / 8 / 256, 16, f"{_PAGE}v5e"),
+    "v5p": Chip(459e12, 95 * _GIB, 2765e9, 100e9, 50e9 / 8, 4, f"{_PAGE}v5p"),
+    "v6e": Chip(918e12, 32 * _GIB, 1638e9, 100e9, 25.6e12 / 8 / 256, 16, f"{_PAGE}v6e"),
 }
 """The name in front of a topology ("v5e" of "v5e:4x4") -> its chip."""
 
@@ -112,3 +116,24 @@ def collective_seconds(
     share = (members - 1) / members
     factor = {"all-reduce": 2 * share, "all-to-all": max(share, longest / 4)}.get(kind, share)
     return size * factor / (max(links, 1) * chip.link_bytes_per_second)
+
+
+def network_seconds(kind: str, size: float, slices: int, chip: Chip) -> float:
+    """Returns the least time of a collective between slices, all chips of which send at once.
+
+    Args:
+      kind: as of `collective_seconds`.
+      size: bytes that a device puts in (of an all-gather: gets out).
+      slices: in which the members of a group lie, one in each.
+      chip: whose share of the network.
+
+    >>> network_seconds("all-reduce", 12.5e9, 2, CHIPS["v6e"])
+    1.0
+    >>> network_seconds("collective-permute", 12.5e9, 2, CHIPS["v6e"])
+    1.0
+    """
+    assert chip.network_bytes_per_second
+    factor = 1.0 if kind == "collective-permute" else (slices - 1) / slices
+    if kind == "all-reduce":
+        factor *= 2
+    return size * factor / chip.network_bytes_per_second

@@ -4,11 +4,15 @@ A collective runs beside computation where the program starts it, computes, and 
 by a pair of instructions (`all-gather-start`, `all-gather-done`), or, on a TPU, by a fusion that
 starts it (`AsyncCollectiveStart`), others that each do a piece of it beside their own work, and one
 that ends it. All other collectives stop the device until they are done.
+
+Between TPU slices, a program sends to its host and receives from it (`send`, `recv`), with what the
+hosts are to do of it as an attribute; it stands here as one collective, `dcn-all-reduce` for an
+all-reduce. The collectives of a slice before and after it are instructions of their own.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,11 +20,20 @@ import numpy as np
 from gptjax import chips, hlo_cost
 from gptjax.hlo import Computation, Instruction, Module
 
+DCN = "dcn-"
+"""In front of the kind of a collective between slices, over the data-centre network."""
+
+_TRANSFER = {
+    "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
+_MEMBERS = "_xla_megascale_target"
 _START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
 # They wait, move or name: no work that hides communication.
 _IDLE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done",
+    "send", "recv",
 )  # fmt: skip
 
 
@@ -48,7 +61,17 @@ def find(module: Module) -> list[Collective]:
 
 def _kind(each: Instruction) -> str:
     name = each.opcode.removesuffix("-start")
+    if name == "send":
+        transfer = _attribute(each, "_xla_megascale_transfer_type")
+        return DCN + _TRANSFER.get(transfer, transfer.lower()) if transfer else ""
     return name if name in hlo_cost.COLLECTIVES else ""
+
+
+def _attribute(each: Instruction, name: str) -> str:
+    """What `name="..."` or `name={{...}}` says."""
+    braces = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+    found = re.search(rf'\b{name}=(?:"([^"]*)"|({braces}))', each.attributes)
+    return (found[1] or found[2]) if found else ""
 
 
 def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
@@ -62,7 +85,9 @@ def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
         return Collective(each, _kind(each), size, times, name, window, busy)
 
     for place, each in enumerate(order):
-        if _kind(each):
+        if _kind(each).startswith(DCN):
+            yield made(each, computation, place, _received(order, place))
+        elif _kind(each):
             end = _done(order, place) if each.opcode.endswith("-start") else None
             yield made(each, computation, place, end)
         elif each.opcode == "while":
@@ -101,6 +126,18 @@ def _done(order: list[Instruction], start: int) -> int:
                  if name in each.operands and each.opcode.endswith(ends)), start + 1)  # fmt: skip
 
 
+def _received(order: list[Instruction], send: int) -> int:
+    """Where what other slices answer to a `send` has come."""
+    return _done(order, order.index(_answer(order, order[send])))
+
+
+def _answer(order: Iterable[Instruction], send: Instruction) -> Instruction:
+    """The `recv` that belongs to a `send`."""
+    name = _attribute(send, "_xla_host_transfer_rendezvous")
+    return next(each for each in order if each.opcode == "recv"
+                and _attribute(each, "_xla_host_transfer_rendezvous") == name)  # fmt: skip
+
+
 def _last_piece(module: Module, order: list[Instruction], start: int, first: Instruction) -> int:
     """Where the last fusion with a piece of a collective stands: they share its channel."""
     channel = re.search(r"channel_id=\d+\b", first.attributes)
@@ -120,6 +157,8 @@ def _computes(each: Instruction) -> bool:
 
 
 def _size(each: Instruction, computation: Computation) -> int:
+    if _kind(each) == DCN + "all-gather":
+        return _answer(computation.values(), each).shapes[0].bytes
     operands = [computation[name] for name in each.operands if name in computation]
     size = sum(shape.bytes for operand in operands for shape in operand.shapes)
     if _kind(each) == "all-gather":
@@ -173,14 +212,29 @@ def group(attributes: str) -> tuple[int, ...]:
     return ()
 
 
+def slices(target: str) -> int:
+    """Returns how many slices the groups of `_xla_megascale_target` span.
+
+    >>> slices("{1,2,3,4}x{0:3}"), slices("{{100000,300000},{100001,300001}}")
+    (4, 2)
+    >>> slices("{100001->300000}")
+    2
+    """
+    first = re.match(r"\{+([^{}]*)\}", target)
+    return 2 if not first or "->" in target else first[1].count(",") + 1
+
+
 def seconds(each: Collective, devices: Sequence[Any], chip: chips.Chip) -> float:
-    """Returns the least time of one run of a collective, by `chips.collective_seconds`.
+    """Returns the least time of one run of a collective, by `gptjax.chips`.
 
     Args:
       each: the collective.
-      devices: of the mesh, in the order in which the program counts them.
+      devices: of a slice, in the order in which the program counts them.
       chip: what they are.
     """
+    if each.kind.startswith(DCN):
+        count = slices(_attribute(each.instruction, _MEMBERS))
+        return chips.network_seconds(each.kind.removeprefix(DCN), each.bytes, count, chip)
     members = group(each.instruction.attributes) or range(len(devices))
     places = [tuple(devices[i].coords) for i in members]
     sides = tuple(max(d.coords[axis] for d in devices) + 1 for axis in range(len(places[0])))
@@ -234,6 +288,8 @@ def listed(
         }
         if each.kind == "collective-permute":
             entry["devices"] = 2
+        elif each.kind.startswith(DCN):
+            entry["devices"] = slices(_attribute(instruction, _MEMBERS))
         same = entries.setdefault(tuple(entry.values()), entry | {"count": 0, "seconds": 0.0})
         same["count"] += each.times
         if chip is not None:

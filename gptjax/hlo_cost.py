@@ -118,8 +118,9 @@ def _traffic(run: Run, module: Module) -> int:
         for i, name in enumerate(each.operands)
         if (operand := run.computation.get(name)) is not None
     ]
-    writes = 0 if each.opcode.endswith("-start") else _written(each, run.computation, module)
-    return sum(reads) + writes
+    if each.opcode.endswith("-start") or each.opcode in ("send", "recv"):  # what ends it writes
+        return sum(reads)
+    return sum(reads) + _written(each, run.computation, module)
 
 
 def _main_memory(instruction: Instruction) -> int:

@@ -60,7 +60,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     types = (AxisType.Auto,) * 3
     if devices[0].platform != "tpu":
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
-    outer = _over_slices(sizes, len({getattr(device, "slice_index", 0) for device in devices}))
+    outer = _over_slices(sizes, len({_slice(device) for device in devices}))
     inner = [size // share for size, share in zip(sizes, outer, strict=True)]
     # An axis may be a part of a torus's axis: 4 x 4 chips are 2 x 4 x 2 too.
     if outer == [1, 1, 1]:
@@ -70,6 +70,16 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             inner, outer, devices, allow_split_physical_axes=True
         )
     return Mesh(grid, AXES, axis_types=types)
+
+
+def _slice(device: jax.Device) -> int:
+    return getattr(device, "slice_index", 0)
+
+
+def slice_devices(mesh: Mesh) -> list[jax.Device]:
+    """Returns the devices of the first slice, as a program counts them: in the mesh's order."""
+    devices = list(mesh.devices.flat)
+    return [device for device in devices if _slice(device) == _slice(devices[0])]
 
 
 def _over_slices(sizes: list[int], slices: int) -> list[int]:

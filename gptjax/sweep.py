@@ -41,23 +41,30 @@ class Choice:
         )
 
 
-def meshes(given: tuple[int, int, int], devices: int) -> list[tuple[int, int, int]]:
+def meshes(
+    given: tuple[int, int, int], devices: int, slices: int = 1
+) -> list[tuple[int, int, int]]:
     """Returns the experiment's own mesh and others of as many devices, the simplest first.
+
+    Of several slices, fsdp and tensor lie within one.
 
     >>> meshes((1, 4, 1), 4)
     [(1, 4, 1), (4, 1, 1), (1, 2, 2)]
     >>> meshes((16, 1, 1), 16)
     [(16, 1, 1), (1, 16, 1), (2, 8, 1), (1, 8, 2)]
+    >>> meshes((-1, 1, 1), 32, slices=2)[2:]
+    [(2, 16, 1), (4, 8, 1), (2, 8, 2)]
     """
-    found = [given, (devices, 1, 1), (1, devices, 1)]
-    if devices > 8 and devices % 8 == 0:
+    chips = devices // slices
+    found = [given, (devices, 1, 1), (slices, chips, 1)]
+    if chips > 8 and chips % 8 == 0:
         found.append((devices // 8, 8, 1))
-    if devices % 2 == 0:
-        found.append((1, devices // 2, 2))
+    if chips % 2 == 0:
+        found.append((slices, chips // 2, 2))
     return list(dict.fromkeys(found))
 
 
-def choices(experiment: Experiment, stage: str, devices: int) -> Iterator[Choice]:
+def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -> Iterator[Choice]:
     """Yields what is tried, in order: small batches first, over all meshes and recomputations.
 
     A batch is rounded up to rows that all devices share.
@@ -69,7 +76,7 @@ def choices(experiment: Experiment, stage: str, devices: int) -> Iterator[Choice
     unit = devices * config.optimizer.accumulation
     batches = [math.ceil(factor * config.batch_size / unit) * unit for factor in BATCHES]
     for batch in dict.fromkeys(batches):
-        for mesh in meshes((data, fsdp, tensor), devices):
+        for mesh in meshes((data, fsdp, tensor), devices, slices):
             for remat in REMAT:
                 yield Choice(batch, mesh, remat)
 
@@ -110,12 +117,13 @@ def run(
         f"--topology={topology}: a CPU has no published figures to rank by; --sweep takes a TPU's",
     )
     # What cannot be a mesh of these devices ends here, in one line.
-    sharding.make_mesh(experiment.mesh, target.devices)
-    wanted = list(choices(experiment, stage, len(target.devices)))
+    mesh = sharding.make_mesh(experiment.mesh, target.devices)
+    slices = mesh.size // len(sharding.slice_devices(mesh))
+    wanted = list(choices(experiment, stage, mesh.size, slices))
     entries, compiled = _try_all(experiment, target, stage, wanted, limit)
     found = {
         "topology": topology,
-        "devices": len(target.devices),
+        "devices": mesh.size,
         "stage": stage,
         "of": "an estimate by the compiled program and the chip's published figures, not a "
         "measurement",

@@ -1,5 +1,6 @@
 """Eight CPU devices, strict JAX, and no outside caches, for every test."""
 
+import importlib.util
 import os
 
 # Before JAX starts. The persistent compilation cache of a user must not decide what tests run.
@@ -9,6 +10,16 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GPTJAX_CACHE"] = ""  # keep nothing
 
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what compiles for TPUs where libtpu is not installed (requirements-tpu.txt)."""
+    if importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH"):
+        return
+    for item in items:
+        if "tpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="libtpu is not installed"))

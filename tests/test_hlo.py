@@ -176,17 +176,69 @@ def test_communication_is_exposed_as_far_as_nothing_hides_it():
     found, devices = collectives.find(module), [Place(0, 0), Place(1, 0)]
     product = 2 * 300**3
     # A link of 16 bytes a second: a step of the ring takes 1 s, half of 32 bytes too.
-    fast = chips.Chip(product / 0.25, 1, 1e9, 16.0, 4, "")
+    fast = chips.Chip(product / 0.25, 1, 1e9, 16.0, 1.0, 4, "")
     total, exposed = collectives.exposed_seconds(module, found, devices, fast)
     assert total == pytest.approx(3.0)
     # One step waits, the other two collectives have 0.25 s of product to hide behind.
     assert exposed == pytest.approx(1 + 2 - 0.25, abs=1e-3)
-    slow = chips.Chip(product / 5, 1, 1e9, 16.0, 4, "")
+    slow = chips.Chip(product / 5, 1, 1e9, 16.0, 1.0, 4, "")
     assert collectives.exposed_seconds(module, found, devices, slow)[1] == pytest.approx(1.0)
 
 
+# Sums of an array over four slices, and a gather over two, as libtpu writes them.
+SLICES = """HloModule jit_step, is_scheduled=true
+
+ENTRY %main (x: f32[4], y: f32[300,300]) -> f32[8] {
+  %x = f32[4]{0} parameter(0)
+  %y = f32[300,300]{1,0} parameter(1)
+  %token = token[] after-all()
+  %s1 = (f32[4]{0}, u32[], token[]) send(%x, %token), channel_id=2, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="a",_xla_megascale_target="{1,2,3,4}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %r1 = (f32[4]{0}, u32[], token[]) recv(%token), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="a",_xla_megascale_target="{1,2,3,4}x{0:3}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %e1 = token[] send-done(%s1), channel_id=2, is_host_transfer=true
+  %z = f32[300,300]{1,0} dot(%y, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %d1 = (f32[4]{0}, token[]) recv-done(%r1), channel_id=1, is_host_transfer=true
+  %g = f32[4]{0} get-tuple-element(%d1), index=0
+  %s2 = (f32[4]{0}, u32[], token[]) send(%g, %token), channel_id=3, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="b",\
+_xla_megascale_target={{100000,200000},{300000,400000}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %r2 = (f32[8]{0}, u32[], token[]) recv(%token), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_rendezvous="b",\
+_xla_megascale_target={{100000,200000},{300000,400000}},_xla_megascale_transfer_type="ALL_GATHER"}
+  %e2 = token[] send-done(%s2), channel_id=3, is_host_transfer=true
+  %d2 = (f32[8]{0}, token[]) recv-done(%r2), channel_id=4, is_host_transfer=true
+  ROOT %h = f32[8]{0} get-tuple-element(%d2), index=0
+}
+"""
+
+
+def test_what_is_sent_between_slices_is_a_collective():
+    module = hlo.parse(SLICES)
+    found = collectives.find(module)
+    assert [each.overlaps for each in found] == [True, False]
+    assert collectives.totals(found) == {
+        "dcn-all-reduce": {"count": 1, "bytes": 16},
+        "dcn-all-gather": {"count": 1, "bytes": 32},
+    }
+    entries = collectives.listed(module, found, [Place(0, 0)] * 4, None)
+    assert {entry["collective"]: entry["devices"] for entry in entries} == {
+        "dcn-all-reduce": 4, "dcn-all-gather": 2,
+    }  # fmt: skip
+    # 24 bytes a device of the first, 16 of the second; half a second of product hides a part.
+    product = 2 * 300**3
+    chip = chips.Chip(product / 0.5, 1, 1e12, 1.0, 16.0, 4, "")
+    total, exposed = collectives.exposed_seconds(module, found, [Place(0, 0)] * 4, chip)
+    assert total == pytest.approx(24 / 16 + 16 / 16)
+    assert exposed == pytest.approx(24 / 16 - 0.5 + 16 / 16, abs=1e-3)
+    # Read when they go, written when they come; the product reads its matrix twice.
+    assert hlo_cost.memory_bytes(module) == 2 * 16 + 16 + 32 + 3 * 4 * 300**2
+
+
 def test_the_least_time_of_a_collective_is_that_of_its_links():
-    chip = chips.Chip(1.0, 1, 1.0, 10.0, 4, "")
+    chip = chips.Chip(1.0, 1, 1.0, 10.0, 1.0, 4, "")
 
     def seconds(kind, *sides):
         ids = [(x, y) for x in range(sides[0]) for y in range(sides[1])]
@@ -201,7 +253,7 @@ def test_the_least_time_of_a_collective_is_that_of_its_links():
 
 
 def test_the_roofline_is_the_longer_of_its_two_parts():
-    chip = chips.Chip(100.0, 1, 10.0, 1.0, 4, "")
+    chip = chips.Chip(100.0, 1, 10.0, 1.0, 1.0, 4, "")
     assert chips.roofline(chip, 200.0, 5.0).step_seconds == 2.0
     assert chips.roofline(chip, 200.0, 50.0).step_seconds == 5.0
     assert chips.roofline(chip, 200.0, 50.0, 0.25).step_seconds == 5.25

@@ -1,7 +1,5 @@
 """Eight devices compute what one computes, and every array lies where the table says."""
 
-import importlib.util
-
 import jax
 import numpy as np
 import pytest
@@ -142,8 +140,6 @@ def test_between_slices_lies_the_data_axis():
 @pytest.fixture(scope="module")
 def two_slices():
     """Twice 16 v5e that are not there."""
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed")
     from jax.experimental import topologies
 
     with pytest.MonkeyPatch.context() as patch:
@@ -153,6 +149,7 @@ def two_slices():
         yield topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2, **bounds).devices
 
 
+@pytest.mark.tpu
 @pytest.mark.parametrize(
     ("sizes", "across"),
     [((-1, 1, 1), 0), ((-1, 4, 2), 0), ((2, -1, 1), 0), ((-1, 2, 4), 0), ((1, -1, 2), 1)],
@@ -169,6 +166,7 @@ def test_a_mesh_of_two_slices(two_slices, sizes, across):
     assert len(set(slices[:half].flat)) == len(set(slices[half:].flat)) == 1
 
 
+@pytest.mark.tpu
 def test_an_axis_may_be_a_part_of_a_torus_s(two_slices):
     """4 x 4 chips are a mesh 2 x 4 x 2 too."""
     one = [device for device in two_slices if device.slice_index == 0]

@@ -1,8 +1,6 @@
 """The sweep: what is tried and left out, and the ranking, of programs that are compiled here."""
 
-import importlib.util
 import json
-import os
 
 import jax
 import pytest
@@ -12,7 +10,6 @@ from gptjax import aot, chips, plan, sweep
 from gptjax.config import Experiment, MeshConfig, ModelConfig, PretrainConfig
 from gptjax.errors import UserError
 
-has_libtpu = importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH")
 FLAGS = (*runs.TINY, "--config.pretrain.batch_size=8", "--config.model.attention=plain")
 
 
@@ -60,7 +57,7 @@ def on(chip: chips.Chip, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_choices_are_compiled_ranked_and_counted(monkeypatch, capsys):
-    on(chips.Chip(1e12, 2**40, 1e9, 1e9, 4, ""), monkeypatch)
+    on(chips.Chip(1e12, 2**40, 1e9, 1e9, 1.0, 4, ""), monkeypatch)
     found = sweep.run(experiment(), "v5e:1x1", "pretrain", 2)
     printed = capsys.readouterr()
     assert json.loads(printed.out) == json.loads(json.dumps(found))
@@ -77,7 +74,7 @@ def test_choices_are_compiled_ranked_and_counted(monkeypatch, capsys):
 
 
 def test_what_does_not_fit_is_not_tried_with_more(monkeypatch, capsys):
-    on(chips.Chip(1e12, 1000, 1e9, 1e9, 4, ""), monkeypatch)
+    on(chips.Chip(1e12, 1000, 1e9, 1e9, 1.0, 4, ""), monkeypatch)
     found = sweep.run(experiment(), "v5e:1x1", "pretrain", 1)
     assert (found["compiled"], found["left_out"]) == (1, 6)
     assert [entry["batch_size"] for entry in found["ranking"]] == [6, 12, 24]
@@ -89,7 +86,7 @@ def test_a_mesh_that_cannot_be_is_a_line_of_the_table(monkeypatch):
     def refuse(*_):
         raise UserError("no such mesh")
 
-    on(chips.Chip(1e12, 2**40, 1e9, 1e9, 4, ""), monkeypatch)
+    on(chips.Chip(1e12, 2**40, 1e9, 1e9, 1.0, 4, ""), monkeypatch)
     monkeypatch.setattr(aot, "report", refuse)
     found = sweep.run(experiment(), "v5e:1x1", "pretrain", 1)
     assert found["ranking"][0]["reason"] == "no such mesh"
@@ -108,8 +105,7 @@ def test_wrong_use_is_one_line(more):
     assert WRONG[more] in error
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not has_libtpu, reason="libtpu is not installed")
+@pytest.mark.tpu
 def test_a_slice_is_swept_without_one():
     result = runs.main("--mode=compile", "--sweep", "--topology=v5e:2x2", "--sweep_limit=4", *FLAGS)
     assert result.code == 0, result.err
