@@ -123,8 +123,10 @@ def _admit(link: Link, count: int, links: dict[int, Link], found: dict[int, Mess
     host, problem = facts.get("host", "?"), ""
     theirs = hello.get("num_processes")
     if theirs != count or not 0 <= index < count:
-        f"process {index} ({host}) was started with --num_processes={theirs}, process 0 "
-        f"with {count}; give all processes the same"
+        problem = (
+            f"process {index} ({host}) was started with --num_processes={theirs}, process 0 with "
+            f"{count}; give all processes the same"
+        )
     elif index in found:
         problem = (
             f"two processes have --process_id={index}, on {found[index].get('host')} and on {host}"
@@ -150,6 +152,10 @@ def answer_roll(
             left = max(0.1, end - time.monotonic())
             connection = socket.create_connection((host.strip("[]"), int(port)), left)
             break
+        except UnicodeError as error:
+            raise UserError(
+                f"--coordinator_address={address}: {host} is no name of a host ({error})"
+            ) from error
         except OSError as error:  # it may come up later
             if time.monotonic() > end:
                 raise UserError(

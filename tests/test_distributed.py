@@ -14,7 +14,7 @@ import pytest
 import runs
 import small
 
-from gptjax import distributed
+from gptjax import distributed, group
 from gptjax.data import loader
 from gptjax.data.packing import Packer
 from gptjax.distributed import Options
@@ -105,6 +105,27 @@ def test_strangers_at_the_door_are_no_members():
     body = "print(group.gather('a', index)); group.leave(0)"
     for result in members(2, (0, 1), body, before=before):
         assert (result.code, result.out) == (0, "[0, 1]\n"), result.err
+
+
+def test_another_number_of_processes_is_named_in_all():
+    """Also by a process that has no place in the number of process 0."""
+    for index in (1, 2):
+        for result in members(2, (0, index), "", before="count += index\n"):
+            assert result.code == 2, result.err
+            assert f"process {index} (host{index}) was started with --num_processes=" in result.out
+            assert f"={2 + index}, process 0 with 2" in result.out
+
+
+def test_two_of_one_number_are_named_in_all():
+    before = "index = min(index, 1); facts['host'] = f'host{sys.argv[3]}'\n"
+    for result in members(3, (0, 1, 2), "", before=before):
+        assert result.code == 2, result.err
+        assert "two processes have --process_id=1, on host" in result.out
+
+
+def test_a_host_that_cannot_be_a_name_is_one_line():
+    with pytest.raises(UserError, match=r"a\.\.b is no name of a host"):
+        group.answer_roll("a..b:1", 1, 2, {}, 5.0, 5.0)
 
 
 def test_values_are_gathered_in_order_and_all_end():
