@@ -4,6 +4,7 @@ Buckets are reached as orbax reaches them, through etils' epath. A bucket has no
 rename and cannot append; but putting one object is atomic.
 """
 
+import glob
 import logging
 import os
 
@@ -25,9 +26,13 @@ def check_address(path: PathLike, flag: str) -> None:
     Raises:
       UserError: one line that names the `flag` and says what to install or to give instead.
     """
-    if not is_remote(path):
-        return
     where = f"{flag}={os.fspath(path)}"
+    if not is_remote(path):
+        # orbax looks for what it has written with glob: it would find nothing, or another run's.
+        place = os.path.abspath(path)
+        plain = flag != "--workdir" or glob.escape(place) == place
+        require(plain, f"{where}: its path must be without [, * and ?: {place}")
+        return
     scheme, _, rest = os.fspath(path).partition("://")
     require(
         scheme != "s3",

@@ -237,6 +237,14 @@ def test_an_address_that_cannot_be_is_one_line(workdir, message):
     assert f"--checkpoint={workdir}: " in result.error
 
 
+@pytest.mark.parametrize("name", ["a[1]", "a*", "a?"])
+def test_a_folder_whose_checkpoints_would_be_lost_is_refused(name, tmp_path):
+    """orbax takes its path for a pattern, and all that it saves there cannot be read."""
+    workdir = tmp_path / name / "run"
+    assert "must be without [, * and ?" in train(str(workdir)).error
+    assert not workdir.exists()
+
+
 def test_a_bucket_without_a_run_is_one_line():
     result = runs.main("--mode=generate", f"--checkpoint={BUCKET}/none")
     assert "no checkpoint there" in result.error
