@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -19,7 +20,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptjax import allocator, distributed
-from gptjax.errors import Preempted, TrainingDiverged, UserError, require
+from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError, require
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 QUICKSTART = os.path.join(FOLDER, "experiments", "quickstart.py")
@@ -309,7 +310,10 @@ def _asked_to_stop(*_: object) -> None:
     """
     text = "asked to stop; the same command starts again"
     os.write(2, f"error: {text}\n".encode())
-    distributed.leave(75, text)
+    # A thread, which may wait: the signal may have come while this one was telling them something.
+    leave = threading.Thread(target=distributed.leave, args=(75, text), daemon=True)
+    leave.start()
+    leave.join(40)
     os._exit(75)
 
 
@@ -328,15 +332,19 @@ def main(argv: list[str]) -> int:
         _MODES[MODE.value]()
     except UserError as error:
         return _error(error, 2)
+    except ProcessLost as error:
+        return _error(error, 1)
     except TrainingDiverged as error:
         return _error(error, 3)
     except Preempted as error:
         return _error(error, 75)
+    except KeyboardInterrupt:  # at once: the second one, or before there was anything to save
+        return _error("interrupted", 130)
     except Exception:
         distributed.wait_for_news()  # a lost process is the reason, and says so in one line
         if distributed.count() > 1:
             traceback.print_exc()
-            distributed.leave(1, "a bug; see its traceback")
+            distributed.leave(1, "see its traceback")
         raise
     distributed.leave(0)
     return 0

@@ -97,20 +97,41 @@ check_flags() { # FLAGS...
   fail "give --workdir=gs://BUCKET/RUN: the disks of the workers go with them"
 }
 
+state() { # READY, PREEMPTED, ..., or MISSING
+  local answer
+  if answer=$(tpu describe "$TPU_NAME" "--format=value(state)" 2>&1); then
+    echo "${answer##*$'\n'}"
+  else
+    case $answer in
+      *NOT_FOUND*) echo MISSING ;;
+      *) fail "gcloud does not say how $TPU_NAME is: ${answer##*$'\n'}" ;;
+    esac
+  fi
+}
+
 resume() { # FLAGS...
-  local state=MISSING
+  local now
   if [ "$dry_run" = 1 ]; then
     tpu describe "$TPU_NAME" "--format=value(state)"
-    echo "# unless that says READY:"
+    echo "# if that says PREEMPTED or TERMINATED:"
+    now=PREEMPTED
   else
-    state=$(tpu describe "$TPU_NAME" "--format=value(state)" 2>/dev/null) || state=MISSING
+    now=$(state)
   fi
-  if [ "$state" != READY ]; then
-    # A slice that was taken away (PREEMPTED, TERMINATED) can only be deleted.
-    [ "$state" = MISSING ] && [ "$dry_run" = 0 ] || tpu delete "$TPU_NAME" --quiet
-    create
-    setup
-  fi
+  case $now in
+    READY) ;;
+    # A slice that was taken away can only be deleted.
+    PREEMPTED | TERMINATED)
+      tpu delete "$TPU_NAME" --quiet
+      create
+      setup
+      ;;
+    MISSING)
+      create
+      setup
+      ;;
+    *) fail "$TPU_NAME is $now; wait until it is READY, or delete it first" ;;
+  esac
   start "$@"
 }
 

@@ -8,13 +8,11 @@
 and one of `meta` itself: orbax notices files that are missing or cut short, but not flipped bytes.
 """
 
-import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -22,7 +20,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax import config as config_lib
-from gptjax import distributed, ledger, storage, telemetry
+from gptjax import distributed, ledger, saving, storage, telemetry
 from gptjax import metrics as metrics_lib
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
@@ -90,24 +88,6 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-@contextlib.contextmanager
-def _disk_errors(path: epath.Path) -> Iterator[None]:
-    """A full disk and the like are the user's to mend: one line, and the last checkpoint stays."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text
-        code = getattr(error, "errno", None)
-        if full or code in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: no space left on the disk; the last checkpoint is kept"
-            ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{path}: cannot write there ({text})") from error
-        raise
-
-
 class Checkpoints:
     """The checkpoints of one stage of one workdir."""
 
@@ -131,15 +111,24 @@ class Checkpoints:
         self.directory = storage.absolute(workdir) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
-        self._scores = distributed.from_main(lambda: _read_scores(self.directory / _SCORES))
+        self._failure = saving.Failure()
+        scores = self.directory / _SCORES
+        self._scores = distributed.from_main(_SCORES, lambda: _read_scores(scores))
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             preservation_policy=self,
         )
-        with _disk_errors(self.directory):
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        with saving.disk_errors(self.directory):
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, handler_registry=saving.handlers(self._failure)
+            )
+        self._agree_on_steps()
+
+    def _agree_on_steps(self) -> None:
+        """A network disk may show a folder late."""
+        distributed.settle(f"the checkpoints in {self.directory}", self.steps, self._manager.reload)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Tells orbax which checkpoints stay."""
@@ -189,7 +178,8 @@ class Checkpoints:
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
         values["digest"] = _digest(values)
         arrays = {"step": state.step, "opt_state": state.opt_state}
-        with _disk_errors(self.directory):
+        with saving.disk_errors(self.directory):
+            self._finish_save()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -203,7 +193,8 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         """Reads items of a checkpoint; what one process cannot read fails in all of them."""
         args = ocp.args.Composite(**items)
-        return distributed.attempt(lambda: self._manager.restore(step, args=args))
+        what = f"reading {self.directory / str(step)}"
+        return distributed.attempt(what, lambda: self._manager.restore(step, args=args))
 
     def meta(self, step: int) -> tuple[Meta, dict[str, int]]:
         """Returns what lies beside the weights of a step, and the checksums of its arrays.
@@ -308,21 +299,30 @@ class Checkpoints:
             if target.exists():
                 target.rmtree()
             storage.move_folder(self.directory / str(step), target)
-        distributed.barrier()
+        distributed.barrier(f"setting {self.directory / str(step)} aside")
         self._manager.reload()
+        self._agree_on_steps()
 
     def wait(self) -> None:
         """Waits for the saves in the background, and raises what went wrong with them."""
-        with _disk_errors(self.directory):
-            self._manager.wait_until_finished()
+        with saving.disk_errors(self.directory):
+            self._finish_save()
             # What a run that was killed between saving and deleting has left.
             for step in sorted(set(self.steps()) - self._kept(self.steps())):
                 self._manager.delete(step)
 
+    def _finish_save(self) -> None:
+        while self._manager.is_saving_in_progress():
+            self._failure.check(seconds=0.01)
+        self._failure.check()
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
-        """Waits, then releases the threads."""
-        with _disk_errors(self.directory):
-            self._manager.close()
+        """Waits, then releases the threads; after a failed save there is nothing to wait for."""
+        if not self._failure:
+            with saving.disk_errors(self.directory):
+                self._finish_save()
+                self._manager.close()
 
 
 def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:

@@ -5,28 +5,33 @@ Slurm, Open MPI) tells who we are; `group` calls the roll before and watches aft
 everything here is nothing: functions return what they were given.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import pathlib
+import secrets
 import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from etils import epath
+
 from gptjax import storage
 from gptjax.errors import UserError, require
-from gptjax.group import Group, answer_roll, call_roll
+from gptjax.group import Group
+from gptjax.roll import answer_roll, call_roll, dismiss
 from gptjax.version import __version__
 
 _FLAGS = "--coordinator_address, --num_processes and --process_id"
 # Above our own: JAX ends a process without a word.
 _JAX_LATER = 60
 _SEEN_SECONDS = 10.0
+_TOKEN = ".seen-by-all"
 
 _group: Group | None = None
-_names = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +74,7 @@ def place(options: Options) -> Place | None:
     assert index is not None
     host, _, port = address.rpartition(":")
     require(
-        host and port.isdecimal() and 0 < int(port) < 65536,
+        host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536,
         f"--coordinator_address={address}: must be HOST:PORT of process 0",
     )
     require(count > 0, f"--num_processes={count}: must be at least 1")
@@ -128,7 +133,8 @@ def start(options: Options, mode: str = "train") -> None:
     """Joins the processes of this run, if there are several. Before JAX's first computation.
 
     Raises:
-      UserError: wrong flags, a process that did not come up, or one of another version.
+      ProcessLost: a process did not come up.
+      UserError: wrong flags, or a process of another version.
     """
     global _group
     here = place(options)
@@ -149,14 +155,16 @@ def start(options: Options, mode: str = "train") -> None:
     if here.index == 0:
         links, everyone = call_roll(here.address, here.count, facts, wait, silence)
         problem = _different([{**each, "host": ""} for each in everyone], _hosts(everyone))
-        host, port = here.address.rpartition(":")[0], _free_port()
+        if problem:
+            dismiss(links, problem)
+            raise UserError(problem)
+        host, _, port = here.address.rpartition(":")
         answer: dict[str, Any] = {
-            "address": f"{host}:{port}",
+            "address": f"{host}:{_port_after(int(port))}",
             "hosts": [each["host"] for each in everyone],
         }
         for link in links.values():
-            link.send({"problem": problem} if problem else answer)
-        require(not problem, problem)
+            link.send(answer)
     else:
         link, answer = answer_roll(here.address, here.index, here.count, facts, wait, silence)
         links = {0: link}
@@ -175,10 +183,14 @@ def _hosts(everyone: list[dict[str, Any]]) -> list[str]:
     return [f"process {i} of {len(everyone)} ({each['host']})" for i, each in enumerate(everyone)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+def _port_after(port: int) -> int:
+    """The next port, which a firewall may be told of; where it is taken, a free one."""
+    for candidate in (port + 1, 0):
+        with contextlib.suppress(OSError, OverflowError), socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", candidate))
+            return int(probe.getsockname()[1])
+    raise OSError("no free port")
 
 
 def count() -> int:
@@ -186,21 +198,20 @@ def count() -> int:
     return _group.count if _group else 1
 
 
-def gather(value: Any) -> list[Any]:
-    """Returns the value (plain, for JSON) of each process; every process has to call it."""
-    global _names
-    if _group is None:
-        return [value]
-    _names += 1
-    return _group.gather(str(_names), value)
+def gather(what: str, value: Any) -> list[Any]:
+    """Returns the value (plain, for JSON) of each process; every process has to call it.
+
+    `what` names it where one process waits for long, or is at something else.
+    """
+    return [value] if _group is None else _group.gather(what, value)
 
 
-def barrier() -> None:
+def barrier(what: str) -> None:
     """Waits until every process is here."""
-    gather(None)
+    gather(what, None)
 
 
-def from_main(read: Callable[[], Any]) -> Any:
+def from_main(what: str, read: Callable[[], Any]) -> Any:
     """Returns what `read` returns in process 0 (plain, for JSON); its `UserError` in all."""
     if _group is None:
         return read()
@@ -210,12 +221,12 @@ def from_main(read: Callable[[], Any]) -> Any:
             found = read()
         except UserError as error:
             problem = str(error)
-    found, problem = gather([found, problem])[0]
+    found, problem = gather(what, [found, problem])[0]
     require(problem is None, str(problem))
     return found
 
 
-def attempt(run: Callable[[], Any]) -> Any:
+def attempt(what: str, run: Callable[[], Any]) -> Any:
     """Returns `run()`; where it fails in one process it fails in all, so that none waits for ever.
 
     Raises:
@@ -228,7 +239,7 @@ def attempt(run: Callable[[], Any]) -> Any:
         found = run()
     except Exception as error:
         failure = error
-    texts = gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+    texts = gather(what, None if failure is None else f"{type(failure).__name__}: {failure}")
     if failure is not None:
         raise failure
     for index, text in enumerate(texts):
@@ -243,10 +254,31 @@ def agree(facts: Mapping[str, Any]) -> None:
     Raises:
       UserError: in all of them, with the first process that differs from process 0, and in what.
     """
-    everyone = gather(dict(facts))
+    everyone = gather(" and ".join(facts), dict(facts))
     if _group is not None:
         problem = _different(everyone, [_group.name(index) for index in range(_group.count)])
         require(not problem, problem)
+
+
+def settle(what: str, read: Callable[[], Any], again: Callable[[], None]) -> None:
+    """Waits until `read` returns the same (plain, for JSON) in all processes.
+
+    Args:
+      what: is read.
+      read: returns it.
+      again: makes `read` look again, where the processes differ.
+
+    Raises:
+      UserError: in all of them, if they still differ after some seconds.
+    """
+    for left in range(int(_SEEN_SECONDS), -1, -1):
+        everyone = gather(what, read())
+        if all(each == everyone[0] for each in everyone):
+            return
+        if left:
+            time.sleep(1.0)
+            again()
+    agree({what: read()})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -274,21 +306,36 @@ def _different(everyone: list[dict[str, Any]], names: list[str]) -> str:
     return ""
 
 
-def require_shared(folder: str, name: str) -> None:
-    """Raises `UserError` in all processes if one does not see what process 0 wrote in a folder."""
+def require_shared(folder: str) -> None:
+    """Raises `UserError` in all processes if one does not see what process 0 writes in a folder.
+
+    Folders that look alike, each on its own host's disk, would do until a checkpoint is restored.
+    """
     if _group is None:
         return
-    path = os.path.join(folder, name)
-    barrier()
+    path = storage.absolute(folder) / _TOKEN
+    token = gather("--workdir", secrets.token_hex(8))[0]
+    if _group.index == 0:
+        path.write_text(token)
+    barrier("--workdir")
     end = time.monotonic() + _SEEN_SECONDS  # network disks show new files late
-    while not storage.exists(path) and time.monotonic() < end:
+    while not (seen := _reads(path, token)) and time.monotonic() < end:
         time.sleep(0.1)
-    for index, seen in enumerate(gather(storage.exists(path))):
+    everyone = gather("--workdir", seen)
+    if _group.index == 0:
+        path.unlink()
+    for index, each in enumerate(everyone):
         require(
-            seen,
+            each,
             f"--workdir={folder}: {_group.name(index)} does not see what process 0 wrote there; it "
             "must be a folder that all processes share",
         )
+
+
+def _reads(path: epath.Path, text: str) -> bool:
+    with contextlib.suppress(OSError):
+        return bool(path.read_text() == text)
+    return False
 
 
 def agreed(asked: Callable[[], bool]) -> Callable[[], bool]:

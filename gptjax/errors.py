@@ -10,6 +10,13 @@ class UserError(Exception):
     """
 
 
+class ProcessLost(Exception):
+    """Another process of the run did not come up, or has ended. ``launch.py`` exits with code 1.
+
+    Not the user's mistake: the same command may well succeed at the next try.
+    """
+
+
 class TrainingDiverged(Exception):
     """Several updates in a row were not finite. ``launch.py`` exits with code 3."""
 

@@ -18,7 +18,7 @@ from gptjax.data import splits
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.distributed import agree, agreed, from_main, require_shared
-from gptjax.errors import UserError, brief, require
+from gptjax.errors import Preempted, UserError, brief, require
 from gptjax.keeping import BestInMemory, Keeper
 from gptjax.preemption import StopRequest
 from gptjax.stages import Scores, Stage
@@ -222,12 +222,12 @@ def _write_start(context: Run) -> None:
         path = os.path.join(context.workdir, "tokenizer.json")
         telemetry.write_atomically(path, context.tokenizer.to_json().encode())
     if not context.trial:
-        require_shared(context.workdir, "tokenizer.json")
+        require_shared(context.workdir)
 
 
 def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     path = os.path.join(context.workdir, "summary.json")
-    old = from_main(lambda: telemetry.read_json(path) if exists(path) else {})
+    old = from_main("summary.json", lambda: telemetry.read_json(path) if exists(path) else {})
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
     context.say(telemetry.machine())
@@ -366,7 +366,9 @@ def _stage_summary(
         }
     summary: dict[str, Any] = {"steps": stage.total_steps, "validation": scores}
     if stage.test is not None:
-        summary["test"] = stage.test(params)
+        summary["test"] = stage.test(params, context.stop)
+        if summary["test"] is None:
+            raise Preempted(f"{stage.name}: asked to stop; saved; the same command tests it")
         context.log.write(stage.name, "test", stage.total_steps, summary["test"])
     return summary | {"floor": stage.floors, **speed}
 

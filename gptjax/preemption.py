@@ -1,12 +1,18 @@
-"""Being asked to stop: SIGTERM (a scheduler) and Ctrl-C are noted, and obeyed between two steps."""
+"""Being asked to stop: a signal is noted, and obeyed between two steps."""
 
 import os
 import signal
 import types
 
+# A scheduler's, Ctrl-C's, and a closed terminal's.
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
 
 class StopRequest:
-    """While entered, the first SIGTERM or SIGINT sets the flag; a second one acts as usual."""
+    """While entered, the first of the signals sets the flag; a second one acts as usual.
+
+    One that is ignored (Ctrl-C in a background job of a script, SIGHUP under nohup) stays so.
+    """
 
     def __init__(self) -> None:
         self._requested = False
@@ -28,8 +34,9 @@ class StopRequest:
         self._previous = {}
 
     def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in _SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *_: object) -> None:

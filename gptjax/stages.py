@@ -48,7 +48,7 @@ class Stage:
     batches: Batches
     validate: Callable[[Params, Callable[[], bool]], Scores | None]
     """(params, stop) -> scores on the validation split; None if stopped."""
-    test: Callable[[Params], Scores | None] | None
+    test: Callable[[Params, Callable[[], bool]], Scores | None] | None
     metric: str
     """The validation score that ranks checkpoints."""
     fingerprint: str
@@ -311,11 +311,11 @@ def finetune(
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     eval_step = steps.jit_eval_step(mesh, model, objective)
 
-    def score(name: str) -> Callable[..., Scores | None]:
+    def score(name: str) -> Callable[[Params, Callable[[], bool]], Scores | None]:
         lengths = examples[name].lengths
         split_packer = Packer(lengths, config.batch_size, packer.row_length, devices, means)
 
-        def run(params: Params, stop: Callable[[], bool] = evaluate.never) -> Scores | None:
+        def run(params: Params, stop: Callable[[], bool]) -> Scores | None:
             return evaluate.task(
                 spec, names, eval_step, params, examples[name], split_packer, mesh, objective, stop
             )

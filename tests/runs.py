@@ -14,6 +14,7 @@ import os
 import pathlib
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -200,6 +201,24 @@ def start(*arguments: str, **kwargs: Any) -> subprocess.Popen:
     command = [sys.executable, LAUNCH, *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
+
+
+def finish(process: subprocess.Popen, timeout: float = 250) -> Result:
+    """Waits for the end of a process; one that hangs is killed, and says what it had said."""
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"no end in {timeout:g} s: {out}{err}") from None
+    return Result(process.returncode, out, err)
+
+
+def free_port() -> int:
+    """A port that no one listens at."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
 
 
 def steps(workdir: str, stage: str) -> list[int]:

@@ -15,7 +15,8 @@ PACKAGE = ROOT / "gptjax"
 
 # A module imports only what is above it. A new module has its place here.
 ORDER = (
-    *("version", "errors", "preemption", "allocator", "storage", "group", "distributed"),
+    *("version", "errors", "preemption", "allocator", "storage"),
+    *("roll", "group", "distributed"),
     *("config", "recipes", "validation", "batch"),
     *("data.cache", "data.text", "data.words", "data.tokenizer", "data.streams"),
     *("data.columns", "data.tables", "data.sources"),
@@ -25,7 +26,7 @@ ORDER = (
     *("attention_cpu", "attention_tpu", "attention", "model"),
     *("losses", "optim", "state", "steps"),
     *("metrics", "evaluate", "probes", "decoding", "generate", "flops"),
-    *("telemetry", "checkpoint", "report"),
+    *("telemetry", "saving", "checkpoint", "report"),
     *("weights", "openai", "huggingface"),
     *("stages", "keeping", "trainer", "loop", "ablation_report", "ablate", "api", "modes"),
     *("pretrained", "chips", "hlo", "hlo_cost", "collectives", "buffers"),
@@ -41,8 +42,10 @@ TESTED_IN = {
     "data.docstrings": "builtin",
     "errors": "config",
     "group": "distributed",
+    "roll": "distributed",
     "validation": "config",
     "keeping": "ablate",
+    "saving": "checkpoint",
     "trainer": "loop",
     "chips": "hlo",
     "hlo_cost": "hlo",

@@ -15,7 +15,7 @@ import small
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import attention, attention_tpu, dropout, sharding
+from gptjax import aot, attention, attention_tpu, dropout, sharding
 from gptjax.config import MeshConfig
 
 WORDS = np.array([0x9ABCDEF1, 0x80000003], np.uint32)
@@ -278,11 +278,8 @@ def chips():
     from jax.experimental import topologies
 
     with pytest.MonkeyPatch.context() as patch:
-        # Without these libtpu asks the cloud where it is, and takes a lock.
-        patch.setenv("TPU_SKIP_MDS_QUERY", "1")
-        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-        patch.setenv("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-        patch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
+        for name, value in aot._TPU_ENVIRONMENT.items():
+            patch.setenv(name, value)
         name = "v5e:2x2"
         yield list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
 

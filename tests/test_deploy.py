@@ -136,17 +136,21 @@ def test_wrong_use_is_one_line_and_2(arguments, message):
     assert done.stderr.count("\n") == 1
 
 
+MISSING = "ERROR: (gcloud.compute.tpus.tpu-vm.describe)"
+
+
 class Cloud:
     """A stand-in for gcloud whose one worker is a folder."""
 
-    def __init__(self, folder: pathlib.Path, state: str):
+    def __init__(self, folder: pathlib.Path, state: str, code: int = 0):
         self.home, self.calls = folder / "home", folder / "calls"
         (folder / "state").write_text(state)
+        (folder / "code").write_text(str(code))
         self.calls.touch()
         program(
             folder / "bin" / "gcloud",
             f"echo \"$4\" >> '{self.calls}'\n"
-            f"[ \"$4\" = describe ] && {{ grep . '{folder}/state'; exit; }}\n"
+            f"[ \"$4\" = describe ] && {{ cat '{folder}/state'; exit $(cat '{folder}/code'); }}\n"
             f"[ \"$4\" = scp ] && {{ cp \"$5\" '{self.home}'; exit; }}\n"
             f"cd '{self.home}' || exit\n"
             f'export HOME=\'{self.home}\'\n'
@@ -197,10 +201,11 @@ def test_a_run_is_started_once_and_stopped_with_sigterm(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("state", "before"), [("PREEMPTED", ["delete", "create"]), ("", ["create"])]
+    ("state", "code", "before"),
+    [("PREEMPTED", 0, ["delete", "create"]), (f"{MISSING} NOT_FOUND: gptjax", 1, ["create"])],
 )
-def test_resume_replaces_a_slice_that_was_taken(tmp_path, state, before):
-    cloud = Cloud(tmp_path, state)
+def test_resume_replaces_a_slice_that_was_taken(tmp_path, state, code, before):
+    cloud = Cloud(tmp_path, state, code)
     program(tmp_path / "bin" / "python3", "exit 0\n")  # uv, pip: the worker's own Python
     done = cloud.run("resume", *RUN)
     assert done.returncode == 0, done.stderr
@@ -210,6 +215,21 @@ def test_resume_replaces_a_slice_that_was_taken(tmp_path, state, before):
     assert (cloud.home / "gptjax" / "launch.py").read_text() == head
     wait_for(cloud.home / "gptjax" / "flags")
     cloud.run("stop")
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "message"),
+    [
+        ("CREATING", 0, "gptjax is CREATING; wait until it is READY, or delete it first"),
+        ("REPAIRING", 0, "gptjax is REPAIRING; wait until it is READY, or delete it first"),
+        (f"{MISSING} login", 1, f"gcloud does not say how gptjax is: {MISSING} login"),
+    ],
+)
+def test_resume_leaves_a_slice_alone_that_may_come_back(tmp_path, state, code, message):
+    cloud = Cloud(tmp_path, state, code)
+    done = cloud.run("resume", *RUN)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+    assert cloud.verbs == ["describe"]
 
 
 # slurm.sbatch
@@ -304,6 +324,8 @@ def test_the_manifest_agrees_with_itself_and_with_our_exit_codes(jobset):
     assert job["parallelism"] == job["completions"] == x * y // chips
     # JAX's detection, and a lost pod stops all of them.
     assert (job["completionMode"], job["backoffLimit"]) == ("Indexed", 0)
+    # A slice whose nodes come later than another's.
+    assert any(each.startswith("--initialization_timeout=") for each in container["args"])
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["values"] == [2, 3], "what another try would not mend"
     assert rule["onExitCodes"]["containerName"] == container["name"]

@@ -4,6 +4,8 @@ import jax
 import numpy as np
 import pytest
 import small
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gptjax import ledger, sharding
 from gptjax.data import loader
@@ -65,6 +67,22 @@ def test_devices_and_their_rows_of_padding_do_not_count(sizes):
     assert batch.tokens.shape[0] > task_batch().tokens.shape[0]
     placed = sharding.to_devices(batch, mesh)
     assert int(jax.jit(ledger.of_batch)(placed)) == by_hand(task_batch())
+
+
+def test_a_cut_array_is_not_gathered():
+    """Of a checkpoint's arrays, as large as a device's memory, only sums are exchanged."""
+    mesh = small.mesh(data=1, fsdp=4, tensor=2)
+    array = np.random.default_rng(0).normal(size=(3, 16, 2, 8)).astype(np.float32)
+    expected = sum(
+        word * (2 * i + 1) for i, word in enumerate(array.view(np.uint32).ravel().tolist())
+    )
+    checksum = jax.jit(ledger.checksum)
+    for spec in (P(None, "fsdp", None, "tensor"), P(None, "tensor", None, "fsdp"), P()):
+        placed = jax.device_put(array, NamedSharding(mesh, spec))
+        assert int(checksum(placed)) == expected % 2**32
+        program = checksum.lower(placed).compile().as_text()
+        assert ("all-reduce" in program) == (spec != P())
+        assert "all-gather" not in program
 
 
 def test_entries_tell_order_and_history():

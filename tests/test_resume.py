@@ -30,15 +30,10 @@ def command(workdir) -> list[str]:
     ]  # fmt: skip
 
 
-def finish(process) -> runs.Result:
-    out, err = process.communicate(timeout=200)
-    return runs.Result(process.returncode, out, err)
-
-
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory) -> str:
     workdir = str(tmp_path_factory.mktemp("whole") / "run")
-    result = finish(runs.start(*command(workdir)))
+    result = runs.finish(runs.start(*command(workdir)))
     assert result.code == 0, result.err
     return workdir
 
@@ -79,7 +74,7 @@ def interrupt(workdir: str, number: signal.Signals, when, **kwargs) -> runs.Resu
     while process.poll() is None and not when():
         time.sleep(0.001)
     process.send_signal(number)
-    return finish(process)
+    return runs.finish(process)
 
 
 @pytest.mark.slow
@@ -108,7 +103,7 @@ def test_killed_and_terminated_runs_end_like_an_uninterrupted_one(uninterrupted,
         lambda: pathlib.Path(workdir, "checkpoints", STAGES[2]).exists(),
     )  # fmt: skip
     assert killed.code == -signal.SIGKILL
-    result = finish(runs.start(*command(workdir)))
+    result = runs.finish(runs.start(*command(workdir)))
     assert result.code == 0, result.err
     assert_same(workdir, uninterrupted)
 
@@ -126,7 +121,7 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(uninterrupted, 
     two = os.environ | {"JAX_NUM_CPU_DEVICES": "2"}
     asked = interrupt(workdir, signal.SIGTERM, lambda: recorded(workdir, "finetune") >= 10, env=two)
     assert asked.code == 75, asked.err
-    result = finish(runs.start(*command(workdir)))
+    result = runs.finish(runs.start(*command(workdir)))
     assert result.code == 0, result.err
     ours, theirs = runs.records(workdir), runs.records(uninterrupted)
     ledgers = [[record.get("ledger") for record in records] for records in (ours, theirs)]
@@ -153,7 +148,7 @@ def test_killed_at_random_moments(uninterrupted, tmp_path):
             process.communicate(timeout=rest)
         except Exception:
             process.send_signal(rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
-        result = finish(process)
+        result = runs.finish(process)
         # A SIGTERM before Python itself is up ends it as it ends any program.
         too_early = result.code == -signal.SIGTERM and rest < 0.5
         expected = result.code in (0, 75, -signal.SIGKILL) or too_early
@@ -162,6 +157,6 @@ def test_killed_at_random_moments(uninterrupted, tmp_path):
         if result.code == 0:
             assert_same(workdir, uninterrupted)
             workdir = str(tmp_path / f"run{attempt}")
-    result = finish(runs.start(*command(workdir)))
+    result = runs.finish(runs.start(*command(workdir)))
     assert result.code == 0, result.err
     assert_same(workdir, uninterrupted)

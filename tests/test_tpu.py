@@ -108,6 +108,7 @@ def gpt1(topology: str, rows: int, *more: str) -> dict:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_gpt1_fits_a_v5e_and_more_chips_need_no_more_memory():
     """32 x 512 tokens a chip in bfloat16: 16 GB, and nothing is sent but the gradients."""
     found = [gpt1("v5e:2x2", 128), gpt1("v5e:4x4", 512), gpt1("v5e:8x8", 2048)]
@@ -123,6 +124,7 @@ def test_gpt1_fits_a_v5e_and_more_chips_need_no_more_memory():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_between_slices_only_parts_of_gradients_are_sent():
     """Data goes over two slices, fsdp over the four chips of each."""
     found = gpt1("2xv5e:2x2", 256, "--config.mesh.data=2", "--config.mesh.fsdp=4")

@@ -1,0 +1,212 @@
+"""The roll call of the processes of a run: one TCP connection each to process 0.
+
+JAX ends a process (SIGABRT, a stack trace) when another does not come up, and says nothing to
+Python. So the processes first call the roll here, on the coordinator's address; `group` keeps the
+connections. Messages are lines of JSON, none of them ever executed.
+"""
+
+import contextlib
+import json
+import queue
+import select
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from gptjax.errors import ProcessLost, UserError
+
+LOST = 1
+"""Exit code of a process that ends because another was lost."""
+# For the first words of a connection.
+_HELLO_SECONDS = 10.0
+# A stray connection may not fill the memory.
+_LONGEST = 1 << 24
+
+Message = dict[str, Any]
+
+
+class Link:
+    """A connection to another process."""
+
+    def __init__(self, connection: socket.socket, timeout: float):
+        """Args: connection; timeout, seconds without a message after which it counts as lost."""
+        connection.settimeout(timeout)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket, self._lock = connection, threading.Lock()
+        self._lines = connection.makefile("rb")
+
+    def send(self, message: Message) -> None:
+        """Sends a message; a broken connection shows where it is read."""
+        with self._lock, contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def read(self) -> Message | None:
+        """Returns the next message, or None where no more will come."""
+        with contextlib.suppress(OSError, ValueError):
+            message = json.loads(self._lines.readline(_LONGEST))
+            return message if isinstance(message, dict) else None
+        return None
+
+    def messages(self) -> Iterator[Message]:
+        """Yields the messages until the connection ends."""
+        while (message := self.read()) is not None:
+            yield message
+
+    def ended(self) -> bool:
+        """Returns whether the other side has closed the connection. Nothing unread may be left."""
+        try:
+            readable = select.select([self._socket], [], [], 0)[0]
+            return bool(readable) and not self._socket.recv(1, socket.MSG_PEEK)
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Closes the connection."""
+        with contextlib.suppress(OSError):
+            self._socket.close()
+
+
+def call_roll(
+    address: str, count: int, facts: Message, timeout: float, silence: float
+) -> tuple[dict[int, Link], list[Message]]:
+    """In process 0: waits for the others; returns their links, and the facts of all processes.
+
+    Args:
+      address: "host:port" to listen at.
+      count: of processes.
+      facts: of this process, with "host".
+      timeout: seconds to wait for the others.
+      silence: seconds after which a silent process counts as lost.
+
+    Raises:
+      ProcessLost: names the processes that did not come.
+      UserError: it cannot listen there, or a process was started with other numbers.
+    """
+    port = int(address.rpartition(":")[2])
+    end = time.monotonic() + timeout
+    links: dict[int, Link] = {}
+    found = {0: facts}
+    problem, hellos = "", queue.SimpleQueue[tuple[Link, Message]]()
+    try:
+        # Of both families where the system has both.
+        family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+        server = socket.create_server(
+            ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=count
+        )
+    except OSError as error:
+        raise UserError(
+            f"--coordinator_address={address}: cannot listen there ({error})"
+        ) from error
+    over = threading.Event()
+    threading.Thread(target=_greet, args=(server, silence, hellos, over), daemon=True).start()
+    while len(found) < count and not problem and (left := end - time.monotonic()) > 0:
+        with contextlib.suppress(queue.Empty):
+            problem = _admit(*hellos.get(timeout=left), count, links, found)
+    over.set()
+    if problem:
+        dismiss(links, problem)
+        raise UserError(problem)
+    if missing := [str(index) for index in range(count) if index not in found]:
+        here = ", ".join(f"{index} ({found[index]['host']})" for index in sorted(found))
+        problem = (
+            f"process {', '.join(missing)} of {count} did not come up within {timeout:g} s; here "
+            f"are {here}; see the output of the missing, or raise --initialization_timeout"
+        )
+        dismiss(links, problem, LOST)
+        raise ProcessLost(problem)
+    return links, [found[index] for index in range(count)]
+
+
+def dismiss(links: dict[int, Link], problem: str, code: int = 2) -> None:
+    """In process 0: answers the roll call with a problem, and the exit code that goes with it."""
+    for link in links.values():
+        link.send({"problem": problem, "code": code})
+
+
+def _greet(
+    server: socket.socket,
+    silence: float,
+    hellos: "queue.SimpleQueue[tuple[Link, Message]]",
+    over: threading.Event,
+) -> None:
+    """Accepts connections until the roll call is over; strangers keep none of us waiting."""
+
+    def listen(connection: socket.socket) -> None:
+        link = Link(connection, _HELLO_SECONDS)
+        hello = link.read() or {}
+        if isinstance(hello.get("process_id"), int) and isinstance(hello.get("facts"), dict):
+            connection.settimeout(silence)
+            hellos.put((link, hello))
+        else:
+            link.close()  # not one of us
+
+    server.settimeout(0.1)
+    with server:
+        while not over.is_set():
+            with contextlib.suppress(OSError):
+                threading.Thread(target=listen, args=(server.accept()[0],), daemon=True).start()
+
+
+def _admit(
+    link: Link, hello: Message, count: int, links: dict[int, Link], found: dict[int, Message]
+) -> str:
+    """Takes one more process in; returns what is wrong with it."""
+    index, facts, theirs = hello["process_id"], hello["facts"], hello.get("num_processes")
+    host, problem = facts.get("host", "?"), ""
+    if theirs != count or not 0 <= index < count:
+        problem = (
+            f"process {index} ({host}) was started with --num_processes={theirs}, process 0 with "
+            f"{count}; give all processes the same"
+        )
+    elif index in found and not (index in links and links[index].ended()):
+        problem = (
+            f"two processes have --process_id={index}, on {found[index].get('host')} and on {host}"
+        )
+    if problem:
+        dismiss({index: link}, problem)
+        return problem
+    links[index], found[index] = link, facts
+    return ""
+
+
+def answer_roll(
+    address: str, index: int, count: int, facts: Message, timeout: float, silence: float
+) -> tuple[Link, Message]:
+    """In the others: tells process 0 that this one is up; returns the link and its answer.
+
+    Arguments as in `call_roll`; `index` is this process.
+
+    Raises:
+      ProcessLost: process 0 did not come up or has ended, or another process did not come up.
+      UserError: what is wrong with the address, or with one of the processes.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            left = max(0.1, end - time.monotonic())
+            connection = socket.create_connection((host.strip("[]"), int(port)), left)
+            break
+        except UnicodeError as error:
+            raise UserError(
+                f"--coordinator_address={address}: {host} is no name of a host ({error})"
+            ) from error
+        except OSError as error:  # it may come up later
+            if time.monotonic() > end:
+                raise ProcessLost(
+                    f"process 0 of {count} did not come up at --coordinator_address={address} "
+                    f"within {timeout:g} s ({error.strerror or error})"
+                ) from error
+            time.sleep(min(0.2, timeout / 10))
+    # Process 0 decides when it is too late, and says who is missing.
+    link = Link(connection, max(0.1, end - time.monotonic()) + 10)
+    link.send({"process_id": index, "num_processes": count, "facts": facts})
+    answer = link.read()
+    if answer is None:
+        raise ProcessLost(f"process 0 of {count} at --coordinator_address={address} has ended")
+    if "problem" in answer:
+        raise (ProcessLost if answer.get("code") == LOST else UserError)(answer["problem"])
+    connection.settimeout(silence)
+    return link, answer
