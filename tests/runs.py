@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -201,6 +202,39 @@ def start(*arguments: str, **kwargs: Any) -> subprocess.Popen:
     command = [sys.executable, LAUNCH, *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
+
+
+def start_several(
+    count: int,
+    *arguments: str,
+    devices: int = 1,
+    each: Callable[[int], Sequence[str]] = lambda _: (),
+    present: Sequence[int] = (),
+    port: int = 0,
+    **kwargs: Any,
+) -> list[subprocess.Popen]:
+    """The same in some processes that are one run.
+
+    Args:
+      count: of processes.
+      arguments: of all.
+      devices: of each.
+      each: process -> more arguments.
+      present: which of them to start; all.
+      port: of process 0; a free one.
+      **kwargs: of `Popen`.
+    """
+    port = port or free_port()
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    found = []
+    for index in present or range(count):
+        together = (
+            f"--coordinator_address=localhost:{port}", f"--num_processes={count}",
+            f"--process_id={index}", "--initialization_timeout=100",
+        )  # fmt: skip
+        flags = (*arguments, *(together if count > 1 else ()), *each(index))
+        found.append(start(*flags, env=environment, **kwargs))
+    return found
 
 
 def finish(process: subprocess.Popen, timeout: float = 250) -> Result:

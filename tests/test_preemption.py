@@ -12,7 +12,7 @@ import runs
 from gptjax import allocator, evaluate, loop
 from gptjax.preemption import StopRequest
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -36,6 +36,19 @@ def test_the_first_request_is_noted_and_the_second_acts_as_usual(number):
             pass
         assert signal.getsignal(number) is usual
         assert not stop()
+    finally:
+        signal.signal(number, previous)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_what_is_ignored_stays_so(number):
+    """As under nohup, and in a job that a script has put into the background."""
+    previous = signal.signal(number, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(number)
+            assert not stop()
+        assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, previous)
 
@@ -146,3 +159,26 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
     assert runs.steps(str(tmp_path), "pretrain") == [10]
     assert {each["split"] for each in runs.records(str(tmp_path))} == {"train"}
     assert_continues_as_if_nothing_had_happened(str(tmp_path))
+
+
+def test_a_signal_during_the_test(tmp_path, monkeypatch):
+    """The last thing of a run: it stops too, and the same command tests and reports."""
+    flags = [*runs.TINY, *runs.files().finetune, "--config.pretrain=none", f"--workdir={tmp_path}"]
+    evaluated = evaluate.task
+    asked = []
+
+    def terminated(*args, **kwargs):
+        if runs.steps(str(tmp_path), "finetune")[-1:] == [40]:
+            asked.append(signal.raise_signal(signal.SIGTERM))
+        return evaluated(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "task", terminated)
+        stopped = runs.main(*flags)
+    assert (stopped.code, len(asked)) == (75, 1)
+    last = stopped.err.splitlines()[-1]
+    assert last == "error: finetune: asked to stop; saved; the same command tests it"
+    assert not (tmp_path / "summary.json").exists()
+    done = runs.main(*flags)
+    assert done.code == 0, done.err
+    assert runs.summary(str(tmp_path))["finetune"]["test"]["accuracy"] >= 0

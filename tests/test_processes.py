@@ -1,8 +1,6 @@
 """Runs of several processes, through `launch.py`: as one process's run, however they end."""
 
 import json
-import os
-import pathlib
 import resource
 import shutil
 import signal
@@ -11,34 +9,14 @@ import time
 import pytest
 import runs
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
 LOST = 1
 
 
-def start_all(
-    count: int,
-    workdir,
-    *flags,
-    each=lambda index: (),
-    devices: int = 1,
-    present=None,
-    port=0,
-    **kwargs,
-) -> list:
-    """`launch.py` in some processes of this machine."""
-    port, files = port or runs.free_port(), runs.files()
-    environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(ROOT)}
-    together = lambda index: (  # noqa: E731
-        f"--coordinator_address=localhost:{port}", f"--num_processes={count}",
-        f"--process_id={index}", "--initialization_timeout=200",
-    )  # fmt: skip
+def start_all(count: int, workdir, *flags, **kwargs) -> list:
+    """A tiny run of both stages in some processes of this machine."""
+    files = runs.files()
     command = (*runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}", *flags)
-    return [
-        runs.start(
-            *command, *(together(i) if count > 1 else ()), *each(i), env=environment, **kwargs
-        )
-        for i in present or range(count)
-    ]
+    return runs.start_several(count, *command, **kwargs)
 
 
 def losses(workdir) -> list[dict]:

@@ -3,11 +3,13 @@
 GPTJAX_KILLS=N in the environment kills N times, at random moments, instead of a few chosen ones.
 """
 
+import contextlib
 import os
 import pathlib
 import random
 import re
 import signal
+import subprocess
 import time
 
 import numpy as np
@@ -36,6 +38,10 @@ def uninterrupted(tmp_path_factory) -> str:
     result = runs.finish(runs.start(*command(workdir)))
     assert result.code == 0, result.err
     return workdir
+
+
+def start(workdir, processes: int = 1) -> list:
+    return runs.start_several(processes, *command(workdir))
 
 
 def assert_same(workdir: str, expected: str) -> None:
@@ -135,28 +141,43 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(uninterrupted, 
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.fixture(scope="module", params=[1, 2])
+def several(request, tmp_path_factory):
+    """A number of processes, and a run of theirs that nothing interrupted."""
+    workdir = str(tmp_path_factory.mktemp("several") / "run")
+    for process in start(workdir, request.param):
+        assert runs.finish(process).code == 0
+    return request.param, workdir
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(3600)
+@pytest.mark.timeout(7200)
 @pytest.mark.skipif(not KILLS, reason="set GPTJAX_KILLS to the number of kills")
-def test_killed_at_random_moments(uninterrupted, tmp_path):
+def test_killed_at_random_moments(several, tmp_path):
+    """One of the processes, by a random signal; the others end by themselves."""
+    count, uninterrupted = several
     rng = random.Random(time.time_ns())
     workdir = str(tmp_path / "run")
     for attempt in range(KILLS):
-        process = runs.start(*command(workdir))
-        rest = max(0.0, rng.gauss(8.0, 4.0))
-        try:
-            process.communicate(timeout=rest)
-        except Exception:
-            process.send_signal(rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)))
-        result = runs.finish(process)
+        processes = start(workdir, count)
+        rest = max(0.0, rng.gauss(8.0 * count, 4.0 * count))
+        chosen = rng.randrange(count)
+        number = rng.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            processes[chosen].wait(rest)
+        processes[chosen].send_signal(number)
+        results = [runs.finish(process) for process in processes]
+        tried = (attempt, rest, chosen, number, results)
+        codes = {result.code for result in results}
         # A SIGTERM before Python itself is up ends it as it ends any program.
-        too_early = result.code == -signal.SIGTERM and rest < 0.5
-        expected = result.code in (0, 75, -signal.SIGKILL) or too_early
-        assert expected, (attempt, rest, result.code, result.err)
-        assert "Traceback" not in result.err, (attempt, rest, result.err)
-        if result.code == 0:
+        too_early = {-signal.SIGTERM} if rest < 0.5 * count else set()
+        lost = {1} if count > 1 else set()
+        assert codes <= {0, 75, -signal.SIGKILL} | lost | too_early, tried
+        assert not any("Traceback" in result.err for result in results), tried
+        if codes == {0}:
             assert_same(workdir, uninterrupted)
             workdir = str(tmp_path / f"run{attempt}")
-    result = runs.finish(runs.start(*command(workdir)))
-    assert result.code == 0, result.err
+    for process in start(workdir, count):
+        result = runs.finish(process)
+        assert result.code == 0, result.err
     assert_same(workdir, uninterrupted)

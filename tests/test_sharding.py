@@ -1,5 +1,7 @@
 """Eight devices compute what one computes, and every array lies where the table says."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -204,11 +206,13 @@ CHANGES = {
     "odd": {"vocab_size": 97, "num_heads": 1},
     "not tied": {"tied": False, "vocab_size": 97, "segment_types": 2, "remat": "full"},
     "one matrix": {"one_matrix": True, "remat": "dots"},
+    "clipped, in two": {},
+    "bfloat16": {"dtype": "bfloat16"},
 }
 
 
 def problem(kind, changes=""):
-    """(model, objective, params, batch) with dropout on; sizes that 8 and 2 x 2 x 2 divide."""
+    """(model, objective, params, batch) with dropout on; sizes that 2 * 8 and 2 x 2 x 2 divide."""
     values = {"vocab_size": 98, "width": 16, "num_heads": 4} | DROPOUT | CHANGES[changes]
     config = small.config(**values)
     if not kind:
@@ -216,13 +220,13 @@ def problem(kind, changes=""):
         rng = np.random.default_rng(0)
         windows = [
             rng.integers(values["vocab_size"], size=n).astype(np.int32)
-            for n in (32, 9, 32, 5, 20, 32, 2)
+            for n in (32, 9, 32, 5, 20, 32, 2, 30, 31)
         ]
-        batch = loader.lm_batch(windows, 32, 8)
+        batch = loader.lm_batch(windows, 32, 16)
     else:
         spec, data = small.examples(kind, count=8)
         model, objective = stages.make_model(config, spec), steps.Objective(kind, 0.5)
-        batch, _ = small.packed(data, 104, (8, 104, 8))
+        batch, _ = small.packed(data, 104, (16, 104, 16))
     return model, objective, small.params(model), batch
 
 
@@ -233,6 +237,7 @@ PROBLEMS = [
         for each in (
             ("similarity", ""), ("", "odd"), ("similarity", "odd"), ("", "not tied"),
             ("entailment", "not tied"), ("", "one matrix"), ("similarity", "one matrix"),
+            ("", "clipped, in two"), ("similarity", "clipped, in two"), ("", "bfloat16"),
         )
     ),
 ]  # fmt: skip
@@ -244,12 +249,13 @@ PROBLEMS = [
 def alone(request):
     """The problem, and a function that takes two steps on a mesh; and its result on one device."""
     model, objective, params, batch = problem(*request.param)
-    optimizer = optim.build(ADAM, 100)
+    micro, clip = (2, 0.5) if request.param[1] == "clipped, in two" else (1, 0.0)
+    optimizer = optim.build(dataclasses.replace(ADAM, clip_norm=clip), 100)
     start = jax.device_get(state.create(params, optimizer))
 
     def train(mesh):
         step = small.fast_train_step(
-            mesh, model=model, objective=objective, optimizer=optimizer, micro=1, seed=5
+            mesh, model=model, objective=objective, optimizer=optimizer, micro=micro, seed=5
         )
         current, rows = small.placed(start, mesh), sharding.to_devices(batch, mesh)
         results = []
