@@ -167,6 +167,29 @@ def test_processes_at_different_places_do_not_answer_each_other():
         assert result.out == "process 0 of 3 (host0) is at 'tokenizer', this one at 'data'\n"
 
 
+def test_what_one_sees_late_is_waited_for():
+    """As the checkpoints on a network disk; what stays different is an error of the user's."""
+    body = (
+        "from gptjax import distributed\n"
+        "distributed._group = group\n"
+        "distributed._SEEN_SECONDS = 3.0\n"
+        "looks = [1]\n"
+        "late = lambda: list(range(min(looks[0], 3) if index else 3))\n"
+        "distributed.settle('steps', late, lambda: looks.append(looks.pop() + 1))\n"
+        "print(late(), looks)\n"
+        "try:\n"
+        "    distributed.settle('steps', lambda: index, lambda: None)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+        "group.leave(0)\n"
+    )
+    for result in members(2, (0, 1), body):
+        seen, _, different = result.out.partition("\n")
+        assert seen == "[0, 1, 2] [3]"
+        message = "process 1 of 2 (host1) differs from process 0: steps 1, not 0; start all"
+        assert different.startswith(message)
+
+
 def test_one_that_waits_for_long_says_for_whom():
     body = (
         "import gptjax.group\n"
