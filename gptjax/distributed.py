@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from gptjax import storage
-from gptjax.errors import UserError, require
+from gptjax.errors import ProcessLost, UserError, require
 from gptjax.group import Group
 from gptjax.roll import answer_roll, call_roll, dismiss
 from gptjax.version import __version__
@@ -61,6 +61,7 @@ def place(options: Options) -> Place | None:
     """Returns the place of this process, by the flags or the environment; None: it is alone.
 
     Raises:
+      ProcessLost: the environment names a machine of process 0 that did not come up.
       UserError: some of the flags without the others, or values that cannot be.
     """
     given = (options.coordinator_address or None, options.num_processes, options.process_id)
@@ -111,8 +112,13 @@ def _detect(timeout: int) -> Place | None:
     count = kind.get_process_count()
     if count < 2:
         return None
-    port = env.get("JAX_COORDINATOR_PORT")
-    address = env.get("JAX_COORDINATOR_ADDRESS") or kind.get_coordinator_address(timeout, port)
+    address, port = env.get("JAX_COORDINATOR_ADDRESS"), env.get("JAX_COORDINATOR_PORT")
+    try:
+        address = address or kind.get_coordinator_address(timeout, port)
+    except RuntimeError as error:  # its name is not known yet: the machine did not come up
+        raise ProcessLost(
+            f"process 0 of {count} did not come up within {timeout} s ({error})"
+        ) from error
     return Place(address, count, kind.get_process_id(), False)
 
 
