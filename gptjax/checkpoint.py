@@ -25,7 +25,7 @@ from gptjax import metrics as metrics_lib
 from gptjax.config import CheckpointConfig, ModelConfig
 from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
-from gptjax.errors import UserError, brief, require
+from gptjax.errors import Preempted, TrainingDiverged, UserError, brief, require
 from gptjax.state import TrainState
 
 _FOLDER = "checkpoints"
@@ -111,7 +111,7 @@ class Checkpoints:
         self.directory = storage.absolute(workdir) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
-        self._failure = saving.Failure()
+        self._saves = saving.Watch()
         scores = self.directory / _SCORES
         self._scores = distributed.from_main(_SCORES, lambda: _read_scores(scores))
         options = ocp.CheckpointManagerOptions(
@@ -119,11 +119,10 @@ class Checkpoints:
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             preservation_policy=self,
+            async_options=self._saves.options(),
         )
         with saving.disk_errors(self.directory):
-            self._manager = ocp.CheckpointManager(
-                self.directory, options=options, handler_registry=saving.handlers(self._failure)
-            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._agree_on_steps()
 
     def _agree_on_steps(self) -> None:
@@ -179,7 +178,7 @@ class Checkpoints:
         values["digest"] = _digest(values)
         arrays = {"step": state.step, "opt_state": state.opt_state}
         with saving.disk_errors(self.directory):
-            self._finish_save()
+            self._saves.finish(self._manager)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -306,23 +305,26 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits for the saves in the background, and raises what went wrong with them."""
         with saving.disk_errors(self.directory):
-            self._finish_save()
+            self._saves.finish(self._manager)
             # What a run that was killed between saving and deleting has left.
             for step in sorted(set(self.steps()) - self._kept(self.steps())):
                 self._manager.delete(step)
 
-    def _finish_save(self) -> None:
-        while self._manager.is_saving_in_progress():
-            self._failure.check(seconds=0.01)
-        self._failure.check()
-        self._manager.wait_until_finished()
-
     def close(self) -> None:
         """Waits, then releases the threads; after a failed save there is nothing to wait for."""
-        if not self._failure:
+        if not self._saves.failed:
             with saving.disk_errors(self.directory):
-                self._finish_save()
+                self._saves.finish(self._manager)
                 self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Closes, but where an error of this process alone ends it, whose saves no one joins."""
+        ended_together = error is None or isinstance(error, (Preempted, TrainingDiverged))
+        if ended_together or distributed.count() == 1:
+            self.close()
 
 
 def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:

@@ -320,22 +320,30 @@ def require_shared(folder: str) -> None:
     if _group is None:
         return
     path = storage.absolute(folder) / _TOKEN
-    token = gather("--workdir", secrets.token_hex(8))[0]
-    if _group.index == 0:
-        path.write_text(token)
-    barrier("--workdir")
+    token = from_main("--workdir", lambda: _write(path, secrets.token_hex(8)))
     end = time.monotonic() + _SEEN_SECONDS  # network disks show new files late
     while not (seen := _reads(path, token)) and time.monotonic() < end:
         time.sleep(0.1)
     everyone = gather("--workdir", seen)
     if _group.index == 0:
-        path.unlink()
+        path.unlink(missing_ok=True)
     for index, each in enumerate(everyone):
         require(
             each,
             f"--workdir={folder}: {_group.name(index)} does not see what process 0 wrote there; it "
             "must be a folder that all processes share",
         )
+
+
+def _write(path: epath.Path, text: str) -> str:
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space, fix its permissions, or "
+            "choose another --workdir"
+        ) from error
+    return text
 
 
 def _reads(path: epath.Path, text: str) -> bool:

@@ -62,7 +62,10 @@ class BestInMemory:
     def wait(self) -> None:
         """Does nothing: all is kept at once."""
 
-    def close(self) -> None:
+    def __enter__(self) -> "BestInMemory":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         """Does nothing."""
 
 

@@ -275,7 +275,7 @@ def _train_stage(
         checkpoints = Checkpoints(
             context.workdir, stage.name, context.experiment.checkpoint, stage.metric
         )
-    try:
+    with checkpoints:
         key = jax.random.key(context.experiment.seed)
         like = state.abstract(make, context.mesh, key)
         found = checkpoints.restore_newest(like, lambda other: _same_run(meta, other))
@@ -292,8 +292,6 @@ def _train_stage(
         del train_state
         best, params = checkpoints.restore_best_params(like.params)
         scores = checkpoints.metrics(best)
-    finally:
-        checkpoints.close()
     # A run that was stopped after its last step has nothing left to measure.
     measured = speed or old or {}
     speed = {name: measured.get(name, 0.0) for name in ("tokens_per_second", "input_wait")}

@@ -1,16 +1,16 @@
-"""Orbax's handlers, watched: a save that fails in one of several processes is known there at once.
+"""Orbax's saves in the background, watched: one that fails in one process is known there at once.
 
 Orbax itself lets the failing process wait for the others at a barrier, and the others for it at
-another, each until a time-out.
+another, each for twenty minutes.
 """
 
 import contextlib
 import errno
 import os
 import re
+import sys
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 import orbax.checkpoint as ocp
 from etils import epath
@@ -39,77 +39,34 @@ def disk_errors(path: epath.Path) -> Iterator[None]:
         raise
 
 
-class Failure:
-    """The first error of the saves in the background, if there was one."""
+class Watch:
+    """Sees a save fail, by the barrier that orbax goes to as it cleans up."""
 
     def __init__(self) -> None:
-        self._error: Exception | None = None
-        self._happened = threading.Event()
+        self._error: BaseException | None = None
+        self._failed = threading.Event()
 
-    def note(self, error: Exception) -> None:
-        """Keeps the error; called in the background."""
-        self._error = self._error or error
-        self._happened.set()
+    @property
+    def failed(self) -> bool:
+        """Whether a save has failed."""
+        return self._failed.is_set()
 
-    def check(self, seconds: float = 0.0) -> None:
-        """Waits so long for an error, and raises it."""
-        if self._happened.wait(seconds):
-            assert self._error is not None
+    def options(self) -> ocp.options.AsyncOptions:
+        """Returns orbax's options, with the watched barrier."""
+        return ocp.options.AsyncOptions(barrier_sync_fn=self._barrier)
+
+    def _barrier(self, *, key: str, timeout_ms: int) -> None:
+        error = sys.exc_info()[1]
+        if error is not None and threading.current_thread() is not threading.main_thread():
+            self._error = error
+            self._failed.set()
+            raise error
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+    def finish(self, manager: ocp.CheckpointManager) -> None:
+        """Waits for the save that is under way, and raises the error of one that failed."""
+        while manager.is_saving_in_progress() and not self._failed.wait(0.01):
+            pass
+        if self._error is not None:
             raise self._error
-
-    def __bool__(self) -> bool:
-        return self._happened.is_set()
-
-
-class _Future:
-    """A future of orbax that notes its error."""
-
-    def __init__(self, future: ocp.future.Future, failure: Failure):
-        self._future, self._failure = future, failure
-
-    def result(self, timeout: float | None = None) -> Any:
-        try:
-            return self._future.result(timeout)
-        except Exception as error:
-            self._failure.note(error)
-            raise
-
-
-class _Watched:
-    """A part of a handler: notes the errors of writing (any process) and of finishing (0)."""
-
-    failure: Failure
-
-    async def async_save(self, *args: Any, **kwargs: Any) -> list[_Future]:
-        futures = await super().async_save(*args, **kwargs)  # type: ignore[misc]
-        return [_Future(each, self.failure) for each in futures or ()]
-
-    def finalize(self, directory: Any) -> None:
-        try:
-            super().finalize(directory)  # type: ignore[misc]
-        except Exception as error:
-            self.failure.note(error)
-            raise
-
-
-class _Arrays(_Watched, ocp.StandardCheckpointHandler):
-    """Of arrays."""
-
-
-class _Json(_Watched, ocp.JsonCheckpointHandler):
-    """Of plain values."""
-
-
-def handlers(failure: Failure) -> ocp.handlers.CheckpointHandlerRegistry:
-    """Returns what saves and restores the items of a checkpoint; errors go to `failure` too."""
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    arrays = ocp.args.StandardSave, ocp.args.StandardRestore
-    plain = ocp.args.JsonSave, ocp.args.JsonRestore
-    for item, kind, arguments in (
-        ("params", _Arrays, arrays), ("optimizer", _Arrays, arrays), ("meta", _Json, plain),
-    ):  # fmt: skip
-        handler = kind()
-        handler.failure = failure
-        for each in arguments:
-            registry.add(item, each, handler)
-    return registry
+        manager.wait_until_finished()
