@@ -339,6 +339,7 @@ def _write(path: epath.Path, text: str) -> str:
     try:
         path.write_text(text)
     except OSError as error:
+        path.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space, fix its permissions, or "
             "choose another --workdir"

@@ -2,6 +2,7 @@
 
 import pathlib
 import shutil
+from concurrent import futures
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 import runs
 import small
 
-from gptjax import checkpoint, sharding
+from gptjax import checkpoint, saving, sharding
 from gptjax.checkpoint import Checkpoints, Meta, checksums
 from gptjax.config import CheckpointConfig
 from gptjax.data.tasks import TaskSpec
@@ -357,3 +358,30 @@ def test_opened_for_use_is_the_best_step_or_the_one_asked_for(saved):
         checkpoints, step, meta = checkpoint.open_for_use(str(path))
         assert (step, meta) == (expected, make_meta())
         checkpoints.close()
+
+
+class Saving:
+    """A manager whose save never ends: orbax waits at the barrier for the other processes."""
+
+    def is_saving_in_progress(self) -> bool:
+        return True
+
+
+def test_a_save_that_fails_is_seen_by_the_barrier_it_comes_to():
+    """Wherever in the background it failed; in the main thread, errors are raised as always."""
+    watch = saving.Watch()
+
+    def background():
+        try:
+            raise OSError(28, "No space left on device")
+        finally:
+            watch.options().barrier_sync_fn(key="k", timeout_ms=1)
+
+    with pytest.raises(OSError, match="No space"):
+        background()
+    assert not watch.failed
+    with futures.ThreadPoolExecutor(1) as pool:
+        assert isinstance(pool.submit(background).exception(), OSError)
+    assert watch.failed
+    with pytest.raises(OSError, match="No space"):
+        watch.finish(Saving())
