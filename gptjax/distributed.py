@@ -116,9 +116,7 @@ def _detect(timeout: int) -> Place | None:
     try:
         address = address or kind.get_coordinator_address(timeout, port)
     except RuntimeError as error:  # its name is not known yet: the machine did not come up
-        raise ProcessLost(
-            f"process 0 of {count} did not come up within {timeout} s ({error})"
-        ) from error
+        raise ProcessLost(f"process 0 of {count} was not found in {timeout} s ({error})") from error
     return Place(address, count, kind.get_process_id(), False)
 
 

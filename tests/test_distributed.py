@@ -102,7 +102,7 @@ def test_the_metadata_of_a_tpu_vm_tell(slices, expected, monkeypatch):
 def test_a_machine_of_process_0_that_never_comes_is_named(monkeypatch):
     surround(monkeypatch, GKE | {"TPU_WORKER_HOSTNAMES": "no.such.host.invalid,b"}, tpu=True)
     monkeypatch.setattr(cloud_tpu_cluster.time, "sleep", lambda seconds: None)
-    with pytest.raises(ProcessLost, match=r"process 0 of 2 did not .* no\.such\.host"):
+    with pytest.raises(ProcessLost, match=r"process 0 of 2 was not found .* no\.such\.host"):
         distributed.place(Options(initialization_timeout=1))
 
 
