@@ -197,9 +197,9 @@ def main(*arguments: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
-def start(*arguments: str, **kwargs: Any) -> subprocess.Popen:
-    """`python launch.py ARGUMENTS` in another process, with one device."""
-    command = [sys.executable, LAUNCH, *arguments]
+def start(*arguments: str, under: Sequence[str] = (), **kwargs: Any) -> subprocess.Popen:
+    """`python launch.py ARGUMENTS` in another process, with one device; `under` another command."""
+    command = [*under, sys.executable, LAUNCH, *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
 
@@ -222,7 +222,7 @@ def start_several(
       each: process -> more arguments.
       present: which of them to start; all.
       port: of process 0; a free one.
-      **kwargs: of `Popen`.
+      **kwargs: of `start`.
     """
     port = port or free_port()
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)}

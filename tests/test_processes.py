@@ -1,7 +1,6 @@
 """Runs of several processes, through `launch.py`: as one process's run, however they end."""
 
 import json
-import resource
 import shutil
 import signal
 import time
@@ -109,15 +108,13 @@ def test_another_configuration_is_named_before_anything_is_written(tmp_path):
 @pytest.mark.timeout(600)
 def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
     """One of them cannot write its part of a checkpoint, and no one waits for it."""
-
-    def limited() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
-
+    # No preexec_fn: it forks this process, where JAX's threads are.
+    limited = ("sh", "-c", 'ulimit -f 2; exec "$@"', "sh")
     workdir = tmp_path / "run"
     flags = ("--config.mesh.fsdp=2", "--config.pretrain.save_every=5")
     port = runs.free_port()
     first = start_all(2, workdir, *flags, port=port, present=(0,))
-    second = start_all(2, workdir, *flags, port=port, present=(1,), preexec_fn=limited)
+    second = start_all(2, workdir, *flags, port=port, present=(1,), under=limited)
     start = time.monotonic()
     results = [runs.finish(each) for each in first + second]
     assert [result.code for result in results] == [2, 2], results
