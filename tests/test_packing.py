@@ -162,7 +162,6 @@ def test_packing_changes_no_loss_gradient_or_prediction(kind):
     want = jax.device_get(task.measure(task.params, alone))
     logits = want["task_logits"][np.arange(count), 0]
     layouts = set()
-    # The floor: the head's bias in a multiple choice has gradient 0 but for rounding.
     for row_length in (0, 88, 104, 128):
         if Packer(task.examples.lengths, count, row_length).row_length > task.shape[1]:
             continue
@@ -171,7 +170,12 @@ def test_packing_changes_no_loss_gradient_or_prediction(kind):
         got = jax.device_get(task.measure(task.params, batch))
         assert got["loss"] == pytest.approx(want["loss"], rel=1e-6)
         small.assert_trees_close(got["sums"], want["sums"], 1e-6)
-        small.assert_trees_close(got["gradients"], want["gradients"], TOLERANCE, floor=1e-3)
+        if kind == "multiple_choice":
+            # 0 in exact arithmetic, by terms up to 1: what is left is rounding, each CPU's own.
+            for head in (got["gradients"]["task_head"], want["gradients"]["task_head"]):
+                assert np.abs(head["bias"]).max() <= np.finfo(np.float32).eps
+                head["bias"] = np.zeros_like(head["bias"])
+        small.assert_trees_close(got["gradients"], want["gradients"], TOLERANCE)
         real = index >= 0
         found = np.zeros_like(logits)
         found[index[real]] = got["task_logits"][real]
