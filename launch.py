@@ -6,6 +6,7 @@ python launch.py --config.finetune.epochs=1          one field of it changed
 python launch.py --mode=predict --checkpoint=DIR --input=FILE --output=FILE
 """
 
+import contextlib
 import logging
 import os
 import re
@@ -20,7 +21,15 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptjax import allocator, distributed
-from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError, require
+from gptjax.errors import (
+    Preempted,
+    ProcessLost,
+    TrainingDiverged,
+    UserError,
+    no_reader,
+    require,
+    tell,
+)
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 QUICKSTART = os.path.join(FOLDER, "experiments", "quickstart.py")
@@ -217,7 +226,10 @@ _MODES: dict[str, Callable[[], None]] = {
 def _error(error: object, code: int) -> int:
     """Prints one line and returns the exit code; one of several processes ends here."""
     text = " ".join(str(error).split())
-    print("error:", text, file=sys.stderr, flush=True)
+    try:
+        print("error:", text, file=sys.stderr, flush=True)
+    except OSError:
+        no_reader()
     distributed.leave(code, text)
     return code
 
@@ -309,7 +321,7 @@ def _asked_to_stop(*_: object) -> None:
     Nothing is half-written then: files are replaced whole.
     """
     text = "asked to stop; the same command starts again"
-    os.write(2, f"error: {text}\n".encode())
+    tell(f"error: {text}")
     # A thread, which may wait: the signal may have come while this one was telling them something.
     leave = threading.Thread(target=distributed.leave, args=(75, text), daemon=True)
     leave.start()
@@ -343,7 +355,8 @@ def main(argv: list[str]) -> int:
     except Exception:
         distributed.wait_for_news()  # a lost process is the reason, and says so in one line
         if distributed.count() > 1:
-            traceback.print_exc()
+            with contextlib.suppress(OSError):
+                traceback.print_exc()
             distributed.leave(1, "see its traceback")
         raise
     distributed.leave(0)

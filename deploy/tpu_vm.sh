@@ -40,7 +40,7 @@ fail() {
 # The command as it could be pasted into a shell.
 show() {
   printf '%q' "$1"
-  printf ' %q' "${@:2}"
+  [ $# -lt 2 ] || printf ' %q' "${@:2}"
   printf '\n'
 }
 
@@ -130,7 +130,7 @@ resume() { # FLAGS...
       create
       setup
       ;;
-    *) fail "$TPU_NAME is $now; wait until it is READY, or delete it first" ;;
+    *) fail "$TPU_NAME is $now; wait until it is READY (if it was stopped, start it), or delete it" ;;
   esac
   start "$@"
 }

@@ -368,6 +368,7 @@ def leave(code: int, text: str = "") -> None:
         return
     _group.leave(code, text)
     for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+        with contextlib.suppress(OSError):
+            stream.flush()
     # Not through Python's end: JAX would wait there for processes that may be gone.
     os._exit(code)

@@ -1,4 +1,11 @@
-"""The exceptions that end a run in a way that is not a bug: one line, and an exit code."""
+"""The exceptions that end a run in a way that is not a bug: one line, and an exit code.
+
+Nobody may be there to read that line: a terminal was closed, or the `tee` behind us is gone. That
+changes neither what is saved nor the exit code.
+"""
+
+import contextlib
+import os
 
 
 class UserError(Exception):
@@ -29,6 +36,24 @@ def require(condition: object, message: str) -> None:
     """Raises `UserError` with `message` unless `condition` is true."""
     if not condition:
         raise UserError(message)
+
+
+def tell(line: str) -> None:
+    """Writes a line to stderr, from any thread, and in a signal that comes amid another print."""
+    try:
+        os.write(2, f"{line}\n".encode())
+    except OSError:
+        no_reader()
+
+
+def no_reader() -> None:
+    """What is still to be printed where stderr goes is dropped, instead of failing."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError):
+        if os.path.sameopenfile(1, 2):
+            os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
 
 
 def brief(error: Exception) -> str:

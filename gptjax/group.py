@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from gptjax.errors import tell
 from gptjax.roll import LOST, Link, Message
 
 # Time to end by itself for a process that learns that another has ended.
@@ -117,7 +118,7 @@ class Group:
             start = time.monotonic()
             while not self._change.wait_for(lambda: number in self._results, _PATIENCE_SECONDS):
                 waited = time.monotonic() - start
-                self._say(f"{what}: waiting for {self._whom(number)} for {waited:.0f} s")
+                tell(f"{what}: waiting for {self._whom(number)} for {waited:.0f} s")
             found = self._results.pop(number)
         for index, (other, _) in enumerate(found):
             if other != what:
@@ -199,13 +200,8 @@ class Group:
     def _end(self, text: str, code: int) -> None:
         with self._change:  # one thread, one line
             self._ending = True
-            self._say(f"error: {text}")
+            tell(f"error: {text}")
             os._exit(code)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        # Not print: the main thread may be in the middle of one.
-        os.write(2, f"{text}\n".encode())
 
     def leave(self, code: int, text: str = "") -> None:
         """Tells the others how this process ends, and in process 0 waits for their ends."""

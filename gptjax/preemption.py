@@ -1,8 +1,9 @@
 """Being asked to stop: a signal is noted, and obeyed between two steps."""
 
-import os
 import signal
 import types
+
+from gptjax.errors import tell
 
 # A scheduler's, Ctrl-C's, and a closed terminal's.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -25,8 +26,7 @@ class StopRequest:
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
         self._requested = True
         self._restore()
-        # Not print: a signal may come in the middle of another print.
-        os.write(2, b"\nstopping after this step (once more to stop at once)\n")
+        tell("\nstopping after this step (once more to stop at once)")
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

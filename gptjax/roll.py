@@ -21,6 +21,8 @@ LOST = 1
 """Exit code of a process that ends because another was lost."""
 # For the first words of a connection.
 _HELLO_SECONDS = 10.0
+# For process 0 to say that the roll call is over.
+_ANSWER_SECONDS = 10.0
 # A stray connection may not fill the memory.
 _LONGEST = 1 << 24
 
@@ -200,8 +202,8 @@ def answer_roll(
                     f"within {timeout:g} s ({error.strerror or error})"
                 ) from error
             time.sleep(min(0.2, timeout / 10))
-    # Process 0 decides when it is too late, and says who is missing.
-    link = Link(connection, max(0.1, end - time.monotonic()) + 10)
+    # Process 0, which may have come up last, decides when it is too late, and says who is missing.
+    link = Link(connection, timeout + _ANSWER_SECONDS)
     link.send({"process_id": index, "num_processes": count, "facts": facts})
     answer = link.read()
     if answer is None:

@@ -200,8 +200,8 @@ def main(*arguments: str) -> Result:
 def start(*arguments: str, under: Sequence[str] = (), **kwargs: Any) -> subprocess.Popen:
     """`python launch.py ARGUMENTS` in another process, with one device; `under` another command."""
     command = [*under, sys.executable, LAUNCH, *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, **kwargs)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, text=True, **(pipes | kwargs))
 
 
 def start_several(

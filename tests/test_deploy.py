@@ -114,6 +114,8 @@ def test_a_new_slice_is_made_set_up_and_started_in_this_order():
     verbs = [command[4] for command in dry_run("resume", *RUN)]
     assert verbs == ["describe", "delete", "create", "scp", "ssh", "ssh"]
     assert [command[4] for command in dry_run("run", *RUN)] == ["ssh"]
+    (one_flag,) = dry_run("run", "--workdir=gs://b/r")
+    assert "launch.py --workdir=gs://b/r >>run.log" in inner(one_flag)
     (create,) = dry_run("create", SPOT="1")
     assert "--spot" in create
     assert "--spot" not in dry_run("create")[0]
@@ -217,11 +219,22 @@ def test_resume_replaces_a_slice_that_was_taken(tmp_path, state, code, before):
     cloud.run("stop")
 
 
+WAIT = "wait until it is READY (if it was stopped, start it), or delete it"
+
+
 @pytest.mark.parametrize(
     ("state", "code", "message"),
     [
-        ("CREATING", 0, "gptjax is CREATING; wait until it is READY, or delete it first"),
-        ("REPAIRING", 0, "gptjax is REPAIRING; wait until it is READY, or delete it first"),
+        (
+            "CREATING",
+            0,
+            f"gptjax is CREATING; {WAIT}",
+        ),
+        (
+            "REPAIRING",
+            0,
+            f"gptjax is REPAIRING; {WAIT}",
+        ),
         (f"{MISSING} login", 1, f"gcloud does not say how gptjax is: {MISSING} login"),
     ],
 )

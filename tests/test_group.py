@@ -79,6 +79,15 @@ def test_a_process_0_that_ends_is_named():
     assert result.out.startswith("process 0 of 3 at --coordinator_address=localhost:")
 
 
+def test_process_0_may_come_up_last_and_wait_for_others():
+    """Then those that were early wait as long as it does."""
+    before = (
+        "import gptjax.roll\ngptjax.roll._ANSWER_SECONDS = 0.5\ntime.sleep((7, 0, 11)[index])\n"
+    )
+    for result in members(3, (0, 1, 2), "print(hosts); group.leave(0)", wait=9.0, before=before):
+        assert (result.code, result.out) == (0, "['host0', 'host1', 'host2']\n"), result
+
+
 def test_one_that_is_started_again_takes_its_place():
     """Its first life ended while the roll was called."""
     before = (
@@ -228,6 +237,20 @@ def test_a_killed_process_is_named_by_the_others(lost):
         assert result.code == LOST
         assert result.err.startswith(f"error: process {lost} of 3 (host{lost}) was lost: ")
         assert result.err.count("\n") == 1
+
+
+def test_one_whose_output_nobody_reads_ends_too():
+    """As after the end of a `tee`, or of the connection to a terminal."""
+    body = (
+        "if index == 0:\n"
+        "    unread, end = os.pipe()\n"
+        "    os.dup2(end, 2); os.close(unread)\n"
+        "group.gather('up', 0)\n"
+        "if index == 1: os.kill(os.getpid(), 9)\n"
+        "time.sleep(60); os._exit(9)\n"
+    )
+    results = members(2, (0, 1), body)
+    assert [result.code for result in results] == [LOST, -signal.SIGKILL]
 
 
 def test_a_process_that_hangs_is_lost_too():

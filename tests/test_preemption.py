@@ -1,7 +1,11 @@
 """A stop is noted, obeyed between two steps, and costs nothing but time."""
 
+import os
 import pathlib
+import pty
 import re
+import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +144,31 @@ def test_a_signal_while_modules_load(tmp_path):
     if allocator._on_offer():  # the launcher has seen to it by then
         assert any(each.startswith(b"GLIBC_TUNABLES=") for each in variables)
     assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid of util-linux")
+@pytest.mark.parametrize("output", ["terminal", "pipe"])
+def test_output_that_nobody_reads_any_more_changes_nothing(tmp_path, output):
+    """The terminal was closed, or Ctrl-C has also ended the `tee` behind the pipe."""
+    ours, theirs = pty.openpty() if output == "terminal" else os.pipe()
+    under = ("setsid", "--ctty") if output == "terminal" else ()
+    flags = [each for each in command(tmp_path) if not each.startswith("--config.pretrain.steps=")]
+    process = runs.start(
+        *flags, "--config.pretrain.steps=1000000", "--config.pretrain.eval_every=400000",
+        under=under, stdin=theirs if under else None, stdout=theirs, stderr=theirs,
+    )  # fmt: skip
+    os.close(theirs)
+    log = tmp_path / "metrics.jsonl"
+    while not (log.exists() and log.stat().st_size):
+        assert process.poll() is None
+        if select.select([ours], [], [], 0.1)[0]:
+            os.read(ours, 1 << 16)
+    os.close(ours)  # a terminal's end also sends SIGHUP
+    if not under:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 75
+    (step,) = runs.steps(str(tmp_path), "pretrain")
+    assert step > 0
 
 
 def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
