@@ -111,7 +111,7 @@ class Checkpoints:
         self.directory = storage.absolute(workdir) / _FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
-        self._saves = saving.Watch()
+        self._saves, self._reader = saving.Watch(), saving.reader()
         scores = self.directory / _SCORES
         self._scores = distributed.from_main(_SCORES, lambda: _read_scores(scores))
         options = ocp.CheckpointManagerOptions(
@@ -192,8 +192,8 @@ class Checkpoints:
     def _read(self, step: int, **items: Any) -> Any:
         """Reads items of a checkpoint; what one process cannot read fails in all of them."""
         args = ocp.args.Composite(**items)
-        what = f"reading {self.directory / str(step)}"
-        return distributed.attempt(what, lambda: self._manager.restore(step, args=args))
+        path = self.directory / str(step)
+        return distributed.attempt(f"reading {path}", lambda: self._reader.restore(path, args=args))
 
     def meta(self, step: int) -> tuple[Meta, dict[str, int]]:
         """Returns what lies beside the weights of a step, and the checksums of its arrays.

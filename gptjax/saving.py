@@ -1,4 +1,4 @@
-"""Orbax's saves in the background, watched: one that fails in one process is known there at once.
+"""Orbax's saves in the background and its reads, where one process may fail by itself.
 
 Orbax itself lets the failing process wait for the others at a barrier, and the others for it at
 another, each for twenty minutes.
@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Iterator
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -37,6 +38,13 @@ def disk_errors(path: epath.Path) -> Iterator[None]:
             reason = f"{os.strerror(code)}; {brief(error)}"
             raise UserError(f"{path}: cannot write there ({reason})") from error
         raise
+
+
+def reader() -> ocp.Checkpointer:
+    """Returns what reads checkpoints without a barrier; whoever reads together has to compare."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
 
 class Watch:

@@ -127,6 +127,32 @@ def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("how", ["flipped", "missing"])
+def test_damage_that_one_process_alone_reads(how, tmp_path):
+    """A shard of the newest checkpoint: all go on from the one before."""
+    workdir = tmp_path / "run"
+    files = runs.files()
+    command = (
+        *runs.TINY, *files.pretrain, "--config.finetune=none", "--config.mesh.fsdp=2",
+        f"--workdir={workdir}",
+    )  # fmt: skip
+    assert [runs.finish(each).code for each in runs.start_several(2, *command)] == [0, 0]
+    want = losses(workdir)
+    for path in (workdir / "checkpoints/pretrain/20/params/ocdbt.process_1/d").iterdir():
+        if how == "missing":
+            path.unlink()
+        else:
+            path.write_bytes(bytes(byte ^ 255 for byte in path.read_bytes()))
+    results = [runs.finish(each, 120) for each in runs.start_several(2, *command)]
+    assert [result.code for result in results] == [0, 0], results
+    assert "pretrain: continuing at step 10 of 20" in results[0].out
+    assert "checkpoints/pretrain/20 is damaged (" in results[0].err
+    assert losses(workdir) == want
+    assert (workdir / "checkpoints/damaged/pretrain-20").is_dir()
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_workdirs_of_their_own_are_refused(alone, tmp_path):
     """Also where each holds a run of this very experiment."""
