@@ -20,7 +20,8 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
-from gptjax import allocator, distributed
+from gptjax.cli import malloc as allocator
+from gptjax.cluster import processes as distributed
 from gptjax.errors import (
     Preempted,
     ProcessLost,
@@ -131,20 +132,20 @@ def _workdir() -> str:
 
 
 def _train() -> None:
-    from gptjax import loop
+    from gptjax.train import run as loop
 
     loop.run(CONFIG.value, _workdir(), config_flags.get_override_values(FLAGS["config"]))
 
 
 def _ablate() -> None:
-    from gptjax import ablate
+    from gptjax.ablation import run as ablate
 
     given = config_flags.get_override_values(FLAGS["config"])
     ablate.run(CONFIG.value, _workdir(), SEEDS.value, given)
 
 
 def _evaluate() -> None:
-    from gptjax import modes
+    from gptjax.cli import modes
 
     if PROBES.value:
         # Without --config the flag holds the quickstart, which says nothing of this checkpoint.
@@ -155,14 +156,14 @@ def _evaluate() -> None:
 
 
 def _predict() -> None:
-    from gptjax import modes
+    from gptjax.cli import modes
 
     split = SPLIT.value if FLAGS["split"].present else ""
     modes.predict(CHECKPOINT.value, INPUT.value, OUTPUT.value, split, GLUE.value)
 
 
 def _generate() -> None:
-    from gptjax import modes
+    from gptjax.cli import modes
 
     modes.generate(
         CHECKPOINT.value, PROMPT.value, MAX_NEW_TOKENS.value, TEMPERATURE.value,
@@ -171,13 +172,13 @@ def _generate() -> None:
 
 
 def _tokenizer() -> None:
-    from gptjax import modes
+    from gptjax.cli import modes
 
     modes.train_tokenizer(CONFIG.value.tokenizer, INPUT.value, OUTPUT.value)
 
 
 def _import() -> None:
-    from gptjax import pretrained
+    from gptjax.interop import convert as pretrained
 
     # The experiment has nothing to say here, a flag has.
     words = config_flags.get_override_values(FLAGS["config"]).get("tokenizer.words", "exact")
@@ -185,13 +186,14 @@ def _import() -> None:
 
 
 def _export() -> None:
-    from gptjax import pretrained
+    from gptjax.interop import convert as pretrained
 
     pretrained.export_weights(INPUT.value, OUTPUT.value, FORMAT.value)
 
 
 def _compile() -> None:
-    from gptjax import aot, sweep
+    from gptjax.cost import compile as aot
+    from gptjax.cost import sweep
 
     if SWEEP.value:
         stage, limit = STAGE.value, SWEEP_LIMIT.value
@@ -201,7 +203,7 @@ def _compile() -> None:
 
 
 def _bench() -> None:
-    from gptjax import bench
+    from gptjax.cost import bench
 
     request = bench.Request(
         BENCH.value, STAGE.value, STEPS.value, MAX_NEW_TOKENS.value, NUM_SAMPLES.value
@@ -245,7 +247,7 @@ def _join() -> None:
 
 def _check_config_flags(argv: list[str]) -> None:
     """Names a missing experiment file, and the nearest field for one that does not exist."""
-    from gptjax import config
+    from gptjax.config import schema as config
 
     fields = list(config.field_names(config.Experiment))
     for argument in argv:

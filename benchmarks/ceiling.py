@@ -6,7 +6,7 @@ from typing import Any
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Returns the operations per second of the best product of an implementation and dtype."""
     if spec["implementation"] == "jax":
-        from gptjax import flops
+        from gptjax.model import flops
 
         return {"flops": flops.matmul_ceiling(spec["dtype"])}
     from benchmarks import with_torch

@@ -93,9 +93,11 @@ def _compile_seconds(seconds: list[float], shapes: list[Any]) -> float:
 def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], list[float]]:
     """Returns marks (started, data ready, model ready), seconds, shapes and losses of the steps."""
     from benchmarks import with_gptjax
-    from gptjax import sharding, stages
-    from gptjax.config import MeshConfig, TokenizerConfig
-    from gptjax.data import splits, tokenizer
+    from gptjax import mesh as sharding
+    from gptjax.config.schema import MeshConfig, TokenizerConfig
+    from gptjax.data import splits
+    from gptjax.data.tokens import tokenizer
+    from gptjax.train import stages
 
     marks = [time.time()]
     config = rows.finetune_config(spec)

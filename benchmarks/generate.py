@@ -18,7 +18,7 @@ from absl import flags
 
 from benchmarks import harness, sizes, summary
 from benchmarks.harness import FLAGS
-from gptjax.config import split_names
+from gptjax.config.schema import split_names
 from gptjax.errors import require
 
 flags.DEFINE_string("batch", "1,16", "Comma-separated: texts at a time.", flag_values=FLAGS)

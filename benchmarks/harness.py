@@ -20,7 +20,7 @@ from typing import Any
 from absl import flags
 
 from benchmarks.sizes import SIZES
-from gptjax.config import nearest, split_names
+from gptjax.config.schema import nearest, split_names
 from gptjax.errors import UserError, require
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")

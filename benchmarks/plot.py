@@ -5,7 +5,7 @@ import pathlib
 import textwrap
 from typing import Any
 
-from gptjax import telemetry
+from gptjax.train import log as telemetry
 
 _COLOURS = {
     "ours": "#0b6e4f", "pytorch": "#c8553d", "transformers": "#e0a030", "flax": "#4a6fa5",

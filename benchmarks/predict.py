@@ -50,10 +50,13 @@ def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
     import jax
     import numpy as np
 
-    from gptjax import huggingface, pretrained, stages, weights
-    from gptjax import model as model_lib
-    from gptjax.data import tokenizer as tokenizer_lib
     from gptjax.data.tasks import TaskSpec
+    from gptjax.data.tokens import tokenizer as tokenizer_lib
+    from gptjax.interop import arrays as weights
+    from gptjax.interop import convert as pretrained
+    from gptjax.interop import huggingface
+    from gptjax.model import gpt as model_lib
+    from gptjax.train import stages
 
     config = sizes.model_config(sizes.Size(**spec["model"]), "float32")
     task = TaskSpec("classification", "text", labels=("0", "1"))
@@ -78,7 +81,7 @@ def classifier(spec: dict[str, Any]) -> Any:
         from benchmarks import with_transformers
 
         return with_transformers.classifier(folder, spec["dtype"], spec["batch"])
-    from gptjax import api
+    from gptjax.infer import predictor as api
 
     loaded = api.load(folder)
     gpt = dataclasses.replace(

@@ -8,11 +8,11 @@ import numpy as np
 from absl import flags
 
 from benchmarks.harness import FLAGS
-from gptjax.config import FinetuneConfig
+from gptjax.config.schema import FinetuneConfig
 from gptjax.data import splits
-from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import as_text
-from gptjax.data.tokenizer import SPECIALS, Tokenizer
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
 from gptjax.errors import require
 
 flags.DEFINE_string("text", "text", "Column of the file with the text.", flag_values=FLAGS)

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from gptjax.config import ModelConfig, OptimizerConfig, nearest
+from gptjax.config.schema import ModelConfig, OptimizerConfig, nearest
 from gptjax.errors import require
 
 LEARNING_RATE = 2.5e-4

@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import harness, plot
 from benchmarks.harness import FLAGS, Result, Variant
-from gptjax import telemetry
+from gptjax.train import log as telemetry
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 _GIB = 2**30
@@ -268,7 +268,7 @@ def _notes(document: dict[str, Any]) -> list[str]:
     if document["flops_per_unit"]:
         notes.append(
             f"- {document['flops_per_unit'] / 1e9:.3g} GFLOP a {document['unit']}, by "
-            "gptjax.flops.train_flops_per_token (matrix products alone)."
+            "gptjax.model.flops.train_flops_per_token (matrix products alone)."
         )
     used = {name.rpartition("/")[2] for name in (row["name"] for row in document["rows"])}
     notes += [

@@ -82,7 +82,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Measures all variants and writes the results."""
-    from gptjax import flops
+    from gptjax.model import flops
 
     size = sizes.find(FLAGS.size)
     require(FLAGS.steps > 0, f"--steps={FLAGS.steps}: must be greater than 0")

@@ -1,4 +1,4 @@
-"""Ours, as `gptjax/trainer.py` and `gptjax/api.py` run it."""
+"""Ours, as `gptjax/train/loop.py` and `gptjax/infer/predictor.py` run it."""
 
 from typing import Any
 
@@ -7,14 +7,18 @@ import numpy as np
 
 from benchmarks import sizes
 from benchmarks.sizes import Size
-from gptjax import generate as generate_lib
-from gptjax import model as model_lib
-from gptjax import optim, sharding, stages, state, steps
-from gptjax.config import MeshConfig, ModelConfig
+from gptjax import mesh as sharding
+from gptjax import state
+from gptjax.config.schema import MeshConfig, ModelConfig
 from gptjax.data import loader
-from gptjax.decoding import Decoder
-from gptjax.generate import Sampling
-from gptjax.steps import Objective, StepOutput
+from gptjax.infer import generate as generate_lib
+from gptjax.infer.decoder import Decoder
+from gptjax.infer.generate import Sampling
+from gptjax.model import gpt as model_lib
+from gptjax.train import optimizer as optim
+from gptjax.train import stages
+from gptjax.train import step as steps
+from gptjax.train.step import Objective, StepOutput
 
 # Any number above the steps that are run: the schedule is constant.
 _STEPS = 1_000_000

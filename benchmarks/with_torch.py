@@ -93,7 +93,7 @@ class FastGPT(nn.Module):
         )
 
     def load_ours(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes over our weights, as `gptjax.weights.split_layers` returns them."""
+        """Takes over our weights, as `gptjax.interop.arrays.split_layers` returns them."""
         names = {
             "attention/qkv": "qkv", "attention/out": "out", "ffn_in": "ffn_in",
             "ffn_out": "ffn_out", "norm1": "norm1", "norm2": "norm2",

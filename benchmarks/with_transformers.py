@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from benchmarks.sizes import DROPOUT, EPSILON, INIT_STD, LM_WEIGHT, Size
 from benchmarks.with_torch import IGNORED, FastGPT, Training
-from gptjax.data.tokenizer import DELIMITER, EXTRACT, PADDING, START, UNKNOWN
+from gptjax.data.tokens.tokenizer import DELIMITER, EXTRACT, PADDING, START, UNKNOWN
 
 Tensor = torch.Tensor
 
@@ -201,7 +201,7 @@ def classifier(folder: str, dtype: str, batch_size: int) -> Callable[[list[str]]
     """Returns texts -> labels by the text-classification pipeline.
 
     Args:
-      folder: what `gptjax.huggingface.write` wrote.
+      folder: what `gptjax.interop.huggingface.write` wrote.
       dtype: float32 or bfloat16.
       batch_size: texts that are padded to one length and run together.
     """

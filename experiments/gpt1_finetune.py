@@ -5,12 +5,11 @@
 
 lr 6.25e-5, batch 32, 3 epochs, linear decay with warm-up over 0.2% of training, lambda 0.5,
 classifier dropout 0.1 (Radford et al. 2018, section 4.1). The sizes and the tokenizer are those
-of `init_from`. Other recipes of gptjax/recipes.py by name: `gpt1_finetune.py:original`, `:modern`;
-`--config.finetune.dataset=nyu-mll/glue:mrpc` reads from the hub instead of a file.
+of `init_from`. Other recipes of gptjax/config/recipes.py by name: `gpt1_finetune.py:original`,
+`:modern`; `--config.finetune.dataset=nyu-mll/glue:mrpc` reads from the hub instead of a file.
 """
 
-from gptjax import recipes
-from gptjax.config import Experiment, FinetuneConfig, ModelConfig
+from gptjax.config import Experiment, FinetuneConfig, ModelConfig, recipes
 
 
 def get_config(recipe: str = "paper") -> Experiment:

@@ -6,7 +6,7 @@
 Batch 64 x 512, Adam 2.5e-4 with 2,000 steps of warm-up and cosine to 0, dropout 0.1, decay 0.01
 (Radford et al. 2018, section 4.1), which reports a perplexity of 18.4 on BooksCorpus. Not stated
 there, and taken from the authors' fine-tuning code: beta2 0.999, epsilon 1e-8, clipping at norm 1.
-`gpt1_pretrain.py:modern` takes the recipe of that name (gptjax/recipes.py).
+`gpt1_pretrain.py:modern` takes the recipe of that name (gptjax/config/recipes.py).
 
 The corpus is not public as a file, and this project has not run the full training: it has no
 accelerator to do so. With GPT-1's own vocabulary, add
@@ -14,8 +14,14 @@ accelerator to do so. With GPT-1's own vocabulary, add
 --config.tokenizer.merges_file=vocab_40000.bpe`; without, a BPE of the same size is trained.
 """
 
-from gptjax import recipes
-from gptjax.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig, TokenizerConfig
+from gptjax.config import (
+    Experiment,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TokenizerConfig,
+    recipes,
+)
 
 
 def get_config(recipe: str = "paper") -> Experiment:

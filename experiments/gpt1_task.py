@@ -3,10 +3,9 @@
     python launch.py --config=experiments/gpt1_task.py:rte --config.init_from=runs/gpt1
 
 mnli, snli, scitail, qnli, rte, story_cloze, race, cola, sst2, mrpc, stsb or qqp; their data sets
-and columns stand in gptjax/data/paper_tasks.py. `gpt1_task.py:rte,original` takes another recipe of
-gptjax/recipes.py: original is what the authors' code does, modern what one would do today. The data
-comes from the Hugging Face hub, or from
-files with the same columns:
+and columns stand in gptjax/config/paper_tasks.py. `gpt1_task.py:rte,original` takes another recipe
+of gptjax/config/recipes.py: original is what the authors' code does, modern what one would do
+today. The data comes from the Hugging Face hub, or from files with the same columns:
 
     python launch.py --config=experiments/gpt1_task.py:rte --config.init_from=runs/gpt1 \
         --config.finetune.dataset= --config.finetune.train_file=train.tsv \
@@ -17,9 +16,7 @@ classifier dropout 0.1 (Radford et al. 2018, section 4.1). Not run here: no acce
 cannot be reached; the tests take a step of each task from small files of its columns.
 """
 
-from gptjax import recipes
-from gptjax.config import Experiment, ModelConfig
-from gptjax.data import paper_tasks
+from gptjax.config import Experiment, ModelConfig, paper_tasks, recipes
 
 
 def get_config(task_and_recipe: str = "sst2") -> Experiment:

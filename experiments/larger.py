@@ -23,8 +23,8 @@ from gptjax.config import (
     OptimizerConfig,
     PretrainConfig,
     TokenizerConfig,
-    nearest,
 )
+from gptjax.config.schema import nearest
 from gptjax.errors import require
 
 

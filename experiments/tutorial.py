@@ -7,8 +7,7 @@
 Its losses and its head are tested against float64; what it reaches on MRPC was not measured.
 """
 
-from gptjax import recipes
-from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig
+from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig, recipes
 
 
 def get_config() -> Experiment:

@@ -7,16 +7,15 @@
 import os
 from typing import TYPE_CHECKING, Any
 
-from gptjax.version import __version__
-
 if TYPE_CHECKING:
-    from gptjax.api import LoadedGPT
+    from gptjax.infer.predictor import LoadedGPT
 
 __all__ = ["__version__", "load"]
+__version__ = "0.1.0"
 
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> "LoadedGPT":
-    """Loads a checkpoint (see `gptjax.api.load`); JAX is imported only now."""
-    from gptjax import api
+    """Loads a checkpoint (see `gptjax.infer.predictor.load`); JAX is imported only now."""
+    from gptjax.infer import predictor as api
 
     return api.load(path, **kwargs)

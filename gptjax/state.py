@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gptjax import sharding
+from gptjax import mesh as sharding
 
 Params = dict[str, Any]
 

@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from gptjax.data import tokenizer
+from gptjax.data.tokens import tokenizer
 
 # The first pattern that a differing piece of text meets says its kind.
 KINDS = (

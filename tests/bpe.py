@@ -7,8 +7,8 @@ import json
 import pytest
 import test_text
 
-from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.tokenizer import UNKNOWN, Tokenizer
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.data.tokens.tokenizer import UNKNOWN, Tokenizer
 from gptjax.errors import UserError
 
 TEXTS = [

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import small
 
-from gptjax import huggingface, weights
-from gptjax.weights import Arrays, Weights
+from gptjax.interop import arrays as weights
+from gptjax.interop import huggingface
+from gptjax.interop.arrays import Arrays, Weights
 
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "double_heads.npz"
 LM_WEIGHT = 0.5

@@ -12,14 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import attention, sharding, stages, steps
-from gptjax import model as model_lib
+from gptjax import mesh as sharding
 from gptjax.batch import Batch
-from gptjax.config import MeshConfig, ModelConfig
-from gptjax.data import tasks, tokenizer
+from gptjax.config.schema import MeshConfig, ModelConfig
+from gptjax.data import tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples, TaskSpec
-from gptjax.model import GPT
+from gptjax.data.tokens import tokenizer
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.ops import attention
+from gptjax.train import stages
+from gptjax.train import step as steps
 
 WORDS = "the cat sat on a mat while some dogs ran far away from home and then came back again"
 

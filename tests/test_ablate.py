@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import runs
 
-from gptjax import ablate, ablation_report
-from gptjax.config import FinetuneConfig
-from gptjax.data import paper_tasks
+from gptjax.ablation import report as ablation_report
+from gptjax.ablation import run as ablate
+from gptjax.config import paper_tasks
+from gptjax.config.schema import FinetuneConfig
 from gptjax.errors import UserError
 
 EXPERIMENT = pathlib.Path(__file__).parent / "two_tasks.py"

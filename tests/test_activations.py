@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import activations, validation
+from gptjax.config import validation
+from gptjax.ops import activations
 from tests import reference
 
 X = np.concatenate([np.linspace(-30, 30, 4001), [0.0, -1e4, 1e4, 1e-20]]).astype(np.float32)

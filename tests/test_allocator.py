@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gptjax import allocator
+from gptjax.cli import malloc as allocator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Prints what a program that asks for huge pages sees, and the page faults of 256 MiB.

@@ -9,8 +9,11 @@ import pytest
 import runs
 import small
 
-from gptjax import aot, flops, hlo, plan
-from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig
+from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig
+from gptjax.cost import compile as aot
+from gptjax.cost import step_spec as plan
+from gptjax.cost.hlo import parse as hlo
+from gptjax.model import flops
 
 LAYERS, WIDTH, LENGTH, VOCABULARY, ROWS = 3, 16, 16, 96, 8
 FLAGS = (

@@ -10,7 +10,7 @@ import pytest
 import runs
 
 import gptjax
-from gptjax.config import MeshConfig, ModelConfig
+from gptjax.config.schema import MeshConfig, ModelConfig
 from gptjax.errors import UserError
 
 

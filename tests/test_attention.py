@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import attention, attention_cpu, dropout, sharding
-from gptjax.config import MeshConfig
+from gptjax import mesh as sharding
+from gptjax.config.schema import MeshConfig
 from gptjax.errors import UserError
+from gptjax.ops import attention, dropout
+from gptjax.ops.attention import blocked as attention_cpu
 
 
 def by_hand(q, k, v, visible):

@@ -15,8 +15,11 @@ import small
 from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import aot, attention, attention_tpu, dropout, sharding
-from gptjax.config import MeshConfig
+from gptjax import mesh as sharding
+from gptjax.config.schema import MeshConfig
+from gptjax.cost import compile as aot
+from gptjax.ops import attention, dropout
+from gptjax.ops.attention import flash as attention_tpu
 
 WORDS = np.array([0x9ABCDEF1, 0x80000003], np.uint32)
 # Rounding alone, of the largest value: both sum in float32 (2^-24 = 6e-8 each rounding), up to 160

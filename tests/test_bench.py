@@ -10,9 +10,11 @@ import pytest
 import runs
 import small
 
-from gptjax import bench, flops, plan
-from gptjax.config import Experiment, FinetuneConfig, MeshConfig, ModelConfig
+from gptjax.config.schema import Experiment, FinetuneConfig, MeshConfig, ModelConfig
+from gptjax.cost import bench
+from gptjax.cost import step_spec as plan
 from gptjax.errors import UserError
+from gptjax.model import flops
 
 LENGTH, VOCABULARY, ROWS = 16, 96, 8
 FLAGS = ("--mode=bench", "--steps=3", *runs.TINY, f"--config.pretrain.batch_size={ROWS}")
@@ -29,7 +31,7 @@ def report(*more: str) -> dict:
 
 
 def check_speed(found: dict, tokens: int) -> None:
-    """The figures of train steps follow from the median step, the batch and `gptjax.flops`."""
+    """The figures of train steps follow from the median step, the batch and `model.flops`."""
     seconds = found["step_ms_median"] / 1e3
     assert 0 < found["step_ms_median"] <= found["step_ms_p90"]
     assert found["batch"]["tokens"] == tokens

@@ -18,10 +18,13 @@ import pytest
 import small
 
 from benchmarks import harness, rows, sizes, summary
-from gptjax import huggingface, stages, steps, weights
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import TaskSpec
+from gptjax.interop import arrays as weights
+from gptjax.interop import huggingface
+from gptjax.train import stages
+from gptjax.train import step as steps
 
 # Peers of another library train beside ours: minutes in all.
 pytestmark = pytest.mark.slow

@@ -10,9 +10,10 @@ import pytest
 import small
 import test_text
 
-from gptjax.data import sources, streams
-from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.tokenizer import SPECIALS, UNKNOWN, Tokenizer
+from gptjax.data.tables import text_files as sources
+from gptjax.data.tokens import store as streams
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def test_training_is_the_same_in_every_process():
     """Where symbols and merges tie too, and where the alphabet is cut off among ties."""
     code = (
         "import hashlib, random\n"
-        "from gptjax.data import tokenizer\n"
+        "from gptjax.data.tokens import tokenizer\n"
         "r = random.Random(0)\n"
         "words = [''.join(map(chr, r.choices(range(97, 400), k=5))) for _ in range(400)]\n"
         "for size in (60, 700): print(tokenizer.train_bpe([' '.join(words)], size).hash)\n"

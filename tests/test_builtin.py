@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from gptjax.data import docstrings
-from gptjax.data.builtin import SPLITS, TASKS, builtin_task, builtin_text
-from gptjax.data.docstrings import read_entries
-from gptjax.data.sources import fingerprint
+from gptjax.data.builtin import corpus as docstrings
+from gptjax.data.builtin.corpus import read_entries
+from gptjax.data.builtin.tasks import SPLITS, TASKS, builtin_task, builtin_text
+from gptjax.data.tables.text_files import fingerprint
 from gptjax.errors import UserError
 
 
@@ -181,7 +181,8 @@ def test_words_in_common_tell_more_than_chance_but_not_all():
 
 def test_the_same_in_another_process_and_without_a_cache(cache, tmp_path):
     code = (
-        "from gptjax.data.builtin import *; from gptjax.data.sources import fingerprint as f;"
+        "from gptjax.data.builtin.tasks import *;"
+        "from gptjax.data.tables.text_files import fingerprint as f;"
         "print(*[f(builtin_task(t, 'test')) for t in TASKS], f(builtin_text('test')))"
     )
     unwritable = tmp_path / "file"

@@ -11,9 +11,11 @@ import pytest
 import runs
 import small
 
-from gptjax import checkpoint, saving, sharding
-from gptjax.checkpoint import Checkpoints, Meta, checksums
-from gptjax.config import CheckpointConfig
+from gptjax import mesh as sharding
+from gptjax.checkpoint import background as saving
+from gptjax.checkpoint import store as checkpoint
+from gptjax.checkpoint.store import Checkpoints, Meta, checksums
+from gptjax.config.schema import CheckpointConfig
 from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError
 from gptjax.state import TrainState

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gptjax.data import columns
+from gptjax.data.tables import expressions as columns
 from gptjax.errors import UserError
 
 ROWS = {

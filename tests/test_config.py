@@ -11,10 +11,9 @@ import typing
 import jax
 import pytest
 
-from gptjax import config as config_lib
-from gptjax import model as model_lib
-from gptjax import validation
-from gptjax.config import (
+from gptjax.config import schema as config_lib
+from gptjax.config import validation
+from gptjax.config.schema import (
     AblationConfig,
     CheckpointConfig,
     Experiment,
@@ -27,7 +26,8 @@ from gptjax.config import (
     TokenizerConfig,
 )
 from gptjax.errors import UserError
-from gptjax.model import GPT
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
 
 EXPERIMENTS = sorted((pathlib.Path(__file__).parents[1] / "experiments").glob("*.py"))
 

@@ -8,10 +8,10 @@ import runs
 import small
 from jax._src.clusters import cloud_tpu_cluster
 
-from gptjax import distributed
+from gptjax.cluster import processes as distributed
+from gptjax.cluster.processes import Options
 from gptjax.data import loader
 from gptjax.data.packing import Packer
-from gptjax.distributed import Options
 from gptjax.errors import ProcessLost, UserError
 
 

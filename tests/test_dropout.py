@@ -11,7 +11,7 @@ import small
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import dropout
+from gptjax.ops import dropout
 
 SHAPES = [(100_003,), (64, 768), (4, 3, 65, 65), (2, 128, 1, 96)]
 

@@ -9,11 +9,14 @@ import pytest
 import small
 from sklearn import metrics as sk
 
-from gptjax import evaluate, metrics, stages, steps
-from gptjax import model as model_lib
 from gptjax.data.packing import Packer
-from gptjax.model import GPT
-from gptjax.steps import Objective
+from gptjax.evaluate import metrics
+from gptjax.evaluate import score as evaluate
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.train import stages
+from gptjax.train import step as steps
+from gptjax.train.step import Objective
 
 WINDOW, ROWS = 16, 8
 

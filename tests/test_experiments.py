@@ -7,9 +7,11 @@ import jax
 import pytest
 import runs
 
-from gptjax import config, loop, validation
-from gptjax import model as model_lib
+from gptjax.config import schema as config
+from gptjax.config import validation
 from gptjax.errors import UserError
+from gptjax.model import gpt as model_lib
+from gptjax.train import run as loop
 
 FOLDER = pathlib.Path(runs.LAUNCH).parent / "experiments"
 # What a user must add, besides files that exist.

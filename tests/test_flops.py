@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import flops, losses
-from gptjax import model as model_lib
-from gptjax.config import ModelConfig
+from gptjax.config.schema import ModelConfig
 from gptjax.data import loader
-from gptjax.model import GPT
+from gptjax.model import flops, losses
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
 
 
 def test_tiny_model_by_hand():

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import generate
-from gptjax import model as model_lib
-from gptjax.decoding import Decoder
 from gptjax.errors import UserError
-from gptjax.generate import Sampling
-from gptjax.model import GPT
+from gptjax.infer import generate
+from gptjax.infer.decoder import Decoder
+from gptjax.infer.generate import Sampling
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
 
 CONTEXT = 20
 

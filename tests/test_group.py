@@ -10,7 +10,7 @@ import time
 import pytest
 import runs
 
-from gptjax import roll
+from gptjax.cluster import rendezvous as roll
 from gptjax.errors import UserError
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -82,7 +82,8 @@ def test_a_process_0_that_ends_is_named():
 def test_process_0_may_come_up_last_and_wait_for_others():
     """Then those that were early wait as long as it does."""
     before = (
-        "import gptjax.roll\ngptjax.roll._ANSWER_SECONDS = 0.5\ntime.sleep((7, 0, 11)[index])\n"
+        "from gptjax.cluster import rendezvous\nrendezvous._ANSWER_SECONDS = 0.5\n"
+        "time.sleep((7, 0, 11)[index])\n"
     )
     for result in members(3, (0, 1, 2), "print(hosts); group.leave(0)", wait=9.0, before=before):
         assert (result.code, result.out) == (0, "['host0', 'host1', 'host2']\n"), result
@@ -195,8 +196,8 @@ def test_what_one_sees_late_is_waited_for():
 
 def test_one_that_waits_for_long_says_for_whom():
     body = (
-        "import gptjax.group\n"
-        "gptjax.group._PATIENCE_SECONDS = 1.5\n"
+        "import gptjax.cluster.group\n"
+        "gptjax.cluster.group._PATIENCE_SECONDS = 1.5\n"
         "if index == 2: time.sleep(4)\n"
         "group.gather('data', 0); group.leave(0)\n"
     )

@@ -1,10 +1,13 @@
 """How XLA's text of a program is read: its operations, its traffic, and what it sends, by hand."""
 
-import os
+import pathlib
 
 import pytest
 
-from gptjax import chips, collectives, hlo, hlo_cost
+from gptjax.cost import hardware as chips
+from gptjax.cost.hlo import collectives
+from gptjax.cost.hlo import flops as hlo_cost
+from gptjax.cost.hlo import parse as hlo
 
 # As libtpu writes it: no trip count, products as convolutions, S(1) for memory on the chip.
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -148,7 +151,7 @@ source_target_pairs={{0,1},{1,0}}
   %loop = (s32[], f32[4]{0}, f32[8]{0}) while(%state), condition=%condition, body=%body
   ROOT %stop = f32[8]{0} fusion(%d2), kind=kCustom, calls=%end
 }
-""".replace("PACKAGE", os.path.dirname(hlo.__file__))
+""".replace("PACKAGE", str(pathlib.Path(hlo.__file__).parents[2]))
 
 
 class Place:

@@ -11,7 +11,8 @@ import subprocess
 import pytest
 import runs
 
-from gptjax.data import tables, tokenizer
+from gptjax.data.tables import files as tables
+from gptjax.data.tokens import tokenizer
 
 ROWS = runs.rows(24)
 

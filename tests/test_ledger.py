@@ -7,9 +7,10 @@ import small
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gptjax import ledger, sharding
+from gptjax import mesh as sharding
 from gptjax.data import loader
 from gptjax.data.packing import Packer
+from gptjax.train import ledger
 
 
 def task_batch(divisor=1):

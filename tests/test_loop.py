@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import runs
 
-from gptjax import checkpoint, loop
+from gptjax.checkpoint import store as checkpoint
+from gptjax.cluster.stop import StopRequest
 from gptjax.data import loader
-from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.preemption import StopRequest
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.train import run as loop
 
 
 def test_what_a_run_leaves_behind():

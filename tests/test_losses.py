@@ -7,8 +7,8 @@ import pytest
 import reference
 import small
 
-from gptjax import losses
 from gptjax.batch import Batch
+from gptjax.model import losses
 
 
 def lm_batch(tokens, weights):

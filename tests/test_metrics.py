@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from gptjax import metrics
 from gptjax.errors import UserError
+from gptjax.evaluate import metrics
 
 CLASS = ("accuracy", "f1", "macro_f1", "matthews")
 REGRESSION = ("pearson", "spearman", "mse")

@@ -13,10 +13,10 @@ import pytest
 import reference
 import small
 
-from gptjax import attention
-from gptjax import model as model_lib
-from gptjax.config import ModelConfig
-from gptjax.model import GPT
+from gptjax.config.schema import ModelConfig
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.ops import attention
 
 TOLERANCE = 2e-5
 

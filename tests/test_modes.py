@@ -14,7 +14,7 @@ import pytest
 import runs
 from sklearn import metrics as sk
 
-from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.data.tokens import tokenizer as tokenizer_lib
 
 COUNT = 1000
 

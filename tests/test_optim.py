@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import model as model_lib
-from gptjax import optim
-from gptjax.config import OptimizerConfig
+from gptjax.config.schema import OptimizerConfig
+from gptjax.config.validation import SCHEDULES
 from gptjax.errors import UserError
-from gptjax.model import GPT
-from gptjax.validation import SCHEDULES
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.train import optimizer as optim
 
 
 def rate(step, config, total):

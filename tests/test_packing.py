@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import steps
 from gptjax.data import loader
 from gptjax.data.packing import Packer, deal, first_fit
 from gptjax.data.tasks import Examples
+from gptjax.train import step as steps
 
 TOLERANCE = 2e-5  # float32 rounding in another order of sums; see test_model
 

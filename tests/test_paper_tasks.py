@@ -5,11 +5,13 @@ import json
 import pytest
 import runs
 
-from gptjax import api, telemetry
-from gptjax.config import FinetuneConfig
-from gptjax.data import paper_tasks, sources
-from gptjax.data.paper_tasks import SUBMISSIONS, TASKS
+from gptjax.config import paper_tasks
+from gptjax.config.paper_tasks import SUBMISSIONS, TASKS
+from gptjax.config.schema import FinetuneConfig
+from gptjax.data.tables import text_files as sources
 from gptjax.errors import UserError
+from gptjax.infer import predictor as api
+from gptjax.train import log as telemetry
 
 PAIR = {"sentence1": "the cat sat on a mat", "sentence2": "a dog ran to the house"}
 # A row of each data set as its card describes it.

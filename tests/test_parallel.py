@@ -11,8 +11,10 @@ import runs
 import small
 from jax.sharding import NamedSharding
 
-from gptjax import losses, parallel, sharding
+from gptjax import mesh as sharding
 from gptjax.batch import Batch
+from gptjax.model import losses
+from gptjax.ops import sharded as parallel
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 LAYERS, WIDTH, LENGTH, VOCABULARY, ROWS = 3, 16, 16, 96, 8

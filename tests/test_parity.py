@@ -10,7 +10,7 @@ import parity
 import pytest
 import small
 
-from gptjax import weights
+from gptjax.interop import arrays as weights
 
 TOLERANCE = 1e-4
 

@@ -13,8 +13,10 @@ import sys
 import pytest
 import runs
 
-from gptjax import allocator, evaluate, loop
-from gptjax.preemption import StopRequest
+from gptjax.cli import malloc as allocator
+from gptjax.cluster.stop import StopRequest
+from gptjax.evaluate import score as evaluate
+from gptjax.train import run as loop
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -75,7 +77,7 @@ def test_a_second_ctrl_c_interrupts(usual_ctrl_c):
 
 def test_a_second_sigterm_ends_the_process():
     code = (
-        "import signal; from gptjax.preemption import StopRequest\n"
+        "import signal; from gptjax.cluster.stop import StopRequest\n"
         "with StopRequest():\n"
         "    signal.raise_signal(signal.SIGTERM); print('alive', flush=True)\n"
         "    signal.raise_signal(signal.SIGTERM); print('never')"

@@ -11,13 +11,16 @@ import safetensors.numpy
 import small
 
 import gptjax
-from gptjax import huggingface, openai, pretrained, stages, weights
-from gptjax import model as model_lib
-from gptjax.config import ModelConfig
-from gptjax.data import tokenizer as tokenizer_lib
+from gptjax.config.schema import ModelConfig
 from gptjax.data.tasks import TaskSpec
+from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
-from gptjax.weights import BIAS, KERNEL, TOKENS, Weights
+from gptjax.interop import arrays as weights
+from gptjax.interop import convert as pretrained
+from gptjax.interop import huggingface, openai
+from gptjax.interop.arrays import BIAS, KERNEL, TOKENS, Weights
+from gptjax.model import gpt as model_lib
+from gptjax.train import stages
 
 TASKS = {
     "none": None,

@@ -9,10 +9,11 @@ import runs
 import small
 
 import gptjax
-from gptjax import probes, steps
-from gptjax.config import ProbeConfig
+from gptjax.config.schema import ProbeConfig
 from gptjax.errors import UserError
-from gptjax.model import GPT
+from gptjax.evaluate import probes
+from gptjax.model.gpt import GPT
+from gptjax.train import step as steps
 
 ROWS = [
     {"text": "the cat sat on a mat", "a": "the dog", "b": "a dog ran home", "label": 1,
@@ -101,11 +102,11 @@ def test_log_probabilities_are_those_of_a_plain_softmax(tmp_path, kind, mesh):
     totals, counts = probes.log_probabilities(step, params, probe, 97, on)
     for n, (ids, first) in enumerate(zip(probe.tokens, probe.first, strict=True)):
         ones = np.ones((1, len(ids)), np.int32)
-        x = gptjax.model.run(
+        x = gptjax.model.gpt.run(
             model, params, ids[None], ones, np.arange(len(ids))[None], method="hidden"
         )
         logits = np.asarray(
-            gptjax.model.run(model, params, x, method="lm_logits"), np.float64
+            gptjax.model.gpt.run(model, params, x, method="lm_logits"), np.float64
         )[0]  # fmt: skip
         log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         expected = sum(log_p[t - 1, ids[t]] for t in range(first, len(ids)))

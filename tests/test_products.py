@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax import products
+from gptjax.ops import matmul as products
 
 # Leading axes, inputs, features: a projection, one to heads, one from heads, a wide and a tall one.
 CASES = [

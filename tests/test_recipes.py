@@ -10,14 +10,16 @@ import reference
 import runs
 import small
 
-from gptjax import model as model_lib
-from gptjax import recipes, stages, steps, validation
-from gptjax.config import Experiment, FinetuneConfig, PretrainConfig
+from gptjax.config import recipes, validation
+from gptjax.config.schema import Experiment, FinetuneConfig, PretrainConfig
 from gptjax.data import loader, tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError
-from gptjax.model import GPT
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.train import stages
+from gptjax.train import step as steps
 
 KEY = jax.random.key(7)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from gptjax import report, telemetry
+from gptjax.report import tables as report
+from gptjax.train import log as telemetry
 
 
 def write_run(workdir, stages=telemetry.STAGES, steps=(1, 2, 3)):

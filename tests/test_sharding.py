@@ -8,12 +8,17 @@ import pytest
 import small
 from jax.sharding import PartitionSpec as P
 
-from gptjax import aot, optim, sharding, stages, state, steps
-from gptjax import model as model_lib
-from gptjax.config import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax import mesh as sharding
+from gptjax import state
+from gptjax.config.schema import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.cost import compile as aot
 from gptjax.data import loader
 from gptjax.errors import UserError
-from gptjax.model import GPT
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.train import optimizer as optim
+from gptjax.train import stages
+from gptjax.train import step as steps
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
 

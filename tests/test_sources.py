@@ -11,8 +11,8 @@ from pathlib import Path
 import datasets
 import pytest
 
-from gptjax.data import sources
-from gptjax.data.sources import (
+from gptjax.data.tables import text_files as sources
+from gptjax.data.tables.text_files import (
     fingerprint,
     holdout,
     holdout_text,
@@ -212,7 +212,7 @@ def test_holdout_text_without_line_breaks_is_exact():
 def test_fingerprint_and_holdout_are_the_same_in_another_process(tmp_path):
     path = write(tmp_path / "a.csv", "t,n\n" + "".join(f"text {i},{i}\n" for i in range(50)))
     code = (
-        "import sys; from gptjax.data.sources import *; d = read_table(sys.argv[1]);"
+        "import sys; from gptjax.data.tables.text_files import *; d = read_table(sys.argv[1]);"
         "print(fingerprint(d), *holdout(d, ['t'], 0.2, 7)[1]['n'])"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
@@ -224,6 +224,7 @@ def test_fingerprint_and_holdout_are_the_same_in_another_process(tmp_path):
 
 
 def test_import_does_not_pull_in_datasets():
-    code = "import sys, gptjax.data.sources, gptjax.data.builtin; print('datasets' in sys.modules)"
+    code = "from gptjax.data.tables import text_files; import gptjax.data.builtin.tasks, sys; "
+    code += "print('datasets' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"

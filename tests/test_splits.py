@@ -3,8 +3,9 @@
 import datasets
 import pytest
 
-from gptjax.config import FinetuneConfig, PretrainConfig
-from gptjax.data import builtin, splits
+from gptjax.config.schema import FinetuneConfig, PretrainConfig
+from gptjax.data import splits
+from gptjax.data.builtin import tasks as builtin
 from gptjax.errors import UserError
 
 

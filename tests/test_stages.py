@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import stages
-from gptjax.config import FinetuneConfig, OptimizerConfig, PretrainConfig
+from gptjax.config.schema import FinetuneConfig, OptimizerConfig, PretrainConfig
 from gptjax.data import tasks
 from gptjax.data.splits import Table
 from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError
+from gptjax.train import stages
 
 TEXT = [f"{text}\n" for text in small.texts(60, longest=9)]
 

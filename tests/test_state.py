@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import model as model_lib
-from gptjax import optim, sharding, state
-from gptjax.config import OptimizerConfig
-from gptjax.model import GPT
+from gptjax import mesh as sharding
+from gptjax import state
+from gptjax.config.schema import OptimizerConfig
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.train import optimizer as optim
 
 
 def tree(**changes):

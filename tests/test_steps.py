@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import optim, sharding, state, steps
-from gptjax.config import OptimizerConfig
+from gptjax import mesh as sharding
+from gptjax import state
+from gptjax.config.schema import OptimizerConfig
 from gptjax.data import loader
+from gptjax.train import optimizer as optim
+from gptjax.train import step as steps
 
 ADAM = OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, schedule="constant", weight_decay=0.1)
 EPS = 2e-5  # as in test_model: float32 rounding in another order of sums

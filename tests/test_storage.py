@@ -11,8 +11,10 @@ import pytest
 import runs
 from etils import epath
 
-from gptjax import checkpoint, storage, telemetry
+from gptjax.checkpoint import store as checkpoint
 from gptjax.errors import UserError
+from gptjax.io import remote as storage
+from gptjax.train import log as telemetry
 
 BUCKET = "gs://bucket"
 

@@ -6,8 +6,11 @@ import jax
 import pytest
 import runs
 
-from gptjax import aot, chips, plan, sweep
-from gptjax.config import Experiment, MeshConfig, ModelConfig, PretrainConfig
+from gptjax.config.schema import Experiment, MeshConfig, ModelConfig, PretrainConfig
+from gptjax.cost import compile as aot
+from gptjax.cost import hardware as chips
+from gptjax.cost import step_spec as plan
+from gptjax.cost import sweep
 from gptjax.errors import UserError
 
 FLAGS = (*runs.TINY, "--config.pretrain.batch_size=8", "--config.model.attention=plain")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptjax.data.tables import fingerprint, read_table, require_columns, text_column
+from gptjax.data.tables.files import fingerprint, read_table, require_columns, text_column
 from gptjax.errors import UserError
 
 ODD = [

@@ -8,8 +8,8 @@ import pytest
 import small
 
 from gptjax.data import tasks
-from gptjax.data import tokenizer as tokenizer_lib
 from gptjax.data.tasks import TaskSpec
+from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 
 CONTEXT = 12

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from gptjax import telemetry
 from gptjax.errors import UserError
+from gptjax.train import log as telemetry
 
 
 def strict_json(text):
@@ -131,7 +131,7 @@ def test_half_a_line_left_by_a_kill_harms_nothing(tmp_path, cut):
 
 def test_lines_survive_sigkill(tmp_path):
     code = (
-        "import os, signal, sys, gptjax.telemetry as t; log = t.MetricsLog(sys.argv[1])\n"
+        "import os, signal, sys, gptjax.train.log as t; log = t.MetricsLog(sys.argv[1])\n"
         "for step in range(50): log.write('pretrain', 'train', step, {'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
@@ -142,7 +142,7 @@ def test_lines_survive_sigkill(tmp_path):
 
 def test_importing_telemetry_loads_nothing_heavy():
     code = (
-        "import sys, gptjax.telemetry\n"
+        "import sys, gptjax.train.log\n"
         "print({'tensorboardX', 'matplotlib', 'tqdm', 'sklearn', 'scipy'} & set(sys.modules))"
     )
     out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

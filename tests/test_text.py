@@ -7,7 +7,7 @@ import unicodedata
 
 import pytest
 
-from gptjax.data import text
+from gptjax.data.tokens import normalize as text
 
 # Unicode's White_Space, but for the line feed.
 SPACE = "\t\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import tokenizers
 
-from gptjax.config import TokenizerConfig
-from gptjax.data import tokenizer as tokenizer_lib
-from gptjax.data.tokenizer import SPECIALS, UNKNOWN, Tokenizer
+from gptjax.config.schema import TokenizerConfig
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
 
 
 @pytest.fixture(scope="module", params=["bpe", "character", "gpt1"])

@@ -10,7 +10,8 @@ import pytest
 import runs
 import test_aot
 
-from gptjax import aot, chips
+from gptjax.cost import compile as aot
+from gptjax.cost import hardware as chips
 
 pytestmark = pytest.mark.tpu
 

@@ -14,8 +14,10 @@ import pathlib
 
 import pytest
 
-from gptjax.config import TokenizerConfig
-from gptjax.data import builtin, tokenizer, words
+from gptjax.config.schema import TokenizerConfig
+from gptjax.data.builtin import tasks as builtin
+from gptjax.data.tokens import gpt1_words as words
+from gptjax.data.tokens import tokenizer
 from gptjax.errors import UserError
 
 GOLDEN = json.loads(pathlib.Path(__file__).with_name("golden").joinpath("words.json").read_text())

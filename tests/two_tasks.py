@@ -1,6 +1,6 @@
 """An experiment for test_ablate: two tasks, their files given by flags."""
 
-from gptjax.config import AblationConfig, Experiment, FinetuneConfig
+from gptjax.config.schema import AblationConfig, Experiment, FinetuneConfig
 
 
 def get_config() -> Experiment:

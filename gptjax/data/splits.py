@@ -3,9 +3,11 @@
 import dataclasses
 from typing import Any
 
-from gptjax import config as config_lib
-from gptjax.config import FinetuneConfig, PretrainConfig
-from gptjax.data import builtin, columns, sources
+from gptjax.config import schema as config_lib
+from gptjax.config.schema import FinetuneConfig, PretrainConfig
+from gptjax.data.builtin import tasks as builtin
+from gptjax.data.tables import expressions as columns
+from gptjax.data.tables import text_files as sources
 from gptjax.data.tasks import TaskSpec, as_text
 from gptjax.errors import UserError, require
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config import nearest
-from gptjax.data import streams
-from gptjax.data.tokenizer import Tokenizer
+from gptjax.config.schema import nearest
+from gptjax.data.tokens import store as streams
+from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import UserError, require
 
 Rows = Mapping[str, Sequence[Any]]

@@ -1,0 +1,72 @@
+"""Where a stage's states go: `checkpoint.Checkpoints` on disk, or this, in memory, for a trial."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from gptjax.checkpoint.store import Checkpoints, Meta
+from gptjax.evaluate import metrics as metrics_lib
+from gptjax.io import remote as storage
+from gptjax.state import Params, TrainState
+
+
+class BestInMemory:
+    """Keeps the best parameters on the host, and nothing to continue an interrupted run from."""
+
+    def __init__(self, workdir: str, metric: str):
+        """Args: workdir, for messages only; metric, the validation score that ranks."""
+        self.directory = str(storage.absolute(workdir))
+        self._metric = metric
+        self._scores: dict[int, dict[str, float]] = {}
+        self._best: tuple[float, int, Params] | None = None
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have scores."""
+        return sorted(self._scores)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Returns the validation scores of a step."""
+        return self._scores[step]
+
+    def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Stores the validation scores of a step."""
+        self._scores[step] = dict(metrics)
+
+    def ledger(self, step: int) -> str:
+        """Returns "": there is nothing to go on with."""
+        del step
+        return ""
+
+    def save(
+        self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
+    ) -> None:
+        """Copies the parameters where their scores are the best so far; the newest of equals."""
+        del meta
+        if not metrics:
+            return
+        self.set_metrics(step, metrics)
+        rank = metrics_lib.rank(self._metric, metrics.get(self._metric))
+        if self._best is None or rank >= self._best[0]:
+            self._best = rank, step, jax.device_get(state.params)
+
+    def restore_newest(self, like: TrainState, check: Callable[[Meta], None]) -> None:
+        """Returns None: a trial begins at its beginning."""
+
+    def restore_best_params(self, like: Any) -> tuple[int, Any]:
+        """Returns the best step and its parameters, laid out like `like`."""
+        assert self._best is not None, "training ends with a validation"
+        _, step, params = self._best
+        return step, jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), params, like)
+
+    def wait(self) -> None:
+        """Does nothing: all is kept at once."""
+
+    def __enter__(self) -> "BestInMemory":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        """Does nothing."""
+
+
+Keeper = Checkpoints | BestInMemory

@@ -1,0 +1,1 @@
+"""Several processes of one run: start-up, agreement, and the request to stop."""

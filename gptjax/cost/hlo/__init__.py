@@ -1,0 +1,1 @@
+"""Reads the programs that XLA has compiled: operations, communication, memory."""

@@ -1,0 +1,310 @@
+"""What a compiled program sends between devices, how long that takes, and what hides it.
+
+A collective runs beside computation where the program starts it, computes, and then waits for it:
+by a pair of instructions (`all-gather-start`, `all-gather-done`), or, on a TPU, by a fusion that
+starts it (`AsyncCollectiveStart`), others that each do a piece of it beside their own work, and one
+that ends it. All other collectives stop the device until they are done.
+
+Between TPU slices, a program sends to its host and receives from it (`send`, `recv`), with what the
+hosts are to do of it as an attribute; it stands here as one collective, `dcn-all-reduce` for an
+all-reduce. The collectives of a slice before and after it are instructions of their own.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gptjax.cost import hardware as chips
+from gptjax.cost.hlo import flops as hlo_cost
+from gptjax.cost.hlo.parse import Computation, Instruction, Module
+
+DCN = "dcn-"
+"""In front of the kind of a collective between slices, over the data-centre network."""
+
+_TRANSFER = {
+    "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_TO_ALL": "all-to-all", "ONE_TO_ONE": "collective-permute",
+}  # fmt: skip
+_MEMBERS = "_xla_megascale_target"
+_START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
+# They wait, move or name: no work that hides communication.
+_IDLE = (
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
+    "replica-id", "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done",
+    "send", "recv",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """A collective, where it stands, and what stands between its start and its end."""
+
+    instruction: Instruction
+    kind: str
+    bytes: int
+    """What a device puts in, of an all-gather what it gets out."""
+    times: int
+    """Runs a step."""
+    computation: str
+    window: range
+    """Places in the computation between start and end; empty: the device waits."""
+    overlaps: bool
+    """Some of them compute."""
+
+
+def find(module: Module) -> list[Collective]:
+    """Returns the collectives of a step."""
+    return list(_walk(module, module.entry, 1))
+
+
+def _kind(each: Instruction) -> str:
+    name = each.opcode.removesuffix("-start")
+    if name == "send":
+        transfer = _attribute(each, "_xla_megascale_transfer_type")
+        return DCN + _TRANSFER.get(transfer, transfer.lower()) if transfer else ""
+    return name if name in hlo_cost.COLLECTIVES else ""
+
+
+def _attribute(each: Instruction, name: str) -> str:
+    """What `name="..."` or `name={{...}}` says."""
+    braces = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+    found = re.search(rf'\b{name}=(?:"([^"]*)"|({braces}))', each.attributes)
+    return (found[1] or found[2]) if found else ""
+
+
+def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
+    computation = module.computations[name]
+    order = list(computation.values())
+
+    def made(each: Instruction, inside: Computation, start: int, end: int | None) -> Collective:
+        window = range(start + 1, end or start + 1)
+        busy = any(_computes(order[place]) for place in window)
+        size = _size(each, inside)
+        return Collective(each, _kind(each), size, times, name, window, busy)
+
+    for place, each in enumerate(order):
+        if _kind(each).startswith(DCN):
+            yield made(each, computation, place, _received(order, place))
+        elif _kind(each):
+            end = _done(order, place) if each.opcode.endswith("-start") else None
+            yield made(each, computation, place, end)
+        elif each.opcode == "while":
+            count = module.trips(each, computation) or 1
+            yield from _walk(module, each.called("body")[0], times * count)
+        elif each.opcode in ("conditional", "call"):
+            for inner in each.called("branch_computations", "true_computation", "false_computation",
+                                     "to_apply", "calls"):  # fmt: skip
+                yield from _walk(module, inner, times)
+        elif each.opcode in ("fusion", "async-start"):
+            inside, collective = _fused(module, each)
+            if collective is None:
+                continue
+            if each.opcode == "async-start":
+                yield made(collective, inside, place, _done(order, place))
+            elif _target(inside, _START):
+                yield made(collective, inside, place, _last_piece(module, order, place, collective))
+
+
+def _target(inside: Computation, target: str) -> bool:
+    return any(f'custom_call_target="{target}"' in each.attributes for each in inside.values())
+
+
+def _fused(module: Module, each: Instruction) -> tuple[Computation, Instruction | None]:
+    """The computation of a fusion, and the collective in it."""
+    inside = module.computations[each.called("calls")[0]]
+    return inside, next((inner for inner in inside.values() if _kind(inner)), None)
+
+
+def _done(order: list[Instruction], start: int) -> int:
+    """Where what starts at a place ends: at the instruction that takes its result."""
+    name = order[start].name
+    ends = ("-done", "-update")
+    following = enumerate(order[start + 1 :], start + 1)
+    return next((i for i, each in following
+                 if name in each.operands and each.opcode.endswith(ends)), start + 1)  # fmt: skip
+
+
+def _received(order: list[Instruction], send: int) -> int:
+    """Where what other slices answer to a `send` has come."""
+    return _done(order, order.index(_answer(order, order[send])))
+
+
+def _answer(order: Iterable[Instruction], send: Instruction) -> Instruction:
+    """The `recv` that belongs to a `send`."""
+    name = _attribute(send, "_xla_host_transfer_rendezvous")
+    return next(each for each in order if each.opcode == "recv"
+                and _attribute(each, "_xla_host_transfer_rendezvous") == name)  # fmt: skip
+
+
+def _last_piece(module: Module, order: list[Instruction], start: int, first: Instruction) -> int:
+    """Where the last fusion with a piece of a collective stands: they share its channel."""
+    channel = re.search(r"channel_id=\d+\b", first.attributes)
+    last = start + 1
+    for place in range(start + 1, len(order)):
+        if channel and order[place].opcode == "fusion":
+            inside, piece = _fused(module, order[place])
+            if piece is not None and f"{channel[0]}," in f"{piece.attributes},":
+                # The fusion that ends it computes nothing of its own; one with a piece does.
+                last = place + (not _target(inside, _DONE))
+    return last
+
+
+def _computes(each: Instruction) -> bool:
+    return each.opcode not in _IDLE and not each.opcode.endswith(("-start", "-done", "-update")) \
+        and not _kind(each)  # fmt: skip
+
+
+def _size(each: Instruction, computation: Computation) -> int:
+    if _kind(each) == DCN + "all-gather":
+        return _answer(computation.values(), each).shapes[0].bytes
+    operands = [computation[name] for name in each.operands if name in computation]
+    size = sum(shape.bytes for operand in operands for shape in operand.shapes)
+    if _kind(each) == "all-gather":
+        # Of the asynchronous form the result is (what goes in, what comes out).
+        started = each.opcode.endswith("-start")
+        size = sum(shape.bytes for shape in each.shapes) - (size if started else 0)
+    return size
+
+
+def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
+    """Returns name -> {"count", "bytes"} of a step, per device."""
+    sums: dict[str, dict[str, int]] = {}
+    for each in found:
+        entry = sums.setdefault(each.kind, {"count": 0, "bytes": 0})
+        entry["count"] += each.times
+        entry["bytes"] += each.times * each.bytes
+    return sums
+
+
+def group(attributes: str) -> tuple[int, ...]:
+    """Returns the first group of devices in the attributes of a collective; () is all of them.
+
+    >>> group("replica_groups={{0,2},{1,3}}")
+    (0, 2)
+    >>> group("replica_groups=[2,2]<=[2,2]T(1,0)")
+    (0, 2)
+    >>> group("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0'}")
+    (0, 2)
+    >>> group("source_target_pairs={{3,0},{0,3}}")
+    (3, 0)
+    """
+    listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return tuple(int(part) for part in listed[1].split(","))
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes)
+    if iota:
+        shape, sizes, order = (
+            [int(n) for n in (part or "").split(",") if n] for part in iota.groups()
+        )
+        ids = np.arange(np.prod(sizes)).reshape(sizes)
+        ids = ids.transpose(order) if order else ids
+        return tuple(int(i) for i in ids.reshape(shape)[0])
+    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
+    if mesh:
+        axes = dict(part.split("=") for part in mesh[1].split(","))
+        names = [part.strip() for part in mesh[2].split(",")]
+        ids = np.arange(np.prod([int(size) for size in axes.values()], dtype=int))
+        ids = ids.reshape([int(size) for size in axes.values()])
+        index = tuple(slice(None) if axis in names else 0 for axis in axes)
+        return tuple(int(i) for i in ids[index].reshape(-1))
+    return ()
+
+
+def slices(target: str) -> int:
+    """Returns how many slices the groups of `_xla_megascale_target` span.
+
+    >>> slices("{1,2,3,4}x{0:3}"), slices("{{100000,300000},{100001,300001}}")
+    (4, 2)
+    >>> slices("{100001->300000}")
+    2
+    """
+    first = re.match(r"\{+([^{}]*)\}", target)
+    return 2 if not first or "->" in target else first[1].count(",") + 1
+
+
+def seconds(each: Collective, devices: Sequence[Any], chip: chips.Chip) -> float:
+    """Returns the least time of one run of a collective, by `gptjax.cost.hardware`.
+
+    Args:
+      each: the collective.
+      devices: of a slice, in the order in which the program counts them.
+      chip: what they are.
+    """
+    if each.kind.startswith(DCN):
+        count = slices(_attribute(each.instruction, _MEMBERS))
+        return chips.network_seconds(each.kind.removeprefix(DCN), each.bytes, count, chip)
+    members = group(each.instruction.attributes) or range(len(devices))
+    places = [tuple(devices[i].coords) for i in members]
+    sides = tuple(max(d.coords[axis] for d in devices) + 1 for axis in range(len(places[0])))
+    return chips.collective_seconds(each.kind, each.bytes, places, sides, chip)
+
+
+def exposed_seconds(
+    module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: chips.Chip
+) -> tuple[float, float]:
+    """Returns the time of all collectives of a step, and the part that no computation hides.
+
+    In each computation (the body of a loop), what lies in the windows hides as much as it takes by
+    the roofline, once.
+    """
+    total = exposed = 0.0
+    for name in dict.fromkeys(each.computation for each in found):
+        here = [each for each in found if each.computation == name]
+        times = here[0].times
+        hideable = sum(seconds(each, devices, chip) for each in here if each.overlaps)
+        waiting = sum(seconds(each, devices, chip) for each in here if not each.overlaps)
+        places = {place for each in here for place in each.window}
+        order = list(module.computations[name].values())
+        hidden = sum(
+            chips.roofline(
+                chip, *hlo_cost.work(module, order[place], module.computations[name])
+            ).step_seconds
+            for place in places
+            if _computes(order[place])
+        )
+        total += times * (hideable + waiting)
+        exposed += times * (waiting + max(0.0, hideable - hidden))
+    return total, exposed
+
+
+def listed(
+    module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: chips.Chip | None
+) -> list[dict[str, Any]]:
+    """Returns one entry for all that is alike, the most bytes first, for the report."""
+    entries: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for each in found:
+        instruction = each.instruction
+        members = group(instruction.attributes)
+        entry: dict[str, Any] = {
+            "collective": each.kind,
+            "bytes": each.bytes,
+            "devices": len(members) or len(devices),
+            "overlaps_compute": each.overlaps,
+            "asynchronous": len(each.window) > 0 or instruction.opcode.endswith("-start"),
+            "op_name": instruction.op_name,
+            "source": module.source(instruction),
+        }
+        if each.kind == "collective-permute":
+            entry["devices"] = 2
+        elif each.kind.startswith(DCN):
+            entry["devices"] = slices(_attribute(instruction, _MEMBERS))
+        same = entries.setdefault(tuple(entry.values()), entry | {"count": 0, "seconds": 0.0})
+        same["count"] += each.times
+        if chip is not None:
+            same["seconds"] += each.times * seconds(each, devices, chip)
+    for entry in entries.values():
+        if chip is None:
+            entry["seconds"] = None
+    return sorted(entries.values(), key=lambda entry: -entry["count"] * entry["bytes"])
+
+
+def summary(entry: Mapping[str, Any]) -> str:
+    """Returns an entry of `listed` as a line of text."""
+    kind = "overlaps compute" if entry["overlaps_compute"] else "waits"
+    return (
+        f"{entry['count'] * entry['bytes'] / 1e6:10.1f} MB  {entry['collective']} x "
+        f"{entry['count']} over {entry['devices']}, {kind}  {entry['source']}"
+    )

@@ -1,0 +1,278 @@
+"""Reads the text of a compiled XLA program: what it computes, moves and sends, loops included.
+
+XLA's own cost analysis counts the body of a loop once (`HloCostAnalysis::HandleWhile`), and a scan
+over layers is a loop. Here every instruction counts as often as it runs. All sizes are those of one
+device: a compiled program is what one device runs.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping
+
+# Where the sources of gptjax are.
+_PACKAGE = str(pathlib.Path(__file__).parents[2]) + os.sep
+_BITS = {
+    "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16,
+    "s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128,
+    "f8e4m3fn": 8, "f8e5m2": 8,
+}  # fmt: skip
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
+_NAME = re.compile(r"%?([\w.\-]+)$")
+# Tables in front of a program, a line each: 3 "model.py"; 7 {file_name_id=3 ... line=90 ...}.
+_FILE_NAME = re.compile(r'^(\d+) "(.*)"$')
+_LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
+_FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """An array: element type, dimensions, memory space (0 is the main memory, HBM on a TPU)."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return math.prod(self.dims)
+
+    @property
+    def bytes(self) -> int:
+        """Size without the padding of a layout; 0 of what is no array (a token)."""
+        return math.ceil(self.elements * _BITS.get(self.dtype, 0) / 8)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of a computation."""
+
+    name: str
+    shapes: tuple[Shape, ...]
+    """One, or the leaves of a tuple."""
+    opcode: str
+    operands: tuple[str, ...]
+    """Names, or what stands between the parentheses of a constant or parameter."""
+    attributes: str
+    root: bool
+
+    def called(self, *names: str) -> list[str]:
+        """The computations under these attributes: calls, to_apply, body, ..."""
+        pattern = rf"\b(?:{'|'.join(names)})=(?:%?([\w.\-]+)|\{{([^}}]*)\}})"
+        found = []
+        for one, many in re.findall(pattern, self.attributes):
+            found += [part.strip().lstrip("%") for part in many.split(",")] if many else [one]
+        return found
+
+    @property
+    def op_name(self) -> str:
+        """What JAX called it: jit(step)/jvp(GPT.hidden)/.../ffn_in/dot_general."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1].replace("\\'", "'") if found else ""
+
+    def numbers(self, name: str) -> tuple[int, ...]:
+        """The list of an attribute: (1, 2) of `name={1,2}`."""
+        found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
+        return tuple(int(part) for part in found[1].split(",") if part) if found else ()
+
+
+Computation = dict[str, Instruction]
+"""Name -> instruction, in the order of the text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An instruction, where it stands, and how often a step runs it."""
+
+    instruction: Instruction
+    computation: Computation
+    times: int
+    fused: bool
+    """Inside a fusion: its values never reach memory."""
+
+    def operand_shapes(self) -> list[Shape]:
+        """Shapes of the operands, those of a tuple one by one."""
+        found = (self.computation.get(name) for name in self.instruction.operands)
+        return [shape for each in found if each is not None for shape in each.shapes]
+
+
+def _closing(text: str, start: int) -> int:
+    """Where the parenthesis at `start` is closed."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(text, start):
+        depth += 1 if match[0] == "(" else -1
+        if depth == 0:
+            return match.start()
+    raise ValueError(f"no closing parenthesis in {text[start : start + 80]!r}")
+
+
+def _shapes(text: str) -> tuple[Shape, ...]:
+    found = []
+    for dtype, dims, layout in _SHAPE.findall(text):
+        space = re.search(r"S\((\d+)\)", layout)
+        sizes = tuple(int(size) for size in dims.split(",") if size)
+        found.append(Shape(dtype, sizes, int(space[1]) if space else 0))
+    return tuple(found)
+
+
+def _split(text: str) -> list[str]:
+    """Splits at the commas that stand in no bracket."""
+    parts, depth, start = [], 0, 0
+    for i, character in enumerate(text):
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and depth == 0:
+            parts.append(text[start:i])
+            start = i + 1
+    return [part.strip() for part in [*parts, text[start:]] if part.strip()]
+
+
+def _instruction(line: str) -> Instruction | None:
+    found = _INSTRUCTION.match(line)
+    if not found:
+        return None
+    name, rest = found.groups()
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    opening = rest.index("(", end)
+    closing = _closing(rest, opening)
+    # An operand may be written with its shape in front.
+    names = (_NAME.search(part) for part in _split(rest[opening + 1 : closing]))
+    return Instruction(
+        name, _shapes(rest[:end]), rest[end:opening].strip(),
+        tuple(match[1] for match in names if match), rest[closing + 1 :],
+        line.lstrip().startswith("ROOT "),
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A program: its computations by name."""
+
+    computations: Mapping[str, Computation]
+    entry: str
+    frames: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    """Number of a stack frame -> "model.py:90"."""
+
+    def trips(self, loop: Instruction, computation: Computation) -> int | None:
+        """How often a loop runs; None where the text does not say.
+
+        XLA writes it down (`known_trip_count`) for CPUs and GPUs. For a TPU it is read from the
+        condition, counter < limit: a loop of JAX's scan counts by one.
+        """
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known[1])
+        condition = self.computations[loop.called("condition")[0]]
+        root = next(each for each in condition.values() if each.root)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return None
+        counter, limit = (condition[name] for name in root.operands)
+        place = re.search(r"\bindex=(\d+)", counter.attributes)
+        if limit.opcode != "constant" or place is None:
+            return None
+        start = computation[computation[loop.operands[0]].operands[int(place[1])]]
+        while start.opcode in ("copy", "bitcast") and start.operands[0] in computation:
+            start = computation[start.operands[0]]
+        if start.opcode != "constant":
+            return None
+        return int(limit.operands[0]) - int(start.operands[0])
+
+    def source(self, instruction: Instruction) -> str:
+        """Where the sources ask for it, "model.py:90": the innermost line of this package."""
+        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
+        if frame:
+            return self.frames.get(int(frame[1]), "")
+        file = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes)
+        return f"{os.path.basename(file[1])}:{file[2]}" if file else ""
+
+    def runs(self) -> Iterator[Run]:
+        """Yields every instruction that is run, loops' bodies once with their count in `times`."""
+        yield from self._runs(self.entry, 1, False)
+
+    def _runs(self, name: str, times: int, fused: bool) -> Iterator[Run]:
+        computation = self.computations[name]
+        for each in computation.values():
+            yield from self.runs_of(each, computation, times, fused)
+
+    def runs_of(
+        self, each: Instruction, computation: Computation, times: int = 1, fused: bool = False
+    ) -> Iterator[Run]:
+        """Yields an instruction of a computation, and every one that it runs."""
+        yield Run(each, computation, times, fused)
+        if each.opcode == "while":
+            body = each.called("body")[0]
+            yield from self._runs(body, times * (self.trips(each, computation) or 1), fused)
+        elif each.opcode == "conditional":
+            # As if every branch were taken: an upper bound.
+            for branch in each.called("branch_computations", "true_computation",
+                                      "false_computation"):  # fmt: skip
+                yield from self._runs(branch, times, fused)
+        elif each.opcode in ("fusion", "call", "async-start"):
+            inside = fused or each.opcode == "fusion"
+            for inner in each.called("calls", "to_apply"):
+                yield from self._runs(inner, times, inside)
+
+    def unknown_loops(self) -> list[str]:
+        """Names of the loops whose trip count is not known: their bodies count once."""
+        return [
+            run.instruction.name
+            for run in self.runs()
+            if run.instruction.opcode == "while"
+            and self.trips(run.instruction, run.computation) is None
+        ]
+
+
+def _frames(lines: list[str]) -> dict[int, str]:
+    """Reads the tables of files, locations and stack frames."""
+    files: dict[int, str] = {}
+    places: dict[int, tuple[str, str]] = {}
+    frames: dict[int, tuple[int, int]] = {}
+    section = ""
+    for line in lines:
+        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
+            section = line
+        elif section == "FileNames" and (found := _FILE_NAME.match(line)):
+            files[int(found[1])] = found[2]
+        elif section == "FileLocations" and (found := _LOCATION.match(line)):
+            places[int(found[1])] = (files[int(found[2])], found[3])
+        elif section == "StackFrames" and (found := _FRAME.match(line)):
+            frames[int(found[1])] = (int(found[2]), int(found[3]))
+        elif section == "StackFrames" and line.startswith(("%", "ENTRY")):
+            break
+    # A frame of its own parent: the text counts parents from 1, where 1 is none.
+    shift = 1 if any(number == parent for number, (_, parent) in frames.items()) else 0
+
+    def place(number: int) -> str:
+        innermost = ""
+        while number in frames:
+            location, parent = frames[number]
+            path, line = places.get(location, ("", ""))
+            shown = f"{os.path.basename(path)}:{line}"
+            if path.startswith(_PACKAGE):
+                return shown
+            innermost, number = innermost or shown, min(parent - shift, number - 1)
+        return innermost
+
+    return {number: place(number) for number in frames}
+
+
+def parse(text: str) -> Module:
+    """Returns the program in the text of `jax.stages.Compiled.as_text`."""
+    computations: dict[str, Computation] = {}
+    current: Computation = {}
+    entry = ""
+    lines = text.splitlines()
+    for line in lines:
+        head = _HEAD.match(line)
+        if head:
+            current = computations[head[2]] = {}
+            entry = head[2] if head[1] else entry
+            continue
+        instruction = _instruction(re.sub(r"/\*.*?\*/", "", line))
+        if instruction is not None:
+            current[instruction.name] = instruction
+    return Module(computations, entry, _frames(lines))

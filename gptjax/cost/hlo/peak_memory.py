@@ -1,0 +1,169 @@
+"""The largest buffers of a program at its peak of memory, from what XLA writes of its assignment.
+
+With the compiler option `xla_dump_to` XLA leaves, for CPUs and TPUs alike and also where it then
+refuses a program for want of memory, three texts that belong together: the program, where each of
+its values lies, and from which instruction to which it is needed.
+"""
+
+import dataclasses
+import glob
+import os
+import re
+from typing import Any
+
+from gptjax.cost.hlo import parse as hlo
+
+_ASSIGNMENT, _RANGES = "-buffer-assignment.txt", "-live-range.txt"
+_ALLOCATION = re.compile(r"^allocation (\d+): size (\d+),(.*)$")
+_VALUE = re.compile(
+    r"^ value: <\d+ ([\w.\-]+)(\{[\d,]*\})?.*? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$"
+)
+_RANGE = re.compile(r"^    ([\w.\-]+\{[\d,]*\}):(\d+)-(\d+)$")
+# Of the values in one place, these do not say what it is for.
+_CARRIERS = (
+    "parameter", "while", "conditional", "tuple", "get-tuple-element", "custom-call", "broadcast",
+    "copy", "copy-start", "copy-done", "bitcast", "call",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class _Value:
+    name: str
+    allocation: int
+    offset: int
+    size: int
+    shape: str
+    first: int
+    last: int
+
+
+def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
+    """Returns the main memory's buffers at the peak; None where the folder has no such texts.
+
+    {"bytes": of all buffers at the peak, "largest": [{"name", "opcode", "shape", "bytes" (of one),
+    "count", "argument" (of the step; else temporary), "op_name", "source"}, ...]}, those alike in
+    one entry, the most bytes first.
+
+    Args:
+      folder: of `xla_dump_to`.
+      limit: entries at most.
+    """
+    # The step's, not that of a small helper.
+    files = glob.glob(os.path.join(glob.escape(folder), f"*{_ASSIGNMENT}"))
+    if not files:
+        return None
+    prefix = max(files, key=os.path.getsize).removesuffix(_ASSIGNMENT)
+    texts = []
+    for path in (f"{prefix}.txt", f"{prefix}{_RANGES}", f"{prefix}{_ASSIGNMENT}"):
+        if not os.path.isfile(path):
+            return None
+        with open(path, encoding="utf-8", errors="replace") as file:
+            texts.append(file.read())
+    module = hlo.parse(texts[0])
+    held, values = _read(texts[1], texts[2])
+    now = _peak(values)
+    instructions = {
+        each.name: each for inside in module.computations.values() for each in inside.values()
+    }
+    places: dict[tuple[int, int, int], list[_Value]] = {}
+    for value in values:
+        places.setdefault((value.allocation, value.offset, value.size), []).append(value)
+    entries: dict[tuple[Any, ...], dict[str, Any]] = {}
+    total = 0
+    for (allocation, _, size), here in places.items():
+        argument = allocation in held
+        now_here = [value for value in here if value.first <= now <= value.last]
+        if not (now_here or argument) or (argument and size < held[allocation]):
+            continue
+        # What a loop hands on is best named by what writes into it, wherever that stands.
+        shapes = {value.shape for value in now_here}
+        writers = [v for v in here if "dynamic-update-slice" in v.name and v.shape in shapes]
+        entry = _entry(module, instructions, writers or now_here or here, argument)
+        same = entries.setdefault(_alike(entry), entry | {"count": 0})
+        same["count"] += 1
+        total += size
+    ranked = sorted(entries.values(), key=lambda entry: -entry["bytes"] * entry["count"])
+    return {"bytes": total, "largest": ranked[:limit]}
+
+
+def _read(ranges: str, assignment: str) -> tuple[dict[int, int], list[_Value]]:
+    """Returns the sizes of the allocations of arguments and results, held throughout; all values.
+
+    Only those of the main memory: a TPU's others have a color.
+    """
+    live = {found[1]: (int(found[2]), int(found[3]))
+            for line in ranges.splitlines() if (found := _RANGE.match(line))}  # fmt: skip
+    held: dict[int, int] = {}
+    values = []
+    allocation = -1
+    for line in assignment.splitlines():
+        if found := _ALLOCATION.match(line):
+            kind = found[3]
+            other = "color" in kind or "thread-local" in kind or "constant" in kind
+            allocation = -1 if other else int(found[1])
+            if not other and ("parameter" in kind or "live-out" in kind):
+                held[allocation] = int(found[2])
+        elif allocation >= 0 and (found := _VALUE.match(line)):
+            name, index = found[1], found[2] or "{}"
+            first, last = live.get(name + index, (1, 0))
+            shape = re.sub(r"\{[^}]*\}", "", found[5])
+            values.append(
+                _Value(name, allocation, int(found[4]), int(found[3]), shape, first, last)
+            )
+    return held, values
+
+
+def _peak(values: list[_Value]) -> int:
+    """The place in the schedule where the values take the most memory, each place of it once."""
+    best, most = 0, -1
+    starts = sorted({value.first for value in values if value.first <= value.last})
+    large = [value for value in values if value.size >= 2**10]
+    for now in starts:
+        used, taken = 0, (-1, 0)
+        for value in sorted(
+            (v for v in large if v.first <= now <= v.last), key=lambda v: (v.allocation, v.offset)
+        ):
+            begin, end = value.offset, value.offset + value.size
+            if value.allocation == taken[0]:
+                begin = max(begin, taken[1])
+            if end > begin:
+                used += end - begin
+                taken = (value.allocation, end)
+        if used > most:
+            best, most = now, used
+    return best
+
+
+def _entry(
+    module: hlo.Module, instructions: dict[str, hlo.Instruction], here: list[_Value], argument: bool
+) -> dict[str, Any]:
+    known = [v for v in here if v.name in instructions]
+    if argument:
+        told = [v for v in known if instructions[v.name].opcode == "parameter"]
+    else:
+        told = [v for v in known if instructions[v.name].opcode not in _CARRIERS]
+    value = (told or known or here)[0]
+    instruction = instructions.get(value.name)
+    return {
+        "name": value.name,
+        "opcode": instruction.opcode if instruction else "",
+        "shape": value.shape,
+        "bytes": value.size,
+        "argument": argument,
+        "op_name": instruction.op_name if instruction else "",
+        "source": module.source(instruction) if instruction else "",
+    }
+
+
+def _alike(entry: dict[str, Any]) -> tuple[Any, ...]:
+    names = () if entry["argument"] else (entry["opcode"], entry["op_name"], entry["source"])
+    return (entry["argument"], entry["shape"], entry["bytes"], *names)
+
+
+def summary(entry: dict[str, Any]) -> str:
+    """Returns an entry of `largest` as a line of text."""
+    place = f"{entry['op_name']} {entry['source']}".strip()
+    return (
+        f"{entry['bytes'] * entry['count'] / 2**20:10.1f} MiB  {entry['count']} x {entry['shape']} "
+        f"{'argument' if entry['argument'] else entry['opcode']}  {place}"
+    )

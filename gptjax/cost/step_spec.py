@@ -1,0 +1,203 @@
+"""The train step of an experiment as shapes alone: what `--mode=compile` and `bench` compile.
+
+No data is read; what a training would learn from its data is assumed, and said.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax import mesh as sharding
+from gptjax import state
+from gptjax.batch import Batch
+from gptjax.checkpoint import store as checkpoint
+from gptjax.config import validation
+from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, OptimizerConfig
+from gptjax.data import splits
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.errors import require
+from gptjax.model import gpt as model_lib
+from gptjax.model.gpt import GPT
+from gptjax.train import optimizer as optim
+from gptjax.train import stages
+from gptjax.train import step as steps
+from gptjax.train.run import SIZES
+from gptjax.train.step import Objective
+
+STAGES = ("pretrain", "finetune")
+
+# Entries of the authors' encoder_bpe_40000.json.
+_GPT1_VOCABULARY = 40478
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is compiled, and what was assumed of the data that was not read."""
+
+    model: GPT
+    objective: Objective
+    optimizer: OptimizerConfig
+    total_steps: int
+    batch: Batch
+    """Of `jax.ShapeDtypeStruct`."""
+    assumed: dict[str, str]
+
+
+def validated(experiment: Experiment, stage: str) -> Experiment:
+    """Returns a checked copy with this stage alone; data that is not read need not be named."""
+    config = getattr(experiment, stage)
+    require(config, f"--stage={stage}: the experiment has no {stage} part")
+    files = config.train_files if stage == "pretrain" else config.train_file
+    changes: dict[str, Any] = {} if files or config.dataset else {"dataset": "not read"}
+    if stage == "finetune":
+        changes |= {"compare_from_scratch": False, "transfer": "all"}
+    elif not (config.steps or config.epochs):
+        changes["epochs"] = 1.0
+    parts: dict[str, Any] = dict.fromkeys((*STAGES, "ablation"))
+    parts[stage] = dataclasses.replace(config, **changes)
+    return validation.validate(dataclasses.replace(experiment, **parts))
+
+
+def vocabulary(experiment: Experiment) -> tuple[int, str]:
+    """Returns the vocabulary size that a training would have, and where it is from.
+
+    Raises:
+      UserError: only the text can tell (a tokenizer of characters).
+    """
+    config, special = experiment.tokenizer, len(tokenizer_lib.SPECIALS)
+    if experiment.model.vocab_size:
+        return experiment.model.vocab_size, "--config.model.vocab_size"
+    if config.file or (config.kind == "gpt1" and config.vocab_file):
+        return len(tokenizer_lib.build(config, ())), "the tokenizer's file"
+    require(
+        config.kind != "character",
+        "--config.model.vocab_size: give it; the characters of the text are not known",
+    )
+    if config.kind == "gpt1":
+        return _GPT1_VOCABULARY + special, "GPT-1's 40,478 and four special tokens"
+    return config.vocab_size + special, "--config.tokenizer.vocab_size and four special tokens"
+
+
+def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
+    """Returns the plan of a stage of a validated experiment on a mesh."""
+    assumed: dict[str, str] = {}
+    model = experiment.model
+    if experiment.init_from:
+        meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")[2]
+        model = dataclasses.replace(model, **{n: getattr(meta.model, n) for n in SIZES})
+        assumed["vocab_size"] = "--config.init_from"
+    else:
+        size, assumed["vocab_size"] = vocabulary(experiment)
+        model = dataclasses.replace(model, vocab_size=size)
+    if stage == "pretrain":
+        config = experiment.pretrain
+        assert config is not None
+        rows, length = stages.pretrain_shape(config, model, mesh)
+        batch = _abstract_batch(rows, length, mesh)
+        return Plan(stages.make_model(model, None, mesh), Objective(), config.optimizer,
+                    _total_steps(config.steps, config.optimizer), batch, assumed)  # fmt: skip
+    assert experiment.finetune is not None
+    return _finetune_plan(experiment.finetune, model, mesh, assumed)
+
+
+def _total_steps(steps_given: int, optimizer: OptimizerConfig) -> int:
+    # A constant of the schedule, no more: any number above the warm-up compiles to the same step.
+    return steps_given or 2 * optimizer.warmup_steps + 1000
+
+
+def _finetune_plan(
+    config: FinetuneConfig, model: ModelConfig, mesh: Mesh, assumed: dict[str, str]
+) -> Plan:
+    """Fine-tuning without its data: the largest batch that the configuration allows."""
+    spec = splits.task_spec(config)
+    if config.task in ("classification", "entailment", "similarity"):
+        spec = dataclasses.replace(spec, labels=("no", "yes"))
+        assumed["labels"] = "two classes"
+    candidates, context = spec.num_candidates, model.context_length
+    if config.head == "flatten":
+        spec = dataclasses.replace(spec, flatten=context)
+    length = config.row_length or candidates * context
+    divisor = sharding.batch_divisor(mesh) * config.optimizer.accumulation
+    rows = math.ceil(config.batch_size / divisor) * divisor
+    assumed["batch"] = (
+        f"a row of {length} tokens for each of {config.batch_size} examples: as if all were as "
+        "long as they may be; packing makes fewer rows of shorter ones"
+    )
+    # As `packing.Packer` does of rows that one example fills.
+    shape = (rows, min(config.batch_size, 4), candidates)
+    labels = np.float32 if config.task == "regression" else np.int32
+    batch = _abstract_batch(rows, length, mesh, shape, labels)
+    objective = Objective(spec.kind, config.lm_weight, config.task_weight)
+    return Plan(
+        stages.make_model(model, spec, mesh), objective, config.optimizer,
+        _total_steps(config.steps, config.optimizer), batch, assumed,
+    )  # fmt: skip
+
+
+def _abstract_batch(
+    rows: int,
+    length: int,
+    mesh: Mesh,
+    examples: tuple[int, int, int] | None = None,
+    labels: Any = np.int32,
+) -> Batch:
+    """The types of `gptjax.batch.Batch`, rows over the mesh; `examples` is (B, E, C)."""
+    place = sharding.batch_sharding(mesh)
+
+    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    ids, weights = array((rows, length), np.int32), array((rows, length), np.float32)
+    batch = Batch(ids, ids, ids, ids, weights)
+    if examples is None:
+        return batch
+    return batch.replace(  # type: ignore[attr-defined]
+        extract=array(examples, np.int32),
+        candidate_mask=array(examples, np.float32),
+        example_mask=array(examples[:2], np.float32),
+        labels=array(examples[:2], labels),
+    )
+
+
+def _birth(plan: Plan) -> Callable[[jax.Array], state.TrainState]:
+    """Returns what makes the training state of a key."""
+    optimizer = optim.build(plan.optimizer, plan.total_steps)
+
+    def make(key: jax.Array) -> state.TrainState:
+        return state.create(model_lib.init_params(plan.model, key), optimizer)
+
+    return make
+
+
+def abstract_state(plan: Plan, mesh: Mesh) -> Any:
+    """Returns the shapes and shardings of the training state, a `TrainState`."""
+    return state.abstract(_birth(plan), mesh, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def new_state(plan: Plan, mesh: Mesh) -> state.TrainState:
+    """Returns a training state with random weights."""
+    return state.born_sharded(_birth(plan), mesh, jax.random.key(0))
+
+
+def lower(plan: Plan, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
+    """Returns the train step of (state, batch, seed), traced.
+
+    Args:
+      plan: from `build`.
+      mesh: the plan's.
+      state_like: from `abstract_state`.
+    """
+    step = steps.jit_train_step(
+        mesh,
+        model=plan.model,
+        objective=plan.objective,
+        optimizer=optim.build(plan.optimizer, plan.total_steps),
+        micro=plan.optimizer.accumulation,
+    )
+    seed = jax.ShapeDtypeStruct((), np.uint32)
+    return step.lower(state_like, plan.batch, seed)  # type: ignore[attr-defined]

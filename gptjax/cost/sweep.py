@@ -1,0 +1,212 @@
+"""Which batch, recomputation and mesh suit a machine: compiles the choices, ranks those that fit.
+
+Everything is an estimate of the compiled program (see `cost.compile`); no accelerator is needed.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from gptjax import mesh as sharding
+from gptjax.config.schema import Experiment, MeshConfig
+from gptjax.cost import compile as aot
+from gptjax.cost import step_spec as plan
+from gptjax.errors import UserError, brief, require
+from gptjax.train import log as telemetry
+
+REMAT = ("none", "dots", "full")
+BATCHES = (1, 2, 4)
+"""Multiples of the experiment's own batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """One thing to try."""
+
+    batch_size: int
+    mesh: tuple[int, int, int]
+    """Sizes of data, fsdp and tensor."""
+    remat: str
+
+    def needs_less(self, other: "Choice") -> bool:
+        """Takes less memory than another that differs in the batch alone."""
+        same = (self.mesh, self.remat) == (other.mesh, other.remat)
+        return same and self.batch_size < other.batch_size
+
+    def __str__(self) -> str:
+        data, fsdp, tensor = self.mesh
+        return (
+            f"batch {self.batch_size}, data {data} x fsdp {fsdp} x tensor {tensor}, "
+            f"remat {self.remat}"
+        )
+
+
+def meshes(
+    given: tuple[int, int, int], devices: int, slices: int = 1
+) -> list[tuple[int, int, int]]:
+    """Returns the experiment's own mesh and others of as many devices, the simplest first.
+
+    Of several slices, fsdp and tensor lie within one.
+
+    >>> meshes((1, 4, 1), 4)
+    [(1, 4, 1), (4, 1, 1), (1, 2, 2)]
+    >>> meshes((16, 1, 1), 16)
+    [(16, 1, 1), (1, 16, 1), (2, 8, 1), (1, 8, 2)]
+    >>> meshes((-1, 1, 1), 32, slices=2)[2:]
+    [(2, 16, 1), (4, 8, 1), (2, 8, 2)]
+    """
+    chips = devices // slices
+    found = [given, (devices, 1, 1), (slices, chips, 1)]
+    if chips > 8 and chips % 8 == 0:
+        found.append((devices // 8, 8, 1))
+    if chips % 2 == 0:
+        found.append((slices, chips // 2, 2))
+    return list(dict.fromkeys(found))
+
+
+def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -> Iterator[Choice]:
+    """Yields what is tried, in order: small batches first, over all meshes and recomputations.
+
+    A batch is rounded up to rows that all devices share.
+    """
+    config = getattr(experiment, stage)
+    sizes = (experiment.mesh.data, experiment.mesh.fsdp, experiment.mesh.tensor)
+    left = devices // math.prod(size for size in sizes if size != -1)
+    data, fsdp, tensor = (left if size == -1 else size for size in sizes)
+    unit = devices * config.optimizer.accumulation
+    batches = [math.ceil(factor * config.batch_size / unit) * unit for factor in BATCHES]
+    for batch in dict.fromkeys(batches):
+        for mesh in meshes((data, fsdp, tensor), devices, slices):
+            for remat in REMAT:
+                yield Choice(batch, mesh, remat)
+
+
+def changed(experiment: Experiment, stage: str, choice: Choice) -> Experiment:
+    """Returns a validated copy of a validated experiment with the choice's fields."""
+    config = dataclasses.replace(getattr(experiment, stage), batch_size=choice.batch_size)
+    data, fsdp, tensor = choice.mesh
+    copy = dataclasses.replace(
+        experiment,
+        model=dataclasses.replace(experiment.model, remat=choice.remat),
+        mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+        **{stage: config},
+    )
+    return plan.validated(copy, stage)
+
+
+def run(
+    experiment: Experiment, topology: str, stage: str, limit: int, output: str = ""
+) -> dict[str, Any]:
+    """Compiles choices for a topology; prints a table on stderr and the ranking as JSON.
+
+    Args:
+      experiment: the configuration to start from.
+      topology: of TPUs; a CPU has no published figures to rank by.
+      stage: pretrain or finetune.
+      limit: compilations at most.
+      output: a file that gets the report too.
+
+    Raises:
+      UserError: as `aot.run`; a topology of CPUs, or a limit below 1.
+    """
+    require(limit > 0, f"--sweep_limit={limit}: must be at least 1")
+    experiment = plan.validated(experiment, stage)
+    target = aot.machine(topology)
+    require(
+        target.chip,
+        f"--topology={topology}: a CPU has no published figures to rank by; --sweep takes a TPU's",
+    )
+    # What cannot be a mesh of these devices ends here, in one line.
+    mesh = sharding.make_mesh(experiment.mesh, target.devices)
+    slices = mesh.size // len(sharding.slice_devices(mesh))
+    wanted = list(choices(experiment, stage, mesh.size, slices))
+    entries, compiled = _try_all(experiment, target, stage, wanted, limit)
+    found = {
+        "topology": topology,
+        "devices": mesh.size,
+        "stage": stage,
+        "of": "an estimate by the compiled program and the chip's published figures, not a "
+        "measurement",
+        "ranking": rank(entries),
+        "compiled": compiled,
+        "left_out": len(wanted) - len(entries),
+    }
+    for line in table(found):
+        telemetry.say(line)
+    telemetry.print_json(found, output)
+    return found
+
+
+def _try_all(
+    experiment: Experiment, target: aot.Machine, stage: str, wanted: list[Choice], limit: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Returns the entries of what was tried or need not be; how many compilations."""
+    tried: list[tuple[Choice, dict[str, Any]]] = []
+    compiled = 0
+    for choice in wanted:
+        small = next((c for c, e in tried if _too_large(e) and c.needs_less(choice)), None)
+        if small is not None:
+            tried.append((choice, _unfit(choice, f"batch {small.batch_size} does not fit already")))
+        elif compiled < limit:
+            compiled += 1
+            telemetry.say(f"{compiled} of at most {min(limit, len(wanted))}: {choice}")
+            tried.append((choice, _try(experiment, target, stage, choice)))
+            jax.clear_caches()
+    return [entry for _, entry in tried], compiled
+
+
+def _too_large(entry: dict[str, Any]) -> bool:
+    return not entry["fits"] and entry["peak_memory_bytes_per_device"] is not None
+
+
+def _unfit(choice: Choice, reason: str) -> dict[str, Any]:
+    entry = {
+        "batch_size": choice.batch_size,
+        "mesh": dict(zip(sharding.AXES, choice.mesh, strict=True)),
+        "remat": choice.remat,
+        "fits": False,
+        "reason": reason,
+    }
+    names = ("peak_memory_bytes_per_device", "step_seconds", "tokens_per_second", "mfu")
+    return entry | dict.fromkeys(names)
+
+
+def _try(experiment: Experiment, target: aot.Machine, stage: str, choice: Choice) -> dict[str, Any]:
+    """The entry of a choice: what it costs, or why it cannot be."""
+    try:
+        found = aot.report(changed(experiment, stage, choice), target, stage)
+    except UserError as error:  # heads that a mesh does not divide
+        return _unfit(choice, str(error))
+    except jax.errors.JaxRuntimeError as error:  # a program that this compiler cannot make
+        return _unfit(choice, brief(error))
+    entry = _unfit(choice, found.get("refused", ""))
+    return entry | {name: found[name] for name in entry if name in found and name != "mesh"}
+
+
+def rank(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the entries, those that fit first, by tokens a second."""
+    return sorted(entries, key=lambda e: (not e["fits"], -(e["tokens_per_second"] or 0)))
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """Returns the ranking as lines of text."""
+    lines = ["    batch  data x fsdp x tensor  remat  GiB/device  step ms     tokens/s  MFU"]
+    for entry in found["ranking"]:
+        mesh = " x ".join(str(size) for size in entry["mesh"].values())
+        line = f"{entry['batch_size']:9d}  {mesh:>20}  {entry['remat']:>5}"
+        peak = entry["peak_memory_bytes_per_device"]
+        line += f"  {peak / 2**30:10.2f}" if peak else " " * 12
+        if entry["fits"]:
+            line += (
+                f"  {entry['step_seconds'] * 1e3:7.1f}  {entry['tokens_per_second']:11,.0f}"
+                f"  {entry['mfu']:3.0%}"
+            )
+        else:
+            line += f"  does not fit: {entry['reason'] or 'the chip has less memory'}"
+        lines.append(line)
+    if found["left_out"]:
+        lines.append(f"{found['left_out']} choices not tried: --sweep_limit compiles more")
+    return [*lines, "An estimate by the compiled programs, not a measurement."]

@@ -1,0 +1,1 @@
+"""Data without a download: the docstrings of the Python standard library."""

@@ -1,0 +1,343 @@
+"""Tokenizers on the `tokenizers` library: GPT-1 style BPE, GPT-1's own vocabulary, characters.
+
+Every tokenizer is one `tokenizer.json`: its normalisation, vocabulary and decoder. Ids are the
+vocabulary's own, then the special tokens in the order of `SPECIALS`.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+import tokenizers
+from etils import epath
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+
+from gptjax.config.schema import TokenizerConfig
+from gptjax.data import cache
+from gptjax.data.tokens import gpt1_words as words_lib
+from gptjax.data.tokens import normalize as text
+from gptjax.errors import UserError, require
+
+UNKNOWN = "<unk>"
+START, DELIMITER, EXTRACT, PADDING = "_start_", "_delimiter_", "_classify_", "<pad>"
+SPECIALS = (START, DELIMITER, EXTRACT, PADDING)
+END_OF_WORD = "</w>"
+
+# Of our own in `tokenizer.json`; the library refuses a file with it, whose words it cannot make.
+_WORDS = "gptjax_words"
+
+_VERSION = 1  # raise it when training learns something else from equal texts
+# Characters handed to the Rust side at once: enough to keep all cores busy (a row of a corpus has
+# up to 64 Ki); what it returns takes some hundred bytes a character.
+_CHUNK = max(1 << 20, (os.cpu_count() or 1) << 16)
+
+
+class Tokenizer:
+    """Text <-> token ids.
+
+    Attributes:
+      start_id, delimiter_id, extract_id, padding_id, unknown_id: ids of the special tokens.
+      hash: SHA-256 of the serialised tokenizer; equal hash, equal ids.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, exact: bool = False):
+        """Args: backend with its vocabulary; exact: words come from `words.py`, not from it."""
+        self._backend, self.exact = backend, exact
+        self.start_id = self.token_id(START)
+        self.delimiter_id = self.token_id(DELIMITER)
+        self.extract_id = self.token_id(EXTRACT)
+        self.padding_id = self.token_id(PADDING)
+        self.unknown_id = self.token_id(UNKNOWN)
+
+    def __len__(self) -> int:
+        """Number of ids, special tokens included."""
+        return self._backend.get_vocab_size()
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """SHA-256 of the serialised tokenizer."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Returns the ids of one text; special tokens written out in a text are plain text."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Returns int32 [length] ids of each text, tokenised on all cores."""
+        ids: list[np.ndarray] = []
+        for chunk in _chunks(texts):
+            words: Sequence[Any] = chunk
+            if self.exact:
+                words = [words_lib.words(each) for each in chunk]
+            encodings = self._backend.encode_batch_fast(
+                words, is_pretokenized=self.exact, add_special_tokens=False
+            )
+            ids += [np.asarray(encoding.ids, np.int32) for encoding in encodings]
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of `ids`, without special tokens."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def token_id(self, token: str) -> int:
+        """Returns the id of a token as the vocabulary spells it."""
+        found = self._backend.token_to_id(token)
+        if found is None:
+            raise UserError(f"tokenizer: it has no token {token}")
+        return found
+
+    def token(self, token_id: int) -> str:
+        """Returns the token of one id as the vocabulary spells it."""
+        return self._backend.id_to_token(int(token_id)) or UNKNOWN
+
+    def to_json(self) -> str:
+        """Returns the serialised tokenizer."""
+        text = self._backend.to_str(pretty=False)
+        if not self.exact:
+            return text
+        return json.dumps(json.loads(text) | {_WORDS: "exact"}, ensure_ascii=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes `tokenizer.json`."""
+        pathlib.Path(path).write_text(self.to_json(), encoding="utf-8")
+
+
+def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Yields the texts in lists of about `_CHUNK` characters."""
+    chunk: list[str] = []
+    size = 0
+    for each in texts:
+        chunk.append(_well_formed(each))
+        size += len(each) + 1
+        if size >= _CHUNK:
+            yield chunk
+            chunk, size = [], 0
+    if chunk:
+        yield chunk
+
+
+def _well_formed(text: str) -> str:
+    """`text` with lone surrogates (half an emoji in JSON, stray bytes in argv) as U+FFFD."""
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def _add_specials(backend: tokenizers.Tokenizer, exact: bool = False) -> Tokenizer:
+    # Added as plain vocabulary would let a user's text forge them; `encode_special_tokens` makes
+    # the tokenizer read such text as ordinary characters. `<unk>` keeps the id it has.
+    backend.add_special_tokens([UNKNOWN, *SPECIALS])
+    backend.encode_special_tokens = True
+    return Tokenizer(backend, exact)
+
+
+def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
+    """Reads `to_json`'s text; a broken one is a `UserError` that names `where`."""
+    try:
+        values = json.loads(text)
+        exact = isinstance(values, dict) and values.pop(_WORDS, None) == "exact"
+        backend = tokenizers.Tokenizer.from_str(json.dumps(values) if exact else text)
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"{where}: not a tokenizer ({error})") from error
+    for name in (UNKNOWN, *SPECIALS):
+        require(backend.token_to_id(name) is not None, f"{where}: it has no token {name}")
+    backend.encode_special_tokens = True
+    return Tokenizer(backend, exact)
+
+
+def load(path: str | os.PathLike[str]) -> Tokenizer:
+    """Reads a `tokenizer.json` file."""
+    return from_json(_read(path), str(path))
+
+
+def _read(path: str | os.PathLike[str]) -> str:
+    try:
+        return epath.Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({error})") from error
+
+
+def _bpe(
+    vocabulary: dict[str, int],
+    merges: list[tuple[str, str]],
+    exact: bool = False,
+) -> tokenizers.Tokenizer:
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
+    )
+    if not exact:
+        backend.normalizer = text.normalizer()
+        # Only of spaCy's words could it learn this token: in ours an apostrophe stands alone.
+        english = f"n't{END_OF_WORD}" in vocabulary
+        backend.pre_tokenizer = text.english_pre_tokenizer() if english else text.pre_tokenizer()
+    backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
+    return backend
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a GPT-1 style BPE: lower case, `</w>` ends a word, `<unk>` for unseen characters.
+
+    Args:
+      texts: the training texts; read twice (an iterator is first made a list).
+      vocab_size: ids besides the four special tokens; fewer where the text is too small.
+    """
+    backend = _bpe({}, [])
+    if iter(texts) is texts:  # read twice: an iterator would be empty the second time
+        texts = list(texts)
+    # Rare scripts must not crowd out merges; GPT-1's own alphabet has 238 symbols.
+    symbols = _alphabet(texts, min(1000, max(1, vocab_size // 4)))
+    ends = [symbol + END_OF_WORD for symbol in (*symbols, text.NEWLINE)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        # Left to itself the trainer numbers symbols in the order of a randomly seeded hash map,
+        # and ids break ties among merges: each process would train another tokenizer.
+        special_tokens=[UNKNOWN, *symbols, *ends],
+        initial_alphabet=symbols,
+        limit_alphabet=len(symbols),
+        end_of_word_suffix=END_OF_WORD,
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    # Built anew: the trainer has declared all its `special_tokens` special.
+    model = json.loads(backend.to_str())["model"]
+    return _add_specials(_bpe(model["vocab"], [(left, right) for left, right in model["merges"]]))
+
+
+def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
+    """Returns the most frequent characters of the normalised texts, in code point order."""
+    raw: Counter[str] = Counter()
+    for chunk in texts:
+        raw.update(unicodedata.normalize("NFC", chunk))
+    normalize = text.normalizer().normalize_str
+    counts: Counter[str] = Counter()
+    for character, count in raw.items():
+        for normal in "".join(normalize(character).split()):
+            counts[normal] += count
+    return sorted(sorted(counts, key=lambda normal: (-counts[normal], normal))[:limit])
+
+
+def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokenizer:
+    """Loads GPT-1's own pair: `encoder_bpe_40000.json` and `vocab_40000.bpe`.
+
+    Args:
+      vocab_file, merges_file: the pair.
+      exact: the authors' words (`words.py`, which needs ftfy and spaCy) instead of `text.py`'s.
+    """
+    try:
+        vocabulary = json.loads(_read(vocab_file))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{vocab_file}: not JSON ({error})") from error
+    _check_vocabulary(vocabulary, vocab_file)
+    merges = []
+    for number, line in enumerate(_read(merges_file).split("\n"), 1):
+        if not line or (number == 1 and line.startswith("#version")):
+            continue
+        merges.append(_merge(line.split(), vocabulary, f"{merges_file}: line {number}"))
+    return _add_specials(_bpe(vocabulary, merges, exact), exact)
+
+
+def from_huggingface(values: Any, where: str, exact: bool = False) -> Tokenizer:
+    """Builds GPT-1's tokenizer from the vocabulary and merges inside another `tokenizer.json`."""
+    try:
+        vocabulary, lines = values["model"]["vocab"], values["model"]["merges"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{where}: has no BPE vocabulary and merges") from error
+    _check_vocabulary(vocabulary, where)
+    pairs = [line.split() if isinstance(line, str) else line for line in lines]
+    merges = [_merge(pair, vocabulary, f"{where}: merge {i}") for i, pair in enumerate(pairs, 1)]
+    return _add_specials(_bpe(vocabulary, merges, exact), exact)
+
+
+def _merge(pair: Sequence[str], vocabulary: dict[str, int], where: str) -> tuple[str, str]:
+    require(len(pair) == 2, f"{where}: a merge is two symbols, not {' '.join(pair)!r}")
+    for symbol in (*pair, "".join(pair)):
+        require(symbol in vocabulary, f"{where}: {symbol!r} is not in the vocabulary")
+    return pair[0], pair[1]
+
+
+def _check_vocabulary(vocabulary: Any, path: str) -> None:
+    """Ids must have no gap: the special tokens come after the last."""
+    require(isinstance(vocabulary, dict), f"{path}: must be one JSON object of token: id")
+    owners: dict[int, str] = {}
+    for token, index in vocabulary.items():
+        require(
+            type(index) is int and 0 <= index < len(vocabulary) and index not in owners,
+            f"{path}: token {token!r} has the id {index!r}; the ids of {len(vocabulary)} tokens "
+            f"are 0 to {len(vocabulary) - 1}, each once",
+        )
+        owners[index] = token
+    require(UNKNOWN in vocabulary, f"{path}: it has no token {UNKNOWN}")
+    for name in SPECIALS:
+        require(name not in vocabulary, f"{path}: {name} must not be in it; it is added")
+
+
+def train_characters(texts: Iterable[str]) -> Tokenizer:
+    """One token a character, in code point order: for teaching and tiny models."""
+    characters = sorted(set(itertools.chain.from_iterable(texts)))
+    vocabulary = {name: i for i, name in enumerate([UNKNOWN, *characters])}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    backend.decoder = decoders.Fuse()
+    return _add_specials(backend)
+
+
+def build(config: TokenizerConfig, texts: Iterable[str], content: str = "") -> Tokenizer:
+    """Loads or trains the tokenizer that `config` describes; `texts` is read only to train.
+
+    `content` names the contents of `texts`: what is trained is then kept in the cache.
+    """
+    if config.file:
+        return load(config.file)
+    if config.kind == "gpt1":
+        require(
+            config.vocab_file and config.merges_file,
+            "--config.tokenizer.kind=gpt1: give --config.tokenizer.vocab_file and .merges_file",
+        )
+        return load_gpt1(config.vocab_file, config.merges_file, config.words == "exact")
+
+    def train() -> Tokenizer:
+        if config.kind == "character":
+            return train_characters(texts)
+        return train_bpe(texts, config.vocab_size)
+
+    def write(file: BinaryIO) -> None:
+        file.write(train().to_json().encode())
+
+    if not content:
+        return train()
+    asked = (config.kind, config.vocab_size, _bpe({}, []).to_str(), tokenizers.__version__)
+    return cache.kept(cache.key("tokenizer", _VERSION, content, *asked), ".json", write, load) or (
+        train()
+    )
+
+
+def pair_texts(tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """Returns the contents of the pair's two files; None where the tokenizer is no BPE."""
+    pair = vocabulary_pair(tokenizer)
+    if pair is None:
+        return None
+    merges = "\n".join(["#version: 0.2", *pair[1], ""])
+    return json.dumps(pair[0], ensure_ascii=False), merges
+
+
+def vocabulary_pair(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
+    """Returns the (vocabulary, merges) pair of a BPE tokenizer without its special tokens."""
+    model = json.loads(tokenizer.to_json())["model"]
+    if model["type"] != "BPE":
+        return None
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    return model["vocab"], merges

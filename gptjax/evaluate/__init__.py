@@ -1,0 +1,1 @@
+"""Scores of a model: metrics, losses on a split, zero-shot probes."""

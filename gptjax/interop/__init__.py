@@ -1,0 +1,1 @@
+"""Weights in the formats of others: OpenAI's release and Hugging Face folders."""

@@ -1,0 +1,1 @@
+"""The decoder, its losses, and the count of its operations."""

@@ -1,0 +1,1 @@
+"""The operations that the model is made of, each for every kind of device."""

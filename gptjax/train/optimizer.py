@@ -1,0 +1,161 @@
+"""Schedules, the decay mask and the optax chain."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from gptjax.config.schema import OptimizerConfig
+from gptjax.errors import require
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns the learning rate by step: linear warm-up from 0, then down to 0 at `total_steps`.
+
+    The first update has rate peak / warm-up (not 0), the last one is still above 0. (With the
+    algorithm openai it is `openai_schedule`.)
+    """
+    if config.algorithm == "openai":
+        return openai_schedule(config, total_steps)
+    require(
+        config.warmup_steps < total_steps,
+        f"--config: optimizer.warmup_steps={config.warmup_steps} must be below the "
+        f"{total_steps} steps",
+    )
+    share = min(math.ceil(config.warmup_fraction * total_steps), total_steps - 1)
+    warmup = config.warmup_steps or share
+    peak, rest = config.learning_rate, total_steps - warmup
+    after: dict[str, optax.Schedule] = {
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "constant": optax.constant_schedule(peak),
+    }
+    if not warmup:
+        return after[config.schedule]
+    rise = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)
+    return optax.join_schedules([rise, after[config.schedule]], [warmup])
+
+
+def openai_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns the schedules of the authors' code: of x = step / total, the step counted from 0.
+
+    With w the share of the warm-up, x / w up to w and 1 after it; linear multiplies both by 1 - x.
+    Other than ours the first update has rate 0, and linear is at 1 - w after the warm-up, not at 1.
+    """
+    w = config.warmup_steps / total_steps or config.warmup_fraction
+
+    def rate(step: jax.Array) -> jax.Array:
+        x = jnp.asarray(step, jnp.float32) / total_steps
+        after = {
+            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * x)),
+            "linear": jnp.ones_like(x),
+            "constant": jnp.ones_like(x),
+        }[config.schedule]
+        factor = jnp.where(x <= w, x / w, after) if w else after
+        if config.schedule == "linear":
+            factor = factor * (1 - x)
+        return config.learning_rate * factor
+
+    return rate
+
+
+def openai_adam(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns the Adam of the authors' code (its `opt.py`).
+
+    rate_t = rate * sqrt(1 - beta2^t) / (1 - beta1^t), t from 1, and the update is
+    -rate_t * (m / (sqrt(v) + epsilon) + decay * p): epsilon is added to the root of the uncorrected
+    v, and the decay is scaled by the bias correction. Neither is so in `optax.adamw`.
+    """
+    rate = openai_schedule(config, total_steps)
+    beta1, beta2 = config.beta1, config.beta2
+
+    def init(params: optax.Params) -> optax.ScaleByAdamState:
+        zeros = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), *zeros)
+
+    def update(
+        gradients: optax.Updates, state: optax.ScaleByAdamState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
+        assert params is not None
+        t = (state.count + 1).astype(jnp.float32)
+        # 1 - beta^t by expm1: in float32 the difference would lose four digits at first.
+        correction1, correction2 = (
+            -jnp.expm1(t * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2)
+        )
+        rate_t = rate(state.count) * jnp.sqrt(correction2) / correction1
+        m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
+        v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, gradients)
+
+        def step(m: jax.Array, v: jax.Array, p: jax.Array, decayed: bool) -> jax.Array:
+            direction = m / (jnp.sqrt(v) + config.epsilon)
+            if decayed:
+                direction = direction + config.weight_decay * p
+            return -rate_t * direction
+
+        updates = jax.tree.map(step, m, v, params, decay_mask(params))
+        return updates, optax.ScaleByAdamState(state.count + 1, m, v)
+
+    return optax.GradientTransformation(init, update)
+
+
+# Parameters of one dimension; those of the blocks carry a leading layers axis besides, and some
+# biases a heads axis, so that the rule is a name and not a number of dimensions.
+_NOT_DECAYED = ("bias", "scale")
+
+
+def decay_mask(params: optax.Params) -> optax.Params:
+    """Returns True for the arrays that weight decay applies to: all but biases and gains."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key not in _NOT_DECAYED, params
+    )
+
+
+def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns `inner`, with no update and no change of its state where a gradient is not finite.
+
+    As `optax.apply_if_finite`, by the norm of all gradients, which the step reports anyway: a look
+    at each element takes a CPU longer. Gradients whose squares overflow count as not finite.
+    """
+
+    def init(params: optax.Params) -> optax.ApplyIfFiniteState:
+        zero = jnp.zeros((), jnp.int32)
+        return optax.ApplyIfFiniteState(zero, jnp.array(True), zero, inner.init(params))
+
+    def update(
+        gradients: optax.Updates,
+        state: optax.ApplyIfFiniteState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, optax.ApplyIfFiniteState]:
+        finite = jnp.isfinite(optax.tree.norm(gradients))
+
+        def skip() -> tuple[optax.Updates, optax.OptState]:
+            return jax.tree.map(jnp.zeros_like, gradients), state.inner_state
+
+        updates, inner_state = jax.lax.cond(
+            finite, lambda: inner.update(gradients, state.inner_state, params), skip
+        )
+        in_a_row = jnp.where(finite, 0, state.notfinite_count + 1)
+        total = state.total_notfinite + jnp.where(finite, 0, 1)
+        return updates, optax.ApplyIfFiniteState(in_a_row, finite, total, inner_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def build(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Returns clip -> Adam -> decoupled decay -> schedule; non-finite updates are skipped, counted.
+
+    The state is `optax.ApplyIfFiniteState`: `notfinite_count` in a row, `total_notfinite` in all.
+    Adam's step and the schedule do not advance on a skipped update.
+    """
+    if config.algorithm == "openai":
+        parts = [openai_adam(config, total_steps)]
+    else:
+        parts = [
+            optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+            optax.add_decayed_weights(config.weight_decay, decay_mask),
+            optax.scale_by_learning_rate(schedule(config, total_steps)),
+        ]
+    if config.clip_norm:
+        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    return skip_nonfinite(optax.chain(*parts))

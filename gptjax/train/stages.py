@@ -1,0 +1,342 @@
+"""The stages of an experiment: configuration and tokenised data -> what the loop trains."""
+
+import dataclasses
+import functools
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+
+from gptjax import mesh as sharding
+from gptjax.batch import Batch
+from gptjax.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from gptjax.data import loader, splits, tasks
+from gptjax.data.packing import Packer
+from gptjax.data.tables import text_files as sources
+from gptjax.data.tasks import Examples, TaskSpec
+from gptjax.data.tokens import store as streams
+from gptjax.data.tokens.tokenizer import Tokenizer
+from gptjax.errors import require
+from gptjax.evaluate import metrics, probes
+from gptjax.evaluate import score as evaluate
+from gptjax.model.gpt import GPT
+from gptjax.state import Params
+from gptjax.train import step as steps
+from gptjax.train.step import Objective
+
+Scores = dict[str, float]
+# Of an array, read at a time.
+_ROWS = 1 << 20
+
+
+class Batches(Protocol):
+    """The training batches, by step."""
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yields the batches of steps [start, stop)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """All that the loop needs to know of a stage."""
+
+    name: str
+    model: GPT
+    objective: Objective
+    optimizer: OptimizerConfig
+    total_steps: int
+    eval_every: int
+    save_every: int
+    batches: Batches
+    validate: Callable[[Params, Callable[[], bool]], Scores | None]
+    """(params, stop) -> scores on the validation split; None if stopped."""
+    test: Callable[[Params, Callable[[], bool]], Scores | None] | None
+    metric: str
+    """The validation score that ranks checkpoints."""
+    fingerprint: str
+    """Hash of the training data."""
+    spec: TaskSpec | None = None
+    transfer: str = "all"
+    """What is taken of pretrained weights, as in `FinetuneConfig.transfer`."""
+    floors: dict[str, Scores] = dataclasses.field(default_factory=dict)
+    """Split -> scores of the majority answer."""
+    notes: tuple[str, ...] = ()
+    """What to tell the user about the data."""
+
+
+def make_model(
+    config: ModelConfig, spec: TaskSpec | None, mesh: Mesh | None = None, longest: int = 0
+) -> GPT:
+    """Returns the model with the head that the task needs.
+
+    Args:
+      config: of the model.
+      spec: the task, or None.
+      mesh: the devices.
+      longest: see `GPT.longest`.
+    """
+    if spec is None:
+        return GPT(config, mesh=mesh, longest=longest)
+    summed = spec.kind in ("similarity", "regression")
+    return GPT(config, spec.num_outputs, summed, spec.flatten, mesh, longest)
+
+
+def fingerprint(*arrays: np.ndarray | None) -> str:
+    """Returns a hash of the arrays' contents."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in arrays:
+        if array is None:
+            continue
+        # Token ids hash the same in both types that they are kept in.
+        dtype = np.dtype(np.int32) if array.dtype == np.uint16 else array.dtype
+        digest.update(f"{dtype}{array.shape}".encode())
+        for start in range(0, len(array), _ROWS):  # it may be a file larger than memory
+            digest.update(np.ascontiguousarray(array[start : start + _ROWS], dtype).data)
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Texts:
+    """The texts of a table, as often as one likes, without ever holding them all."""
+
+    table: Any
+    """`datasets.Dataset` with a column `text`."""
+
+    @property
+    def content(self) -> str:
+        """Names the contents."""
+        return sources.fingerprint(self.table)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yields the texts in order."""
+        for start in range(0, len(self.table), 100):
+            yield from self.table[start : start + 100]["text"]
+
+
+def pretrain_texts(data: dict[str, Any]) -> Texts:
+    """Returns the training texts, for the tokenizer to learn from."""
+    return Texts(data["train"])
+
+
+def finetune_texts(data: dict[str, splits.Table], config: FinetuneConfig) -> Iterator[str]:
+    """Yields the training texts, for the tokenizer to learn from."""
+    for values in data["train"].columns(splits.task_spec(config).text_columns).values():
+        yield from map(tasks.as_text, values)
+
+
+def _text_scorer(
+    config: PretrainConfig,
+    model: GPT,
+    stream: np.ndarray,
+    window: int,
+    mesh: Mesh,
+    asked: Sequence[probes.Probe],
+) -> Callable[[Params, Callable[[], bool]], Scores | None]:
+    """Returns what scores the LM on the validation text, and on the probes."""
+    step = steps.jit_eval_step(mesh, model, Objective())
+
+    def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
+        scores = evaluate.language_model(
+            step, params, stream, window, config.batch_size, mesh, config.eval_batches, stop
+        )
+        if scores is None or not asked:
+            return scores
+        span_step = steps.jit_span_step(mesh, model)
+        found = probes.run(asked, span_step, params, model.config.vocab_size, mesh, stop)
+        if found is None:
+            return None
+        for each in asked:
+            for name in (each.metric, "floor"):
+                scores[f"probe_{each.name}_{name}"] = found[each.name][name]
+        return scores
+
+    return validate
+
+
+def pretrain_shape(
+    config: PretrainConfig, model_config: ModelConfig, mesh: Mesh
+) -> tuple[int, int]:
+    """Returns rows and tokens a row of a pretraining batch; a `UserError` if they do not fit."""
+    window = config.window or model_config.context_length
+    require(
+        window <= model_config.context_length,
+        f"--config.pretrain.window={window}: the model has a context of "
+        f"{model_config.context_length}",
+    )
+    divisor = sharding.batch_divisor(mesh) * config.optimizer.accumulation
+    require(
+        config.batch_size % divisor == 0,
+        f"--config.pretrain.batch_size={config.batch_size}: must be a multiple of {divisor} "
+        "(devices along data and fsdp, times accumulation)",
+    )
+    return config.batch_size, window
+
+
+def pretrain(
+    config: PretrainConfig,
+    model_config: ModelConfig,
+    data: dict[str, Any],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    seed: int,
+    asked: Sequence[probes.Probe] = (),
+) -> Stage:
+    """Builds the pretraining stage from the tables of `splits.text_splits`.
+
+    Every validation scores the probes `asked` too, as "probe_NAME_METRIC" and "probe_NAME_floor".
+    """
+    texts = {name: Texts(table) for name, table in data.items()}
+    stream = {
+        name: streams.token_stream(each, tokenizer, each.content) for name, each in texts.items()
+    }
+    _, window = pretrain_shape(config, model_config, mesh)
+    require(
+        len(stream["validation"]) > 1,
+        "--config.pretrain: the validation text is empty; give validation_files or more text",
+    )
+    local = functools.partial(sharding.local_rows, mesh)
+    batches = loader.TextBatches(stream["train"], window, config.batch_size, seed, local)
+    total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
+    model, objective = make_model(model_config, None, mesh), Objective()
+    validate = _text_scorer(config, model, stream["validation"], window, mesh, asked)
+    unknown = streams.count(stream["train"], tokenizer.unknown_id) / len(stream["train"])
+    epochs = total * config.batch_size / batches.windows
+    notes = (
+        f"pretrain: {len(stream['train']):,} training tokens ({unknown:.2%} unknown), "
+        f"{len(stream['validation']):,} for validation",
+        f"pretrain: {total:,} steps of {config.batch_size} x {window} tokens, {epochs:.1f} epochs",
+    )
+    return Stage(
+        "pretrain", model, objective, config.optimizer, total,
+        config.eval_every or total, config.save_every, batches, validate, None,
+        "loss", fingerprint(stream["train"]), notes=notes,
+    )  # fmt: skip
+
+
+def _encode(
+    data: dict[str, splits.Table], spec: TaskSpec, tokenizer: Tokenizer, context_length: int
+) -> dict[str, Examples]:
+    examples = {}
+    for name, table in data.items():
+        rows = table.columns((*spec.text_columns, spec.label))
+        examples[name] = tasks.encode(
+            spec, rows, tokenizer, context_length, table.where, numbers=table.numbers, keep=True
+        )
+    return examples
+
+
+def _with_labels(spec: TaskSpec, data: dict[str, splits.Table]) -> TaskSpec:
+    """The labels of the training file, of the part that was held out of it too."""
+    train = data["train"]
+    tables = [table for table in data.values() if table is train or table.part_of == train.where]
+    values = [value for table in tables for value in table.columns((spec.label,))[spec.label]]
+    numbers = None
+    if train.numbers is not None:
+        numbers = [number for table in tables for number in table.numbers or ()]
+    return tasks.find_labels(spec, {spec.label: values}, train.where, numbers)
+
+
+def _floors(
+    names: tuple[str, ...], examples: dict[str, Examples], spec: TaskSpec
+) -> dict[str, Scores]:
+    return {
+        name: metrics.floor(names, split.labels, len(spec.labels))
+        for name, split in examples.items()
+        if name != "train" and split.labels is not None
+    }
+
+
+def _epoch_steps(config: FinetuneConfig, examples: int) -> float:
+    """Steps of an epoch."""
+    if not config.drop_last:
+        return examples / config.batch_size
+    require(
+        examples >= config.batch_size,
+        f"--config.finetune.batch_size={config.batch_size}: with drop_last the {examples} examples "
+        "make no batch",
+    )
+    return examples // config.batch_size
+
+
+def _note(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
+    text = f"finetune: {len(examples):,} {name} examples"
+    if examples.cut:
+        text += f", {examples.cut:,} cut to fit {model.context_length} tokens"
+    if examples.empty:
+        text += f", {examples.empty:,} with an empty text"
+    if ignored:
+        text += f", {ignored:,} left out for their label"
+    return text
+
+
+def _what(config: FinetuneConfig, total: int, packer: Packer) -> str:
+    task = "task" if config.task_weight == 1 else f"{config.task_weight:g} * task"
+    return (
+        f"finetune: {total:,} steps of {config.batch_size} examples packed in {packer.rows} rows "
+        f"of {packer.row_length} tokens, {task} + {config.lm_weight:g} * LM"
+    )
+
+
+def _spec(
+    config: FinetuneConfig, model: ModelConfig, data: dict[str, splits.Table], tokenizer: Tokenizer
+) -> TaskSpec:
+    """The task with its label names and, for a flattened head, its length."""
+    spec = _with_labels(splits.task_spec(config), data)
+    if config.head != "flatten":
+        return spec
+    texts = data["train"].columns(spec.text_columns)
+    length = tasks.padded_length(spec, texts, tokenizer, model.context_length)
+    return dataclasses.replace(spec, flatten=length)
+
+
+def finetune(
+    config: FinetuneConfig,
+    model_config: ModelConfig,
+    data: dict[str, splits.Table],
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    seed: int,
+) -> Stage:
+    """Builds the fine-tuning stage from the tables of `splits.labelled_splits`."""
+    names = metrics.parse(config.metrics, config.task)
+    spec = _spec(config, model_config, data, tokenizer)
+    examples = _encode(data, spec, tokenizer, model_config.context_length)
+    train = examples["train"]
+    floors = _floors(names, examples, spec)
+    devices, means = sharding.batch_divisor(mesh), config.lm_mean == "sequence"
+    divisor = devices * config.optimizer.accumulation
+    packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, means)
+    epoch = _epoch_steps(config, len(train))
+    total = config.steps or math.ceil(config.epochs * epoch)
+    longest = max(each.longest for each in examples.values())
+    model = make_model(model_config, spec, mesh, longest)
+    objective = Objective(spec.kind, config.lm_weight, config.task_weight)
+    eval_step = steps.jit_eval_step(mesh, model, objective)
+
+    def score(name: str) -> Callable[[Params, Callable[[], bool]], Scores | None]:
+        lengths = examples[name].lengths
+        split_packer = Packer(lengths, config.batch_size, packer.row_length, devices, means)
+
+        def run(params: Params, stop: Callable[[], bool]) -> Scores | None:
+            return evaluate.task(
+                spec, names, eval_step, params, examples[name], split_packer, mesh, objective, stop
+            )
+
+        return run
+
+    local = functools.partial(sharding.local_rows, mesh)
+    batches = loader.TaskBatches(train, packer, config.batch_size, seed, config.drop_last, local)
+    every = max(1, round(epoch / config.evals_per_epoch))
+    notes = [_note(name, each, data[name].ignored, model_config) for name, each in examples.items()]
+    notes.append(_what(config, total, packer))
+    if "f1" in names:
+        notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
+    arrays = [np.concatenate(train.tokens), train.lengths, train.labels]
+    return Stage(
+        "finetune", model, objective, config.optimizer, total, every, config.save_every,
+        batches, score("validation"), score("test") if "test" in examples else None,
+        names[metrics.PRIMARY], fingerprint(*arrays), spec, config.transfer, floors, tuple(notes),
+    )  # fmt: skip
