@@ -20,17 +20,11 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from gptjax import errors
 from gptjax.cli import malloc as allocator
 from gptjax.cluster import processes as distributed
-from gptjax.errors import (
-    Preempted,
-    ProcessLost,
-    TrainingDiverged,
-    UserError,
-    no_reader,
-    require,
-    tell,
-)
+from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError, require
+from gptjax.io.console import no_reader, tell
 
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 QUICKSTART = os.path.join(FOLDER, "experiments", "quickstart.py")
@@ -132,9 +126,12 @@ def _workdir() -> str:
 
 
 def _train() -> None:
+    from gptjax.cli import modes
     from gptjax.train import run as loop
 
-    loop.run(CONFIG.value, _workdir(), config_flags.get_override_values(FLAGS["config"]))
+    given = config_flags.get_override_values(FLAGS["config"])
+    summary = loop.run(CONFIG.value, _workdir(), given)
+    modes.show_results(_workdir(), summary)
 
 
 def _ablate() -> None:
@@ -182,13 +179,16 @@ def _import() -> None:
 
     # The experiment has nothing to say here, a flag has.
     words = config_flags.get_override_values(FLAGS["config"]).get("tokenizer.words", "exact")
-    pretrained.import_weights(INPUT.value, OUTPUT.value, FORMAT.value, words)
+    for line in pretrained.import_weights(INPUT.value, OUTPUT.value, FORMAT.value, words):
+        print(line)
+    print(f"to start from them: --config.init_from={OUTPUT.value}")
 
 
 def _export() -> None:
     from gptjax.interop import convert as pretrained
 
-    pretrained.export_weights(INPUT.value, OUTPUT.value, FORMAT.value)
+    for line in pretrained.export_weights(INPUT.value, OUTPUT.value, FORMAT.value):
+        print(line)
 
 
 def _compile() -> None:
@@ -225,9 +225,21 @@ _MODES: dict[str, Callable[[], None]] = {
 }
 
 
+def _with_flags(text: str) -> str:
+    """A message of the library with flags for arguments and fields."""
+    from gptjax.cli.console import with_flags
+    from gptjax.config import schema
+
+    own = {name for name in FLAGS if not name.startswith("config.")}
+    # These are flags of some modes, and fields of an experiment that others train.
+    train = FLAGS["mode"].value in ("train", "ablate", "compile", "bench")
+    shared = {"seed", "probes", "checkpoint"} if train else set()
+    return with_flags(text, own - shared, schema.field_names(schema.Experiment))
+
+
 def _error(error: object, code: int) -> int:
     """Prints one line and returns the exit code; one of several processes ends here."""
-    text = " ".join(str(error).split())
+    text = _with_flags(" ".join(str(error).split()))
     try:
         print("error:", text, file=sys.stderr, flush=True)
     except OSError:
@@ -257,13 +269,13 @@ def _check_config_flags(argv: list[str]) -> None:
             folder = os.path.relpath(os.path.dirname(QUICKSTART))
             known = sorted(file for file in os.listdir(folder) if file.endswith(".py"))
             paths = [os.path.join(folder, file) for file in known]
-            near = config.nearest(path, paths) or f"; {folder} has {', '.join(known)}"
+            near = errors.nearest(path, paths) or f"; {folder} has {', '.join(known)}"
             require(os.path.isfile(path), f"--config={value}: no such file{near}")
         # A task of an ablation, a probe has the name that the experiment gives it.
         field = re.sub(r"^config\.(ablation\.tasks|probes)\.[^.]+", r"config.\1.NAME", name)
         field = field.removeprefix("config.")
         known_field = field == name or field in fields
-        require(known_field, f"--{name}: no such field{config.nearest(field, fields)}")
+        require(known_field, f"--{name}: no such field{errors.nearest(field, fields)}")
 
 
 def _parse(argv: list[str]) -> list[str]:

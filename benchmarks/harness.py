@@ -20,8 +20,8 @@ from typing import Any
 from absl import flags
 
 from benchmarks.sizes import SIZES
-from gptjax.config.schema import nearest, split_names
-from gptjax.errors import UserError, require
+from gptjax.config.schema import split_names
+from gptjax.errors import UserError, nearest, require
 
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 RESULTS = pathlib.Path(__file__).with_name("results")

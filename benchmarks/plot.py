@@ -5,7 +5,7 @@ import pathlib
 import textwrap
 from typing import Any
 
-from gptjax.train import log as telemetry
+from gptjax.io import files
 
 _COLOURS = {
     "ours": "#0b6e4f", "pytorch": "#c8553d", "transformers": "#e0a030", "flax": "#4a6fa5",
@@ -38,7 +38,7 @@ def bars(title: str, unit: str, document: dict[str, Any], path: pathlib.Path) ->
     figure.text(0.01, -0.02, document["machine"], fontsize=7, color="#606060")
     data = io.BytesIO()
     figure.savefig(data, format="png", dpi=130, bbox_inches="tight")
-    telemetry.write_atomically(path, data.getvalue())
+    files.write_atomically(path, data.getvalue())
 
 
 def _draw(axis: Any, rows: list[dict[str, Any]], reference: str) -> None:

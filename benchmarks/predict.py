@@ -50,17 +50,16 @@ def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
     import jax
     import numpy as np
 
-    from gptjax.data.tasks import TaskSpec
+    from gptjax.config.schema import TaskSpec
     from gptjax.data.tokens import tokenizer as tokenizer_lib
     from gptjax.interop import arrays as weights
     from gptjax.interop import convert as pretrained
     from gptjax.interop import huggingface
     from gptjax.model import gpt as model_lib
-    from gptjax.train import stages
 
     config = sizes.model_config(sizes.Size(**spec["model"]), "float32")
     task = TaskSpec("classification", "text", labels=("0", "1"))
-    model = stages.make_model(config, task)
+    model = model_lib.make_model(config, task)
     arrays = weights.flatten(model_lib.init_params(model, jax.random.key(0)))
     # Last states have a norm of sqrt(width): logits that differ from text to text.
     arrays[weights.KERNEL] = np.random.default_rng(0).normal(

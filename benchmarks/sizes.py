@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from gptjax.config.schema import ModelConfig, OptimizerConfig, nearest
-from gptjax.errors import require
+from gptjax.config.schema import ModelConfig, OptimizerConfig
+from gptjax.errors import nearest, require
 
 LEARNING_RATE = 2.5e-4
 WEIGHT_DECAY = 0.01

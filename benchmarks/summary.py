@@ -13,7 +13,7 @@ import numpy as np
 
 from benchmarks import harness, plot
 from benchmarks.harness import FLAGS, Result, Variant
-from gptjax.train import log as telemetry
+from gptjax.io import files
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers")
 _GIB = 2**30
@@ -46,16 +46,16 @@ def run(about: About, every: Sequence[Variant]) -> None:
 
     def save(results: list[Result]) -> None:
         document = summarise(about, results)
-        telemetry.write_json(output / f"{about.name}.json", document)
+        files.write_json(output / f"{about.name}.json", document)
         text = markdown(about, document)
-        telemetry.write_atomically(output / f"{about.name}.md", text.encode())
+        files.write_atomically(output / f"{about.name}.md", text.encode())
 
     output = pathlib.Path(FLAGS.output)
-    with telemetry.disk_errors(output):
+    with files.disk_errors(output):
         output.mkdir(parents=True, exist_ok=True)
     results = harness.run([*tops, *every], FLAGS.rounds, save, FLAGS.timeout)
     document = summarise(about, results)
-    with telemetry.disk_errors(output):
+    with files.disk_errors(output):
         plot.bars(about.title, about.unit, document, output / f"{about.name}.png")
     print(markdown(about, document))
     print(f"{output / about.name}.md, .json and .png")

@@ -15,10 +15,10 @@ from gptjax.infer import generate as generate_lib
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
 from gptjax.model import gpt as model_lib
+from gptjax.model.objective import Objective
 from gptjax.train import optimizer as optim
-from gptjax.train import stages
 from gptjax.train import step as steps
-from gptjax.train.step import Objective, StepOutput
+from gptjax.train.step import StepOutput
 
 # Any number above the steps that are run: the schedule is constant.
 _STEPS = 1_000_000
@@ -44,7 +44,7 @@ class Training:
         """
         self.mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
         self.objective = objective or Objective()
-        model = model or stages.make_model(config, None)
+        model = model or model_lib.make_model(config, None)
         optimizer = optim.build(sizes.optimizer_config(), _STEPS)
 
         def birth(key: jax.Array) -> state.TrainState:
@@ -85,7 +85,7 @@ class Generation:
 
     def __init__(self, size: Size, dtype: str, params: Any = None):
         """Args: size; dtype float32 or bfloat16; params: weights, None: random ones."""
-        model = stages.make_model(sizes.model_config(size, dtype), None)
+        model = model_lib.make_model(sizes.model_config(size, dtype), None)
         if params is None:
             params = jax.jit(lambda key: model_lib.init_params(model, key))(jax.random.key(0))
         self._decoder = Decoder(model, params)

@@ -24,8 +24,7 @@ from gptjax.config import (
     PretrainConfig,
     TokenizerConfig,
 )
-from gptjax.config.schema import nearest
-from gptjax.errors import require
+from gptjax.errors import nearest, require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,8 @@ Nobody may be there to read that line: a terminal was closed, or the `tee` behin
 changes neither what is saved nor the exit code.
 """
 
-import contextlib
-import os
+import difflib
+import typing
 
 
 class UserError(Exception):
@@ -38,24 +38,13 @@ def require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
-def tell(line: str) -> None:
-    """Writes a line to stderr, from any thread, and in a signal that comes amid another print."""
-    try:
-        os.write(2, f"{line}\n".encode())
-    except OSError:
-        no_reader()
-
-
-def no_reader() -> None:
-    """What is still to be printed where stderr goes is dropped, instead of failing."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    with contextlib.suppress(OSError):
-        if os.path.sameopenfile(1, 2):
-            os.dup2(null, 1)
-    os.dup2(null, 2)
-    os.close(null)
-
-
 def brief(error: Exception) -> str:
     """An error of a library on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """Returns "; did you mean 'X'?" with the one of `names` that is most like `name`, or ""."""
+    lower = {each.lower(): each for each in names}
+    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    return f"; did you mean {lower[near[0]]!r}?" if near else ""

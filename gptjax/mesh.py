@@ -1,12 +1,13 @@
 """The mesh, and one table of rules that says how every array is laid out on it."""
 
+import contextlib
 import math
+import os
+import platform as host_platform
 import re
-from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -49,12 +50,12 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     if -1 in sizes:
         require(
             len(devices) % fixed == 0,
-            f"--config.mesh: {fixed} does not divide the {len(devices)} devices",
+            f"`mesh`: {fixed} does not divide the {len(devices)} devices",
         )
         sizes[sizes.index(-1)] = len(devices) // fixed
     require(
         int(np.prod(sizes)) == len(devices),
-        f"--config.mesh: data * fsdp * tensor = {' * '.join(map(str, sizes))} is not the number of "
+        f"`mesh`: data * fsdp * tensor = {' * '.join(map(str, sizes))} is not the number of "
         f"devices, {len(devices)}",
     )
     types = (AxisType.Auto,) * 3
@@ -96,7 +97,7 @@ def _over_slices(sizes: list[int], slices: int) -> list[int]:
     rest = slices // data
     require(
         sizes[1] % rest == 0,
-        f"--config.mesh: data * fsdp = {sizes[0]} * {sizes[1]} must be a multiple of the {slices} "
+        f"`mesh`: data * fsdp = {sizes[0]} * {sizes[1]} must be a multiple of the {slices} "
         "slices: tensor is for the devices of one slice",
     )
     return [data, rest, 1]
@@ -197,38 +198,22 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
     return jax.tree.map(place, batch)
 
 
-def by_rows_and_heads(
-    kernel: Callable[..., jax.Array],
-    mesh: Mesh | None,
-    q_BTHK: jax.Array,
-    k_BTHK: jax.Array,
-    v_BTHK: jax.Array,
-    query_ids_BT: jax.Array,
-    key_ids_BT: jax.Array,
-    words: jax.Array | None,
-) -> jax.Array:
-    """Returns the attention [B, T, H, K], each device running the kernel on its rows and heads.
+def describe_machine() -> str:
+    """Returns what a measurement was made on: "2 x Intel(R) Xeon(R) ..., jax 0.10.2".
 
-    XLA cannot cut up a kernel, or a loop over rows, by itself. Rows lie over the axes data and
-    fsdp, whose product must divide B; heads over tensor, or on every device of it where it does not
-    divide H.
-
-    Args:
-      kernel: a function of the arrays below and of uint32 [B, H], b * H + h in the whole array,
-        of which a device has a part.
-      mesh: of a jit whose arrays are sharded; None: one device.
-      q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT: the whole arrays.
-      words: uint32 [2], for all devices the same; None: zeros.
+    With what the C library was told about its memory, by the launcher or by the user.
     """
-    batch, _, heads, _ = q_BTHK.shape
-    words = jnp.zeros(2, jnp.uint32) if words is None else words
-    heads_BH = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
-    if several(mesh):
-        tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
-        x, ids = P(BATCH_AXES, None, tensor), P(BATCH_AXES)
-        # Kernels do not say over which axes their results vary, so that there is nothing to check.
-        kernel = jax.shard_map(
-            kernel, mesh=mesh, in_specs=(x, x, x, ids, ids, P(), P(BATCH_AXES, tensor)),
-            out_specs=x, check_vma=False,
-        )  # fmt: skip
-    return kernel(q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, words, heads_BH)
+    device = jax.devices()[0]
+    count, kind = jax.device_count(), device.device_kind
+    if device.platform == "cpu":
+        count, kind = os.cpu_count() or 1, host_platform.processor() or host_platform.machine()
+        with contextlib.suppress(OSError, StopIteration), open("/proc/cpuinfo") as lines:
+            kind = next(line for line in lines if "model name" in line).partition(":")[2].strip()
+    memory = os.environ.get("GLIBC_TUNABLES", "") if device.platform == "cpu" else ""
+    return (
+        f"{count} x {kind}, Python {host_platform.python_version()}, jax {jax.__version__}"
+        f"{memory and f', GLIBC_TUNABLES={memory}'}"
+    )
+
+
+Params = dict[str, Any]

@@ -10,8 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
-
-Params = dict[str, Any]
+from gptjax.mesh import Params
 
 
 @flax.struct.dataclass

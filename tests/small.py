@@ -14,15 +14,15 @@ import numpy as np
 
 from gptjax import mesh as sharding
 from gptjax.batch import Batch
-from gptjax.config.schema import MeshConfig, ModelConfig
+from gptjax.config.schema import MeshConfig, ModelConfig, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
-from gptjax.data.tasks import Examples, TaskSpec
+from gptjax.data.tasks import Examples
 from gptjax.data.tokens import tokenizer
 from gptjax.model import gpt as model_lib
+from gptjax.model import objective as objective_lib
 from gptjax.model.gpt import GPT
 from gptjax.ops import attention
-from gptjax.train import stages
 from gptjax.train import step as steps
 
 WORDS = "the cat sat on a mat while some dogs ran far away from home and then came back again"
@@ -149,14 +149,17 @@ def placed(tree: Any, on) -> Any:
     return jax.device_put(copy, sharding.state_sharding(copy, on), may_alias=False)
 
 
-def measure(model: GPT, objective: steps.Objective) -> Callable[..., dict[str, Any]]:
+def measure(model: GPT, objective: objective_lib.Objective) -> Callable[..., dict[str, Any]]:
     """A jitted (params, batch, key=None) -> loss, sums, gradients, states and logits of a batch."""
 
     @fast_jit
     def run(params, batch, key=None):
         def loss(params):
-            sums, logits = steps.forward(model, objective, params, batch, key)
-            return steps.joint(objective, sums, steps.weights(batch)), (sums, logits)
+            sums, logits = objective_lib.forward(model, objective, params, batch, key)
+            return objective_lib.joint(objective, sums, objective_lib.weights(batch)), (
+                sums,
+                logits,
+            )
 
         (value, (sums, logits)), grads = jax.value_and_grad(loss, has_aux=True)(params)
         states = model_lib.run(
@@ -180,7 +183,7 @@ class Task:
     examples: Examples
     model: GPT
     params: Any
-    objective: steps.Objective
+    objective: objective_lib.Objective
     measure: Callable[..., dict[str, Any]]
     shape: tuple[int, int, int]
     """Rows, tokens, slots that hold any packing of the examples: one compilation for all."""
@@ -191,8 +194,8 @@ def task(kind: str) -> Task:
     """The same for every test file, so that each kind compiles once a run."""
     changes = {"classification": {"activation": "relu"}, "entailment": {"segment_types": 2}}
     spec, data = examples(kind, count=6)
-    model = stages.make_model(config(**changes.get(kind, {})), spec)
-    objective = steps.Objective(kind, 0.5)
+    model = model_lib.make_model(config(**changes.get(kind, {})), spec)
+    objective = objective_lib.Objective(kind, 0.5)
     shape = (8, 128, 6)
     return Task(spec, data, model, params(model), objective, measure(model, objective), shape)
 

@@ -187,7 +187,7 @@ def test_the_sizes_are_those_of_the_checkpoint_to_start_from():
     experiment = Experiment(init_from=runs.trained(), finetune=answers)
     found = plan.build(plan.validated(experiment, "finetune"), "finetune", small.mesh(4))
     assert (found.model.config.vocab_size, found.model.config.width) == (VOCABULARY, WIDTH)
-    assert found.assumed["vocab_size"] == "--config.init_from"
+    assert found.assumed["vocab_size"] == "init_from"
     # Three answers of a whole context each lie in one row; eight rows divide by four devices.
     assert found.batch.tokens.shape == (8, 3 * LENGTH)
     assert found.batch.extract.shape == (8, 4, 3)

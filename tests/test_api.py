@@ -89,7 +89,7 @@ def test_numbers_too_large_for_the_device(gpt):
     """More than the vocabulary is all of it; a seed has 64 bits."""
     kept = [gpt.generate("the", 5, top_k=k, seed=3) for k in (0, len(gpt.tokenizer), 3 * 10**9)]
     assert kept[0] == kept[1] == kept[2]
-    with pytest.raises(UserError, match=r"^--seed=\d+: must be a number of 64 bits$"):
+    with pytest.raises(UserError, match=r"^`seed`=\d+: must be a number of 64 bits$"):
         gpt.generate("the", 5, seed=2**64)
 
 

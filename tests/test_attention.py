@@ -292,7 +292,7 @@ def test_auto_is_the_one_for_the_platform(kind, platform, dtype, rate, expected)
 def test_what_cudnn_does_not_take_is_left_to_the_plain_way(length, width, capability):
     shape = (length, width, capability)
     assert attention.choose("auto", "gpu", "bfloat16", 0.0, *shape) == "plain"
-    with pytest.raises(UserError, match=r"^--config.model.attention=cudnn: .*use auto$"):
+    with pytest.raises(UserError, match=r"^`model.attention`=cudnn: .*use auto$"):
         attention.choose("cudnn", "gpu", "bfloat16", 0.0, *shape)
 
 
@@ -319,7 +319,7 @@ def test_compute_capability():
     ],
 )
 def test_a_kernel_that_cannot_do_it_is_one_line(kind, platform, dtype, rate):
-    with pytest.raises(UserError, match=f"^--config.model.attention={kind}: .*use auto$"):
+    with pytest.raises(UserError, match=f"^`model.attention`={kind}: .*use auto$"):
         attention.choose(kind, platform, dtype, rate, 128, 64, 9.0)
 
 

@@ -18,13 +18,13 @@ import pytest
 import small
 
 from benchmarks import harness, rows, sizes, summary
+from gptjax.config.schema import TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
-from gptjax.data.tasks import TaskSpec
 from gptjax.interop import arrays as weights
 from gptjax.interop import huggingface
-from gptjax.train import stages
-from gptjax.train import step as steps
+from gptjax.model import gpt
+from gptjax.model import objective as objective_lib
 
 # Peers of another library train beside ours: minutes in all.
 pytestmark = pytest.mark.slow
@@ -39,7 +39,7 @@ def params():
     """Our random weights; biases and gains too."""
     config = sizes.model_config(SIZE, "float32", 0.0)
     # Wide enough that different texts give different answers.
-    model = stages.make_model(dataclasses.replace(config, init_std=0.2), None)
+    model = gpt.make_model(dataclasses.replace(config, init_std=0.2), None)
     return jax.device_get(small.params(model))
 
 
@@ -176,12 +176,12 @@ def our_joint_loss(data, task, params, tokenizer):
     spec = TaskSpec(task, "text", "" if task == "classification" else "text_pair")
     spec = tasks.find_labels(spec, columns, "rows")
     examples = tasks.encode(spec, columns, tokenizer, SIZE.context_length, "rows")
-    model = stages.make_model(sizes.model_config(SIZE, "float32", 0.0), spec)
+    model = gpt.make_model(sizes.model_config(SIZE, "float32", 0.0), spec)
     own = params | {"task_head": small.params(model)["task_head"]}
     batch, _ = Packer(examples.lengths, len(data), 0).pack(examples, np.arange(len(data)))
-    objective = steps.Objective(task, sizes.LM_WEIGHT)
-    sums = steps.forward(model, objective, own, batch)[0]
-    loss = steps.joint(objective, sums, steps.weights(batch))
+    objective = objective_lib.Objective(task, sizes.LM_WEIGHT)
+    sums = objective_lib.forward(model, objective, own, batch)[0]
+    loss = objective_lib.joint(objective, sums, objective_lib.weights(batch))
     return float(loss), examples, own["task_head"]
 
 

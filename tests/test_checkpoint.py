@@ -13,10 +13,11 @@ import small
 
 from gptjax import mesh as sharding
 from gptjax.checkpoint import background as saving
-from gptjax.checkpoint import store as checkpoint
-from gptjax.checkpoint.store import Checkpoints, Meta, checksums
-from gptjax.config.schema import CheckpointConfig
-from gptjax.data.tasks import TaskSpec
+from gptjax.checkpoint import load
+from gptjax.checkpoint.checksum import checksums
+from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import Checkpoints
+from gptjax.config.schema import CheckpointConfig, TaskSpec
 from gptjax.errors import UserError
 from gptjax.state import TrainState
 
@@ -211,7 +212,7 @@ def test_every_checkpoint_damaged_is_one_line(saved):
         harm(saved / "checkpoints" / "finetune" / str(step), "flipped")
         harm(saved / "checkpoints" / "finetune" / str(step), "deleted")
     checkpoints = reopen(saved, metric="accuracy")
-    with pytest.raises(UserError, match=r"no checkpoint can be read.*--workdir") as info:
+    with pytest.raises(UserError, match=r"no checkpoint can be read.*`workdir`") as info:
         checkpoints.restore_newest(make_state(9), anything)
     assert "\n" not in str(info.value)
     # What fails for all of them may not be their fault: they stay where they are.
@@ -346,18 +347,18 @@ def test_a_checkpoint_of_one_mesh_is_read_on_another(tmp_path):
 
 def test_find_takes_a_workdir_a_stage_or_a_step(saved):
     root = saved / "checkpoints" / "finetune"
-    assert checkpoint.find(str(saved)) == (str(saved), "finetune", None)
-    assert checkpoint.find(f"{saved}/") == (str(saved), "finetune", None)
-    assert checkpoint.find(str(root)) == (str(saved), "finetune", None)
-    assert checkpoint.find(str(root / "2")) == (str(saved), "finetune", 2)
+    assert load.find(str(saved)) == (str(saved), "finetune", None)
+    assert load.find(f"{saved}/") == (str(saved), "finetune", None)
+    assert load.find(str(root)) == (str(saved), "finetune", None)
+    assert load.find(str(root / "2")) == (str(saved), "finetune", 2)
     for wrong in (root / "7", saved / "checkpoints" / "pretrain", saved / "nowhere"):
-        with pytest.raises(UserError, match=rf"--checkpoint={wrong}: no checkpoint there"):
-            checkpoint.find(str(wrong))
+        with pytest.raises(UserError, match=rf"`path`={wrong}: no checkpoint there"):
+            load.find(str(wrong))
 
 
 def test_opened_for_use_is_the_best_step_or_the_one_asked_for(saved):
     for path, expected in ((saved, 3), (saved / "checkpoints" / "finetune" / "1", 1)):
-        checkpoints, step, meta = checkpoint.open_for_use(str(path))
+        checkpoints, step, meta = load.open_for_use(str(path))
         assert (step, meta) == (expected, make_meta())
         checkpoints.close()
 

@@ -11,6 +11,7 @@ import typing
 import jax
 import pytest
 
+from gptjax import errors
 from gptjax.config import schema as config_lib
 from gptjax.config import validation
 from gptjax.config.schema import (
@@ -239,13 +240,13 @@ WRONG = [
     *((name, value, "at least 0 and below 1") for name in _FRACTIONS for value in (-0.1, 1.0)),
     *((name, value, "must be one of") for name, value in _CHOICES.items()),
     *((name, math.nan, "") for name in ("model.head_dropout", "finetune.optimizer.learning_rate")),
-    ("model.num_heads", 7, "must divide --config.model.width=768"),
+    ("model.num_heads", 7, "must divide `model.width`=768"),
     ("model.segment_types", 1, "0 (none), 2, or 3"),
-    ("pretrain.window", 513, "2 to --config.model.context_length=512"),
-    ("pretrain.window", 1, "2 to --config.model.context_length=512"),
-    ("pretrain.window", -1, "2 to --config.model.context_length=512"),
-    ("finetune.text_pair", "b", "--config.finetune.task=entailment or similarity"),
-    ("finetune.choices", "a,b", "--config.finetune.task=multiple_choice"),
+    ("pretrain.window", 513, "2 to `model.context_length`=512"),
+    ("pretrain.window", 1, "2 to `model.context_length`=512"),
+    ("pretrain.window", -1, "2 to `model.context_length`=512"),
+    ("finetune.text_pair", "b", "`finetune.task`=entailment or similarity"),
+    ("finetune.choices", "a,b", "`finetune.task`=multiple_choice"),
 ]
 
 
@@ -257,47 +258,47 @@ def test_a_wrong_value_is_named_with_its_flag(name, value, advice):
         validation.validate(experiment)
     message = str(info.value)
     assert "\n" not in message
-    assert message.startswith(f"--config.{name}")
+    assert message.startswith(f"`{name}`")
     assert advice in message
     experiment.name = "still to be corrected"  # not frozen
 
 
 @pytest.mark.parametrize(
-    ("changes", "flag", "advice"),
+    ("changes", "field", "advice"),
     [
-        ({"pretrain": None, "finetune": None, "ablation": None}, "", "no stage"),
-        ({"pretrain.steps": 0}, ".pretrain.steps", "number of steps (or --config.pretrain.epochs)"),
-        ({"pretrain.dataset": ""}, ".pretrain.train_files", "or --config.pretrain.dataset"),
-        ({"pretrain.train_files": "a.txt"}, ".pretrain.train_files", "not both"),
-        ({"pretrain.validation_fraction": 0.0}, ".pretrain.validation_fraction", "above 0"),
-        ({"finetune.epochs": 0.0}, ".finetune.epochs", "greater than 0"),
-        ({"finetune.dataset": ""}, ".finetune.train_file", "or --config.finetune.dataset"),
-        ({"finetune.train_file": "a.csv"}, ".finetune.train_file", "not both"),
-        ({"finetune.task": "similarity"}, ".finetune.text_pair", "column of the second text"),
-        ({"finetune.task": "regression"}, ".finetune.text_pair", "column of the second text"),
-        ({"finetune.task": "multiple_choice"}, ".finetune.choices", "two or more"),
+        ({"pretrain": None, "finetune": None, "ablation": None}, "config", "no stage"),
+        ({"pretrain.steps": 0}, "pretrain.steps", "number of steps (or `pretrain.epochs`)"),
+        ({"pretrain.dataset": ""}, "pretrain.train_files", "or `pretrain.dataset`"),
+        ({"pretrain.train_files": "a.txt"}, "pretrain.train_files", "not both"),
+        ({"pretrain.validation_fraction": 0.0}, "pretrain.validation_fraction", "above 0"),
+        ({"finetune.epochs": 0.0}, "finetune.epochs", "greater than 0"),
+        ({"finetune.dataset": ""}, "finetune.train_file", "or `finetune.dataset`"),
+        ({"finetune.train_file": "a.csv"}, "finetune.train_file", "not both"),
+        ({"finetune.task": "similarity"}, "finetune.text_pair", "column of the second text"),
+        ({"finetune.task": "regression"}, "finetune.text_pair", "column of the second text"),
+        ({"finetune.task": "multiple_choice"}, "finetune.choices", "two or more"),
         (
             {"finetune.task": "multiple_choice", "finetune.choices": "a,"},
-            ".finetune.choices", "two or more",
+            "finetune.choices", "two or more",
         ),
         (
             {"pretrain": None, "finetune.compare_from_scratch": True},
-            ".finetune.compare_from_scratch", "--config.init_from",
+            "finetune.compare_from_scratch", "`init_from`",
         ),
-        ({"pretrain.validation_files": "v.txt"}, ".pretrain.validation_files", "of its own"),
-        ({"finetune.test_file": "t.csv"}, ".finetune.validation_file", "with train_file"),
-        ({"model.context_length": 1}, ".model.context_length", "another one to follow"),
-        ({"mesh.data": -1, "mesh.fsdp": -1}, ".mesh", "at most one -1"),
-        ({"mesh.tensor": 0}, ".mesh", "positive"),
+        ({"pretrain.validation_files": "v.txt"}, "pretrain.validation_files", "of its own"),
+        ({"finetune.test_file": "t.csv"}, "finetune.validation_file", "with train_file"),
+        ({"model.context_length": 1}, "model.context_length", "another one to follow"),
+        ({"mesh.data": -1, "mesh.fsdp": -1}, "mesh", "at most one -1"),
+        ({"mesh.tensor": 0}, "mesh", "positive"),
     ],
 )  # fmt: skip
-def test_fields_that_do_not_go_together(changes, flag, advice):
+def test_fields_that_do_not_go_together(changes, field, advice):
     experiment = whole()
     for name, value in changes.items():
         set_field(experiment, name, value)
     with pytest.raises(UserError) as info:
         validation.validate(experiment)
-    assert str(info.value).startswith(f"--config{flag}")
+    assert str(info.value).startswith(f"`{field}`")
     assert advice in str(info.value)
 
 
@@ -332,8 +333,8 @@ def test_what_is_allowed(changes):
 def test_small_helpers():
     assert config_lib.split_names(" a, b,,c ,") == ("a", "b", "c")
     assert config_lib.split_names("") == ()
-    assert config_lib.nearest("widht", ["width", "height"]) == "; did you mean 'width'?"
-    assert config_lib.nearest("zzz", ["width"]) == ""
+    assert errors.nearest("widht", ["width", "height"]) == "; did you mean 'width'?"
+    assert errors.nearest("zzz", ["width"]) == ""
 
 
 def test_every_field_is_typed_so_that_flags_can_be_checked():

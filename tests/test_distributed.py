@@ -21,10 +21,10 @@ from gptjax.errors import ProcessLost, UserError
         (Options("host:1"), "go together"),
         (Options("host:1", 2), "go together"),
         (Options("", 2, 0), "go together"),
-        (Options("host", 2, 0), "--coordinator_address=host: must be HOST:PORT"),
+        (Options("host", 2, 0), "`coordinator_address`=host: must be HOST:PORT"),
         (Options("host:１２", 2, 0), "must be HOST:PORT"),
-        (Options("host:1", 2, 2), "--process_id=2: must be 0 to 1"),
-        (Options("host:1", 0, 0), "--num_processes=0: must be at least 1"),
+        (Options("host:1", 2, 2), "`process_id`=2: must be 0 to 1"),
+        (Options("host:1", 0, 0), "`num_processes`=0: must be at least 1"),
     ],
 )
 def test_wrong_flags_are_refused(options, message):
@@ -109,17 +109,17 @@ def test_a_machine_of_process_0_that_never_comes_is_named(monkeypatch):
 def test_an_environment_that_jax_does_not_know_is_refused(monkeypatch):
     # Open MPI 5 tells no more than this.
     surround(monkeypatch, {"OMPI_COMM_WORLD_SIZE": "2"})
-    with pytest.raises(UserError, match=r"Open MPI says .* give --coordinator_address"):
+    with pytest.raises(UserError, match=r"Open MPI says .* give `coordinator_address`"):
         distributed.place(Options())
 
 
 def test_a_difference_names_process_and_field():
-    same = {"--config": {"seed": 0, "model": {"width": 16}}, "tokenizer": "a"}
-    other = {"--config": {"seed": 0, "model": {"width": 24}}, "tokenizer": "a"}
+    same = {"config": {"seed": 0, "model": {"width": 16}}, "tokenizer": "a"}
+    other = {"config": {"seed": 0, "model": {"width": 24}}, "tokenizer": "a"}
     names = ["process 0", "process 1", "process 2 of 3 (h)"]
     assert distributed._different([same, same, same], names) == ""
     found = distributed._different([same, same, other], names)
-    assert found.startswith("process 2 of 3 (h) differs from process 0: --config.model.width 24,")
+    assert found.startswith("process 2 of 3 (h) differs from process 0: `model.width` 24,")
 
 
 def half(which: int):

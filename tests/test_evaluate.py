@@ -14,9 +14,7 @@ from gptjax.evaluate import metrics
 from gptjax.evaluate import score as evaluate
 from gptjax.model import gpt as model_lib
 from gptjax.model.gpt import GPT
-from gptjax.train import stages
-from gptjax.train import step as steps
-from gptjax.train.step import Objective
+from gptjax.model.objective import Objective
 
 WINDOW, ROWS = 16, 8
 
@@ -26,7 +24,7 @@ def language_model():
     """(model, parameters, eval step, mesh)."""
     model = GPT(small.config())
     mesh = small.mesh(8)
-    return model, small.params(model), steps.jit_eval_step(mesh, model, Objective()), mesh
+    return model, small.params(model), evaluate.jit_eval_step(mesh, model, Objective()), mesh
 
 
 def nats(model, params, windows) -> np.ndarray:
@@ -91,9 +89,9 @@ def scorer():
     def run(kind, examples, batch_size):
         if kind not in found:
             spec, _ = small.examples(kind)
-            model = stages.make_model(small.config(), spec)
+            model = model_lib.make_model(small.config(), spec)
             mesh = small.mesh(1)
-            step = steps.jit_eval_step(mesh, model, Objective(kind))
+            step = evaluate.jit_eval_step(mesh, model, Objective(kind))
             found[kind] = spec, small.params(model), step, mesh
         spec, params, step, mesh = found[kind]
         packer = Packer(examples.lengths, batch_size, 64)
@@ -143,7 +141,7 @@ def test_scores_are_those_of_scikit_learn_over_all_examples(scorer):
 def test_the_joint_loss_adds_its_parts():
     task = small.task("classification")
     mesh = small.mesh(1)
-    step = steps.jit_eval_step(mesh, task.model, Objective("classification"))
+    step = evaluate.jit_eval_step(mesh, task.model, Objective("classification"))
     packer = Packer(task.examples.lengths, 4, 0)
     scores = evaluate.task(
         task.spec,

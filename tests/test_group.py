@@ -20,8 +20,8 @@ LOST = 1
 _MEMBER = """
 import os, sys, time
 from gptjax.errors import ProcessLost, UserError
-from gptjax.group import Group
-from gptjax.roll import answer_roll, call_roll
+from gptjax.cluster.group import Group
+from gptjax.cluster.rendezvous import answer_roll, call_roll
 port, count, index = map(int, sys.argv[1:4])
 address, facts = f"localhost:{port}", {"host": f"host{index}"}
 try:
@@ -68,7 +68,7 @@ def test_a_process_that_does_not_come_up_is_named_in_all():
 def test_a_missing_process_0_is_named():
     (result,) = members(2, (1,), "", wait=1.0)
     assert result.code == LOST
-    assert "process 0 of 2 did not come up at --coordinator_address=localhost:" in result.out
+    assert "process 0 of 2 did not come up at `coordinator_address`=localhost:" in result.out
 
 
 def test_a_process_0_that_ends_is_named():
@@ -76,7 +76,7 @@ def test_a_process_0_that_ends_is_named():
     before = "if not index:\n    import threading; threading.Timer(2, os._exit, (9,)).start()\n"
     ended, result = members(3, (0, 1), "", before=before)
     assert (ended.code, result.code) == (9, LOST)
-    assert result.out.startswith("process 0 of 3 at --coordinator_address=localhost:")
+    assert result.out.startswith("process 0 of 3 at `coordinator_address`=localhost:")
 
 
 def test_process_0_may_come_up_last_and_wait_for_others():
@@ -135,7 +135,7 @@ def test_another_number_of_processes_is_named_in_all():
     for index in (1, 2):
         for result in members(2, (0, index), "", before="count += index\n"):
             assert result.code == 2, result.err
-            assert f"process {index} (host{index}) was started with --num_processes=" in result.out
+            assert f"process {index} (host{index}) was started with `num_processes`=" in result.out
             assert f"={2 + index}, process 0 with 2" in result.out
 
 
@@ -143,7 +143,7 @@ def test_two_of_one_number_are_named_in_all():
     before = "index = min(index, 1); facts['host'] = f'host{sys.argv[3]}'\n"
     for result in members(3, (0, 1, 2), "", before=before):
         assert result.code == 2, result.err
-        assert "two processes have --process_id=1, on host" in result.out
+        assert "two processes have `process_id`=1, on host" in result.out
 
 
 def test_a_host_that_cannot_be_a_name_is_one_line():
@@ -174,7 +174,7 @@ def test_processes_at_different_places_do_not_answer_each_other():
 def test_what_one_sees_late_is_waited_for():
     """As the checkpoints on a network disk; what stays different is an error of the user's."""
     body = (
-        "from gptjax import distributed\n"
+        "from gptjax.cluster import processes as distributed\n"
         "distributed._group = group\n"
         "distributed._SEEN_SECONDS = 3.0\n"
         "looks = [1]\n"

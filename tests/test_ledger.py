@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax import mesh as sharding
+from gptjax.checkpoint import checksum as checksum_lib
 from gptjax.data import loader
 from gptjax.data.packing import Packer
 from gptjax.train import ledger
@@ -77,7 +78,7 @@ def test_a_cut_array_is_not_gathered():
     expected = sum(
         word * (2 * i + 1) for i, word in enumerate(array.view(np.uint32).ravel().tolist())
     )
-    checksum = jax.jit(ledger.checksum)
+    checksum = jax.jit(checksum_lib.checksum)
     for spec in (P(None, "fsdp", None, "tensor"), P(None, "tensor", None, "fsdp"), P()):
         placed = jax.device_put(array, NamedSharding(mesh, spec))
         assert int(checksum(placed)) == expected % 2**32

@@ -132,7 +132,7 @@ def test_text_shorter_than_a_window():
     assert loader.TextBatches(numbered(8), 8, 2, 0)[0].tokens.tolist() == [list(range(8))] * 2
     with pytest.raises(UserError, match=r"has 7 tokens, fewer than one window of 8") as info:
         loader.TextBatches(numbered(7), 8, 2, 0)
-    assert "--config.pretrain.window" in str(info.value)
+    assert "`pretrain.window`" in str(info.value)
 
 
 def test_lm_batch_pads_rows_and_windows():

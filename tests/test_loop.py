@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import runs
 
-from gptjax.checkpoint import store as checkpoint
+from gptjax.checkpoint import load
 from gptjax.cluster.stop import StopRequest
 from gptjax.data import loader
 from gptjax.data.tokens import tokenizer as tokenizer_lib
@@ -159,7 +159,7 @@ def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(loop, "StopRequest", StopAtOnce)
         assert runs.main(*command).code == 75
-    best = checkpoint.open_for_use(f"{runs.trained()}/checkpoints/pretrain")[1]
+    best = load.open_for_use(f"{runs.trained()}/checkpoints/pretrain")[1]
     pretrained = runs.arrays(runs.trained(), "pretrain", best)
     begun = runs.arrays(workdir, "finetune", 0)
     for name, array in pretrained.items():
@@ -172,7 +172,7 @@ def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monk
     summary = runs.summary(workdir)["finetune"]
     assert summary["validation"]["accuracy"] == summary["test"]["accuracy"] == 1.0
     ours, theirs = (
-        checkpoint.open_for_use(f"{each}/checkpoints/{stage}")[2]
+        load.open_for_use(f"{each}/checkpoints/{stage}")[2]
         for each, stage in ((workdir, "finetune"), (runs.trained(), "pretrain"))
     )
     assert ours.tokenizer_hash == theirs.tokenizer_hash

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gptjax.config import schema
 from gptjax.errors import UserError
 from gptjax.evaluate import metrics
 
@@ -199,5 +200,5 @@ def test_direction_agrees_with_what_a_perfect_answer_scores():
     for name in metrics.NAMES:
         perfect = metrics.compute((name,), labels, labels, 2)[name]
         wrong = metrics.compute((name,), labels, 1 - labels, 2)[name]
-        assert metrics.higher_is_better(name) == (perfect > wrong)
-    assert not metrics.higher_is_better("loss")
+        assert schema.higher_is_better(name) == (perfect > wrong)
+    assert not schema.higher_is_better("loss")

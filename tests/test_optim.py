@@ -61,7 +61,9 @@ def test_schedules_are_the_closed_forms(name, warmup, total):
 @pytest.mark.parametrize(("warmup", "total"), [(10, 10), (2000, 10), (1, 1)])
 def test_a_warm_up_without_a_step_after_it(warmup, total):
     config = OptimizerConfig(warmup_steps=warmup)
-    with pytest.raises(UserError, match=f"warmup_steps={warmup} must be below the {total} steps"):
+    with pytest.raises(
+        UserError, match=f"`optimizer.warmup_steps`={warmup}: must be below the {total} steps"
+    ):
         optim.schedule(config, total)
 
 

@@ -8,7 +8,7 @@ import small
 from gptjax.data import loader
 from gptjax.data.packing import Packer, deal, first_fit
 from gptjax.data.tasks import Examples
-from gptjax.train import step as steps
+from gptjax.model import objective
 
 TOLERANCE = 2e-5  # float32 rounding in another order of sums; see test_model
 
@@ -187,7 +187,7 @@ def test_packing_changes_no_loss_gradient_or_prediction(kind):
 def test_packing_changes_no_language_model_loss_or_gradient():
     """Sequences of pretraining, one a row and two a row."""
     task = small.task("classification")
-    run = small.measure(task.model, steps.Objective())
+    run = small.measure(task.model, objective.Objective())
     rng = np.random.default_rng(0)
     windows = [rng.integers(97, size=n).astype(np.int32) for n in (20, 7, 32, 2, 25, 12)]
     alone = jax.tree.map(

@@ -11,7 +11,7 @@ from gptjax.config.schema import FinetuneConfig
 from gptjax.data.tables import text_files as sources
 from gptjax.errors import UserError
 from gptjax.infer import predictor as api
-from gptjax.train import log as telemetry
+from gptjax.io import files
 
 PAIR = {"sentence1": "the cat sat on a mat", "sentence2": "a dog ran to the house"}
 # A row of each data set as its card describes it.
@@ -87,8 +87,8 @@ def test_a_step_of_each(tmp_path, name, monkeypatch):
     dev = f"--config.finetune.validation_file={tmp_path}/dev.jsonl"
     result = runs.main(*flags(tmp_path, name), dev)
     assert result.code == 0, result.err
-    config = telemetry.read_json(f"{tmp_path}/w/config.json")["finetune"]
-    scores = telemetry.read_json(f"{tmp_path}/w/summary.json")["finetune"]["validation"]
+    config = files.read_json(f"{tmp_path}/w/config.json")["finetune"]
+    scores = files.read_json(f"{tmp_path}/w/summary.json")["finetune"]["validation"]
     assert set(config["metrics"].split(",")) < set(scores)
     if name == "snli":
         rows = f"--input={tmp_path}/dev.jsonl"

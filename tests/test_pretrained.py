@@ -11,8 +11,7 @@ import safetensors.numpy
 import small
 
 import gptjax
-from gptjax.config.schema import ModelConfig
-from gptjax.data.tasks import TaskSpec
+from gptjax.config.schema import ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop import arrays as weights
@@ -20,7 +19,6 @@ from gptjax.interop import convert as pretrained
 from gptjax.interop import huggingface, openai
 from gptjax.interop.arrays import BIAS, KERNEL, TOKENS, Weights
 from gptjax.model import gpt as model_lib
-from gptjax.train import stages
 
 TASKS = {
     "none": None,
@@ -36,7 +34,7 @@ def make(task: TaskSpec | None = None, tokenizer=None, **changes) -> Weights:
     """A random model that fits its tokenizer."""
     tokenizer = tokenizer or small.small_tokenizer()
     config = small.config(**({"vocab_size": len(tokenizer)} | changes))
-    params = small.params(stages.make_model(config, task))
+    params = small.params(model_lib.make_model(config, task))
     return Weights(config, weights.flatten(params), tokenizer, task)
 
 
@@ -52,7 +50,7 @@ def assert_equal(found: Weights, expected: Weights) -> None:
 
 def logits(found: Weights, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
     """Our LM logits, and those of the task head at the last token."""
-    model, params = stages.make_model(found.model, found.task), weights.unflatten(found.arrays)
+    model, params = model_lib.make_model(found.model, found.task), weights.unflatten(found.arrays)
     ids = jnp.asarray(ids)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
     x = model_lib.run(model, params, ids, jnp.ones_like(ids), positions, method="hidden")

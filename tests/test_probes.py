@@ -13,7 +13,6 @@ from gptjax.config.schema import ProbeConfig
 from gptjax.errors import UserError
 from gptjax.evaluate import probes
 from gptjax.model.gpt import GPT
-from gptjax.train import step as steps
 
 ROWS = [
     {"text": "the cat sat on a mat", "a": "the dog", "b": "a dog ran home", "label": 1,
@@ -98,7 +97,7 @@ def test_log_probabilities_are_those_of_a_plain_softmax(tmp_path, kind, mesh):
     probe = built(tmp_path, kind)
     model = GPT(small.config())
     params, on = small.params(model), small.mesh(*mesh)
-    step = steps.jit_span_step(on, model)
+    step = probes.jit_span_step(on, model)
     totals, counts = probes.log_probabilities(step, params, probe, 97, on)
     for n, (ids, first) in enumerate(zip(probe.tokens, probe.first, strict=True)):
         ones = np.ones((1, len(ids)), np.int32)

@@ -11,15 +11,14 @@ import runs
 import small
 
 from gptjax.config import recipes, validation
-from gptjax.config.schema import Experiment, FinetuneConfig, PretrainConfig
+from gptjax.config.schema import Experiment, FinetuneConfig, PretrainConfig, TaskSpec
 from gptjax.data import loader, tasks
 from gptjax.data.packing import Packer
-from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError
 from gptjax.model import gpt as model_lib
+from gptjax.model import objective as objective_lib
 from gptjax.model.gpt import GPT
 from gptjax.train import stages
-from gptjax.train import step as steps
 
 KEY = jax.random.key(7)
 
@@ -43,7 +42,7 @@ def sequences(data, i):
 def original(kind="multiple_choice", **changes):
     """A model of the recipe, random parameters, and a packed batch of its examples."""
     spec, data = small.examples(kind, count=5)
-    model = stages.make_model(small.config(one_matrix=True, **changes), spec)
+    model = model_lib.make_model(small.config(one_matrix=True, **changes), spec)
     packer = Packer(data.lengths, 5, 96, sequence_means=True)
     batch, index = packer.pack(data, np.arange(5))
     return spec, data, model, small.params(model), batch, index
@@ -68,7 +67,7 @@ def original_loss(params, kind, data, lm_weight):
 @pytest.mark.parametrize("kind", ["multiple_choice", "similarity"])
 def test_original_s_loss_and_gradients_are_those_of_one_matrix_and_means_of_means(kind):
     _, data, model, params, batch, _ = original(kind)
-    got = jax.device_get(small.measure(model, steps.Objective(kind, 0.5))(params, batch))
+    got = jax.device_get(small.measure(model, objective_lib.Objective(kind, 0.5))(params, batch))
     exact = reference.cast(params)
     assert got["loss"] == pytest.approx(original_loss(exact, kind, data, 0.5), rel=1e-6)
     rng = np.random.default_rng(0)
@@ -96,9 +95,9 @@ def test_original_drops_the_matrix_once_for_the_embedding_and_the_lm_head():
     for part in (ratio[:size], ratio[size:]):
         assert 0.3 < (part == 0).mean() < 0.5
     dropped = {**params, "token_embedding": rows[:size], "position_embedding": rows[size:]}
-    objective = steps.Objective(kind, 0.5)
-    with_key, _ = steps.forward(model, objective, params, batch, KEY)
-    without, _ = steps.forward(model, objective, dropped, batch)
+    objective = objective_lib.Objective(kind, 0.5)
+    with_key, _ = objective_lib.forward(model, objective, params, batch, KEY)
+    without, _ = objective_lib.forward(model, objective, dropped, batch)
     small.assert_trees_close(with_key, without, 1e-6)
 
 
@@ -177,7 +176,7 @@ def tutorial(count=6):
     spec = dataclasses.replace(spec, flatten=length)
     data = tasks.encode(spec, rows, tokenizer, 32, "rows")
     changes = {"segment_types": 3, "activation": "relu", "tied": False}
-    model = stages.make_model(small.config(**changes), spec)
+    model = model_lib.make_model(small.config(**changes), spec)
     return tokenizer, rows, spec, data, model, small.params(model)
 
 
@@ -214,7 +213,7 @@ def test_the_tutorial_s_joint_loss_and_flattened_head_equal_float64():
     batch, index = small.packed(data)
     assert (batch.token_types == 2).any()
     assert (index >= 0).sum(axis=1).max() > 1, "nothing is packed"
-    objective = steps.Objective("entailment", 1.0, 0.2)
+    objective = objective_lib.Objective("entailment", 1.0, 0.2)
     got = jax.device_get(small.measure(model, objective)(params, batch))
     exact = reference.cast(params)
     logits, loss = tutorial_reference(exact, data, 1.0, 0.2)

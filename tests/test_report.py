@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from gptjax.config import schema
 from gptjax.report import tables as report
 from gptjax.train import log as telemetry
 
 
-def write_run(workdir, stages=telemetry.STAGES, steps=(1, 2, 3)):
+def write_run(workdir, stages=schema.STAGES, steps=(1, 2, 3)):
     with telemetry.MetricsLog(workdir) as log:
         for stage in stages:
             for step in steps:
@@ -43,7 +44,7 @@ def colours_in(png):
 @pytest.mark.parametrize("num_stages", [1, 3])
 @pytest.mark.parametrize("steps", [range(1, 301), [1]], ids=["300 points", "1 point"])
 def test_plots_show_something_for_every_stage(tmp_path, num_stages, steps):
-    made_up_run(tmp_path, telemetry.STAGES[:num_stages], steps)
+    made_up_run(tmp_path, schema.STAGES[:num_stages], steps)
     paths = report.loss_plot(tmp_path)
     names = ["loss.png", "score.png"][: 1 if num_stages == 1 else 2]
     assert [os.path.relpath(p, tmp_path / "plots") for p in paths] == names

@@ -14,11 +14,11 @@ from gptjax.config.schema import MeshConfig, ModelConfig, OptimizerConfig
 from gptjax.cost import compile as aot
 from gptjax.data import loader
 from gptjax.errors import UserError
+from gptjax.evaluate import score
 from gptjax.model import gpt as model_lib
+from gptjax.model import objective as objective_lib
 from gptjax.model.gpt import GPT
 from gptjax.train import optimizer as optim
-from gptjax.train import stages
-from gptjax.train import step as steps
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
 
@@ -221,7 +221,7 @@ def problem(kind, changes=""):
     values = {"vocab_size": 98, "width": 16, "num_heads": 4} | DROPOUT | CHANGES[changes]
     config = small.config(**values)
     if not kind:
-        model, objective = GPT(config), steps.Objective()
+        model, objective = GPT(config), objective_lib.Objective()
         rng = np.random.default_rng(0)
         windows = [
             rng.integers(values["vocab_size"], size=n).astype(np.int32)
@@ -230,7 +230,7 @@ def problem(kind, changes=""):
         batch = loader.lm_batch(windows, 32, 16)
     else:
         spec, data = small.examples(kind, count=8)
-        model, objective = stages.make_model(config, spec), steps.Objective(kind, 0.5)
+        model, objective = model_lib.make_model(config, spec), objective_lib.Objective(kind, 0.5)
         batch, _ = small.packed(data, 104, (16, 104, 16))
     return model, objective, small.params(model), batch
 
@@ -301,7 +301,7 @@ def test_eval_on_a_mesh_equals_one_device():
     results = []
     for sizes in ((1, 1, 1), (2, 2, 2)):
         mesh = small.mesh(*sizes)
-        run = steps.jit_eval_step(mesh, model, objective)
+        run = score.jit_eval_step(mesh, model, objective)
         sums, logits = run(small.placed(params, mesh), sharding.to_devices(batch, mesh))
         assert logits.sharding.is_fully_replicated
         results.append(jax.device_get((sums, logits)))

@@ -64,7 +64,7 @@ def test_without_a_validation_file_a_part_of_train_is_held_out(files, fraction):
     other = splits.labelled_splits(config, seed=1)
     assert rows(other["validation"], "text", "label") != held
     config.validation_fraction = 0.0
-    assert "--config.finetune.validation_fraction" in fails(splits.labelled_splits, config, 0)
+    assert "`finetune.validation_fraction`" in fails(splits.labelled_splits, config, 0)
 
 
 def test_equal_texts_stay_on_one_side(tmp_path):

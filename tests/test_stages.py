@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import small
 
-from gptjax.config.schema import FinetuneConfig, OptimizerConfig, PretrainConfig
+from gptjax.config.schema import FinetuneConfig, OptimizerConfig, PretrainConfig, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.splits import Table
-from gptjax.data.tasks import TaskSpec
 from gptjax.errors import UserError
+from gptjax.model import gpt
 from gptjax.train import stages
 
 TEXT = [f"{text}\n" for text in small.texts(60, longest=9)]
@@ -75,9 +75,9 @@ def fails(function, *args, **kwargs) -> str:
 def test_the_head_is_that_of_the_task(kind, outputs, summed):
     choices = ("a", "b", "c") if kind == "multiple_choice" else ()
     spec = TaskSpec(kind, "text", choices=choices, labels=("0", "1", "2"))
-    model = stages.make_model(small.config(), spec)
+    model = gpt.make_model(small.config(), spec)
     assert (model.num_outputs, model.sum_candidates) == (outputs, summed)
-    assert not stages.make_model(small.config(), None).num_outputs
+    assert not gpt.make_model(small.config(), None).num_outputs
 
 
 def test_fingerprint_is_of_the_contents():
@@ -124,14 +124,14 @@ def test_pretraining_fingerprint_is_that_of_the_training_text(tokenizer):
 def test_pretraining_mistakes(tokenizer):
     mesh = small.mesh(data=2, fsdp=2)
     message = fails(pretrain, tokenizer, mesh=mesh, batch_size=6)
-    assert message.startswith("--config.pretrain.batch_size=6: must be a multiple of 4")
+    assert message.startswith("`pretrain.batch_size`=6: must be a multiple of 4")
     optimizer = OptimizerConfig(accumulation=3)
     message = fails(pretrain, tokenizer, mesh=mesh, batch_size=8, optimizer=optimizer)
     assert "multiple of 12" in message
     pretrain(tokenizer, mesh=mesh, batch_size=12, optimizer=optimizer)
     message = fails(pretrain, tokenizer, data=text_data(validation=["\n"]))
     assert "the validation text is empty; give validation_files" in message
-    assert "--config.pretrain" in fails(pretrain, tokenizer, data=text_data(TEXT[:1]))
+    assert "`pretrain`" in fails(pretrain, tokenizer, data=text_data(TEXT[:1]))
 
 
 def test_finetuning_counts(tokenizer):

@@ -12,6 +12,8 @@ from gptjax import mesh as sharding
 from gptjax import state
 from gptjax.config.schema import OptimizerConfig
 from gptjax.data import loader
+from gptjax.evaluate import score
+from gptjax.model import objective
 from gptjax.train import optimizer as optim
 from gptjax.train import step as steps
 
@@ -44,7 +46,7 @@ def gradients(task, micro):
     @small.fast_jit
     def run(params, batch):
         key = jax.random.key(0)
-        return steps.gradients(task.model, task.objective, params, batch, key, micro)
+        return objective.gradients(task.model, task.objective, params, batch, key, micro)
 
     return run
 
@@ -61,7 +63,7 @@ def test_accumulation_gives_the_gradient_and_sums_of_the_whole_batch(tasked):
 
 def test_micro_batches_hold_every_row_once(tasked):
     _, batch = tasked
-    parts = steps._micro_batches(batch, 4)
+    parts = objective._micro_batches(batch, 4)
     for whole, cut in zip(jax.tree.leaves(batch), jax.tree.leaves(parts), strict=True):
         assert cut.shape == (4, 2, *whole.shape[1:])
         for row in range(8):
@@ -124,7 +126,9 @@ def test_steps_lower_the_loss(tasked, optimizer, step):
     current, losses = born(task, optimizer), []
     for _ in range(10):
         current, output = step(current, batch)
-        losses.append(float(steps.joint(task.objective, output.losses, steps.weights(batch))))
+        losses.append(
+            float(objective.joint(task.objective, output.losses, objective.weights(batch)))
+        )
     assert losses[-1] < 0.7 * losses[0]
 
 
@@ -165,7 +169,7 @@ def test_dropout_keys_follow_the_step_and_the_seed(tasked):
     @small.fast_jit
     def loss(seed, step):
         key = jax.random.fold_in(jax.random.key(seed), step)
-        sums, _ = steps.forward(model, task.objective, task.params, batch, key)
+        sums, _ = objective.forward(model, task.objective, task.params, batch, key)
         return sums.lm.total
 
     values = [float(loss(seed, i)) for seed in range(2) for i in range(3)]
@@ -180,7 +184,7 @@ def test_eval_step_is_the_forward_without_dropout(tasked):
         head_dropout=0.5,
     )  # fmt: skip
     batch, index = small.packed(task.examples, 128, task.shape)
-    run = steps.jit_eval_step(small.mesh(), task.model.clone(config=config), task.objective)
+    run = score.jit_eval_step(small.mesh(), task.model.clone(config=config), task.objective)
     sums, logits = run(task.params, batch)
     expected = task.measure(task.params, batch)
     small.assert_trees_close(sums, expected["sums"], 1e-6)
@@ -191,10 +195,10 @@ def test_eval_step_is_the_forward_without_dropout(tasked):
 def test_objective_without_lm_or_without_task():
     """lambda = 0 is the task alone; pretraining is the LM alone; joint is their weighted sum."""
     lm, task = steps.Sum(jnp.float32(6), jnp.float32(3)), steps.Sum(jnp.float32(5), jnp.float32(2))
-    sums = steps.Losses(lm, task)
-    assert float(steps.joint(steps.Objective("similarity", 0.5), sums, sums)) == 3.5
-    assert float(steps.joint(steps.Objective("similarity", 0.0), sums, sums)) == 2.5
-    assert float(steps.joint(steps.Objective(), sums, sums)) == 2.0
+    sums = objective.Losses(lm, task)
+    assert float(objective.joint(objective.Objective("similarity", 0.5), sums, sums)) == 3.5
+    assert float(objective.joint(objective.Objective("similarity", 0.0), sums, sums)) == 2.5
+    assert float(objective.joint(objective.Objective(), sums, sums)) == 2.0
 
 
 def test_pretraining_rows_of_any_length_share_one_mean():
@@ -203,7 +207,7 @@ def test_pretraining_rows_of_any_length_share_one_mean():
     params = small.params(model)
     rng = np.random.default_rng(0)
     windows = [rng.integers(97, size=n).astype(np.int32) for n in (32, 5, 1, 17)]
-    run = small.measure(model, steps.Objective())
+    run = small.measure(model, objective.Objective())
     whole = run(params, loader.lm_batch(windows, 32, 4))
     assert float(whole["sums"].lm.weight) == 31 + 4 + 0 + 16
     total, weight, grads = 0.0, 0.0, None

@@ -13,6 +13,7 @@ from etils import epath
 
 from gptjax.checkpoint import store as checkpoint
 from gptjax.errors import UserError
+from gptjax.io import files
 from gptjax.io import remote as storage
 from gptjax.train import log as telemetry
 
@@ -177,7 +178,7 @@ def test_a_killed_run_resumes_in_the_bucket_bit_for_bit(trained):
     code = (
         "import os, signal, runpy, sys\n"
         "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
-        "from gptjax import trainer\n"
+        "from gptjax.train import loop as trainer\n"
         "real = trainer.Trainer._read\n"
         "def read(self, pending):\n"
         "    real(self, pending)\n"
@@ -310,7 +311,7 @@ def test_rights_are_the_users_and_other_failures_are_not(monkeypatch):
             raise error
 
         monkeypatch.setattr(type(epath.Path(BUCKET)), "write_bytes", write)
-        telemetry.write_json(f"{BUCKET}/a.json", {})
+        files.write_json(f"{BUCKET}/a.json", {})
 
     with pytest.raises(UserError, match=r"cannot write gs://bucket/a\.json"):
         fail(OSError("Forbidden: no right to write"))

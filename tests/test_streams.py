@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import small
 
+from gptjax.config.schema import TaskSpec
 from gptjax.data import loader, tasks
 from gptjax.data.tables import text_files as sources
-from gptjax.data.tasks import TaskSpec
 from gptjax.data.tokens import store as streams
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError

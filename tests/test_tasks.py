@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import small
 
+from gptjax.config.schema import TaskSpec
 from gptjax.data import tasks
-from gptjax.data.tasks import TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 

@@ -13,8 +13,12 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
+from gptjax import mesh
+from gptjax.config import schema
 from gptjax.errors import UserError
+from gptjax.io import console, files
 from gptjax.train import log as telemetry
+from gptjax.train import progress as progress_lib
 
 
 def strict_json(text):
@@ -43,7 +47,7 @@ def scalars(workdir):
     return shown
 
 
-def write_run(workdir, stages=telemetry.STAGES, steps=(1, 2, 3)):
+def write_run(workdir, stages=schema.STAGES, steps=(1, 2, 3)):
     with telemetry.MetricsLog(workdir) as log:
         for stage in stages:
             for step in steps:
@@ -70,7 +74,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     with telemetry.MetricsLog(tmp_path / "none", enabled=False) as log:
         log.write("pretrain", "train", 1, {"loss": 1.0})
         log.rewind("pretrain", 0)
-    with telemetry.Progress("pretrain", 2, enabled=False) as progress:
+    with progress_lib.Progress("pretrain", 2, enabled=False) as progress:
         progress.update(1, 1.0, 10)
         progress.update(2, 1.0, 10)
     assert not (tmp_path / "none").exists()
@@ -78,7 +82,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("stage", telemetry.STAGES)
+@pytest.mark.parametrize("stage", schema.STAGES)
 @pytest.mark.parametrize("step", [0, 2, 9])
 def test_rewind_keeps_exactly_what_came_before(tmp_path, stage, step):
     write_run(tmp_path)
@@ -152,8 +156,8 @@ def test_importing_telemetry_loads_nothing_heavy():
 def test_write_json_round_trips_in_order(tmp_path):
     path = tmp_path / "new" / "summary.json"
     obj = {"z": {"b": 1, "a": [1.5, float("inf"), "é"]}, "a": np.float32(0.5), "n": np.arange(2)}
-    telemetry.write_json(path, obj)
-    telemetry.write_json(path, obj)
+    files.write_json(path, obj)
+    files.write_json(path, obj)
     read = strict_json(path.read_text())
     assert read == {"z": {"b": 1, "a": [1.5, None, "é"]}, "a": 0.5, "n": [0, 1]}
     assert (list(read), list(read["z"])) == (["z", "a", "n"], ["b", "a"])
@@ -163,32 +167,26 @@ def test_write_json_round_trips_in_order(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_only_the_first_process_speaks(tmp_path, monkeypatch, capsys):
+def test_a_report_is_printed_and_written(tmp_path, capsys):
     path = tmp_path / "report.json"
-    for process in (1, 0):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        telemetry.say("a line")
-        telemetry.print_json({"speed": np.float32(0.5), "none": float("nan")})
-        telemetry.print_json({"n": process}, path)
-        shown = capsys.readouterr()
-        if process:
-            assert (shown.out, shown.err, os.listdir(tmp_path)) == ("", "", [])
+    console.say("a line")
+    console.print_json({"speed": np.float32(0.5), "none": float("nan")}, path)
+    shown = capsys.readouterr()
     assert shown.err == "a line\n"
-    assert shown.out == '{\n  "speed": 0.5,\n  "none": null\n}\n{\n  "n": 0\n}\n'
-    assert strict_json(path.read_text()) == {"n": 0}
+    assert json.loads(shown.out) == json.loads(path.read_text()) == {"speed": 0.5, "none": None}
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EROFS])
 def test_a_disk_that_refuses_leaves_the_old_file_and_says_why(tmp_path, monkeypatch, code):
     path = tmp_path / "summary.json"
-    telemetry.write_json(path, {"old": 1})
+    files.write_json(path, {"old": 1})
 
     def refuse(_):
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UserError, match=re.escape(f"{path}: {os.strerror(code)}")) as error:
-        telemetry.write_json(path, {"new": 2})
+        files.write_json(path, {"new": 2})
     assert "\n" not in str(error.value)
     assert os.listdir(tmp_path) == ["summary.json"]
     assert strict_json(path.read_text()) == {"old": 1}
@@ -199,7 +197,7 @@ def test_a_workdir_that_is_a_file_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         telemetry.MetricsLog(tmp_path / "file")
     with pytest.raises(UserError, match="cannot write"):
-        telemetry.write_json(tmp_path / "file" / "x.json", {})
+        files.write_json(tmp_path / "file" / "x.json", {})
 
 
 class Clock:
@@ -214,7 +212,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(telemetry, "time", clock)
+    monkeypatch.setattr(progress_lib, "time", clock)
     return clock
 
 
@@ -225,7 +223,7 @@ def test_the_wait_for_input_is_a_share_of_what_counts_as_training(clock, slow, s
             clock.now += 100.0 if step == 1 else slow
             yield step
 
-    with telemetry.Progress("pretrain", 7, enabled=False) as progress:
+    with progress_lib.Progress("pretrain", 7, enabled=False) as progress:
         found = []
         for step in progress.waiting(batches()):
             found.append(step)
@@ -240,7 +238,7 @@ def test_the_wait_for_input_is_a_share_of_what_counts_as_training(clock, slow, s
 
 
 def test_speed_excludes_compilation_and_pauses(clock):
-    with telemetry.Progress("pretrain", 100, start_step=40, enabled=False) as progress:
+    with progress_lib.Progress("pretrain", 100, start_step=40, enabled=False) as progress:
         clock.now += 60.0  # compiles
         progress.update(41, 3.0, 1000)
         assert progress.tokens_per_second == 0.0
@@ -253,7 +251,7 @@ def test_speed_excludes_compilation_and_pauses(clock):
 
 
 def test_plain_lines_are_rare_and_the_last_step_is_shown(clock, capsys):
-    with telemetry.Progress("finetune", 1000) as progress:
+    with progress_lib.Progress("finetune", 1000) as progress:
         for step in range(1, 1001):
             clock.now += 0.1
             progress.update(step, 1.25, 50)
@@ -273,7 +271,7 @@ def test_plain_lines_are_rare_and_the_last_step_is_shown(clock, capsys):
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with telemetry.Progress("pretrain", 10, start_step=7) as progress:
+    with progress_lib.Progress("pretrain", 10, start_step=7) as progress:
         for step in (8, 9, 10):
             progress.update(step, 2.0, 5)
     err = capsys.readouterr().err
@@ -283,7 +281,7 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 
 def test_the_machine_is_named_with_what_its_memory_was_told(monkeypatch):
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    plain = telemetry.machine()
+    plain = mesh.describe_machine()
     assert plain.endswith(f"jax {jax.__version__}")
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-    assert telemetry.machine() == f"{plain}, GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+    assert mesh.describe_machine() == f"{plain}, GLIBC_TUNABLES=glibc.malloc.hugetlb=1"

@@ -10,7 +10,8 @@ import numpy as np
 
 from gptjax.config.paper_tasks import PUBLISHED, TASKS
 from gptjax.evaluate.metrics import PERCENT
-from gptjax.train.log import PathLike, read_json, write_atomically
+from gptjax.io.files import read_json, write_atomically
+from gptjax.train.log import PathLike
 
 Run = dict[str, Any]
 

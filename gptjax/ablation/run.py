@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
 from gptjax.ablation import report as ablation_report
-from gptjax.checkpoint import store as checkpoint
+from gptjax.checkpoint import load
 from gptjax.cluster.stop import StopRequest
 from gptjax.config import paper_tasks, validation
 from gptjax.config import schema as config_lib
@@ -27,8 +27,8 @@ from gptjax.config.schema import AblationConfig, Experiment, FinetuneConfig, Mes
 from gptjax.data import splits
 from gptjax.errors import Preempted, TrainingDiverged, UserError, require
 from gptjax.evaluate import metrics
+from gptjax.io import files
 from gptjax.io.remote import exists
-from gptjax.train import log as telemetry
 from gptjax.train import run as loop
 
 _RESULTS = "ablation.json"
@@ -69,7 +69,7 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
     except ValueError:
         pass
     raise UserError(
-        f"--config.ablation.variants: no variant {name!r}; it is full, no_pretraining, no_lm, "
+        f"`ablation.variants`: no variant {name!r}; it is full, no_pretraining, no_lm, "
         "layers=N or lambda=X"
     )
 
@@ -89,21 +89,21 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
     Raises:
       UserError, Preempted, TrainingDiverged: as in `loop.run`.
     """
-    require(seeds > 0, f"--seeds={seeds}: must be greater than 0")
-    require(jax.process_count() == 1, "--mode=ablate: runs in one process, on its devices")
+    require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
+    require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
     validation.validate(experiment)
     ablation = experiment.ablation or AblationConfig()
     tasks = ablation.chosen
     if not tasks and experiment.finetune:
         own = experiment.name.removeprefix(paper_tasks.EXPERIMENTS)
         tasks = {own if own in paper_tasks.TASKS else "finetune": experiment.finetune}
-    require(tasks, "--config: nothing to ablate; the experiment needs a finetune or ablation part")
+    require(tasks, "`config`: nothing to ablate; the experiment needs a finetune or ablation part")
     require(
         experiment.pretrain or experiment.init_from,
-        "--mode=ablate: needs a pretrained model: --config.init_from, or a pretrain part",
+        "`mode`=ablate: needs a pretrained model: `init_from`, or a pretrain part",
     )
     names = tuple(dict.fromkeys(config_lib.split_names(ablation.variants)))
-    require(names, "--config.ablation.variants: is empty; write full,no_pretraining,no_lm")
+    require(names, "`ablation.variants`: is empty; write full,no_pretraining,no_lm")
     _check(experiment, tasks, names)
     meshes = _meshes(experiment, ablation.parallel)
     loop.check_workdir(experiment, workdir, _RESULTS)
@@ -123,7 +123,7 @@ def _check(
     """Finds what is wrong with a variant, a file or a column before hours of training."""
     layers = experiment.model.num_layers
     if not experiment.pretrain:
-        _, _, meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")
+        _, _, meta = load.open_for_use(experiment.init_from, "init_from")
         layers = meta.model.num_layers
     for config in tasks.values():
         metrics.parse(config.metrics, config.task)
@@ -131,7 +131,7 @@ def _check(
             transfer = variant(config, name).transfer
             require(
                 not transfer.isdecimal() or int(transfer) <= layers,
-                f"--config.ablation.variants: {name}: the model has {layers} layers",
+                f"`ablation.variants`: {name}: the model has {layers} layers",
             )
         splits.labelled_splits(config, experiment.seed)
 
@@ -166,7 +166,7 @@ class _Runner:
         )  # fmt: skip
         self._lock = threading.Lock()
         self._path = os.path.join(workdir, _RESULTS)
-        old = telemetry.read_json(self._path) if exists(self._path) else {}
+        old = files.read_json(self._path) if exists(self._path) else {}
         done = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
         self._spent, self._began = old.get("seconds", 0.0), time.monotonic()
         # Results of variants and seeds that this command leaves out stay in the file.
@@ -175,7 +175,7 @@ class _Runner:
     def run(self, meshes: list[Mesh], stop: Callable[[], bool]) -> None:
         """Runs what waits; the first error ends the others, which the next time begin anew."""
         path = os.path.join(self._workdir, "config.json")
-        telemetry.write_json(path, config_lib.to_dict(self._experiment))
+        files.write_json(path, config_lib.to_dict(self._experiment))
         self._save()
         waiting = [job for job in self._jobs if job not in self._records]
         if not waiting:
@@ -249,12 +249,12 @@ class _Runner:
         results = {
             "name": self._experiment.name,
             "pretrained": self._start,
-            "machine": telemetry.machine(),
+            "machine": sharding.describe_machine(),
             # Of all fine-tunings together; several run at a time.
             "seconds": self._spent + time.monotonic() - self._began,
             "runs": list(self._records.values()),
         }
-        telemetry.write_json(self._path, results)
+        files.write_json(self._path, results)
 
 
 def _record(job: Job, config: FinetuneConfig, part: dict[str, Any]) -> dict[str, Any]:
@@ -279,8 +279,8 @@ def _meshes(experiment: Experiment, parallel: int) -> list[Mesh]:
     if experiment.mesh != MeshConfig():
         require(
             parallel < 2,
-            f"--config.ablation.parallel={parallel}: each would have one device; leave "
-            "--config.mesh as it is, or parallel at 1",
+            f"`ablation.parallel`={parallel}: each would have one device; leave "
+            "`mesh` as it is, or parallel at 1",
         )
         return [sharding.make_mesh(experiment.mesh)]
     count = parallel or (len(devices) if len(devices) > 1 else 1 + (devices[0].platform == "cpu"))

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
-from gptjax.checkpoint.store import Checkpoints, Meta
-from gptjax.evaluate import metrics as metrics_lib
+from gptjax.checkpoint import store
+from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import Checkpoints
 from gptjax.io import remote as storage
-from gptjax.state import Params, TrainState
+from gptjax.mesh import Params
+from gptjax.state import TrainState
 
 
 class BestInMemory:
@@ -46,7 +48,7 @@ class BestInMemory:
         if not metrics:
             return
         self.set_metrics(step, metrics)
-        rank = metrics_lib.rank(self._metric, metrics.get(self._metric))
+        rank = store.rank(self._metric, metrics.get(self._metric))
         if self._best is None or rank >= self._best[0]:
             self._best = rank, step, jax.device_get(state.params)
 

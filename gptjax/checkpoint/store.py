@@ -8,10 +8,8 @@
 and one of `meta` itself: orbax notices files that are missing or cut short, but not flipped bytes.
 """
 
-import dataclasses
-import hashlib
-import json
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -20,72 +18,21 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from gptjax.checkpoint import background as saving
+from gptjax.checkpoint.checksum import checksums, verify
+from gptjax.checkpoint.meta import Meta, digest
 from gptjax.cluster import processes as distributed
-from gptjax.config import schema as config_lib
-from gptjax.config.schema import CheckpointConfig, ModelConfig
-from gptjax.data.tasks import TaskSpec
-from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.errors import Preempted, TrainingDiverged, UserError, brief, require
-from gptjax.evaluate import metrics as metrics_lib
+from gptjax.config.schema import CheckpointConfig, higher_is_better
+from gptjax.errors import Preempted, TrainingDiverged, UserError, brief
+from gptjax.io import files
 from gptjax.io import remote as storage
 from gptjax.state import TrainState
-from gptjax.train import ledger
-from gptjax.train import log as telemetry
 
-_FOLDER = "checkpoints"
+FOLDER = "checkpoints"
 _DAMAGED = "damaged"
 _SCORES = "scores.json"
 
 
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Meta:
-    """What belongs to the weights besides the arrays."""
-
-    stage: str
-    model: ModelConfig
-    tokenizer_json: str
-    tokenizer_hash: str
-    task: TaskSpec | None
-    metric: str
-    """The validation score that ranks the checkpoints of the stage."""
-    experiment: dict[str, Any]
-    """The whole configuration as plain values."""
-    data_fingerprint: str
-    """Hash of the training data."""
-    ledger: str = ""
-    """Of the batches that the weights were trained on, from `gptjax.train.ledger`."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON-ready values."""
-        return dataclasses.asdict(self)
-
-    @staticmethod
-    def from_dict(values: dict[str, Any], where: str) -> "Meta":
-        """Reads `to_dict`'s values; `where` names the checkpoint in errors."""
-        task = values["task"] and TaskSpec.from_dict(values["task"])
-        model = config_lib.from_dict(ModelConfig, values["model"], where)
-        meta = Meta(**{**values, "task": task, "model": model})
-        tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
-        require(
-            tokenizer.hash == meta.tokenizer_hash,
-            f"{where}: the tokenizer inside is not the one that the weights were trained with "
-            f"(hash {tokenizer.hash[:12]}, not {meta.tokenizer_hash[:12]})",
-        )
-        return meta
-
-
-@jax.jit
-def _checksums(tree: Any) -> Any:
-    return jax.tree.map(ledger.checksum, tree)
-
-
-def checksums(tree: Any) -> dict[str, int]:
-    """Returns array path -> 32-bit checksum; integer sums, so the same on every mesh."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(jax.device_get(_checksums(tree)))
-    return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
 
 
 def _abstract(tree: Any) -> Any:
@@ -107,12 +54,12 @@ class Checkpoints:
 
         Args:
           workdir: the run's folder.
-          stage: one of `telemetry.STAGES`.
+          stage: one of `config.schema.STAGES`.
           policy: how many newest and best to keep.
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.
         """
-        self.directory = storage.absolute(workdir) / _FOLDER / stage
+        self.directory = storage.absolute(workdir) / FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
         self._saves, self._reader = saving.Watch(), saving.reader()
@@ -157,17 +104,17 @@ class Checkpoints:
         """Stores the validation scores of a step."""
         self._scores[str(step)] = dict(metrics)
         if jax.process_index() == 0:
-            telemetry.write_json(self.directory / _SCORES, self._scores)
+            files.write_json(self.directory / _SCORES, self._scores)
 
     def best_first(self) -> list[int]:
         """Returns the steps by validation score, best first, the newest of equals before."""
         return self._best_first(self.steps())
 
     def _best_first(self, steps: list[int]) -> list[int]:
-        def rank(step: int) -> tuple[float, int]:
-            return metrics_lib.rank(self._metric, self.metrics(step).get(self._metric)), step
+        def order(step: int) -> tuple[float, int]:
+            return rank(self._metric, self.metrics(step).get(self._metric)), step
 
-        return sorted(steps, key=rank, reverse=True)
+        return sorted(steps, key=order, reverse=True)
 
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
@@ -179,7 +126,7 @@ class Checkpoints:
         if metrics:
             self.set_metrics(step, metrics)
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
-        values["digest"] = _digest(values)
+        values["digest"] = digest(values)
         arrays = {"step": state.step, "opt_state": state.opt_state}
         with saving.disk_errors(self.directory):
             self._saves.finish(self._manager)
@@ -206,7 +153,7 @@ class Checkpoints:
           ValueError: it is not what was saved. orbax's own errors on broken files.
         """
         values = dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
-        if values.pop("digest", None) != _digest(values):
+        if values.pop("digest", None) != digest(values):
             raise ValueError("its meta does not have the checksum it was saved with")
         sums = values.pop("checksums")
         values.pop("step")
@@ -229,7 +176,7 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(_abstract(arrays)),
         )
         state = TrainState(params=restored["params"], **restored["optimizer"])
-        _verify(checksums(state), self.meta(step)[1])
+        verify(checksums(state), self.meta(step)[1])
         return state
 
     def restore_params(self, step: int, like: Any) -> Any:
@@ -237,7 +184,7 @@ class Checkpoints:
         params = self._read(step, params=ocp.args.StandardRestore(_abstract(like)))["params"]
         saved = self.meta(step)[1]
         prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey("params"),))
-        _verify({prefix + name: value for name, value in checksums(params).items()}, saved)
+        verify({prefix + name: value for name, value in checksums(params).items()}, saved)
         return params
 
     def restore_best_params(self, like: Any) -> tuple[int, Any]:
@@ -288,7 +235,7 @@ class Checkpoints:
             return found
         raise UserError(
             f"{self.directory}: no checkpoint can be read, step {failed[0][0]} for "
-            f"{brief(failed[0][1])}; they are left there; mend that or choose another --workdir"
+            f"{brief(failed[0][1])}; they are left there; mend that or choose another `workdir`"
         )
 
     def _set_aside(self, step: int, error: Exception) -> None:
@@ -334,71 +281,14 @@ class Checkpoints:
 def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:
     """The stored scores; where they are broken, none: a resumed run validates its step again."""
     try:
-        return telemetry.read_json(path) if path.exists() else {}
+        return files.read_json(path) if path.exists() else {}
     except UserError as error:
         logging.warning("%s; going on without the validation scores of earlier steps", error)
         return {}
 
 
-def _digest(values: dict[str, Any]) -> str:
-    text = json.dumps(values, sort_keys=True)
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def _verify(found: dict[str, int], saved: dict[str, int]) -> None:
-    for name, value in found.items():
-        if saved.get(name) != value:
-            raise ValueError(f"array {name} does not have the checksum it was saved with")
-
-
-def find(path: str, flag: str = "--checkpoint") -> tuple[str, str, int | None]:
-    """Returns (workdir, stage, step or None) that `--checkpoint=PATH` (or another flag) means.
-
-    PATH is a workdir (its last stage), WORKDIR/checkpoints/STAGE, or one STEP below that.
-
-    Raises:
-      UserError: there is no checkpoint.
-    """
-    storage.check_address(path, flag)
-    place = storage.absolute(path)
-    if place.name.isdigit() and place.parent.name in telemetry.STAGES and place.exists():
-        return str(place.parents[2]), place.parent.name, int(place.name)
-    if place.name in telemetry.STAGES and place.parent.name == _FOLDER:
-        workdir, stages = place.parents[1], [place.name]
-    else:
-        workdir, stages = place, ["finetune", "pretrain"]
-    for stage in stages:
-        folder = workdir / _FOLDER / stage
-        if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):
-            return str(workdir), stage, None
-    raise UserError(
-        f"{flag}={path}: no checkpoint there; give the --workdir of a finished training"
-    )
-
-
-def open_for_use(path: str, flag: str = "--checkpoint") -> tuple[Checkpoints, int, Meta]:
-    """Opens what `--checkpoint=PATH` means: the stage's checkpoints, the step, and its `Meta`.
-
-    A workdir or stage means the step with the best validation score.
-    """
-    workdir, stage, step = find(path, flag)
-    newest = Checkpoints(workdir, stage, read_only=True)
-    # In a bucket a save that is under way has the name of its step already.
-    require(step or newest.steps(), f"{flag}={path}: no finished checkpoint there yet")
-    meta = _meta_for_use(newest, newest.steps()[-1] if step is None else step)
-    if step is not None:
-        return newest, step, meta
-    checkpoints = Checkpoints(workdir, stage, metric=meta.metric, read_only=True)
-    step = checkpoints.best_first()[0]
-    return checkpoints, step, _meta_for_use(checkpoints, step)
-
-
-def _meta_for_use(checkpoints: Checkpoints, step: int) -> Meta:
-    try:
-        return checkpoints.meta(step)[0]
-    except UserError:
-        raise
-    except Exception as error:  # whatever broken files make orbax raise
-        raise UserError(
-            f"{checkpoints.directory / str(step)}: is damaged ({brief(error)}); give another step"
-        ) from error
+def rank(name: str, value: float | None) -> float:
+    """A number that is higher the better the score `value` is; -inf where there is none."""
+    if value is None or math.isnan(value):
+        return -math.inf
+    return value if higher_is_better(name) else -value

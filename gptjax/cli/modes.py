@@ -9,17 +9,20 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from gptjax.cluster.processes import is_main
 from gptjax.config import schema as config
 from gptjax.config import validation
 from gptjax.config.paper_tasks import SUBMISSIONS
-from gptjax.config.schema import nearest
+from gptjax.config.schema import TaskSpec
 from gptjax.data import splits
 from gptjax.data.tables import text_files as sources
-from gptjax.data.tasks import TaskSpec, as_text
+from gptjax.data.tasks import as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor as api
-from gptjax.train import log as telemetry
+from gptjax.io import console
+from gptjax.io import files as files_lib
+from gptjax.report import tables
 
 _OUTPUTS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
@@ -90,12 +93,12 @@ def predict(
         or not os.path.samefile(input_path, output_path),
         f"--output={output_path}: is the input file; choose another name",
     )
-    gpt = api.load(checkpoint)
+    gpt = api.load(checkpoint, argument="checkpoint")
     table = _read_rows(gpt, input_path, labelled=False) if input_path else _hub_rows(gpt, split)
     assert gpt.task is not None
     found = gpt.predict(table.columns(gpt.task.text_columns))
     records = _submission(glue, gpt.task, table, found.labels) if glue else _records(found)
-    telemetry.write_atomically(output_path, _table(records, _OUTPUTS[ending]).encode())
+    files_lib.write_atomically(output_path, _table(records, _OUTPUTS[ending]).encode())
     notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
     notes += [f"{found.empty:,} with an empty text"] if found.empty else []
     print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
@@ -161,12 +164,12 @@ def _plain(cell: Any) -> str:
 def evaluate(checkpoint: str, split: str, input_path: str) -> None:
     """Prints losses and metrics of a checkpoint on a split of its experiment, or on a file."""
     require(checkpoint, "--checkpoint: give the --workdir of a finished training")
-    gpt = api.load(checkpoint)
+    gpt = api.load(checkpoint, argument="checkpoint")
     if gpt.task is not None:
         where, scores = _evaluate_task(gpt, split, input_path)
     else:
         where, scores = _evaluate_text(gpt, split, input_path)
-    print(json.dumps(telemetry.json_ready({"checkpoint": gpt.path, "data": where, **scores})))
+    print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, "data": where, **scores})))
 
 
 def evaluate_probes(checkpoint: str, configs: Mapping[str, config.ProbeConfig] | None) -> None:
@@ -175,7 +178,7 @@ def evaluate_probes(checkpoint: str, configs: Mapping[str, config.ProbeConfig] |
     require(configs or configs is None, "--probes: the experiment of --config has no probes")
     for name, each in (configs or {}).items():
         validation.validate_probe(name, each)
-    gpt = api.load(checkpoint)
+    gpt = api.load(checkpoint, argument="checkpoint")
     if not configs:
         own = gpt.meta.experiment.get("probes") or {}
         configs = {
@@ -186,7 +189,7 @@ def evaluate_probes(checkpoint: str, configs: Mapping[str, config.ProbeConfig] |
         configs,
         f"--probes: {gpt.path} was trained without any; give --config=experiments/probes.py",
     )
-    print(json.dumps(telemetry.json_ready({"checkpoint": gpt.path, "probes": gpt.probe(configs)})))
+    print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, "probes": gpt.probe(configs)})))
 
 
 def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:
@@ -237,10 +240,10 @@ def generate(
 ) -> None:
     """Prints texts that begin with the prompt."""
     require(checkpoint, "--checkpoint: give the --workdir of a finished training")
-    gpt = api.load(checkpoint)
+    gpt = api.load(checkpoint, argument="checkpoint")
     unknown = gpt.tokenizer.encode(prompt).count(gpt.tokenizer.unknown_id)
     if unknown:
-        telemetry.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
+        console.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
     texts = gpt.generate(prompt, max_new_tokens, temperature, top_k, top_p, num_samples, seed)
     for i, text in enumerate(texts):
         if num_samples > 1:
@@ -265,13 +268,28 @@ def train_tokenizer(
     )
     texts = sources.read_text(input_path)["text"]
     tokenizer = tokenizer_lib.build(tokenizer_config, texts)
-    with telemetry.disk_errors(output_path):
+    with files_lib.disk_errors(output_path):
         os.makedirs(output_path, exist_ok=True)
     files = {"tokenizer.json": tokenizer.to_json()}
     pair = tokenizer_lib.pair_texts(tokenizer)
     if pair is not None:
         files["vocab.json"], files["merges.txt"] = pair
     for name, text in files.items():
-        telemetry.write_atomically(os.path.join(output_path, name), text.encode())
+        files_lib.write_atomically(os.path.join(output_path, name), text.encode())
     print(f"{len(tokenizer):,} tokens -> {output_path} ({', '.join(files)})")
     sys.stdout.flush()
+
+
+def show_results(workdir: str, summary: Mapping[str, Any]) -> None:
+    """Draws the plots of a finished training; prints its results and the commands to try next."""
+    if not is_main():
+        return
+    tables.loss_plot(workdir)
+    commands = [f"python launch.py --mode=generate --checkpoint={workdir} --prompt='The '"]
+    if "finetune" in summary:
+        commands.append(
+            f"python launch.py --mode=predict --checkpoint={workdir} --input=ROWS.csv "
+            "--output=predictions.csv"
+        )
+    floors = (summary.get("finetune") or {}).get("floor", {})
+    print(tables.results_table(summary, floors, workdir, commands))

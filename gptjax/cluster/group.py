@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from gptjax.cluster.rendezvous import LOST, Link, Message
-from gptjax.errors import tell
+from gptjax.io.console import tell
 
 # Time to end by itself for a process that learns that another has ended.
 _GRACE_SECONDS = 5.0

@@ -25,7 +25,7 @@ from gptjax.cluster.rendezvous import answer_roll, call_roll, dismiss
 from gptjax.errors import ProcessLost, UserError, require
 from gptjax.io import remote as storage
 
-_FLAGS = "--coordinator_address, --num_processes and --process_id"
+_FLAGS = "`coordinator_address`, `num_processes` and `process_id`"
 # Above our own: JAX ends a process without a word.
 _JAX_LATER = 60
 _SEEN_SECONDS = 10.0
@@ -76,10 +76,10 @@ def place(options: Options) -> Place | None:
     host, _, port = address.rpartition(":")
     require(
         host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536,
-        f"--coordinator_address={address}: must be HOST:PORT of process 0",
+        f"`coordinator_address`={address}: must be HOST:PORT of process 0",
     )
-    require(count > 0, f"--num_processes={count}: must be at least 1")
-    require(0 <= index < count, f"--process_id={index}: must be 0 to {count - 1}")
+    require(count > 0, f"`num_processes`={count}: must be at least 1")
+    require(0 <= index < count, f"`process_id`={index}: must be 0 to {count - 1}")
     return Place(address, count, index, True) if count > 1 else None
 
 
@@ -106,7 +106,7 @@ def _detect(timeout: int) -> Place | None:
         require(
             not what,
             f"{what} says that this is one of several processes, but jax cannot tell where process "
-            f"0 is; give {_FLAGS}, or --num_processes=1 for a process of its own",
+            f"0 is; give {_FLAGS}, or `num_processes`=1 for a process of its own",
         )
         return None
     count = kind.get_process_count()
@@ -146,8 +146,8 @@ def start(options: Options, mode: str = "train") -> None:
         return
     require(
         mode == "train",
-        f"--mode={mode}: runs in one process, and this is one of {here.count}; start it once, with "
-        "--num_processes=1 where the environment speaks of more",
+        f"`mode`={mode}: runs in one process, and this is one of {here.count}; start it once, with "
+        "`num_processes`=1 where the environment speaks of more",
     )
     import jax
 
@@ -200,6 +200,11 @@ def _port_after(port: int) -> int:
 def count() -> int:
     """Returns the number of processes."""
     return _group.count if _group else 1
+
+
+def is_main() -> bool:
+    """Returns whether this is process 0, which writes and prints for all."""
+    return _group is None or _group.index == 0
 
 
 def gather(what: str, value: Any) -> list[Any]:
@@ -295,13 +300,22 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
+def _shown(name: str) -> str:
+    """The name of a fact in a message; fields of the configuration in backquotes."""
+    field = name.removeprefix("config.")
+    return name if field == name else f"`{field}`"
+
+
 def _different(everyone: list[dict[str, Any]], names: list[str]) -> str:
     """What the first process that differs from process 0 differs in, "" if none does."""
     first = _flat(everyone[0])
     for index, values in enumerate(map(_flat, everyone)):
         wrong = [name for name in first | values if first.get(name) != values.get(name)]
         if wrong:
-            parts = [f"{name} {values.get(name)!r}, not {first.get(name)!r}" for name in wrong[:3]]
+            parts = [
+                f"{_shown(name)} {values.get(name)!r}, not {first.get(name)!r}"
+                for name in wrong[:3]
+            ]
             more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             return (
                 f"{names[index]} differs from process 0: {'; '.join(parts)}{more}; start all "
@@ -318,17 +332,17 @@ def require_shared(folder: str) -> None:
     if _group is None:
         return
     path = storage.absolute(folder) / _TOKEN
-    token = from_main("--workdir", lambda: _write(path, secrets.token_hex(8)))
+    token = from_main("the workdir", lambda: _write(path, secrets.token_hex(8)))
     end = time.monotonic() + _SEEN_SECONDS  # network disks show new files late
     while not (seen := _reads(path, token)) and time.monotonic() < end:
         time.sleep(0.1)
-    everyone = gather("--workdir", seen)
+    everyone = gather("the workdir", seen)
     if _group.index == 0:
         path.unlink(missing_ok=True)
     for index, each in enumerate(everyone):
         require(
             each,
-            f"--workdir={folder}: {_group.name(index)} does not see what process 0 wrote there; it "
+            f"`workdir`={folder}: {_group.name(index)} does not see what process 0 wrote there; it "
             "must be a folder that all processes share",
         )
 
@@ -340,7 +354,7 @@ def _write(path: epath.Path, text: str) -> str:
         path.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space, fix its permissions, or "
-            "choose another --workdir"
+            "choose another `workdir`"
         ) from error
     return text
 

@@ -99,7 +99,7 @@ def call_roll(
         )
     except OSError as error:
         raise UserError(
-            f"--coordinator_address={address}: cannot listen there ({error})"
+            f"`coordinator_address`={address}: cannot listen there ({error})"
         ) from error
     over = threading.Event()
     threading.Thread(target=_greet, args=(server, silence, hellos, over), daemon=True).start()
@@ -114,7 +114,7 @@ def call_roll(
         here = ", ".join(f"{index} ({found[index]['host']})" for index in sorted(found))
         problem = (
             f"process {', '.join(missing)} of {count} did not come up within {timeout:g} s; here "
-            f"are {here}; see the output of the missing, or raise --initialization_timeout"
+            f"are {here}; see the output of the missing, or raise `initialization_timeout`"
         )
         dismiss(links, problem, LOST)
         raise ProcessLost(problem)
@@ -159,12 +159,12 @@ def _admit(
     host, problem = facts.get("host", "?"), ""
     if theirs != count or not 0 <= index < count:
         problem = (
-            f"process {index} ({host}) was started with --num_processes={theirs}, process 0 with "
+            f"process {index} ({host}) was started with `num_processes`={theirs}, process 0 with "
             f"{count}; give all processes the same"
         )
     elif index in found and not (index in links and links[index].ended()):
         problem = (
-            f"two processes have --process_id={index}, on {found[index].get('host')} and on {host}"
+            f"two processes have `process_id`={index}, on {found[index].get('host')} and on {host}"
         )
     if problem:
         dismiss({index: link}, problem)
@@ -193,12 +193,12 @@ def answer_roll(
             break
         except UnicodeError as error:
             raise UserError(
-                f"--coordinator_address={address}: {host} is no name of a host ({error})"
+                f"`coordinator_address`={address}: {host} is no name of a host ({error})"
             ) from error
         except OSError as error:  # it may come up later
             if time.monotonic() > end:
                 raise ProcessLost(
-                    f"process 0 of {count} did not come up at --coordinator_address={address} "
+                    f"process 0 of {count} did not come up at `coordinator_address`={address} "
                     f"within {timeout:g} s ({error.strerror or error})"
                 ) from error
             time.sleep(min(0.2, timeout / 10))
@@ -207,7 +207,7 @@ def answer_roll(
     link.send({"process_id": index, "num_processes": count, "facts": facts})
     answer = link.read()
     if answer is None:
-        raise ProcessLost(f"process 0 of {count} at --coordinator_address={address} has ended")
+        raise ProcessLost(f"process 0 of {count} at `coordinator_address`={address} has ended")
     if "problem" in answer:
         raise (ProcessLost if answer.get("code") == LOST else UserError)(answer["problem"])
     connection.settimeout(silence)

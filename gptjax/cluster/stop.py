@@ -3,7 +3,7 @@
 import signal
 import types
 
-from gptjax.errors import tell
+from gptjax.io.console import tell
 
 # A scheduler's, Ctrl-C's, and a closed terminal's.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from gptjax.config.schema import FinetuneConfig, nearest
-from gptjax.errors import require
+from gptjax.config.schema import FinetuneConfig
+from gptjax.errors import nearest, require
 
 
 def _glue(name: str, kind: str, first: str, second: str, metrics: str, **more: Any):

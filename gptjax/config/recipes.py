@@ -29,8 +29,8 @@ import dataclasses
 import typing
 from typing import Any
 
-from gptjax.config.schema import Experiment, nearest
-from gptjax.errors import require
+from gptjax.config.schema import Experiment
+from gptjax.errors import nearest, require
 
 _TUTORIAL = {
     "learning_rate": 1e-4, "schedule": "constant", "warmup_steps": 0, "warmup_fraction": 0.0,

@@ -6,14 +6,13 @@ part of the configuration may be a static (hashed) argument of a jitted function
 """
 
 import dataclasses
-import difflib
 import json
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from gptjax.errors import require
+from gptjax.errors import nearest, require
 
 LINE_BREAKS = ("auto", "keep", "join")
 ALGORITHMS = ("adamw", "openai")
@@ -325,13 +324,6 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
-def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """Returns "; did you mean 'X'?" with the one of `names` that is most like `name`, or ""."""
-    lower = {each.lower(): each for each in names}
-    near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
-    return f"; did you mean {lower[near[0]]!r}?" if near else ""
-
-
 def _inner_type(annotation: Any) -> Any:
     """`X | None` -> `X`; anything else unchanged."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
@@ -386,3 +378,68 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         else:
             found.append(f"{name}: {json.dumps(left)} -> {json.dumps(right)}")
     return sorted(found)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """What a task head predicts, and from which columns."""
+
+    kind: str
+    """classification, entailment, similarity, multiple_choice or regression."""
+    text: str
+    text_pair: str = ""
+    choices: tuple[str, ...] = ()
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    """Names of the classes, or of the answers, in the order of the head's outputs."""
+    cut: str = "longest"
+    """How two texts that are too long are cut, as in `FinetuneConfig.cut`."""
+    flatten: int = 0
+    """Tokens that every sequence is padded (or cut) to, for a head that reads them all; 0: none."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "TaskSpec":
+        """Reads the values of `dataclasses.asdict`, also after a journey through JSON."""
+        lists = {name: tuple(values[name]) for name in ("choices", "labels")}
+        return cls(**{**values, **lists})
+
+    @property
+    def ends_in_question(self) -> bool:
+        """Joined columns: too long a text is cut at its beginning; the end says what is asked."""
+        return "+" in self.text
+
+    @property
+    def num_candidates(self) -> int:
+        """C: token sequences per example."""
+        if self.kind == "multiple_choice":
+            return len(self.choices)
+        return 2 if self.kind in ("similarity", "regression") else 1
+
+    @property
+    def num_outputs(self) -> int:
+        """Outputs of the linear head per state."""
+        return 1 if self.kind in ("multiple_choice", "regression") else len(self.labels)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that are read besides the label."""
+        return tuple(name for name in (self.text, self.text_pair, *self.choices) if name)
+
+
+# What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
+INHERITED_SIZES = (
+    "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
+    "activation", "segment_types", "tied", "layer_norm_epsilon",
+)  # fmt: skip
+
+
+FROM_SCRATCH = "finetune_from_scratch"
+
+
+STAGES = ("pretrain", "finetune", "finetune_from_scratch")
+"""The order in which the stages of a run follow each other."""
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether more of it is better: true of every metric but ``mse`` and ``loss``."""
+    return name not in ("mse", "loss")

@@ -18,10 +18,9 @@ from gptjax.config.schema import (
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
-    nearest,
     split_names,
 )
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, nearest, require
 
 ACTIVATIONS = ("gelu_tanh", "relu")
 ATTENTIONS = ("auto", "plain", "blocked", "pallas", "cudnn")
@@ -44,30 +43,29 @@ def _freeze(config: Any) -> None:
 def _positive(config: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"--config.{where}.{name}={value}: must be greater than 0")
-        require(value < math.inf, f"--config.{where}.{name}={value}: must be finite")
+        require(value > 0, f"`{where}.{name}`={value}: must be greater than 0")
+        require(value < math.inf, f"`{where}.{name}`={value}: must be finite")
 
 
 def _not_negative(config: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(value >= 0, f"--config.{where}.{name}={value}: must not be negative")
-        require(value < math.inf, f"--config.{where}.{name}={value}: must be finite")
+        require(value >= 0, f"`{where}.{name}`={value}: must not be negative")
+        require(value < math.inf, f"`{where}.{name}`={value}: must be finite")
 
 
 def _choice(config: Any, where: str, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(config, name)
     require(
         value in allowed,
-        f"--config.{where}.{name}={value}: must be one of {', '.join(allowed)}"
-        f"{nearest(value, allowed)}",
+        f"`{where}.{name}`={value}: must be one of {', '.join(allowed)}{nearest(value, allowed)}",
     )
 
 
 def _fraction(config: Any, where: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(0 <= value < 1, f"--config.{where}.{name}={value}: must be at least 0 and below 1")
+        require(0 <= value < 1, f"`{where}.{name}`={value}: must be at least 0 and below 1")
 
 
 def validate_model(model: ModelConfig) -> None:
@@ -76,7 +74,7 @@ def validate_model(model: ModelConfig) -> None:
     _positive(model, "model", "layer_norm_epsilon")
     require(
         model.context_length > 1,
-        "--config.model.context_length=1: a token needs another one to follow it",
+        "`model.context_length`=1: a token needs another one to follow it",
     )
     _choice(model, "model", "activation", ACTIVATIONS)
     _choice(model, "model", "dtype", DTYPES)
@@ -85,17 +83,16 @@ def validate_model(model: ModelConfig) -> None:
     _fraction(model, "model", "residual_dropout", "head_dropout")
     require(
         model.width % model.num_heads == 0,
-        f"--config.model.num_heads={model.num_heads}: must divide "
-        f"--config.model.width={model.width}",
+        f"`model.num_heads`={model.num_heads}: must divide `model.width`={model.width}",
     )
     require(
         model.segment_types in (0, 2, 3),
-        f"--config.model.segment_types={model.segment_types}: must be 0 (none), 2, or 3 (with one "
+        f"`model.segment_types`={model.segment_types}: must be 0 (none), 2, or 3 (with one "
         "for padding)",
     )
     require(
         model.tied or not model.one_matrix,
-        "--config.model.one_matrix: its rows are the LM head; needs --config.model.tied=true",
+        "`model.one_matrix`: its rows are the LM head; needs `model.tied`=true",
     )
     _choice(model, "model", "attention", ATTENTIONS)
     _not_negative(model, "model", "vocab_size", "ffn_width", "unroll")
@@ -116,25 +113,25 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
     _choice(pretrain, "pretrain", "line_breaks", LINE_BREAKS)
     require(
         pretrain.steps > 0 or pretrain.epochs > 0,
-        "--config.pretrain.steps: give the number of steps (or --config.pretrain.epochs)",
+        "`pretrain.steps`: give the number of steps (or `pretrain.epochs`)",
     )
     require(
         bool(pretrain.dataset) != bool(pretrain.train_files),
-        "--config.pretrain.train_files: give text files, or --config.pretrain.dataset, not both",
+        "`pretrain.train_files`: give text files, or `pretrain.dataset`, not both",
     )
     require(
         pretrain.window != 1 and 0 <= pretrain.window <= model.context_length,
-        f"--config.pretrain.window={pretrain.window}: must be 2 to "
-        f"--config.model.context_length={model.context_length}",
+        f"`pretrain.window`={pretrain.window}: must be 2 to "
+        f"`model.context_length`={model.context_length}",
     )
     require(
         pretrain.dataset != "builtin" or not pretrain.validation_files,
-        "--config.pretrain.validation_files: the built-in text has a validation part of its own",
+        "`pretrain.validation_files`: the built-in text has a validation part of its own",
     )
     _fraction(pretrain, "pretrain", "validation_fraction")
     require(
         pretrain.validation_files or pretrain.validation_fraction > 0,
-        "--config.pretrain.validation_fraction: must be above 0 without validation_files",
+        "`pretrain.validation_fraction`: must be above 0 without validation_files",
     )
     _validate_optimizer(pretrain.optimizer, "pretrain")
 
@@ -145,12 +142,11 @@ def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
         return
     require(
         finetune.task in ("classification", "entailment"),
-        f"--config.finetune.head=flatten: reads one sequence; task {finetune.task} has several",
+        f"`finetune.head`=flatten: reads one sequence; task {finetune.task} has several",
     )
     require(
         model.segment_types == 3,
-        "--config.finetune.head=flatten: needs --config.model.segment_types=3, the third for "
-        "padding",
+        "`finetune.head`=flatten: needs `model.segment_types`=3, the third for padding",
     )
 
 
@@ -164,42 +160,41 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
     _choice(finetune, "finetune", "head", ("extract", "flatten"))
     require(
         finetune.dataset != "builtin",
-        "--config.finetune.dataset=builtin: write builtin:classification, builtin:entailment, "
+        "`finetune.dataset`=builtin: write builtin:classification, builtin:entailment, "
         "builtin:similarity or builtin:multiple_choice",
     )
     require(
         finetune.steps > 0 or finetune.epochs > 0,
-        f"--config.finetune.epochs={finetune.epochs}: must be greater than 0",
+        f"`finetune.epochs`={finetune.epochs}: must be greater than 0",
     )
     require(
         bool(finetune.dataset) != bool(finetune.train_file),
-        "--config.finetune.train_file: give a labelled file, or --config.finetune.dataset, "
-        "and not both",
+        "`finetune.train_file`: give a labelled file, or `finetune.dataset`, and not both",
     )
     _fraction(finetune, "finetune", "validation_fraction")
     pair = finetune.task in ("entailment", "similarity", "regression")
     require(
         not finetune.dataset or not (finetune.validation_file or finetune.test_file),
-        "--config.finetune.validation_file, .test_file: go with train_file, not with dataset",
+        "`finetune.validation_file`, `finetune.test_file`: go with train_file, not with dataset",
     )
     require(
         not pair or finetune.text_pair,
-        f"--config.finetune.text_pair: task {finetune.task} needs the column of the second text",
+        f"`finetune.text_pair`: task {finetune.task} needs the column of the second text",
     )
     require(
         pair or not finetune.text_pair,
-        f"--config.finetune.text_pair={finetune.text_pair}: task {finetune.task} takes one text; "
-        "use --config.finetune.task=entailment or similarity for two",
+        f"`finetune.text_pair`={finetune.text_pair}: task {finetune.task} takes one text; "
+        "use `finetune.task`=entailment or similarity for two",
     )
     many = len(split_names(finetune.choices))
     require(
         (many >= 2) == (finetune.task == "multiple_choice"),
-        "--config.finetune.choices: the columns of the answers, two or more, comma-separated, "
-        "go with --config.finetune.task=multiple_choice",
+        "`finetune.choices`: the columns of the answers, two or more, comma-separated, "
+        "go with `finetune.task`=multiple_choice",
     )
     require(
         finetune.transfer in ("all", "none") or finetune.transfer.isdecimal(),
-        f"--config.finetune.transfer={finetune.transfer}: must be all, none, or a number of layers",
+        f"`finetune.transfer`={finetune.transfer}: must be all, none, or a number of layers",
     )
     _validate_optimizer(finetune.optimizer, "finetune")
 
@@ -209,20 +204,20 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
     for name in split_names(ablation.only):
         require(
             name in ablation.tasks,
-            f"--config.ablation.only: no task {name!r}{nearest(name, ablation.tasks)}; the "
+            f"`ablation.only`: no task {name!r}{nearest(name, ablation.tasks)}; the "
             f"experiment has {', '.join(ablation.tasks)}",
         )
     for name, task in ablation.chosen.items():
         require(
             re.fullmatch(r"[\w-]+", name),
-            f"--config.ablation.tasks: {name!r} names a folder too; use letters, digits, _ and -",
+            f"`ablation.tasks`: {name!r} names a folder too; use letters, digits, _ and -",
         )
         try:
             _validate_finetune(task)
             validate_head(task, model)
         except UserError as error:
-            flag = f"--config.ablation.tasks.{name}."
-            raise UserError(str(error).replace("--config.finetune.", flag)) from None
+            field = f"`ablation.tasks.{name}."
+            raise UserError(str(error).replace("`finetune.", field)) from None
 
 
 def validate_probe(name: str, probe: ProbeConfig) -> None:
@@ -232,17 +227,17 @@ def validate_probe(name: str, probe: ProbeConfig) -> None:
     _not_negative(probe, where, "limit")
     require(
         bool(probe.dataset) != bool(probe.file),
-        f"--config.{where}.file: give a file of rows, or --config.{where}.dataset, and not both",
+        f"`{where}.file`: give a file of rows, or `{where}.dataset`, and not both",
     )
     chosen = probe.kind in ("multiple_choice", "substitution")
     require(
         (len(split_names(probe.choices)) >= 2) == chosen,
-        f"--config.{where}.choices: two or more columns, comma-separated, go with the kinds "
+        f"`{where}.choices`: two or more columns, comma-separated, go with the kinds "
         "multiple_choice and substitution",
     )
     require(
         probe.pronoun or not probe.pronoun_start,
-        f"--config.{where}.pronoun_start: is the place of --config.{where}.pronoun, which is empty",
+        f"`{where}.pronoun_start`: is the place of `{where}.pronoun`, which is empty",
     )
 
 
@@ -250,7 +245,7 @@ def _validate_mesh(mesh: MeshConfig) -> None:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     require(
         sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes),
-        f"--config.mesh: data, fsdp, tensor = {sizes}: sizes must be positive, at most one -1",
+        f"`mesh`: data, fsdp, tensor = {sizes}: sizes must be positive, at most one -1",
     )
 
 
@@ -262,19 +257,19 @@ def validate(experiment: Experiment) -> Experiment:
     """
     require(
         0 <= experiment.seed < 2**32,
-        f"--config.seed={experiment.seed}: must be 0 to {2**32 - 1}",
+        f"`seed`={experiment.seed}: must be 0 to {2**32 - 1}",
     )
     validate_model(experiment.model)
     _choice(experiment.tokenizer, "tokenizer", "kind", TOKENIZERS)
     _choice(experiment.tokenizer, "tokenizer", "words", WORDS)
     require(
         experiment.tokenizer.words == "fast" or experiment.tokenizer.kind == "gpt1",
-        "--config.tokenizer.words=exact: is for --config.tokenizer.kind=gpt1",
+        "`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1",
     )
     _positive(experiment.tokenizer, "tokenizer", "vocab_size")
     require(
         experiment.pretrain or experiment.finetune or experiment.ablation,
-        "--config: the experiment has no stage; give it a pretrain or a finetune part",
+        "`config`: the experiment has no stage; give it a pretrain or a finetune part",
     )
     if experiment.pretrain:
         _validate_pretrain(experiment.pretrain, experiment.model)
@@ -284,11 +279,11 @@ def validate(experiment: Experiment) -> Experiment:
         pretrained = bool(experiment.pretrain or experiment.init_from)
         require(
             pretrained or not experiment.finetune.compare_from_scratch,
-            "--config.finetune.compare_from_scratch: needs pretraining or --config.init_from",
+            "`finetune.compare_from_scratch`: needs pretraining or `init_from`",
         )
         require(
             pretrained or not experiment.finetune.transfer.isdecimal(),
-            "--config.finetune.transfer: needs pretraining or --config.init_from",
+            "`finetune.transfer`: needs pretraining or `init_from`",
         )
     if experiment.ablation:
         _validate_ablation(experiment.ablation, experiment.model)

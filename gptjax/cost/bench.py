@@ -28,9 +28,9 @@ from gptjax.errors import require
 from gptjax.infer import generate as generate_lib
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
+from gptjax.io import console
 from gptjax.model import flops
 from gptjax.model import gpt as model_lib
-from gptjax.train import log as telemetry
 from gptjax.train import run as loop
 
 KINDS = ("train", "generate", "input")
@@ -57,18 +57,18 @@ class Request:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
-        require(self.what in KINDS, f"--bench={self.what}: must be one of {', '.join(KINDS)}")
+        require(self.what in KINDS, f"`bench`={self.what}: must be one of {', '.join(KINDS)}")
         require(
             self.stage in plan_lib.STAGES,
-            f"--stage={self.stage}: must be one of {', '.join(plan_lib.STAGES)}",
+            f"`stage`={self.stage}: must be one of {', '.join(plan_lib.STAGES)}",
         )
-        require(self.steps >= 0, f"--steps={self.steps}: must not be negative")
+        require(self.steps >= 0, f"`steps`={self.steps}: must not be negative")
         require(
             self.max_new_tokens > 1,
-            f"--max_new_tokens={self.max_new_tokens}: must be greater than 1; the first is timed "
+            f"`max_new_tokens`={self.max_new_tokens}: must be greater than 1; the first is timed "
             "apart",
         )
-        require(self.num_samples > 0, f"--num_samples={self.num_samples}: must be greater than 0")
+        require(self.num_samples > 0, f"`num_samples`={self.num_samples}: must be greater than 0")
 
     @property
     def timed(self) -> int:
@@ -93,10 +93,10 @@ def run(experiment: Experiment, request: Request, output: str = "") -> dict[str,
         **measure(experiment, request),
         "steps": request.timed,
         "warmup_steps": _WARMUP[request.what],
-        "machine": telemetry.machine(),
+        "machine": sharding.describe_machine(),
         "allocator": os.environ.get("GLIBC_TUNABLES", ""),
     }
-    telemetry.print_json(report, output)
+    console.print_json(report, output)
     return report
 
 
@@ -190,9 +190,9 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
     plan = plan_lib.build(experiment, request.stage, mesh)
     batch = synthetic_batch(plan)
     rows, length = batch.tokens.shape
-    telemetry.say(f"{request.stage}: compiling the step of {rows} x {length} tokens")
+    console.say(f"{request.stage}: compiling the step of {rows} x {length} tokens")
     compiled, compile_seconds = _compile(plan, mesh)
-    telemetry.say(f"compiled in {compile_seconds:.1f} s; timing {request.timed} steps")
+    console.say(f"compiled in {compile_seconds:.1f} s; timing {request.timed} steps")
     train_state = plan_lib.new_state(plan, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
 
@@ -285,7 +285,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
             decoder, prompt, tokens, request.num_samples, Sampling(), 0, np.zeros(vocabulary, bool)
         )  # fmt: skip
 
-    telemetry.say(
+    console.say(
         f"generate: {request.num_samples} x {request.max_new_tokens} tokens, {request.timed} times"
     )
     first = float(np.median(_times(lambda: call(1), request)))
@@ -310,15 +310,15 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     validation.validate(experiment)
     require(
         getattr(experiment, request.stage),
-        f"--stage={request.stage}: the experiment has no {request.stage} part",
+        f"`stage`={request.stage}: the experiment has no {request.stage} part",
     )
     mesh = sharding.make_mesh(experiment.mesh)
-    telemetry.say(f"{request.stage}: loading the data")
+    console.say(f"{request.stage}: loading the data")
     start = time.perf_counter()
     _, model, stages = loop.prepare(experiment, _NO_WORKDIR, mesh)
     stage = next(each for each in stages if each.name == request.stage)
     load_seconds = time.perf_counter() - start
-    telemetry.say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")
+    console.say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")
     warmup = _WARMUP[request.what]
     begun = time.perf_counter()
     batches = stage.batches.iterate(0, warmup + request.timed)

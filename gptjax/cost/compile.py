@@ -27,8 +27,8 @@ from gptjax.cost.hlo import parse as hlo
 from gptjax.cost.hlo import peak_memory as buffers
 from gptjax.cost.step_spec import Plan
 from gptjax.errors import UserError, brief, require
+from gptjax.io import console
 from gptjax.model import flops
-from gptjax.train import log as telemetry
 
 EXAMPLES = "v5e:4x4, 2xv5e:16x16 (two slices), v6e:2x2, v4:2x2x1, v5p:2x2x2, cpu:8"
 
@@ -84,8 +84,8 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
     experiment = plan_lib.validated(experiment, stage)
     found = report(experiment, machine(topology), stage)
     for line in summary(found):
-        telemetry.say(line)
-    telemetry.print_json(found, output)
+        console.say(line)
+    console.print_json(found, output)
     return found
 
 
@@ -100,10 +100,10 @@ def report(experiment: Experiment, target: Machine, stage: str) -> dict[str, Any
     plan = plan_lib.build(experiment, stage, mesh)
     rows, length = plan.batch.tokens.shape
     kind = target.devices[0].device_kind
-    telemetry.say(f"{target.topology}: {mesh.size} x {kind}, {stage}, {rows} x {length} tokens")
+    console.say(f"{target.topology}: {mesh.size} x {kind}, {stage}, {rows} x {length} tokens")
     state_like = plan_lib.abstract_state(plan, mesh)
     outcome = _compile(plan, state_like, mesh)
-    telemetry.say(f"compiled in {outcome.seconds:.1f} s" if outcome.compiled else outcome.refusal)
+    console.say(f"compiled in {outcome.seconds:.1f} s" if outcome.compiled else outcome.refusal)
     return {
         "topology": target.topology,
         "devices": mesh.size,
@@ -149,7 +149,7 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
       UserError: libtpu is missing, or does not know the topology.
     """
     many, kind, sizes = re.findall(r"^(?:(\d+)x)?([^:]*):?(.*)", topology)[0]
-    wanted = f"--topology={topology}: must be like {EXAMPLES}"
+    wanted = f"`topology`={topology}: must be like {EXAMPLES}"
     # The devices of this machine are not used: they may be busy.
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu" and not many:
@@ -161,12 +161,12 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
     require(re.fullmatch(torus, sizes) and 0 < slices <= _MOST_SLICES, wanted)
     require(
         slices == 1 or chips.CHIPS[kind].network_bytes_per_second,
-        f"--topology={topology}: Google publishes no figure of the network between {kind} slices; "
+        f"`topology`={topology}: Google publishes no figure of the network between {kind} slices; "
         f"give one slice, {kind}:{sizes}",
     )
     require(
         importlib.util.find_spec("libtpu") or os.environ.get("TPU_LIBRARY_PATH"),
-        f"--topology={topology}: needs libtpu: pip install -r requirements-tpu.txt",
+        f"`topology`={topology}: needs libtpu: pip install -r requirements-tpu.txt",
     )
     for name, value in _TPU_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -190,7 +190,7 @@ def _cpus(count: int) -> list[Any]:
     with contextlib.suppress(RuntimeError):  # JAX runs already: it has what it has
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")[:count]
-    require(len(devices) == count, f"--topology=cpu:{count}: JAX runs with {len(devices)} devices")
+    require(len(devices) == count, f"`topology`=cpu:{count}: JAX runs with {len(devices)} devices")
     return devices
 
 

@@ -15,19 +15,24 @@ from jax.sharding import Mesh
 from gptjax import mesh as sharding
 from gptjax import state
 from gptjax.batch import Batch
-from gptjax.checkpoint import store as checkpoint
+from gptjax.checkpoint import load
 from gptjax.config import validation
-from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, OptimizerConfig
+from gptjax.config.schema import (
+    INHERITED_SIZES,
+    Experiment,
+    FinetuneConfig,
+    ModelConfig,
+    OptimizerConfig,
+)
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import require
 from gptjax.model import gpt as model_lib
 from gptjax.model.gpt import GPT
+from gptjax.model.objective import Objective
 from gptjax.train import optimizer as optim
 from gptjax.train import stages
 from gptjax.train import step as steps
-from gptjax.train.run import SIZES
-from gptjax.train.step import Objective
 
 STAGES = ("pretrain", "finetune")
 
@@ -51,7 +56,7 @@ class Plan:
 def validated(experiment: Experiment, stage: str) -> Experiment:
     """Returns a checked copy with this stage alone; data that is not read need not be named."""
     config = getattr(experiment, stage)
-    require(config, f"--stage={stage}: the experiment has no {stage} part")
+    require(config, f"`stage`={stage}: the experiment has no {stage} part")
     files = config.train_files if stage == "pretrain" else config.train_file
     changes: dict[str, Any] = {} if files or config.dataset else {"dataset": "not read"}
     if stage == "finetune":
@@ -71,16 +76,16 @@ def vocabulary(experiment: Experiment) -> tuple[int, str]:
     """
     config, special = experiment.tokenizer, len(tokenizer_lib.SPECIALS)
     if experiment.model.vocab_size:
-        return experiment.model.vocab_size, "--config.model.vocab_size"
+        return experiment.model.vocab_size, "model.vocab_size"
     if config.file or (config.kind == "gpt1" and config.vocab_file):
         return len(tokenizer_lib.build(config, ())), "the tokenizer's file"
     require(
         config.kind != "character",
-        "--config.model.vocab_size: give it; the characters of the text are not known",
+        "`model.vocab_size`: give it; the characters of the text are not known",
     )
     if config.kind == "gpt1":
         return _GPT1_VOCABULARY + special, "GPT-1's 40,478 and four special tokens"
-    return config.vocab_size + special, "--config.tokenizer.vocab_size and four special tokens"
+    return config.vocab_size + special, "tokenizer.vocab_size and four special tokens"
 
 
 def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
@@ -88,9 +93,9 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
     assumed: dict[str, str] = {}
     model = experiment.model
     if experiment.init_from:
-        meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")[2]
-        model = dataclasses.replace(model, **{n: getattr(meta.model, n) for n in SIZES})
-        assumed["vocab_size"] = "--config.init_from"
+        meta = load.open_for_use(experiment.init_from, "init_from")[2]
+        model = dataclasses.replace(model, **{n: getattr(meta.model, n) for n in INHERITED_SIZES})
+        assumed["vocab_size"] = "init_from"
     else:
         size, assumed["vocab_size"] = vocabulary(experiment)
         model = dataclasses.replace(model, vocab_size=size)
@@ -99,7 +104,7 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
         assert config is not None
         rows, length = stages.pretrain_shape(config, model, mesh)
         batch = _abstract_batch(rows, length, mesh)
-        return Plan(stages.make_model(model, None, mesh), Objective(), config.optimizer,
+        return Plan(model_lib.make_model(model, None, mesh), Objective(), config.optimizer,
                     _total_steps(config.steps, config.optimizer), batch, assumed)  # fmt: skip
     assert experiment.finetune is not None
     return _finetune_plan(experiment.finetune, model, mesh, assumed)
@@ -134,7 +139,7 @@ def _finetune_plan(
     batch = _abstract_batch(rows, length, mesh, shape, labels)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     return Plan(
-        stages.make_model(model, spec, mesh), objective, config.optimizer,
+        model_lib.make_model(model, spec, mesh), objective, config.optimizer,
         _total_steps(config.steps, config.optimizer), batch, assumed,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from gptjax.config.schema import Experiment, MeshConfig
 from gptjax.cost import compile as aot
 from gptjax.cost import step_spec as plan
 from gptjax.errors import UserError, brief, require
-from gptjax.train import log as telemetry
+from gptjax.io import console
 
 REMAT = ("none", "dots", "full")
 BATCHES = (1, 2, 4)
@@ -112,12 +112,12 @@ def run(
     Raises:
       UserError: as `aot.run`; a topology of CPUs, or a limit below 1.
     """
-    require(limit > 0, f"--sweep_limit={limit}: must be at least 1")
+    require(limit > 0, f"`sweep_limit`={limit}: must be at least 1")
     experiment = plan.validated(experiment, stage)
     target = aot.machine(topology)
     require(
         target.chip,
-        f"--topology={topology}: a CPU has no published figures to rank by; --sweep takes a TPU's",
+        f"`topology`={topology}: a CPU has no published figures to rank by; `sweep` takes a TPU's",
     )
     # What cannot be a mesh of these devices ends here, in one line.
     mesh = sharding.make_mesh(experiment.mesh, target.devices)
@@ -135,8 +135,8 @@ def run(
         "left_out": len(wanted) - len(entries),
     }
     for line in table(found):
-        telemetry.say(line)
-    telemetry.print_json(found, output)
+        console.say(line)
+    console.print_json(found, output)
     return found
 
 
@@ -152,7 +152,7 @@ def _try_all(
             tried.append((choice, _unfit(choice, f"batch {small.batch_size} does not fit already")))
         elif compiled < limit:
             compiled += 1
-            telemetry.say(f"{compiled} of at most {min(limit, len(wanted))}: {choice}")
+            console.say(f"{compiled} of at most {min(limit, len(wanted))}: {choice}")
             tried.append((choice, _try(experiment, target, stage, choice)))
             jax.clear_caches()
     return [entry for _, entry in tried], compiled

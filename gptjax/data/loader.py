@@ -83,8 +83,8 @@ class TextBatches:
         """Args: stream integers [n]; window in tokens; batch_size in windows; seed; local rows."""
         require(
             len(stream) >= window,
-            f"--config.pretrain: the training text has {len(stream)} tokens, fewer than one window "
-            f"of {window}; give more text or a smaller --config.pretrain.window",
+            f"`pretrain`: the training text has {len(stream)} tokens, fewer than one window "
+            f"of {window}; give more text or a smaller `pretrain.window`",
         )
         self._stream, self._window, self._rows, self._seed = stream, window, batch_size, seed
         self._local = local

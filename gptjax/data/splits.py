@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 from gptjax.config import schema as config_lib
-from gptjax.config.schema import FinetuneConfig, PretrainConfig
+from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskSpec
 from gptjax.data.builtin import tasks as builtin
 from gptjax.data.tables import expressions as columns
 from gptjax.data.tables import text_files as sources
-from gptjax.data.tasks import TaskSpec, as_text
+from gptjax.data.tasks import as_text
 from gptjax.errors import UserError, require
 
 BUILTIN = "builtin"
@@ -139,7 +139,7 @@ def _all_rows(config: FinetuneConfig, seed: int) -> dict[str, Table]:
     if "validation" not in tables:
         require(
             config.validation_fraction > 0,
-            "--config.finetune.validation_fraction: must be above 0 without validation_file",
+            "`finetune.validation_fraction`: must be above 0 without validation_file",
         )
         tables |= _held_out(tables["train"], spec.text_columns, config.validation_fraction, seed)
     return tables

@@ -18,58 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config.schema import nearest
+from gptjax.config.schema import TaskSpec
 from gptjax.data.tokens import store as streams
 from gptjax.data.tokens.tokenizer import Tokenizer
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, nearest, require
 
 Rows = Mapping[str, Sequence[Any]]
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskSpec:
-    """What a task head predicts, and from which columns."""
-
-    kind: str
-    """classification, entailment, similarity, multiple_choice or regression."""
-    text: str
-    text_pair: str = ""
-    choices: tuple[str, ...] = ()
-    label: str = "label"
-    labels: tuple[str, ...] = ()
-    """Names of the classes, or of the answers, in the order of the head's outputs."""
-    cut: str = "longest"
-    """How two texts that are too long are cut, as in `FinetuneConfig.cut`."""
-    flatten: int = 0
-    """Tokens that every sequence is padded (or cut) to, for a head that reads them all; 0: none."""
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "TaskSpec":
-        """Reads the values of `dataclasses.asdict`, also after a journey through JSON."""
-        lists = {name: tuple(values[name]) for name in ("choices", "labels")}
-        return cls(**{**values, **lists})
-
-    @property
-    def ends_in_question(self) -> bool:
-        """Joined columns: too long a text is cut at its beginning; the end says what is asked."""
-        return "+" in self.text
-
-    @property
-    def num_candidates(self) -> int:
-        """C: token sequences per example."""
-        if self.kind == "multiple_choice":
-            return len(self.choices)
-        return 2 if self.kind in ("similarity", "regression") else 1
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of the linear head per state."""
-        return 1 if self.kind in ("multiple_choice", "regression") else len(self.labels)
-
-    @property
-    def text_columns(self) -> tuple[str, ...]:
-        """The columns that are read besides the label."""
-        return tuple(name for name in (self.text, self.text_pair, *self.choices) if name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +170,7 @@ class _Builder:
     def __init__(self, tokenizer: Tokenizer, context_length: int, halves: bool = False):
         require(
             context_length >= 5,
-            f"--config.model.context_length={context_length}: a pair of texts needs at least 5",
+            f"`model.context_length`={context_length}: a pair of texts needs at least 5",
         )
         self._start, self._delimiter, self._extract = (
             np.array([i], np.int32)

@@ -5,7 +5,6 @@ means over examples, so they cannot be summed batch by batch as the losses are.
 """
 
 import difflib
-import math
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -16,7 +15,7 @@ _CLASS_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 _REGRESSION_METRICS = ("pearson", "spearman", "mse")
 
 NAMES: tuple[str, ...] = (*_CLASS_METRICS, *_REGRESSION_METRICS)
-"""Every name that ``--config.finetune.metrics`` takes."""
+"""Every name that `finetune.metrics` takes."""
 
 FITTING: dict[str, tuple[str, ...]] = {
     "classification": _CLASS_METRICS,
@@ -59,27 +58,15 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
         if name not in NAMES:
             nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
             raise UserError(
-                f"--config.finetune.metrics: no metric {name!r}; did you mean {nearest!r}? "
+                f"`finetune.metrics`: no metric {name!r}; did you mean {nearest!r}? "
                 f"Metrics of a {kind} task: {', '.join(fitting)}"
             )
         require(
             name in fitting,
-            f"--config.finetune.metrics: {name!r} does not fit a {kind} task; "
+            f"`finetune.metrics`: {name!r} does not fit a {kind} task; "
             f"write {' or '.join(fitting)}",
         )
     return asked or DEFAULTS[kind]
-
-
-def higher_is_better(name: str) -> bool:
-    """Whether more of it is better: true of every metric but ``mse`` and ``loss``."""
-    return name not in ("mse", "loss")
-
-
-def rank(name: str, value: float | None) -> float:
-    """A number that is higher the better the score `value` is; -inf where there is none."""
-    if value is None or math.isnan(value):
-        return -math.inf
-    return value if higher_is_better(name) else -value
 
 
 def compute(
@@ -134,7 +121,7 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: i
     if name == "f1":
         require(
             num_labels == 2,
-            f"--config.finetune.metrics: 'f1' is for two labels, this task has {num_labels}; "
+            f"`finetune.metrics`: 'f1' is for two labels, this task has {num_labels}; "
             "write 'macro_f1'",
         )
         # As 0/1 for "is the last label", so that a split without that label is no special case.

@@ -13,23 +13,29 @@ substitution     (Winograd schemas) the candidate after which the rest of the te
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
-from gptjax.config.schema import FinetuneConfig, ProbeConfig, split_names
+from gptjax.batch import Batch
+from gptjax.config.schema import FinetuneConfig, ProbeConfig, TaskSpec, split_names
 from gptjax.data import loader, splits, tasks
-from gptjax.data.tasks import TaskSpec, as_text
+from gptjax.data.tasks import as_text
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics
 from gptjax.evaluate.score import never
-from gptjax.state import Params
+from gptjax.mesh import Params
+from gptjax.model import gpt as model_lib
+from gptjax.model import losses
+from gptjax.model.gpt import GPT
 
 # Logits held at a time, in elements (64 MiB of float32).
 _LOGITS = 2**24
@@ -154,7 +160,7 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
     words = split_names(config.words)
     require(
         config.kind != "next_word" or len(words) == len(spec.labels),
-        f"--config.probes.{name}.words={config.words}: the {len(spec.labels)} labels "
+        f"`probes.{name}.words`={config.words}: the {len(spec.labels)} labels "
         f"{', '.join(spec.labels[:5])} need a word each",
     )
     require(
@@ -269,3 +275,23 @@ def run(
             **score, "floor": floor[probe.metric], "rows": float(len(probe.labels)),
         }  # fmt: skip
     return found
+
+
+@functools.cache
+def jit_span_step(mesh: Mesh, model: GPT) -> Callable[[Params, Batch], Any]:
+    """Returns the jitted (params, batch) -> for each row the sum of the log-probabilities of the
+    tokens that `lm_weights` predict, and the sum of these weights: float32 [B] both, replicated.
+    """
+
+    def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        x_BTD = model_lib.run(
+            model, params, batch.tokens, batch.segment_ids, batch.positions, method="hidden"
+        )
+        logits_BTV = model_lib.run(model, params, x_BTD, method="lm_logits")
+        targets_BT = losses.lm_targets(batch)
+        log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+        log_p_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        output = ((log_p_BT * batch.lm_weights).sum(axis=1), batch.lm_weights.sum(axis=1))
+        return jax.lax.with_sharding_constraint(output, sharding.replicated(mesh))
+
+    return jax.jit(step)

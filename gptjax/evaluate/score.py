@@ -11,13 +11,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
+from gptjax.batch import Batch
+from gptjax.config.schema import TaskSpec
 from gptjax.data import loader
 from gptjax.data.packing import Packer
-from gptjax.data.tasks import Examples, TaskSpec
+from gptjax.data.tasks import Examples
 from gptjax.evaluate import metrics
+from gptjax.mesh import Params
+from gptjax.model.gpt import GPT
 from gptjax.model.losses import Sum
-from gptjax.state import Params
-from gptjax.train.step import Objective
+from gptjax.model.objective import Losses, Objective, forward
 
 # (params, batch) -> (Losses, task logits), from `steps.jit_eval_step`.
 EvalStep = Callable[[Params, Any], Any]
@@ -143,3 +146,16 @@ def task(
         "lm_loss": outputs.lm_loss,
     }
     return losses | scores
+
+
+@functools.cache
+def jit_eval_step(
+    mesh: Mesh, model: GPT, objective: Objective
+) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:
+    """Returns the jitted `forward` without dropout; loss sums and logits come back replicated."""
+
+    def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
+        output = forward(model, objective, params, batch)
+        return jax.lax.with_sharding_constraint(output, sharding.replicated(mesh))
+
+    return jax.jit(step)

@@ -37,10 +37,10 @@ class Sampling:
     def __post_init__(self) -> None:
         require(
             0 <= self.temperature <= _HOTTEST,
-            f"--temperature={self.temperature}: must be 0 to {_HOTTEST:g}",
+            f"`temperature`={self.temperature}: must be 0 to {_HOTTEST:g}",
         )
-        require(self.top_k >= 0, f"--top_k={self.top_k}: must not be negative")
-        require(0 < self.top_p <= 1, f"--top_p={self.top_p}: must be above 0 and at most 1")
+        require(self.top_k >= 0, f"`top_k`={self.top_k}: must not be negative")
+        require(0 < self.top_p <= 1, f"`top_p`={self.top_p}: must be above 0 and at most 1")
 
 
 def _tempered(logits_NV: Array, temperature: Array) -> Array:
@@ -183,7 +183,7 @@ def generate(
       seed: of the draws.
       banned: bool [V], tokens never drawn.
     """
-    require(-(2**63) <= seed < 2**63, f"--seed={seed}: must be a number of 64 bits")
+    require(-(2**63) <= seed < 2**63, f"`seed`={seed}: must be a number of 64 bits")
     key = jax.random.key(seed)
     numbers = (
         jnp.float32(sampling.temperature),

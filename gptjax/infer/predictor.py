@@ -12,28 +12,26 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
-from gptjax import state
-from gptjax.checkpoint import store as checkpoint
-from gptjax.config.schema import MeshConfig, ModelConfig, ProbeConfig
+from gptjax.checkpoint import meta as meta_lib
+from gptjax.checkpoint.load import load_params
+from gptjax.config.schema import MeshConfig, ModelConfig, ProbeConfig, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tables import expressions as columns
-from gptjax.data.tasks import Examples, TaskSpec
+from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store as streams
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
-from gptjax.errors import UserError, brief, require
+from gptjax.errors import require
 from gptjax.evaluate import metrics, probes
 from gptjax.evaluate import score as evaluate
 from gptjax.infer import generate as generate_lib
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
+from gptjax.mesh import Params
 from gptjax.model import gpt as model_lib
 from gptjax.model.gpt import GPT
-from gptjax.state import Params
-from gptjax.train import stages as stages_lib
-from gptjax.train import step as steps
-from gptjax.train.step import Objective
+from gptjax.model.objective import Objective
 
 # Examples of a batch: enough to fill the device, few enough to need little memory.
 _BATCH = 64
@@ -71,7 +69,7 @@ class LoadedGPT:
     params: Params = dataclasses.field(repr=False)
     tokenizer: Tokenizer
     task: TaskSpec | None
-    meta: checkpoint.Meta = dataclasses.field(repr=False)
+    meta: meta_lib.Meta = dataclasses.field(repr=False)
     mesh: Mesh = dataclasses.field(repr=False)
     path: str
 
@@ -93,7 +91,7 @@ class LoadedGPT:
     def _make(self, attention: str, mesh: Mesh | None = None, longest: int = 0) -> GPT:
         # The attention of the training was for its devices, not for these.
         config = dataclasses.replace(self.config, attention=attention)
-        return stages_lib.make_model(config, self.task, mesh, longest)
+        return model_lib.make_model(config, self.task, mesh, longest)
 
     def lm_logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
         """Returns float32 [B, T, V]: logits of the token after each token.
@@ -142,8 +140,8 @@ class LoadedGPT:
           num_samples: texts to draw.
           seed: equal seeds give equal texts.
         """
-        require(max_new_tokens >= 0, f"--max_new_tokens={max_new_tokens}: must not be negative")
-        require(num_samples > 0, f"--num_samples={num_samples}: must be greater than 0")
+        require(max_new_tokens >= 0, f"`max_new_tokens`={max_new_tokens}: must not be negative")
+        require(num_samples > 0, f"`num_samples`={num_samples}: must be greater than 0")
         sampling = Sampling(temperature, top_k, top_p)
         prompt_ids = self.tokenizer.encode(prompt)
         # Something must be read before anything can be said: a line break begins a new text.
@@ -236,13 +234,13 @@ class LoadedGPT:
             probes.build(name, each, self.tokenizer, self.config.context_length)
             for name, each in configs.items()
         ]
-        step = steps.jit_span_step(self.mesh, self._batched())
+        step = probes.jit_span_step(self.mesh, self._batched())
         found = probes.run(asked, step, self.params, self.config.vocab_size, self.mesh)
         assert found is not None
         return found
 
     def _step(self, objective: Objective, longest: int = 0) -> Callable[..., Any]:
-        return steps.jit_eval_step(self.mesh, self._batched(longest), objective)
+        return evaluate.jit_eval_step(self.mesh, self._batched(longest), objective)
 
     def _run(self, examples: Examples, objective: Objective) -> evaluate.Outputs:
         divisor = sharding.batch_divisor(self.mesh)
@@ -286,27 +284,20 @@ _lm_logits = jax.jit(_lm_logits_of, static_argnames=("model",))
 def load(
     path: str | os.PathLike[str],
     mesh_config: MeshConfig | None = None,
-    flag: str = "--checkpoint",
+    argument: str = "path",
 ) -> LoadedGPT:
     """Loads a checkpoint.
 
     Args:
       path: a workdir (its last stage's best step), WORKDIR/checkpoints/STAGE, or a step below that.
       mesh_config: how to lay it out; by default over all devices along `data`.
-      flag: what to call the path in an error message.
+      argument: name of the path in error messages.
 
     Raises:
       UserError: nothing there, or it is damaged.
     """
-    checkpoints, step, meta = checkpoint.open_for_use(os.fspath(path), flag)
     mesh = sharding.make_mesh(mesh_config or MeshConfig())
-    model = stages_lib.make_model(meta.model, meta.task)
-    like = state.abstract(lambda key: model_lib.init_params(model, key), mesh, jax.random.key(0))
-    where = str(checkpoints.directory / str(step))
-    try:
-        params = checkpoints.restore_params(step, like)
-    except Exception as error:  # whatever broken files make orbax raise
-        reason = brief(error)
-        raise UserError(f"{where}: is damaged ({reason}); give another step") from error
+    found = load_params(os.fspath(path), mesh, argument)
+    meta, where = found.meta, found.path
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
-    return LoadedGPT(meta.model, params, tokenizer, meta.task, meta, mesh, where)
+    return LoadedGPT(meta.model, found.params, tokenizer, meta.task, meta, mesh, where)

@@ -19,12 +19,11 @@ import safetensors
 import safetensors.numpy
 
 from gptjax.config import schema as config_lib
-from gptjax.config.schema import ModelConfig
-from gptjax.data.tasks import TaskSpec
+from gptjax.config.schema import ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
 from gptjax.errors import UserError, require
-from gptjax.train.log import read_json
+from gptjax.io.files import read_json
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
@@ -165,16 +164,16 @@ def require_plain(model: ModelConfig) -> None:
     """Refuses what GPT-1's formats cannot say."""
     require(
         not model.segment_types,
-        "--mode=export: the model has a segment embedding; the format has no place for it",
+        "`mode`=export: the model has a segment embedding; the format has no place for it",
     )
     require(
         model.tied,
-        "--mode=export: the LM head is not tied to the token embedding; the format has no place "
+        "`mode`=export: the LM head is not tied to the token embedding; the format has no place "
         "for another",
     )
     require(
         model.hidden_ffn_width == 4 * model.width,
-        f"--mode=export: the feed-forward layer is {model.hidden_ffn_width} wide; in the format it "
+        f"`mode`=export: the feed-forward layer is {model.hidden_ffn_width} wide; in the format it "
         f"is always four times the width, {4 * model.width}",
     )
 

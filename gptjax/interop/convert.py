@@ -11,20 +11,28 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import state
-from gptjax.checkpoint.store import Checkpoints, Meta
+from gptjax.checkpoint.load import load_params
+from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import Checkpoints
 from gptjax.config import schema as config
 from gptjax.config import validation
-from gptjax.config.schema import WORDS, Experiment, FinetuneConfig, PretrainConfig
-from gptjax.data.tasks import TaskSpec
+from gptjax.config.schema import (
+    WORDS,
+    Experiment,
+    FinetuneConfig,
+    MeshConfig,
+    PretrainConfig,
+    TaskSpec,
+)
+from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, brief, require
-from gptjax.infer import predictor as api
 from gptjax.interop import arrays as weights_lib
 from gptjax.interop import huggingface, openai
 from gptjax.interop.arrays import Weights
+from gptjax.io import files
 from gptjax.io import remote as storage
+from gptjax.mesh import make_mesh
 from gptjax.model import gpt as model_lib
-from gptjax.train import log as telemetry
-from gptjax.train import stages
 
 FORMATS = {"openai": openai, "huggingface": huggingface}
 
@@ -32,12 +40,12 @@ FORMATS = {"openai": openai, "huggingface": huggingface}
 @contextmanager
 def _new_folder(path: str) -> Iterator[pathlib.Path]:
     """A folder to fill, put at `path` when it is whole; one that holds something is refused."""
-    require(path, "--output: give the folder to write")
-    require(not storage.is_remote(path), f"--output={path}: must be a folder of this machine")
+    require(path, "`output`: give the folder to write")
+    require(not storage.is_remote(path), f"`output`={path}: must be a folder of this machine")
     target = pathlib.Path(os.path.abspath(path))
     taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
-    require(not taken, f"--output={path}: is there already and not empty; choose another folder")
-    with telemetry.disk_errors(path):
+    require(not taken, f"`output`={path}: is there already and not empty; choose another folder")
+    with files.disk_errors(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         place = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
         try:
@@ -57,7 +65,7 @@ def _open_to_readers(folder: pathlib.Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def import_weights(input_path: str, output_path: str, form: str, words: str = "exact") -> None:
+def import_weights(input_path: str, output_path: str, form: str, words: str = "exact") -> list[str]:
     """Makes a workdir, for all other modes, of the weights in a folder.
 
     Args:
@@ -65,19 +73,22 @@ def import_weights(input_path: str, output_path: str, form: str, words: str = "e
       output_path: the workdir, which must not exist yet.
       form: one of `FORMATS`.
       words: as in `TokenizerConfig.words`; what `export_weights` wrote knows its own.
+
+    Returns:
+      Lines for the user.
     """
-    require(words in WORDS, f"--config.tokenizer.words={words}: must be {' or '.join(WORDS)}")
-    require(input_path, "--input: give the folder with the weights")
-    require(os.path.isdir(input_path), f"--input={input_path}: no such folder")
+    require(words in WORDS, f"`tokenizer.words`={words}: must be {' or '.join(WORDS)}")
+    require(input_path, "`input`: give the folder with the weights")
+    require(os.path.isdir(input_path), f"`input`={input_path}: no such folder")
     with _new_folder(output_path) as place:
         found = _read(pathlib.Path(input_path), form, words)
         _save(found, place, input_path)
     what = f" and the head of a {found.task.kind} task" if found.task else ""
     count = sum(array.size for array in found.arrays.values())
-    print(f"{count:,} parameters{what} -> {output_path}")
+    lines = [f"{count:,} parameters{what} -> {output_path}"]
     if found.tokenizer.exact:
-        print("text is cut into words as GPT-1's authors did, with ftfy and spaCy")
-    print(f"to start from them: --config.init_from={output_path}")
+        lines.append("text is cut into words as GPT-1's authors did, with ftfy and spaCy")
+    return lines
 
 
 def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
@@ -88,17 +99,17 @@ def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Files of others can be wrong in more ways than can be asked for one by one.
         raise UserError(
-            f"--input={folder}: cannot be read as --format={form} ({brief(error)})"
+            f"`input`={folder}: cannot be read as `format`={form} ({brief(error)})"
         ) from error
 
 
 def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
-    model = stages.make_model(found.model, found.task)
+    model = model_lib.make_model(found.model, found.task)
     like = jax.eval_shape(lambda key: model_lib.init_params(model, key), jax.random.key(0))
     try:
         params = state.merge_params(weights_lib.unflatten(found.arrays), like)
     except ValueError as error:
-        raise UserError(f"--input={where}: {error}") from error
+        raise UserError(f"`input`={where}: {error}") from error
     stage = "finetune" if found.task else "pretrain"
     experiment = Experiment(
         name="imported", model=found.model, pretrain=PretrainConfig(),
@@ -123,19 +134,27 @@ def _finetune_config(task: TaskSpec) -> FinetuneConfig:
     )  # fmt: skip
 
 
-def export_weights(input_path: str, output_path: str, form: str) -> None:
+def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
     """Writes a checkpoint in another format.
 
     Args:
       input_path: a workdir, a stage or a step of it.
       output_path: the folder, which must not exist yet.
       form: one of `FORMATS`.
+
+    Returns:
+      Lines for the user.
     """
-    require(input_path, "--input: give the --workdir of a finished training")
-    gpt = api.load(input_path, flag="--input")
-    found = Weights(gpt.config, weights_lib.flatten(gpt.params), gpt.tokenizer, gpt.task)
+    require(input_path, "`input`: give the `workdir` of a finished training")
+    checkpoint = load_params(input_path, make_mesh(MeshConfig()), "input")
+    meta = checkpoint.meta
+    tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path)
+    found = Weights(meta.model, weights_lib.flatten(checkpoint.params), tokenizer, meta.task)
     with _new_folder(output_path) as place:
         note = FORMATS[form].write(found, place)
-    print(f"{gpt.path} -> {output_path} ({note})")
-    if found.tokenizer.exact:
-        print("its tokenizer there does not cut text into words as ours: not all ids will be equal")
+    lines = [f"{checkpoint.path} -> {output_path} ({note})"]
+    if tokenizer.exact:
+        lines.append(
+            "its tokenizer there does not cut text into words as ours: not all ids will be equal"
+        )
+    return lines

@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from gptjax.config.schema import ModelConfig
-from gptjax.data.tasks import TaskSpec
+from gptjax.config.schema import ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import (
     DELIMITER,
@@ -28,7 +27,7 @@ from gptjax.data.tokens.tokenizer import (
 from gptjax.errors import UserError, require
 from gptjax.interop import arrays as weights_lib
 from gptjax.interop.arrays import BIAS, BLOCK, KERNEL, POSITIONS, TOKENS, Arrays, Weights
-from gptjax.train import log as telemetry
+from gptjax.io import files as files_lib
 
 _THEIRS = (
     "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
@@ -71,7 +70,7 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
       UserError: a missing or damaged file, arrays that do not fit, an output layer that is not
         the token embedding.
     """
-    values = telemetry.read_json(folder / "config.json")
+    values = files_lib.read_json(folder / "config.json")
     files = _files(folder)
     found: Arrays = {}
     for path in files:
@@ -107,7 +106,7 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     if (folder / _FILE).exists():
         return [folder / _FILE]
     if (folder / _INDEX).exists():
-        index = telemetry.read_json(folder / _INDEX)
+        index = files_lib.read_json(folder / _INDEX)
         try:
             return [folder / name for name in sorted(set(index["weight_map"].values()))]
         except (KeyError, TypeError, AttributeError) as error:
@@ -168,7 +167,7 @@ def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
     if vocabulary.exists() and merges.exists():
         return tokenizer_lib.load_gpt1(str(vocabulary), str(merges), exact)
     require(path.exists(), f"{folder}: has neither vocab.json and merges.txt nor tokenizer.json")
-    return tokenizer_lib.from_huggingface(telemetry.read_json(path), str(path), exact)
+    return tokenizer_lib.from_huggingface(files_lib.read_json(path), str(path), exact)
 
 
 def _is_ours(folder: pathlib.Path) -> bool:
@@ -239,7 +238,7 @@ def _score(weights: Weights) -> np.ndarray:
     noise = np.abs(1 / gain).max() * np.abs(bias).max() * 1e-7 / max(abs(constant), 1e-30)
     require(
         noise < 1e-4 or not bias.any(),
-        "--format=huggingface: OpenAIGPTForSequenceClassification has no bias, and this head's "
+        "`format`=huggingface: OpenAIGPTForSequenceClassification has no bias, and this head's "
         "cannot be folded into its kernel; it would give other predictions",
     )
     folded = bias[:, None] / (constant * gain) if bias.any() else 0.0

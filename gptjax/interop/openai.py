@@ -17,7 +17,7 @@ from gptjax.data.tokens.tokenizer import SPECIALS
 from gptjax.errors import UserError, require
 from gptjax.interop import arrays as weights_lib
 from gptjax.interop.arrays import BIAS, BLOCK, KERNEL, POSITIONS, TOKENS, Arrays, Weights
-from gptjax.train import log as telemetry
+from gptjax.io import files as files_lib
 
 _FILES, _SHAPES = 10, "params_shapes.json"
 _VOCABULARY, _MERGES = "encoder_bpe_40000.json", "vocab_40000.bpe"
@@ -52,7 +52,7 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
 def _arrays(folder: pathlib.Path, files: list[pathlib.Path]) -> list[np.ndarray]:
     path = folder / _SHAPES
     try:
-        shapes = [tuple(map(int, shape)) for shape in telemetry.read_json(path)]
+        shapes = [tuple(map(int, shape)) for shape in files_lib.read_json(path)]
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: must be a list of shapes ({error})") from error
     flat = np.concatenate([_read_npy(file).reshape(-1) for file in files])
@@ -107,7 +107,7 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
     """Writes the weights in the layout of the release; returns what went into the side files."""
     weights_lib.require_plain(weights.model)
     pair = tokenizer_lib.pair_texts(weights.tokenizer)
-    require(pair, "--format=openai: a character tokenizer has no vocabulary/merges pair")
+    require(pair, "`format`=openai: a character tokenizer has no vocabulary/merges pair")
     assert pair is not None
     named = weights_lib.split_layers(weights)
     extra = {TOKENS: named[TOKENS][weights.own_rows :]}

@@ -20,17 +20,17 @@ def is_remote(path: PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
-def check_address(path: PathLike, flag: str) -> None:
+def check_address(path: PathLike, argument: str) -> None:
     """Refuses an address that can hold no run, or that cannot be reached; a folder is fine.
 
     Raises:
-      UserError: one line that names the `flag` and says what to install or to give instead.
+      UserError: one line that names the argument and says what to install or to give instead.
     """
-    where = f"{flag}={os.fspath(path)}"
+    where = f"`{argument}`={os.fspath(path)}"
     if not is_remote(path):
         # orbax looks for what it has written with glob: it would find nothing, or another run's.
         place = os.path.abspath(path)
-        plain = flag != "--workdir" or glob.escape(place) == place
+        plain = argument != "workdir" or glob.escape(place) == place
         require(plain, f"{where}: its path must be without [, * and ?: {place}")
         return
     scheme, _, rest = os.fspath(path).partition("://")

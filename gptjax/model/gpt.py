@@ -18,7 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
-from gptjax.config.schema import ModelConfig
+from gptjax.config.schema import (
+    ModelConfig,
+    TaskSpec,
+)
+from gptjax.mesh import Params
 from gptjax.ops import activations, attention
 from gptjax.ops import dropout as dropout_lib
 from gptjax.ops import matmul as products
@@ -28,7 +32,6 @@ from gptjax.ops.attention import Cache
 Array = jax.Array
 # Segment ids [B, T] of the queries and of the keys.
 Ids = tuple[Array, Array]
-Params = dict[str, Any]
 # Flax variables of each block.
 Layers = tuple[dict[str, Params], ...]
 
@@ -398,3 +401,20 @@ def init_params(model: GPT, key: Array) -> Params:
     # One row cannot be shared by devices; the parameters are the same.
     alone = model.clone(mesh=None)
     return alone.init(key, jnp.zeros((1, max(2, model.flatten)), jnp.int32))["params"]
+
+
+def make_model(
+    config: ModelConfig, spec: TaskSpec | None, mesh: Mesh | None = None, longest: int = 0
+) -> GPT:
+    """Returns the model with the head that the task needs.
+
+    Args:
+      config: of the model.
+      spec: the task, or None.
+      mesh: the devices.
+      longest: see `GPT.longest`.
+    """
+    if spec is None:
+        return GPT(config, mesh=mesh, longest=longest)
+    summed = spec.kind in ("similarity", "regression")
+    return GPT(config, spec.num_outputs, summed, spec.flatten, mesh, longest)

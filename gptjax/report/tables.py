@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from gptjax.config.schema import STAGES
 from gptjax.evaluate.metrics import FITTING, NAMES, PERCENT
 from gptjax.io import remote as storage
-from gptjax.train.log import STAGES, PathLike, json_ready, read, write_atomically
+from gptjax.io.files import json_ready, write_atomically
+from gptjax.train.log import PathLike, read
 
 WIDTH = 100  # columns of the text for a terminal
 

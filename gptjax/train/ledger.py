@@ -11,21 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.batch import Batch
-
-
-def checksum(x: jax.Array) -> jax.Array:
-    """Returns a uint32 of the bits of `x` and their places: integer sums, in any order equal."""
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    x = x.astype(jnp.uint8) if x.dtype == jnp.bool_ else x
-    words = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    # Each word's place in the whole array. Flattened, an array cut along an inner axis would have
-    # to be gathered first.
-    place, stride = jnp.uint32(0), 1
-    for axis in reversed(range(words.ndim)):
-        along = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        place, stride = place + along * jnp.uint32(stride % 2**32), stride * words.shape[axis]
-    # Odd weights by position: no single flip goes unnoticed, and hardly an exchange of two words.
-    return (words * (place * jnp.uint32(2) + jnp.uint32(1))).sum(dtype=jnp.uint32)
+from gptjax.checkpoint.checksum import checksum
 
 
 def _mixed(x: jax.Array) -> jax.Array:

@@ -12,18 +12,20 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
 from gptjax.checkpoint.memory import Keeper
-from gptjax.checkpoint.store import Meta
+from gptjax.checkpoint.meta import Meta
 from gptjax.config.schema import Experiment, ModelConfig, OptimizerConfig
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import Preempted, TrainingDiverged
 from gptjax.model.gpt import GPT
+from gptjax.model.objective import Objective
 from gptjax.state import TrainState
 from gptjax.train import ledger
 from gptjax.train import log as telemetry
 from gptjax.train import optimizer as optim
+from gptjax.train import progress as progress_lib
 from gptjax.train import step as steps
 from gptjax.train.stages import Scores, Stage
-from gptjax.train.step import Objective, StepOutput
+from gptjax.train.step import StepOutput
 
 # Records of a training in metrics.jsonl: about so many, whatever its length.
 _RECORDS = 500
@@ -90,7 +92,7 @@ class Trainer:
         total, pending = stage.total_steps, None
         self._ledger = self._checkpoints.ledger(start)
         shown = context.is_main and not context.trial
-        with telemetry.Progress(stage.name, total, start, shown) as progress:
+        with progress_lib.Progress(stage.name, total, start, shown) as progress:
             self._progress = progress
             self._maybe_validate(train_state, start)
             batches = progress.waiting(stage.batches.iterate(start, total))

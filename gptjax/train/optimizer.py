@@ -20,8 +20,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
         return openai_schedule(config, total_steps)
     require(
         config.warmup_steps < total_steps,
-        f"--config: optimizer.warmup_steps={config.warmup_steps} must be below the "
-        f"{total_steps} steps",
+        f"`optimizer.warmup_steps`={config.warmup_steps}: must be below the {total_steps} steps",
     )
     share = min(math.ceil(config.warmup_fraction * total_steps), total_steps - 1)
     warmup = config.warmup_steps or share

@@ -10,36 +10,31 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
 from gptjax import state
-from gptjax.checkpoint import store as checkpoint
+from gptjax.checkpoint import load
 from gptjax.checkpoint.memory import BestInMemory, Keeper
-from gptjax.checkpoint.store import Checkpoints, Meta
+from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import Checkpoints
 from gptjax.cluster.processes import agree, agreed, from_main, require_shared
 from gptjax.cluster.stop import StopRequest
 from gptjax.config import schema as config_lib
 from gptjax.config import validation
-from gptjax.config.schema import Experiment, ModelConfig
+from gptjax.config.schema import FROM_SCRATCH, INHERITED_SIZES, Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import Tokenizer
-from gptjax.errors import Preempted, UserError, brief, require
+from gptjax.errors import Preempted, require
 from gptjax.evaluate import probes
+from gptjax.io import files
 from gptjax.io.remote import check_address, exists, is_folder
+from gptjax.mesh import Params
 from gptjax.model import flops
 from gptjax.model import gpt as model_lib
-from gptjax.report import tables as report
-from gptjax.state import Params, TrainState
+from gptjax.state import TrainState
 from gptjax.train import log as telemetry
 from gptjax.train import optimizer as optim
 from gptjax.train import stages as stages_lib
 from gptjax.train.loop import Run, Trainer
 from gptjax.train.stages import Scores, Stage
-
-# What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
-SIZES = (
-    "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
-    "activation", "segment_types", "tied", "layer_norm_epsilon",
-)  # fmt: skip
-SCRATCH = "finetune_from_scratch"
 
 
 def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> dict[str, Any]:
@@ -61,14 +56,13 @@ def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> di
     validation.validate(experiment)
     require(
         experiment.pretrain or experiment.finetune,
-        "--config: the experiment has nothing to train, only an ablation; use --mode=ablate",
+        "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
     )
     # Before the devices: those of a process that has another mesh would differ too.
-    agree({"--config": config_lib.to_dict(experiment)})
+    agree({"config": config_lib.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = sharding.make_mesh(experiment.mesh)
-        summary, stages = train(experiment, workdir, mesh, agreed(stop), given)
-    _report(workdir, summary, stages)
+        summary, _ = train(experiment, workdir, mesh, agreed(stop), given)
     return summary
 
 
@@ -112,18 +106,18 @@ def prepare(
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     """Refuses a place that cannot be written, or whose `product` has another configuration."""
-    check_address(workdir, "--workdir")
+    check_address(workdir, "workdir")
     path = os.path.join(workdir, "config.json")
     if not (exists(path) and exists(os.path.join(workdir, product))):
         return
     # Through the configuration: a file of an older version lacks newer fields.
-    old = config_lib.from_dict(Experiment, telemetry.read_json(path), path)
+    old = config_lib.from_dict(Experiment, files.read_json(path), path)
     found = config_lib.differences(config_lib.to_dict(old), config_lib.to_dict(experiment))
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     require(
         not found,
-        f"--workdir={workdir}: holds another experiment ({'; '.join(found[:3])}{more}); "
-        "choose another --workdir or give the same configuration",
+        f"`workdir`={workdir}: holds another experiment ({'; '.join(found[:3])}{more}); "
+        "choose another `workdir` or give the same configuration",
     )
 
 
@@ -142,9 +136,11 @@ def _tokenizer_and_model(
     """The tokenizer (of `init_from`, the workdir, or new) and the sizes that go with it."""
     model = experiment.model
     if experiment.init_from:
-        meta = checkpoint.open_for_use(experiment.init_from, "--config.init_from")[2]
+        meta = load.open_for_use(experiment.init_from, "init_from")[2]
         _refuse_overruled(experiment, meta, given)
-        model = dataclasses.replace(model, **{name: getattr(meta.model, name) for name in SIZES})
+        model = dataclasses.replace(
+            model, **{name: getattr(meta.model, name) for name in INHERITED_SIZES}
+        )
         # What suited the experiment's own sizes may not suit these.
         validation.validate_model(model)
         if experiment.finetune:
@@ -164,25 +160,25 @@ def _tokenizer_and_model(
     size = model.vocab_size or len(tokenizer)
     require(
         size >= len(tokenizer),
-        f"--config.model.vocab_size={size}: the tokenizer has {len(tokenizer)} ids",
+        f"`model.vocab_size`={size}: the tokenizer has {len(tokenizer)} ids",
     )
     return tokenizer, dataclasses.replace(model, vocab_size=size)
 
 
 def _refuse_overruled(experiment: Experiment, meta: Meta, given: Collection[str]) -> None:
     """Refuses a flag that asks for another tokenizer or size than the checkpoint's."""
-    own = f"is that of --config.init_from={experiment.init_from}"
+    own = f"is that of `init_from`={experiment.init_from}"
     for name in sorted(given):
         part, _, field = name.partition(".")
-        require(part != "tokenizer", f"--config.{name}: the tokenizer {own}; leave this flag out")
-        if part != "model" or field not in SIZES:
+        require(part != "tokenizer", f"`{name}`: the tokenizer {own}; leave this flag out")
+        if part != "model" or field not in INHERITED_SIZES:
             continue
         ours, theirs = getattr(experiment.model, field), getattr(meta.model, field)
         # What a 0 stands for.
         usual = {"vocab_size": meta.model.vocab_size, "ffn_width": 4 * meta.model.width}.get(field)
         require(
             (ours or usual) == (theirs or usual),
-            f"--config.{name}={ours}: the size {own}, {theirs}; leave this flag out",
+            f"`{name}`={ours}: the size {own}, {theirs}; leave this flag out",
         )
 
 
@@ -207,17 +203,17 @@ def _build_stages(
         stage = stages_lib.finetune(experiment.finetune, model, data["finetune"], *shared)
         stages.append(stage)
         if experiment.finetune.compare_from_scratch:
-            stages.append(dataclasses.replace(stage, name=SCRATCH, notes=()))
+            stages.append(dataclasses.replace(stage, name=FROM_SCRATCH, notes=()))
     for stage in stages:
         warmup, part = stage.optimizer.warmup_steps, "finetune" if stage.spec else "pretrain"
         require(
             warmup < stage.total_steps,
-            f"--config.{part}.optimizer.warmup_steps={warmup}: must be below the "
+            f"`{part}.optimizer.warmup_steps`={warmup}: must be below the "
             f"{stage.total_steps} steps",
         )
         require(
             not stage.transfer.isdecimal() or int(stage.transfer) <= model.num_layers,
-            f"--config.finetune.transfer={stage.transfer}: the model has {model.num_layers} layers",
+            f"`finetune.transfer`={stage.transfer}: the model has {model.num_layers} layers",
         )
     return stages
 
@@ -226,23 +222,23 @@ def _write_start(context: Run) -> None:
     """Writes what describes the run."""
     if context.is_main:
         path = os.path.join(context.workdir, "config.json")
-        telemetry.write_json(path, config_lib.to_dict(context.experiment))
+        files.write_json(path, config_lib.to_dict(context.experiment))
         path = os.path.join(context.workdir, "tokenizer.json")
-        telemetry.write_atomically(path, context.tokenizer.to_json().encode())
+        files.write_atomically(path, context.tokenizer.to_json().encode())
     if not context.trial:
         require_shared(context.workdir)
 
 
 def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     path = os.path.join(context.workdir, "summary.json")
-    old = from_main("summary.json", lambda: telemetry.read_json(path) if exists(path) else {})
+    old = from_main("summary.json", lambda: files.read_json(path) if exists(path) else {})
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
-    context.say(telemetry.machine())
+    context.say(sharding.describe_machine())
     for stage in stages:
         for note in stage.notes:
             context.say(note)
-        alone = stage.name == SCRATCH or stage.transfer == "none"
+        alone = stage.name == FROM_SCRATCH or stage.transfer == "none"
         start_from = None if alone else _starting_point(context, pretrained)
         params, summary[stage.name] = _train_stage(context, stage, start_from, old.get(stage.name))
         if stage.name == "pretrain":
@@ -250,7 +246,7 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
         if context.is_main:
             # Later stages that are done stay in the file, should this run not reach them.
             later = {each.name: old[each.name] for each in stages if each.name in old}
-            telemetry.write_json(path, later | summary)
+            files.write_json(path, later | summary)
     return summary
 
 
@@ -259,7 +255,7 @@ def _starting_point(context: Run, pretrained: Params | None) -> Callable[[], Par
     if pretrained is not None:
         return lambda: pretrained
     path = context.experiment.init_from
-    return (lambda: _load_params(path, context.mesh)) if path else None
+    return (lambda: load.load_params(path, context.mesh, "init_from").params) if path else None
 
 
 def _initial_state(context: Run, stage: Stage) -> Callable[[jax.Array], TrainState]:
@@ -345,8 +341,8 @@ def _same_run(ours: Meta, other: Meta) -> None:
     ):
         require(
             getattr(ours, name) == getattr(other, name),
-            f"--workdir: its {ours.stage} checkpoint was made with another {what}; "
-            "restore what it was, or choose another --workdir",
+            f"`workdir`: its {ours.stage} checkpoint was made with another {what}; "
+            "restore what it was, or choose another `workdir`",
         )
 
 
@@ -377,30 +373,3 @@ def _stage_summary(
             raise Preempted(f"{stage.name}: asked to stop; saved; the same command tests it")
         context.log.write(stage.name, "test", stage.total_steps, summary["test"])
     return summary | {"floor": stage.floors, **speed}
-
-
-def _load_params(path: str, mesh: Mesh) -> Params:
-    """Returns the parameters of a checkpoint, laid out on the mesh."""
-    checkpoints, step, meta = checkpoint.open_for_use(path)
-    model = stages_lib.make_model(meta.model, meta.task)
-    like = state.abstract(lambda key: model_lib.init_params(model, key), mesh, jax.random.key(0))
-    try:
-        return checkpoints.restore_params(step, like)
-    except Exception as error:  # whatever broken files make orbax raise
-        reason = brief(error)
-        raise UserError(f"--config.init_from={path}: step {step} is damaged ({reason})") from error
-
-
-def _report(workdir: str, summary: dict[str, Any], stages: list[Stage]) -> None:
-    """Plots, the table of results and the commands to try next."""
-    if jax.process_index() != 0:
-        return
-    report.loss_plot(workdir)
-    floors = next((stage.floors for stage in stages if stage.spec), {})
-    commands = [f"python launch.py --mode=generate --checkpoint={workdir} --prompt='The '"]
-    if "finetune" in summary:
-        commands.append(
-            f"python launch.py --mode=predict --checkpoint={workdir} --input=ROWS.csv "
-            "--output=predictions.csv"
-        )
-    print(report.results_table(summary, floors, workdir, commands))

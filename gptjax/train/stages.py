@@ -12,20 +12,25 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as sharding
 from gptjax.batch import Batch
-from gptjax.config.schema import FinetuneConfig, ModelConfig, OptimizerConfig, PretrainConfig
+from gptjax.config.schema import (
+    FinetuneConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    TaskSpec,
+)
 from gptjax.data import loader, splits, tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tables import text_files as sources
-from gptjax.data.tasks import Examples, TaskSpec
+from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store as streams
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics, probes
 from gptjax.evaluate import score as evaluate
-from gptjax.model.gpt import GPT
-from gptjax.state import Params
-from gptjax.train import step as steps
-from gptjax.train.step import Objective
+from gptjax.mesh import Params
+from gptjax.model.gpt import GPT, make_model
+from gptjax.model.objective import Objective
 
 Scores = dict[str, float]
 # Of an array, read at a time.
@@ -65,23 +70,6 @@ class Stage:
     """Split -> scores of the majority answer."""
     notes: tuple[str, ...] = ()
     """What to tell the user about the data."""
-
-
-def make_model(
-    config: ModelConfig, spec: TaskSpec | None, mesh: Mesh | None = None, longest: int = 0
-) -> GPT:
-    """Returns the model with the head that the task needs.
-
-    Args:
-      config: of the model.
-      spec: the task, or None.
-      mesh: the devices.
-      longest: see `GPT.longest`.
-    """
-    if spec is None:
-        return GPT(config, mesh=mesh, longest=longest)
-    summed = spec.kind in ("similarity", "regression")
-    return GPT(config, spec.num_outputs, summed, spec.flatten, mesh, longest)
 
 
 def fingerprint(*arrays: np.ndarray | None) -> str:
@@ -136,7 +124,7 @@ def _text_scorer(
     asked: Sequence[probes.Probe],
 ) -> Callable[[Params, Callable[[], bool]], Scores | None]:
     """Returns what scores the LM on the validation text, and on the probes."""
-    step = steps.jit_eval_step(mesh, model, Objective())
+    step = evaluate.jit_eval_step(mesh, model, Objective())
 
     def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
         scores = evaluate.language_model(
@@ -144,7 +132,7 @@ def _text_scorer(
         )
         if scores is None or not asked:
             return scores
-        span_step = steps.jit_span_step(mesh, model)
+        span_step = probes.jit_span_step(mesh, model)
         found = probes.run(asked, span_step, params, model.config.vocab_size, mesh, stop)
         if found is None:
             return None
@@ -163,13 +151,12 @@ def pretrain_shape(
     window = config.window or model_config.context_length
     require(
         window <= model_config.context_length,
-        f"--config.pretrain.window={window}: the model has a context of "
-        f"{model_config.context_length}",
+        f"`pretrain.window`={window}: the model has a context of {model_config.context_length}",
     )
     divisor = sharding.batch_divisor(mesh) * config.optimizer.accumulation
     require(
         config.batch_size % divisor == 0,
-        f"--config.pretrain.batch_size={config.batch_size}: must be a multiple of {divisor} "
+        f"`pretrain.batch_size`={config.batch_size}: must be a multiple of {divisor} "
         "(devices along data and fsdp, times accumulation)",
     )
     return config.batch_size, window
@@ -195,7 +182,7 @@ def pretrain(
     _, window = pretrain_shape(config, model_config, mesh)
     require(
         len(stream["validation"]) > 1,
-        "--config.pretrain: the validation text is empty; give validation_files or more text",
+        "`pretrain`: the validation text is empty; give validation_files or more text",
     )
     local = functools.partial(sharding.local_rows, mesh)
     batches = loader.TextBatches(stream["train"], window, config.batch_size, seed, local)
@@ -255,7 +242,7 @@ def _epoch_steps(config: FinetuneConfig, examples: int) -> float:
         return examples / config.batch_size
     require(
         examples >= config.batch_size,
-        f"--config.finetune.batch_size={config.batch_size}: with drop_last the {examples} examples "
+        f"`finetune.batch_size`={config.batch_size}: with drop_last the {examples} examples "
         "make no batch",
     )
     return examples // config.batch_size
@@ -314,7 +301,7 @@ def finetune(
     longest = max(each.longest for each in examples.values())
     model = make_model(model_config, spec, mesh, longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
-    eval_step = steps.jit_eval_step(mesh, model, objective)
+    eval_step = evaluate.jit_eval_step(mesh, model, objective)
 
     def score(name: str) -> Callable[[Params, Callable[[], bool]], Scores | None]:
         lengths = examples[name].lengths

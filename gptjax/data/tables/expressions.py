@@ -6,8 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gptjax.config.schema import nearest
-from gptjax.errors import require
+from gptjax.errors import nearest, require
 
 _ELEMENT = re.compile(r"(.+)\[(\d+)\]")
 

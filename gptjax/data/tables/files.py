@@ -15,9 +15,8 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptjax.config.schema import nearest
 from gptjax.data.tables import expressions as columns
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, nearest, require
 
 if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
     import pyarrow as pa

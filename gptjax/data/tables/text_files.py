@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
-from gptjax.config.schema import LINE_BREAKS, nearest
+from gptjax.config.schema import LINE_BREAKS
 from gptjax.data import cache
 from gptjax.data.tables.files import (
     bad_byte,
@@ -28,7 +28,7 @@ from gptjax.data.tables.files import (
     text_column,
     to_dataset,
 )
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, nearest, require
 
 if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
     import pyarrow as pa

@@ -35,7 +35,7 @@ def _libraries() -> tuple[Callable[[str], str], Callable[[str], Any]]:
     except ImportError as error:
         raise UserError(
             f"tokenizer: GPT-1's exact words need ftfy and spacy ({error}); run "
-            "`pip install ftfy spacy`, or train with --config.tokenizer.words=fast"
+            "`pip install ftfy spacy`, or train with `tokenizer.words`=fast"
         ) from error
     return ftfy.fix_text, spacy.blank("en").tokenizer
 

@@ -305,7 +305,7 @@ def build(config: TokenizerConfig, texts: Iterable[str], content: str = "") -> T
     if config.kind == "gpt1":
         require(
             config.vocab_file and config.merges_file,
-            "--config.tokenizer.kind=gpt1: give --config.tokenizer.vocab_file and .merges_file",
+            "`tokenizer.kind`=gpt1: give `tokenizer.vocab_file` and `tokenizer.merges_file`",
         )
         return load_gpt1(config.vocab_file, config.merges_file, config.words == "exact")
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
 from gptjax.errors import require
 from gptjax.ops import dropout as dropout_lib
 from gptjax.ops.attention import blocked as attention_cpu
+from gptjax.ops.attention import partition
 
 Array = jax.Array
 # Of a layer: key and value [B * H, S, K].
@@ -125,11 +125,11 @@ def choose(
         return {"cpu": "blocked", "tpu": "pallas"}.get(platform, "cudnn" if cudnn else "plain")
     require(
         kind != "pallas" or platform == "tpu",
-        f"--config.model.attention=pallas: is for TPUs, not for this {platform}; use auto",
+        f"`model.attention`=pallas: is for TPUs, not for this {platform}; use auto",
     )
     require(
         kind != "cudnn" or cudnn,
-        "--config.model.attention=cudnn: is for NVIDIA GPUs from Ampere on, bfloat16, no "
+        "`model.attention`=cudnn: is for NVIDIA GPUs from Ampere on, bfloat16, no "
         "attention_dropout, heads of a multiple of 8 up to 128, rows of even length; use auto",
     )
     return kind
@@ -193,4 +193,4 @@ def causal(
     if not q_BTHK.size:
         return q_BTHK
     kernel = functools.partial(attention_cpu.blocked, rate, longest or q_BTHK.shape[1])
-    return sharding.by_rows_and_heads(kernel, mesh, *inputs, words)
+    return partition.shard_over_batch_and_heads(kernel, mesh, *inputs, words)

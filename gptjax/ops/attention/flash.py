@@ -23,8 +23,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
 from gptjax.ops import dropout as dropout_lib
+from gptjax.ops.attention import partition
 
 Array = jax.Array
 Ref = Any
@@ -342,4 +342,4 @@ def flash(
     rate = 0.0 if dropout_words is None else dropout_rate
     plan = _Plan(length, heads, rate, block or _block_size(length), interpret)
     inputs = (q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, dropout_words)
-    return sharding.by_rows_and_heads(functools.partial(_padded, plan), mesh, *inputs)
+    return partition.shard_over_batch_and_heads(functools.partial(_padded, plan), mesh, *inputs)
