@@ -21,8 +21,8 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from gptjax import errors
-from gptjax.cli import malloc as allocator
-from gptjax.cluster import processes as distributed
+from gptjax.cli import malloc
+from gptjax.cluster import processes
 from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError, require
 from gptjax.io.console import no_reader, tell
 
@@ -127,18 +127,18 @@ def _workdir() -> str:
 
 def _train() -> None:
     from gptjax.cli import modes
-    from gptjax.train import run as loop
+    from gptjax.train import run
 
     given = config_flags.get_override_values(FLAGS["config"])
-    summary = loop.run(CONFIG.value, _workdir(), given)
+    summary = run.run(CONFIG.value, _workdir(), given)
     modes.show_results(_workdir(), summary)
 
 
 def _ablate() -> None:
-    from gptjax.ablation import run as ablate
+    from gptjax.ablation import run as run_lib
 
     given = config_flags.get_override_values(FLAGS["config"])
-    ablate.run(CONFIG.value, _workdir(), SEEDS.value, given)
+    run_lib.run(CONFIG.value, _workdir(), SEEDS.value, given)
 
 
 def _evaluate() -> None:
@@ -175,31 +175,30 @@ def _tokenizer() -> None:
 
 
 def _import() -> None:
-    from gptjax.interop import convert as pretrained
+    from gptjax.interop import convert
 
     # The experiment has nothing to say here, a flag has.
     words = config_flags.get_override_values(FLAGS["config"]).get("tokenizer.words", "exact")
-    for line in pretrained.import_weights(INPUT.value, OUTPUT.value, FORMAT.value, words):
+    for line in convert.import_weights(INPUT.value, OUTPUT.value, FORMAT.value, words):
         print(line)
     print(f"to start from them: --config.init_from={OUTPUT.value}")
 
 
 def _export() -> None:
-    from gptjax.interop import convert as pretrained
+    from gptjax.interop import convert
 
-    for line in pretrained.export_weights(INPUT.value, OUTPUT.value, FORMAT.value):
+    for line in convert.export_weights(INPUT.value, OUTPUT.value, FORMAT.value):
         print(line)
 
 
 def _compile() -> None:
-    from gptjax.cost import compile as aot
-    from gptjax.cost import sweep
+    from gptjax.cost import compile, sweep
 
     if SWEEP.value:
         stage, limit = STAGE.value, SWEEP_LIMIT.value
         sweep.run(CONFIG.value, TOPOLOGY.value, stage, limit, OUTPUT.value)
         return
-    aot.run(CONFIG.value, TOPOLOGY.value, STAGE.value, OUTPUT.value)
+    compile.run(CONFIG.value, TOPOLOGY.value, STAGE.value, OUTPUT.value)
 
 
 def _bench() -> None:
@@ -244,24 +243,24 @@ def _error(error: object, code: int) -> int:
         print("error:", text, file=sys.stderr, flush=True)
     except OSError:
         no_reader()
-    distributed.leave(code, text)
+    processes.leave(code, text)
     return code
 
 
 def _join() -> None:
     """Joins the other processes of this run, if there are any."""
-    options = distributed.Options(
+    options = processes.Options(
         COORDINATOR_ADDRESS.value, NUM_PROCESSES.value, PROCESS_ID.value,
         INITIALIZATION_TIMEOUT.value, HEARTBEAT_TIMEOUT.value,
     )  # fmt: skip
-    distributed.start(options, MODE.value)
+    processes.start(options, MODE.value)
 
 
 def _check_config_flags(argv: list[str]) -> None:
     """Names a missing experiment file, and the nearest field for one that does not exist."""
-    from gptjax.config import schema as config
+    from gptjax.config import schema as schema_lib
 
-    fields = list(config.field_names(config.Experiment))
+    fields = list(schema_lib.field_names(schema_lib.Experiment))
     for argument in argv:
         name, _, value = argument.lstrip("-").partition("=")
         if name == "config":
@@ -337,7 +336,7 @@ def _asked_to_stop(*_: object) -> None:
     text = "asked to stop; the same command starts again"
     tell(f"error: {text}")
     # A thread, which may wait: the signal may have come while this one was telling them something.
-    leave = threading.Thread(target=distributed.leave, args=(75, text), daemon=True)
+    leave = threading.Thread(target=processes.leave, args=(75, text), daemon=True)
     leave.start()
     leave.join(40)
     os._exit(75)
@@ -367,18 +366,18 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:  # at once: the second one, or before there was anything to save
         return _error("interrupted", 130)
     except Exception:
-        distributed.wait_for_news()  # a lost process is the reason, and says so in one line
-        if distributed.count() > 1:
+        processes.wait_for_news()  # a lost process is the reason, and says so in one line
+        if processes.count() > 1:
             with contextlib.suppress(OSError):
                 traceback.print_exc()
-            distributed.leave(1, "see its traceback")
+            processes.leave(1, "see its traceback")
         raise
-    distributed.leave(0)
+    processes.leave(0)
     return 0
 
 
 if __name__ == "__main__":
-    allocator.use_huge_pages()
+    malloc.use_huge_pages()
     signal.signal(signal.SIGTERM, _asked_to_stop)
     _quiet_orbax()
     try:

@@ -93,7 +93,7 @@ def _compile_seconds(seconds: list[float], shapes: list[Any]) -> float:
 def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], list[float]]:
     """Returns marks (started, data ready, model ready), seconds, shapes and losses of the steps."""
     from benchmarks import with_gptjax
-    from gptjax import mesh as sharding
+    from gptjax import mesh as mesh_lib
     from gptjax.config.schema import MeshConfig, TokenizerConfig
     from gptjax.data import splits
     from gptjax.data.tokens import tokenizer
@@ -104,7 +104,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
     data = splits.labelled_splits(config, 0)
     own = tokenizer.build(TokenizerConfig(file=spec["tokenizer"]), [])
     model_config = sizes.model_config(sizes.Size(**spec["model"]), spec["dtype"])
-    mesh = sharding.make_mesh(MeshConfig())
+    mesh = mesh_lib.make_mesh(MeshConfig())
     stage = stages.finetune(config, model_config, data, own, mesh, 0)
     marks.append(time.time())
     training = with_gptjax.Training(model_config, stage.objective, model=stage.model)

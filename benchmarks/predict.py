@@ -52,24 +52,23 @@ def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
 
     from gptjax.config.schema import TaskSpec
     from gptjax.data.tokens import tokenizer as tokenizer_lib
-    from gptjax.interop import arrays as weights
-    from gptjax.interop import convert as pretrained
-    from gptjax.interop import huggingface
-    from gptjax.model import gpt as model_lib
+    from gptjax.interop import arrays as arrays_lib
+    from gptjax.interop import convert, huggingface
+    from gptjax.model import gpt as gpt_lib
 
     config = sizes.model_config(sizes.Size(**spec["model"]), "float32")
     task = TaskSpec("classification", "text", labels=("0", "1"))
-    model = model_lib.make_model(config, task)
-    arrays = weights.flatten(model_lib.init_params(model, jax.random.key(0)))
+    model = gpt_lib.make_model(config, task)
+    arrays = arrays_lib.flatten(gpt_lib.init_params(model, jax.random.key(0)))
     # Last states have a norm of sqrt(width): logits that differ from text to text.
-    arrays[weights.KERNEL] = np.random.default_rng(0).normal(
-        size=arrays[weights.KERNEL].shape
+    arrays[arrays_lib.KERNEL] = np.random.default_rng(0).normal(
+        size=arrays[arrays_lib.KERNEL].shape
     ).astype(np.float32) / np.sqrt(config.width)  # fmt: skip
     tokenizer = tokenizer_lib.load(spec["tokenizer"])
     theirs, ours = folder / "transformers", folder / "ours"
     theirs.mkdir()
-    huggingface.write(weights.Weights(config, arrays, tokenizer, task), theirs)
-    pretrained.import_weights(str(theirs), str(ours), "huggingface")
+    huggingface.write(arrays_lib.Weights(config, arrays, tokenizer, task), theirs)
+    convert.import_weights(str(theirs), str(ours), "huggingface")
     return {"transformers": str(theirs), "ours": str(ours)}
 
 
@@ -80,9 +79,9 @@ def classifier(spec: dict[str, Any]) -> Any:
         from benchmarks import with_transformers
 
         return with_transformers.classifier(folder, spec["dtype"], spec["batch"])
-    from gptjax.infer import predictor as api
+    from gptjax.infer import predictor
 
-    loaded = api.load(folder)
+    loaded = predictor.load(folder)
     gpt = dataclasses.replace(
         loaded, config=dataclasses.replace(loaded.config, dtype=spec["dtype"])
     )

@@ -11,7 +11,7 @@ from benchmarks.harness import FLAGS
 from gptjax.config.schema import FinetuneConfig
 from gptjax.data import splits
 from gptjax.data.tasks import as_text
-from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.data.tokens import tokenizer
 from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
 from gptjax.errors import require
 
@@ -110,9 +110,9 @@ def make_tokenizer(rows: Rows, vocab_size: int) -> Tokenizer:
             FLAGS.vocab_file and FLAGS.merges_file,
             "--vocab_file and --merges_file: give both or neither",
         )
-        return tokenizer_lib.load_gpt1(FLAGS.vocab_file, FLAGS.merges_file)
+        return tokenizer.load_gpt1(FLAGS.vocab_file, FLAGS.merges_file)
     texts = [value for row in rows for name, value in row.items() if name != "label"]
-    return tokenizer_lib.train_bpe(texts, vocab_size - len(SPECIALS) - 1)
+    return tokenizer.train_bpe(texts, vocab_size - len(SPECIALS) - 1)
 
 
 def finetune_config(spec: dict[str, Any]) -> FinetuneConfig:

@@ -7,17 +7,16 @@ import numpy as np
 
 from benchmarks import sizes
 from benchmarks.sizes import Size
-from gptjax import mesh as sharding
-from gptjax import state
+from gptjax import mesh, state
 from gptjax.config.schema import MeshConfig, ModelConfig
 from gptjax.data import loader
-from gptjax.infer import generate as generate_lib
+from gptjax.infer import generate
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
-from gptjax.model import gpt as model_lib
+from gptjax.model import gpt
 from gptjax.model.objective import Objective
-from gptjax.train import optimizer as optim
-from gptjax.train import step as steps
+from gptjax.train import optimizer as optimizer_lib
+from gptjax.train import step as step_lib
 from gptjax.train.step import StepOutput
 
 # Any number above the steps that are run: the schedule is constant.
@@ -42,23 +41,23 @@ class Training:
           params: weights to start from; None: random ones.
           model: with the head of a task; None: for language modelling alone.
         """
-        self.mesh = sharding.make_mesh(MeshConfig(), jax.devices()[:1])
+        self.mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
         self.objective = objective or Objective()
-        model = model or model_lib.make_model(config, None)
-        optimizer = optim.build(sizes.optimizer_config(), _STEPS)
+        model = model or gpt.make_model(config, None)
+        optimizer = optimizer_lib.build(sizes.optimizer_config(), _STEPS)
 
         def birth(key: jax.Array) -> state.TrainState:
-            start = model_lib.init_params(model, key) if params is None else params
+            start = gpt.init_params(model, key) if params is None else params
             return state.create(start, optimizer)
 
         self._state = state.born_sharded(birth, self.mesh, jax.random.key(0))
-        self._step = steps.jit_train_step(
+        self._step = step_lib.jit_train_step(
             self.mesh, model=model, objective=self.objective, optimizer=optimizer, micro=1
         )
 
     def update(self, batch: Any) -> StepOutput:
         """Runs one step on a host batch to its end; returns what it reports, on the host."""
-        placed = sharding.to_devices(batch, self.mesh)
+        placed = mesh.to_devices(batch, self.mesh)
         self._state, output = self._step(self._state, placed, np.uint32(0))
         jax.block_until_ready(self._state)
         return jax.device_get(output)
@@ -85,14 +84,14 @@ class Generation:
 
     def __init__(self, size: Size, dtype: str, params: Any = None):
         """Args: size; dtype float32 or bfloat16; params: weights, None: random ones."""
-        model = model_lib.make_model(sizes.model_config(size, dtype), None)
+        model = gpt.make_model(sizes.model_config(size, dtype), None)
         if params is None:
-            params = jax.jit(lambda key: model_lib.init_params(model, key))(jax.random.key(0))
+            params = jax.jit(lambda key: gpt.init_params(model, key))(jax.random.key(0))
         self._decoder = Decoder(model, params)
         self._banned = np.zeros(size.vocab_size, bool)
 
     def __call__(self, prompt: np.ndarray, batch: int, tokens: int) -> np.ndarray:
         """Returns int [batch, tokens]: continuations of int [T]."""
-        return generate_lib.generate(
+        return generate.generate(
             self._decoder, prompt, tokens, batch, Sampling(temperature=0.0), 0, self._banned
         )  # fmt: skip

@@ -16,6 +16,6 @@ __version__ = "0.1.0"
 
 def load(path: str | os.PathLike[str], **kwargs: Any) -> "LoadedGPT":
     """Loads a checkpoint (see `gptjax.infer.predictor.load`); JAX is imported only now."""
-    from gptjax.infer import predictor as api
+    from gptjax.infer import predictor
 
-    return api.load(path, **kwargs)
+    return predictor.load(path, **kwargs)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.mesh import Params
 
 
@@ -31,7 +31,7 @@ def create(params: Params, optimizer: optax.GradientTransformation) -> TrainStat
 def born_sharded(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     """Returns make(*args), every array created where it belongs: none is ever whole anywhere."""
     shapes = jax.eval_shape(make, *args)
-    shardings = sharding.state_sharding(shapes, mesh)
+    shardings = mesh_lib.state_sharding(shapes, mesh)
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
@@ -41,7 +41,7 @@ def abstract(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         shapes,
-        sharding.state_sharding(shapes, mesh),
+        mesh_lib.state_sharding(shapes, mesh),
     )
 
 

@@ -5,7 +5,7 @@ import itertools
 import json
 
 import pytest
-import test_text
+import text_rules
 
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import UNKNOWN, Tokenizer
@@ -39,7 +39,7 @@ def reference_encode(raw, ids, merges) -> list[int]:
     """GPT-1's BPE as published: of all pairs in a word, merge the one of lowest rank first."""
     ranks = {pair: rank for rank, pair in enumerate(merges)}
     out = []
-    for word in test_text.words(test_text.normal(raw)):
+    for word in text_rules.words(text_rules.normal(raw)):
         symbols = [*word[:-1], word[-1] + "</w>"]
         symbols = [symbol if symbol in ids else UNKNOWN for symbol in symbols]
         while True:

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import small
 
-from gptjax.interop import arrays as weights
-from gptjax.interop import huggingface
+from gptjax.interop import arrays, huggingface
 from gptjax.interop.arrays import Arrays, Weights
 
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "double_heads.npz"
@@ -28,7 +27,7 @@ def weights_of(task: small.Task) -> Weights:
     spare = task.model.config.vocab_size - len(small.small_tokenizer())
     assert spare >= 0
     return Weights(
-        task.model.config, weights.flatten(task.params), small.small_tokenizer(), task.spec
+        task.model.config, arrays.flatten(task.params), small.small_tokenizer(), task.spec
     )
 
 
@@ -79,12 +78,12 @@ def _by_our_names(gradients: Arrays, weights_: Weights) -> Arrays:
     }
     output = ours.pop("lm_head.weight", None)  # tied: torch names the one parameter after either
     if output is not None:
-        ours[weights.TOKENS] = output
+        ours[arrays.TOKENS] = output
     head = {
-        weights.KERNEL: ours.pop("multiple_choice_head.summary.weight").T,
-        weights.BIAS: ours.pop("multiple_choice_head.summary.bias"),
+        arrays.KERNEL: ours.pop("multiple_choice_head.summary.weight").T,
+        arrays.BIAS: ours.pop("multiple_choice_head.summary.bias"),
     }
-    return weights.stack_layers(ours, weights_.model, "gradients") | head
+    return arrays.stack_layers(ours, weights_.model, "gradients") | head
 
 
 if __name__ == "__main__":

@@ -12,18 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.config.schema import MeshConfig, ModelConfig, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import tokenizer
-from gptjax.model import gpt as model_lib
+from gptjax.model import gpt
 from gptjax.model import objective as objective_lib
 from gptjax.model.gpt import GPT
 from gptjax.ops import attention
-from gptjax.train import step as steps
+from gptjax.train import step as step_lib
 
 WORDS = "the cat sat on a mat while some dogs ran far away from home and then came back again"
 
@@ -44,7 +44,7 @@ def params(model: GPT, seed: int = 0):
     Drawn by NumPy into the shapes of `init_params`, which takes seconds to compile.
     """
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(lambda key: model_lib.init_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
 
     def draw(path, leaf):
         name = path[-1].key
@@ -57,7 +57,7 @@ def params(model: GPT, seed: int = 0):
 def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1):
     """A mesh over the first devices."""
     devices = jax.devices()[: data * fsdp * tensor]
-    return sharding.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
+    return mesh_lib.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), devices)
 
 
 def texts(count: int, seed: int = 0, longest: int = 9) -> list[str]:
@@ -139,14 +139,14 @@ fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 
 def fast_train_step(on, seed: int, **kwargs):
     """`steps.jit_train_step`, compiled fast, with its seed bound."""
-    step = fast_jit(steps.jit_train_step(on, **kwargs).__wrapped__, donate_argnums=0)
+    step = fast_jit(step_lib.jit_train_step(on, **kwargs).__wrapped__, donate_argnums=0)
     return lambda state, batch: step(state, batch, np.uint32(seed))
 
 
 def placed(tree: Any, on) -> Any:
     """A copy of a state or of parameters on a mesh, in its layout; safe to donate."""
     copy = jax.tree.map(np.array, jax.device_get(tree))
-    return jax.device_put(copy, sharding.state_sharding(copy, on), may_alias=False)
+    return jax.device_put(copy, mesh_lib.state_sharding(copy, on), may_alias=False)
 
 
 def measure(model: GPT, objective: objective_lib.Objective) -> Callable[..., dict[str, Any]]:
@@ -162,11 +162,11 @@ def measure(model: GPT, objective: objective_lib.Objective) -> Callable[..., dic
             )
 
         (value, (sums, logits)), grads = jax.value_and_grad(loss, has_aux=True)(params)
-        states = model_lib.run(
+        states = gpt.run(
             model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
             method="hidden",
         )  # fmt: skip
-        lm_logits = model_lib.run(model, params, states, method="lm_logits")
+        lm_logits = gpt.run(model, params, states, method="lm_logits")
         return {
             "loss": value, "sums": sums, "gradients": grads, "states": states,
             "lm_logits": lm_logits, "task_logits": logits,
@@ -194,7 +194,7 @@ def task(kind: str) -> Task:
     """The same for every test file, so that each kind compiles once a run."""
     changes = {"classification": {"activation": "relu"}, "entailment": {"segment_types": 2}}
     spec, data = examples(kind, count=6)
-    model = model_lib.make_model(config(**changes.get(kind, {})), spec)
+    model = gpt.make_model(config(**changes.get(kind, {})), spec)
     objective = objective_lib.Objective(kind, 0.5)
     shape = (8, 128, 6)
     return Task(spec, data, model, params(model), objective, measure(model, objective), shape)

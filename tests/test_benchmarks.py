@@ -21,8 +21,7 @@ from benchmarks import harness, rows, sizes, summary
 from gptjax.config.schema import TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
-from gptjax.interop import arrays as weights
-from gptjax.interop import huggingface
+from gptjax.interop import arrays, huggingface
 from gptjax.model import gpt
 from gptjax.model import objective as objective_lib
 
@@ -50,15 +49,15 @@ def tokens():
     return np.random.default_rng(0).integers(0, SIZE.vocab_size, shape)
 
 
-def ours_as_weights(params, spec=None) -> weights.Weights:
+def ours_as_weights(params, spec=None) -> arrays.Weights:
     config = sizes.model_config(SIZE, "float32", 0.0)
-    return weights.Weights(config, weights.flatten(params), small.small_tokenizer(), spec)
+    return arrays.Weights(config, arrays.flatten(params), small.small_tokenizer(), spec)
 
 
 def fast_gpt(params):
     with_torch = pytest.importorskip("benchmarks.with_torch")
     model = with_torch.FastGPT(SIZE, 0.0)
-    model.load_ours(weights.split_layers(ours_as_weights(params)))
+    model.load_ours(arrays.split_layers(ours_as_weights(params)))
     return model
 
 

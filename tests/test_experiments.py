@@ -7,11 +7,10 @@ import jax
 import pytest
 import runs
 
-from gptjax.config import schema as config
-from gptjax.config import validation
+from gptjax.config import schema, validation
 from gptjax.errors import UserError
-from gptjax.model import gpt as model_lib
-from gptjax.train import run as loop
+from gptjax.model import gpt
+from gptjax.train import run
 
 FOLDER = pathlib.Path(runs.LAUNCH).parent / "experiments"
 # What a user must add, besides files that exist.
@@ -36,7 +35,7 @@ def seen(monkeypatch):
     """(experiment, workdir) of each run that would have been started."""
     calls = []
     monkeypatch.setattr(
-        loop, "run", lambda experiment, workdir, _: calls.append((experiment, workdir))
+        run, "run", lambda experiment, workdir, _: calls.append((experiment, workdir))
     )
     return calls
 
@@ -50,8 +49,8 @@ def test_every_experiment_loads_and_validates(seen, name):
     name = {"gpt1_task": "gpt1_sst2", "larger": "gpt_350m"}.get(name, name)
     assert (experiment.name, workdir) == (name, f"runs/{name}")
     validation.validate(experiment)
-    values = json.loads(json.dumps(config.to_dict(experiment)))
-    assert config.from_dict(config.Experiment, values, "here") == experiment
+    values = json.loads(json.dumps(schema.to_dict(experiment)))
+    assert schema.from_dict(schema.Experiment, values, "here") == experiment
 
 
 @pytest.mark.parametrize("name", sorted(NEEDED))
@@ -85,7 +84,7 @@ def test_the_paper_s_model_has_its_size(seen):
     model = experiment.model
     model.vocab_size = 40478 + 4  # the four special tokens
     validation.validate(experiment)
-    shapes = jax.eval_shape(lambda key: model_lib.init_params(model_lib.GPT(model), key),
+    shapes = jax.eval_shape(lambda key: gpt.init_params(gpt.GPT(model), key),
                             jax.random.key(0))  # fmt: skip
     count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     width = 768

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import small
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.config.schema import OptimizerConfig
-from gptjax.model import gpt as model_lib
+from gptjax.model import gpt
 from gptjax.model.gpt import GPT
-from gptjax.train import optimizer as optim
+from gptjax.train import optimizer as optimizer_lib
 
 
 def tree(**changes):
@@ -58,10 +58,10 @@ def test_merge_leaves_what_may_be_new_as_it_is():
 @pytest.fixture(scope="module")
 def maker():
     model = GPT(small.config(num_layers=1, vocab_size=98, num_heads=4), num_outputs=2)
-    optimizer = optim.build(OptimizerConfig(), 10)
+    optimizer = optimizer_lib.build(OptimizerConfig(), 10)
 
     def make(key):
-        return state.create(model_lib.init_params(model, key), optimizer)
+        return state.create(gpt.init_params(model, key), optimizer)
 
     return make
 
@@ -71,7 +71,7 @@ def test_born_sharded_creates_each_array_in_its_pieces_and_with_the_same_values(
     """The state on eight devices is that on one, bit for bit: weights do not depend on the mesh."""
     mesh = small.mesh(2, 2, 2)
     born = state.born_sharded(maker, mesh, jax.random.key(3))
-    places = sharding.state_sharding(born, mesh)
+    places = mesh_lib.state_sharding(born, mesh)
     for leaf, place in zip(jax.tree.leaves(born), jax.tree.leaves(places), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
         assert len(leaf.addressable_shards) == 8
@@ -92,7 +92,7 @@ def test_abstract_is_the_state_without_its_values(maker):
     mesh = small.mesh(2, 2, 2)
     described = state.abstract(maker, mesh, jax.random.key(0))
     shapes = jax.eval_shape(maker, jax.random.key(0))
-    places = sharding.state_sharding(shapes, mesh)
+    places = mesh_lib.state_sharding(shapes, mesh)
     assert jax.tree.structure(described) == jax.tree.structure(shapes)
     for leaf, shape, place in zip(*map(jax.tree.leaves, (described, shapes, places)), strict=True):
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (shape.shape, shape.dtype, place)

@@ -17,19 +17,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
-from gptjax.ablation import report as ablation_report
+from gptjax import mesh as mesh_lib
+from gptjax.ablation import report
 from gptjax.checkpoint import load
 from gptjax.cluster.stop import StopRequest
-from gptjax.config import paper_tasks, validation
-from gptjax.config import schema as config_lib
+from gptjax.config import paper_tasks, schema, validation
 from gptjax.config.schema import AblationConfig, Experiment, FinetuneConfig, MeshConfig
 from gptjax.data import splits
 from gptjax.errors import Preempted, TrainingDiverged, UserError, require
 from gptjax.evaluate import metrics
 from gptjax.io import files
 from gptjax.io.remote import exists
-from gptjax.train import run as loop
+from gptjax.train import run as run_lib
 
 _RESULTS = "ablation.json"
 
@@ -102,11 +101,11 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
         experiment.pretrain or experiment.init_from,
         "`mode`=ablate: needs a pretrained model: `init_from`, or a pretrain part",
     )
-    names = tuple(dict.fromkeys(config_lib.split_names(ablation.variants)))
+    names = tuple(dict.fromkeys(schema.split_names(ablation.variants)))
     require(names, "`ablation.variants`: is empty; write full,no_pretraining,no_lm")
     _check(experiment, tasks, names)
     meshes = _meshes(experiment, ablation.parallel)
-    loop.check_workdir(experiment, workdir, _RESULTS)
+    run_lib.check_workdir(experiment, workdir, _RESULTS)
     with StopRequest() as stop:
         start = _pretrained(experiment, workdir, stop, given)
         all_seeds = range(experiment.seed, experiment.seed + seeds)
@@ -114,7 +113,7 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
         # Sizes and tokenizer of a checkpoint are not silently overruled.
         checked = () if experiment.pretrain else given
         _Runner(experiment, tasks, start, workdir, jobs, checked).run(meshes, stop)
-    print(ablation_report.write(workdir))
+    print(report.write(workdir))
 
 
 def _check(
@@ -144,8 +143,8 @@ def _pretrained(
         return experiment.init_from
     folder = os.path.join(workdir, "pretrain")
     alone = dataclasses.replace(experiment, finetune=None, ablation=None)
-    mesh = sharding.make_mesh(experiment.mesh)
-    loop.train(validation.validate(alone), folder, mesh, stop, given)
+    mesh = mesh_lib.make_mesh(experiment.mesh)
+    run_lib.train(validation.validate(alone), folder, mesh, stop, given)
     return folder
 
 
@@ -175,7 +174,7 @@ class _Runner:
     def run(self, meshes: list[Mesh], stop: Callable[[], bool]) -> None:
         """Runs what waits; the first error ends the others, which the next time begin anew."""
         path = os.path.join(self._workdir, "config.json")
-        files.write_json(path, config_lib.to_dict(self._experiment))
+        files.write_json(path, schema.to_dict(self._experiment))
         self._save()
         waiting = [job for job in self._jobs if job not in self._records]
         if not waiting:
@@ -225,7 +224,7 @@ class _Runner:
         folder = os.path.join(self._workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
         began = time.monotonic()
         try:
-            summary, _ = loop.train(
+            summary, _ = run_lib.train(
                 validation.validate(one), folder, mesh, stop, self._given, trial=True
             )
         except UserError as error:
@@ -237,7 +236,7 @@ class _Runner:
         with self._lock:
             self._records[job] = record
             self._save()
-            score = ablation_report.shown(record["metric"], record["score"])
+            score = report.shown(record["metric"], record["score"])
             what = "diverged" if record["score"] is None else f"{record['split']} {score}"
             print(
                 f"[{self._done}/{len(self._jobs)}] {job}: {what} ({record['metric']}), "
@@ -249,7 +248,7 @@ class _Runner:
         results = {
             "name": self._experiment.name,
             "pretrained": self._start,
-            "machine": sharding.describe_machine(),
+            "machine": mesh_lib.describe_machine(),
             # Of all fine-tunings together; several run at a time.
             "seconds": self._spent + time.monotonic() - self._began,
             "runs": list(self._records.values()),
@@ -282,9 +281,9 @@ def _meshes(experiment: Experiment, parallel: int) -> list[Mesh]:
             f"`ablation.parallel`={parallel}: each would have one device; leave "
             "`mesh` as it is, or parallel at 1",
         )
-        return [sharding.make_mesh(experiment.mesh)]
+        return [mesh_lib.make_mesh(experiment.mesh)]
     count = parallel or (len(devices) if len(devices) > 1 else 1 + (devices[0].platform == "cpu"))
     if count == 1:
-        return [sharding.make_mesh(experiment.mesh)]
+        return [mesh_lib.make_mesh(experiment.mesh)]
     one = MeshConfig(data=1)
-    return [sharding.make_mesh(one, [devices[i % len(devices)]]) for i in range(count)]
+    return [mesh_lib.make_mesh(one, [devices[i % len(devices)]]) for i in range(count)]

@@ -11,7 +11,7 @@ from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import FOLDER, Checkpoints
 from gptjax.config.schema import STAGES
 from gptjax.errors import UserError, brief, require
-from gptjax.io import remote as storage
+from gptjax.io import remote
 from gptjax.model import gpt
 
 
@@ -23,8 +23,8 @@ def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
     Raises:
       UserError: there is no checkpoint.
     """
-    storage.check_address(path, argument)
-    place = storage.absolute(path)
+    remote.check_address(path, argument)
+    place = remote.absolute(path)
     if place.name.isdigit() and place.parent.name in STAGES and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
     if place.name in STAGES and place.parent.name == FOLDER:

@@ -8,7 +8,7 @@ import jax
 from gptjax.checkpoint import store
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import Checkpoints
-from gptjax.io import remote as storage
+from gptjax.io import remote
 from gptjax.mesh import Params
 from gptjax.state import TrainState
 
@@ -18,7 +18,7 @@ class BestInMemory:
 
     def __init__(self, workdir: str, metric: str):
         """Args: workdir, for messages only; metric, the validation score that ranks."""
-        self.directory = str(storage.absolute(workdir))
+        self.directory = str(remote.absolute(workdir))
         self._metric = metric
         self._scores: dict[int, dict[str, float]] = {}
         self._best: tuple[float, int, Params] | None = None

@@ -5,7 +5,7 @@ import hashlib
 import json
 from typing import Any
 
-from gptjax.config import schema as config_lib
+from gptjax.config import schema
 from gptjax.config.schema import ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import require
@@ -37,7 +37,7 @@ class Meta:
     def from_dict(values: dict[str, Any], where: str) -> "Meta":
         """Reads `to_dict`'s values; `where` names the checkpoint in errors."""
         task = values["task"] and TaskSpec.from_dict(values["task"])
-        model = config_lib.from_dict(ModelConfig, values["model"], where)
+        model = schema.from_dict(ModelConfig, values["model"], where)
         meta = Meta(**{**values, "task": task, "model": model})
         tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
         require(

@@ -17,14 +17,13 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptjax.checkpoint import background as saving
+from gptjax.checkpoint import background
 from gptjax.checkpoint.checksum import checksums, verify
 from gptjax.checkpoint.meta import Meta, digest
-from gptjax.cluster import processes as distributed
+from gptjax.cluster import processes
 from gptjax.config.schema import CheckpointConfig, higher_is_better
 from gptjax.errors import Preempted, TrainingDiverged, UserError, brief
-from gptjax.io import files
-from gptjax.io import remote as storage
+from gptjax.io import files, remote
 from gptjax.state import TrainState
 
 FOLDER = "checkpoints"
@@ -59,12 +58,12 @@ class Checkpoints:
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.
         """
-        self.directory = storage.absolute(workdir) / FOLDER / stage
+        self.directory = remote.absolute(workdir) / FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
-        self._saves, self._reader = saving.Watch(), saving.reader()
+        self._saves, self._reader = background.Watch(), background.reader()
         scores = self.directory / _SCORES
-        self._scores = distributed.from_main(_SCORES, lambda: _read_scores(scores))
+        self._scores = processes.from_main(_SCORES, lambda: _read_scores(scores))
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
@@ -72,13 +71,13 @@ class Checkpoints:
             preservation_policy=self,
             async_options=self._saves.options(),
         )
-        with saving.disk_errors(self.directory):
+        with background.disk_errors(self.directory):
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._agree_on_steps()
 
     def _agree_on_steps(self) -> None:
         """A network disk may show a folder late."""
-        distributed.settle(f"the checkpoints in {self.directory}", self.steps, self._manager.reload)
+        processes.settle(f"the checkpoints in {self.directory}", self.steps, self._manager.reload)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Tells orbax which checkpoints stay."""
@@ -128,7 +127,7 @@ class Checkpoints:
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
         values["digest"] = digest(values)
         arrays = {"step": state.step, "opt_state": state.opt_state}
-        with saving.disk_errors(self.directory):
+        with background.disk_errors(self.directory):
             self._saves.finish(self._manager)
             self._manager.save(
                 step,
@@ -144,7 +143,7 @@ class Checkpoints:
         """Reads items of a checkpoint; what one process cannot read fails in all of them."""
         args = ocp.args.Composite(**items)
         path = self.directory / str(step)
-        return distributed.attempt(f"reading {path}", lambda: self._reader.restore(path, args=args))
+        return processes.attempt(f"reading {path}", lambda: self._reader.restore(path, args=args))
 
     def meta(self, step: int) -> tuple[Meta, dict[str, int]]:
         """Returns what lies beside the weights of a step, and the checksums of its arrays.
@@ -248,14 +247,14 @@ class Checkpoints:
             target = self._damaged / f"{self.directory.name}-{step}"
             if target.exists():
                 target.rmtree()
-            storage.move_folder(self.directory / str(step), target)
-        distributed.barrier(f"setting {self.directory / str(step)} aside")
+            remote.move_folder(self.directory / str(step), target)
+        processes.barrier(f"setting {self.directory / str(step)} aside")
         self._manager.reload()
         self._agree_on_steps()
 
     def wait(self) -> None:
         """Waits for the saves in the background, and raises what went wrong with them."""
-        with saving.disk_errors(self.directory):
+        with background.disk_errors(self.directory):
             self._saves.finish(self._manager)
             # What a run that was killed between saving and deleting has left.
             for step in sorted(set(self.steps()) - self._kept(self.steps())):
@@ -264,7 +263,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits, then releases the threads; after a failed save there is nothing to wait for."""
         if not self._saves.failed:
-            with saving.disk_errors(self.directory):
+            with background.disk_errors(self.directory):
                 self._saves.finish(self._manager)
                 self._manager.close()
 
@@ -274,7 +273,7 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         """Closes, but where an error of this process alone ends it, whose saves no one joins."""
         ended_together = error is None or isinstance(error, (Preempted, TrainingDiverged))
-        if ended_together or distributed.count() == 1:
+        if ended_together or processes.count() == 1:
             self.close()
 
 

@@ -10,16 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.cluster.processes import is_main
-from gptjax.config import schema as config
-from gptjax.config import validation
+from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
 from gptjax.config.schema import TaskSpec
 from gptjax.data import splits
-from gptjax.data.tables import text_files as sources
+from gptjax.data.tables import text_files
 from gptjax.data.tasks import as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
-from gptjax.infer import predictor as api
+from gptjax.infer import predictor
 from gptjax.io import console
 from gptjax.io import files as files_lib
 from gptjax.report import tables
@@ -27,16 +26,16 @@ from gptjax.report import tables
 _OUTPUTS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
 
-def _columns(gpt: api.LoadedGPT) -> str:
+def _columns(gpt: predictor.LoadedGPT) -> str:
     """The column names that the model was trained with, for files without a header."""
     finetune = gpt.meta.experiment.get("finetune") or {}
     return finetune.get("columns", "")
 
 
-def _read_rows(gpt: api.LoadedGPT, path: str, labelled: bool) -> splits.Table:
+def _read_rows(gpt: predictor.LoadedGPT, path: str, labelled: bool) -> splits.Table:
     require(gpt.task, f"--checkpoint: {gpt.path} was not fine-tuned for a task")
     assert gpt.task is not None
-    names = config.split_names(_columns(gpt))
+    names = schema.split_names(_columns(gpt))
     label = (gpt.task.label,) if labelled else ()
     if not labelled and gpt.task.label in names:
         # New rows have no label yet; a file with one more column than that has one all the same.
@@ -46,10 +45,10 @@ def _read_rows(gpt: api.LoadedGPT, path: str, labelled: bool) -> splits.Table:
     return splits.read_labelled(path, ",".join(names), (*gpt.task.text_columns, *label))
 
 
-def _hub_rows(gpt: api.LoadedGPT, split: str) -> splits.Table:
+def _hub_rows(gpt: predictor.LoadedGPT, split: str) -> splits.Table:
     """The rows of a split of the hub's data set that the model was fine-tuned on."""
     values = gpt.meta.experiment.get("finetune") or {}
-    source = config.from_dict(config.FinetuneConfig, values, gpt.path)
+    source = schema.from_dict(schema.FinetuneConfig, values, gpt.path)
     require(
         source.dataset and split and gpt.task,
         "--input: give the file with the rows to predict; or, where the model was fine-tuned on a "
@@ -93,7 +92,7 @@ def predict(
         or not os.path.samefile(input_path, output_path),
         f"--output={output_path}: is the input file; choose another name",
     )
-    gpt = api.load(checkpoint, argument="checkpoint")
+    gpt = predictor.load(checkpoint, argument="checkpoint")
     table = _read_rows(gpt, input_path, labelled=False) if input_path else _hub_rows(gpt, split)
     assert gpt.task is not None
     found = gpt.predict(table.columns(gpt.task.text_columns))
@@ -104,7 +103,7 @@ def predict(
     print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
 
 
-def _records(found: api.Predictions) -> list[dict[str, Any]]:
+def _records(found: predictor.Predictions) -> list[dict[str, Any]]:
     records = []
     for i, label in enumerate(found.labels):
         record: dict[str, Any] = {"row": i + 1, "prediction": label}
@@ -164,7 +163,7 @@ def _plain(cell: Any) -> str:
 def evaluate(checkpoint: str, split: str, input_path: str) -> None:
     """Prints losses and metrics of a checkpoint on a split of its experiment, or on a file."""
     require(checkpoint, "--checkpoint: give the --workdir of a finished training")
-    gpt = api.load(checkpoint, argument="checkpoint")
+    gpt = predictor.load(checkpoint, argument="checkpoint")
     if gpt.task is not None:
         where, scores = _evaluate_task(gpt, split, input_path)
     else:
@@ -172,17 +171,17 @@ def evaluate(checkpoint: str, split: str, input_path: str) -> None:
     print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, "data": where, **scores})))
 
 
-def evaluate_probes(checkpoint: str, configs: Mapping[str, config.ProbeConfig] | None) -> None:
+def evaluate_probes(checkpoint: str, configs: Mapping[str, schema.ProbeConfig] | None) -> None:
     """Prints the scores of zero-shot probes: those given, else those of the checkpoint's run."""
     require(checkpoint, "--checkpoint: give the --workdir of a finished pretraining")
     require(configs or configs is None, "--probes: the experiment of --config has no probes")
     for name, each in (configs or {}).items():
         validation.validate_probe(name, each)
-    gpt = api.load(checkpoint, argument="checkpoint")
+    gpt = predictor.load(checkpoint, argument="checkpoint")
     if not configs:
         own = gpt.meta.experiment.get("probes") or {}
         configs = {
-            name: config.from_dict(config.ProbeConfig, values, gpt.path)
+            name: schema.from_dict(schema.ProbeConfig, values, gpt.path)
             for name, values in own.items()
         }
     require(
@@ -192,9 +191,11 @@ def evaluate_probes(checkpoint: str, configs: Mapping[str, config.ProbeConfig] |
     print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, "probes": gpt.probe(configs)})))
 
 
-def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:
+def _evaluate_task(
+    gpt: predictor.LoadedGPT, split: str, input_path: str
+) -> tuple[str, dict[str, float]]:
     assert gpt.task is not None
-    finetune = config.from_dict(config.FinetuneConfig, gpt.meta.experiment["finetune"], gpt.path)
+    finetune = schema.from_dict(schema.FinetuneConfig, gpt.meta.experiment["finetune"], gpt.path)
     if input_path:
         table = splits.without_label(_read_rows(gpt, input_path, labelled=True), finetune)
     else:
@@ -206,10 +207,12 @@ def _evaluate_task(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str
     return table.where, gpt.score(rows, table.where, finetune.metrics)
 
 
-def _evaluate_text(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str, dict[str, float]]:
-    pretrain = config.from_dict(config.PretrainConfig, gpt.meta.experiment["pretrain"], gpt.path)
+def _evaluate_text(
+    gpt: predictor.LoadedGPT, split: str, input_path: str
+) -> tuple[str, dict[str, float]]:
+    pretrain = schema.from_dict(schema.PretrainConfig, gpt.meta.experiment["pretrain"], gpt.path)
     if input_path:
-        texts = sources.read_text(input_path, pretrain.line_breaks)["text"]
+        texts = text_files.read_text(input_path, pretrain.line_breaks)["text"]
         return input_path, gpt.score_text(texts, pretrain.window)
     _require_data(pretrain.dataset or pretrain.train_files, gpt)
     tables = splits.text_splits(pretrain)
@@ -217,7 +220,7 @@ def _evaluate_text(gpt: api.LoadedGPT, split: str, input_path: str) -> tuple[str
     return f"{split} split", gpt.score_text(tables[split]["text"], pretrain.window)
 
 
-def _require_data(source: str, gpt: api.LoadedGPT) -> None:
+def _require_data(source: str, gpt: predictor.LoadedGPT) -> None:
     require(source, f"--checkpoint: {gpt.path} was imported, without data; give --input")
 
 
@@ -240,7 +243,7 @@ def generate(
 ) -> None:
     """Prints texts that begin with the prompt."""
     require(checkpoint, "--checkpoint: give the --workdir of a finished training")
-    gpt = api.load(checkpoint, argument="checkpoint")
+    gpt = predictor.load(checkpoint, argument="checkpoint")
     unknown = gpt.tokenizer.encode(prompt).count(gpt.tokenizer.unknown_id)
     if unknown:
         console.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
@@ -252,7 +255,7 @@ def generate(
 
 
 def train_tokenizer(
-    tokenizer_config: config.TokenizerConfig, input_path: str, output_path: str
+    tokenizer_config: schema.TokenizerConfig, input_path: str, output_path: str
 ) -> None:
     """Trains a tokenizer on text files; writes `tokenizer.json` and the vocabulary/merges pair."""
     require(input_path, "--input: give the text files (comma-separated globs)")
@@ -262,11 +265,11 @@ def train_tokenizer(
         f"--config.tokenizer.vocab_size={tokenizer_config.vocab_size}: must be greater than 0",
     )
     require(
-        tokenizer_config.kind in config.TOKENIZERS,
+        tokenizer_config.kind in schema.TOKENIZERS,
         f"--config.tokenizer.kind={tokenizer_config.kind}: must be one of "
-        f"{', '.join(config.TOKENIZERS)}",
+        f"{', '.join(schema.TOKENIZERS)}",
     )
-    texts = sources.read_text(input_path)["text"]
+    texts = text_files.read_text(input_path)["text"]
     tokenizer = tokenizer_lib.build(tokenizer_config, texts)
     with files_lib.disk_errors(output_path):
         os.makedirs(output_path, exist_ok=True)

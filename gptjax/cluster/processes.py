@@ -23,7 +23,7 @@ from gptjax import __version__
 from gptjax.cluster.group import Group
 from gptjax.cluster.rendezvous import answer_roll, call_roll, dismiss
 from gptjax.errors import ProcessLost, UserError, require
-from gptjax.io import remote as storage
+from gptjax.io import remote
 
 _FLAGS = "`coordinator_address`, `num_processes` and `process_id`"
 # Above our own: JAX ends a process without a word.
@@ -331,7 +331,7 @@ def require_shared(folder: str) -> None:
     """
     if _group is None:
         return
-    path = storage.absolute(folder) / _TOKEN
+    path = remote.absolute(folder) / _TOKEN
     token = from_main("the workdir", lambda: _write(path, secrets.token_hex(8)))
     end = time.monotonic() + _SEEN_SECONDS  # network disks show new files late
     while not (seen := _reads(path, token)) and time.monotonic() < end:

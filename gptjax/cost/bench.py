@@ -17,21 +17,19 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
-from gptjax.config import schema as config_lib
-from gptjax.config import validation
+from gptjax.config import schema, validation
 from gptjax.config.schema import Experiment, MeshConfig
-from gptjax.cost import step_spec as plan_lib
+from gptjax.cost import step_spec
 from gptjax.cost.step_spec import Plan
 from gptjax.errors import require
-from gptjax.infer import generate as generate_lib
+from gptjax.infer import generate
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
 from gptjax.io import console
-from gptjax.model import flops
-from gptjax.model import gpt as model_lib
-from gptjax.train import run as loop
+from gptjax.model import flops, gpt
+from gptjax.train import run as run_lib
 
 KINDS = ("train", "generate", "input")
 PROMPT_TOKENS = 16
@@ -59,8 +57,8 @@ class Request:
     def __post_init__(self) -> None:
         require(self.what in KINDS, f"`bench`={self.what}: must be one of {', '.join(KINDS)}")
         require(
-            self.stage in plan_lib.STAGES,
-            f"`stage`={self.stage}: must be one of {', '.join(plan_lib.STAGES)}",
+            self.stage in step_spec.STAGES,
+            f"`stage`={self.stage}: must be one of {', '.join(step_spec.STAGES)}",
         )
         require(self.steps >= 0, f"`steps`={self.steps}: must not be negative")
         require(
@@ -93,7 +91,7 @@ def run(experiment: Experiment, request: Request, output: str = "") -> dict[str,
         **measure(experiment, request),
         "steps": request.timed,
         "warmup_steps": _WARMUP[request.what],
-        "machine": sharding.describe_machine(),
+        "machine": mesh_lib.describe_machine(),
         "allocator": os.environ.get("GLIBC_TUNABLES", ""),
     }
     console.print_json(report, output)
@@ -168,7 +166,7 @@ def _compile(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], float]:
     """The compiled train step, and the seconds that tracing and compiling it took."""
     start = time.perf_counter()
     with _nothing_kept():
-        lowered = plan_lib.lower(plan, mesh, plan_lib.abstract_state(plan, mesh))
+        lowered = step_spec.lower(plan, mesh, step_spec.abstract_state(plan, mesh))
         compiled = lowered.compile()
     return compiled, time.perf_counter() - start
 
@@ -185,20 +183,20 @@ def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
 
 def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
     """Train steps one by one, each with the batch's way to the devices."""
-    experiment = plan_lib.validated(experiment, request.stage)
-    mesh = sharding.make_mesh(experiment.mesh)
-    plan = plan_lib.build(experiment, request.stage, mesh)
+    experiment = step_spec.validated(experiment, request.stage)
+    mesh = mesh_lib.make_mesh(experiment.mesh)
+    plan = step_spec.build(experiment, request.stage, mesh)
     batch = synthetic_batch(plan)
     rows, length = batch.tokens.shape
     console.say(f"{request.stage}: compiling the step of {rows} x {length} tokens")
     compiled, compile_seconds = _compile(plan, mesh)
     console.say(f"compiled in {compile_seconds:.1f} s; timing {request.timed} steps")
-    train_state = plan_lib.new_state(plan, mesh)
+    train_state = step_spec.new_state(plan, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
 
     def step() -> Any:
         nonlocal train_state
-        placed = sharding.to_devices(batch, mesh)
+        placed = mesh_lib.to_devices(batch, mesh)
         train_state, output = compiled(train_state, placed, np.uint32(0))
         return train_state, output
 
@@ -212,7 +210,7 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
         "batch": {"rows": rows, "row_length": length, "tokens": tokens,
                   "sequence_length": sequence_length(plan),
                   "accumulation": plan.optimizer.accumulation},
-        "optimizer": config_lib.to_dict(plan.optimizer),
+        "optimizer": schema.to_dict(plan.optimizer),
         **_speed(seconds, tokens, model_flops_per_token(plan) * tokens, plan, mesh),
         "compile_seconds": compile_seconds,
         **peak,
@@ -225,7 +223,7 @@ def _speed(
     """Speed by the median step, and its share of what this machine's products reach."""
     median, dtype = float(np.median(seconds)), plan.model.config.dtype
     # Virtual CPU devices share the cores that one device's products already use in full.
-    devices = 1 if sharding.platform(mesh) == "cpu" else mesh.size
+    devices = 1 if mesh_lib.platform(mesh) == "cpu" else mesh.size
     ceiling = flops.matmul_ceiling(dtype) * devices
     return {
         "tokens_per_second": tokens / median,
@@ -244,7 +242,7 @@ def _speed(
 
 def _model(plan: Plan, mesh: Mesh) -> dict[str, Any]:
     return {
-        "model": config_lib.to_dict(plan.model.config),
+        "model": schema.to_dict(plan.model.config),
         "vocab_size": plan.model.config.vocab_size,
         "assumed": plan.assumed,
         "mesh": dict(mesh.shape),
@@ -271,17 +269,17 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     """Whole calls of `generate` on the first device, as a loaded checkpoint makes them."""
     stage = request.stage
     if getattr(experiment, stage) is None:  # either has the same decoder
-        stage = next(name for name in plan_lib.STAGES if name != stage)
-    experiment = plan_lib.validated(experiment, stage)
-    mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    plan = plan_lib.build(experiment, stage, mesh)
+        stage = next(name for name in step_spec.STAGES if name != stage)
+    experiment = step_spec.validated(experiment, stage)
+    mesh = mesh_lib.make_mesh(MeshConfig(), jax.local_devices()[:1])
+    plan = step_spec.build(experiment, stage, mesh)
     vocabulary = plan.model.config.vocab_size
-    params = jax.jit(lambda key: model_lib.init_params(plan.model, key))(jax.random.key(0))
+    params = jax.jit(lambda key: gpt.init_params(plan.model, key))(jax.random.key(0))
     decoder = Decoder(plan.model, params)
     prompt = np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS, dtype=np.int32)
 
     def call(tokens: int) -> np.ndarray:
-        return generate_lib.generate(
+        return generate.generate(
             decoder, prompt, tokens, request.num_samples, Sampling(), 0, np.zeros(vocabulary, bool)
         )  # fmt: skip
 
@@ -312,10 +310,10 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
         getattr(experiment, request.stage),
         f"`stage`={request.stage}: the experiment has no {request.stage} part",
     )
-    mesh = sharding.make_mesh(experiment.mesh)
+    mesh = mesh_lib.make_mesh(experiment.mesh)
     console.say(f"{request.stage}: loading the data")
     start = time.perf_counter()
-    _, model, stages = loop.prepare(experiment, _NO_WORKDIR, mesh)
+    _, model, stages = run_lib.prepare(experiment, _NO_WORKDIR, mesh)
     stage = next(each for each in stages if each.name == request.stage)
     load_seconds = time.perf_counter() - start
     console.say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")

@@ -16,15 +16,12 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
-from gptjax.config import schema as config_lib
+from gptjax import mesh as mesh_lib
+from gptjax.config import schema
 from gptjax.config.schema import Experiment
-from gptjax.cost import hardware as chips
-from gptjax.cost import step_spec as plan_lib
-from gptjax.cost.hlo import collectives
-from gptjax.cost.hlo import flops as hlo_cost
-from gptjax.cost.hlo import parse as hlo
-from gptjax.cost.hlo import peak_memory as buffers
+from gptjax.cost import hardware, step_spec
+from gptjax.cost.hlo import collectives, parse, peak_memory
+from gptjax.cost.hlo import flops as flops_lib
 from gptjax.cost.step_spec import Plan
 from gptjax.errors import UserError, brief, require
 from gptjax.io import console
@@ -54,7 +51,7 @@ class Machine:
 
     topology: str
     devices: list[Any]
-    chip: chips.Chip | None
+    chip: hardware.Chip | None
     """Published figures; None: a CPU."""
 
 
@@ -81,7 +78,7 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
     Raises:
       UserError: an unknown topology, no libtpu, or a configuration that does not fit it.
     """
-    experiment = plan_lib.validated(experiment, stage)
+    experiment = step_spec.validated(experiment, stage)
     found = report(experiment, machine(topology), stage)
     for line in summary(found):
         console.say(line)
@@ -96,12 +93,12 @@ def machine(topology: str) -> Machine:
 
 def report(experiment: Experiment, target: Machine, stage: str) -> dict[str, Any]:
     """Returns what the train step of a stage of a validated experiment costs."""
-    mesh = sharding.make_mesh(experiment.mesh, target.devices)
-    plan = plan_lib.build(experiment, stage, mesh)
+    mesh = mesh_lib.make_mesh(experiment.mesh, target.devices)
+    plan = step_spec.build(experiment, stage, mesh)
     rows, length = plan.batch.tokens.shape
     kind = target.devices[0].device_kind
     console.say(f"{target.topology}: {mesh.size} x {kind}, {stage}, {rows} x {length} tokens")
-    state_like = plan_lib.abstract_state(plan, mesh)
+    state_like = step_spec.abstract_state(plan, mesh)
     outcome = _compile(plan, state_like, mesh)
     console.say(f"compiled in {outcome.seconds:.1f} s" if outcome.compiled else outcome.refusal)
     return {
@@ -110,7 +107,7 @@ def report(experiment: Experiment, target: Machine, stage: str) -> dict[str, Any
         "device_kind": kind,
         "mesh": dict(mesh.shape),
         "stage": stage,
-        "model": config_lib.to_dict(plan.model.config),
+        "model": schema.to_dict(plan.model.config),
         "vocab_size": plan.model.config.vocab_size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state_like.params)),
         "batch": {"rows": rows, "row_length": length, "tokens": rows * length},
@@ -127,7 +124,7 @@ def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
     text = [f"memory of a device: {peak / 2**30:.2f} GiB ({fits})" if peak else fits]
     if found["largest_buffers"]:
         text += ["the largest buffers at the peak:"]
-        text += [buffers.summary(entry) for entry in found["largest_buffers"][:lines]]
+        text += [peak_memory.summary(entry) for entry in found["largest_buffers"][:lines]]
     if found["communication"]:
         text += ["communication of a step:"]
         text += [collectives.summary(entry) for entry in found["communication"][:lines]]
@@ -142,7 +139,7 @@ def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
     return text
 
 
-def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
+def devices_of(topology: str) -> tuple[list[Any], hardware.Chip | None]:
     """Returns the devices of a topology, and their published figures (None: a CPU).
 
     Raises:
@@ -155,12 +152,12 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
     if kind == "cpu" and not many:
         require(sizes.isdecimal() and 0 < int(sizes) <= _MOST_CPUS, wanted)
         return _cpus(int(sizes)), None
-    require(kind in chips.CHIPS, wanted)
+    require(kind in hardware.CHIPS, wanted)
     torus = r"\d+x\d+" if kind in ("v5e", "v6e") else r"\d+x\d+x\d+"
     slices = int(many or 1)
     require(re.fullmatch(torus, sizes) and 0 < slices <= _MOST_SLICES, wanted)
     require(
-        slices == 1 or chips.CHIPS[kind].network_bytes_per_second,
+        slices == 1 or hardware.CHIPS[kind].network_bytes_per_second,
         f"`topology`={topology}: Google publishes no figure of the network between {kind} slices; "
         f"give one slice, {kind}:{sizes}",
     )
@@ -183,7 +180,7 @@ def devices_of(topology: str) -> tuple[list[Any], chips.Chip | None]:
         found = topologies.get_topology_desc(f"{kind}:{sizes}", "tpu", **options)
     except Exception as error:  # JaxRuntimeError, and what a broken libtpu may raise
         raise UserError(f"{wanted} ({brief(error)})") from error
-    return found.devices, chips.CHIPS[kind]
+    return found.devices, hardware.CHIPS[kind]
 
 
 def _cpus(count: int) -> list[Any]:
@@ -196,7 +193,7 @@ def _cpus(count: int) -> list[Any]:
 
 def _compile(plan: Plan, state_like: Any, mesh: Mesh) -> Outcome:
     start = time.perf_counter()
-    lowered = plan_lib.lower(plan, mesh, state_like)
+    lowered = step_spec.lower(plan, mesh, state_like)
     with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
@@ -204,13 +201,13 @@ def _compile(plan: Plan, state_like: Any, mesh: Mesh) -> Outcome:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal, seconds = str(error).splitlines()[0], time.perf_counter() - start
-            return Outcome(None, seconds, buffers.largest(folder), refusal)
+            return Outcome(None, seconds, peak_memory.largest(folder), refusal)
         seconds = time.perf_counter() - start
-        return Outcome(compiled, seconds, buffers.largest(folder))
+        return Outcome(compiled, seconds, peak_memory.largest(folder))
 
 
 def _costs(
-    plan: Plan, state_like: Any, outcome: Outcome, mesh: Mesh, chip: chips.Chip | None
+    plan: Plan, state_like: Any, outcome: Outcome, mesh: Mesh, chip: hardware.Chip | None
 ) -> dict[str, Any]:
     """The part of the report that depends on what was compiled."""
     rows, length = plan.batch.tokens.shape
@@ -231,17 +228,17 @@ def _costs(
                 "fits": False,
             }
         )
-    module = hlo.parse(outcome.compiled.as_text() or "")
-    found, traffic = hlo_cost.flops(module), hlo_cost.memory_bytes(module)
+    module = parse.parse(outcome.compiled.as_text() or "")
+    found, traffic = flops_lib.flops(module), flops_lib.memory_bytes(module)
     analysis = outcome.compiled.cost_analysis() or {}
     memory = _memory(outcome.compiled)
     peak = memory["arguments"] + memory["outputs"] - memory["aliased"]
     peak += memory["temporaries"] + memory["code"]
-    sent, devices = collectives.find(module), sharding.slice_devices(mesh)
+    sent, devices = collectives.find(module), mesh_lib.slice_devices(mesh)
     roof, communication = None, 0.0
     if chip is not None:
         communication, exposed = collectives.exposed_seconds(module, sent, devices, chip)
-        roof = chips.roofline(chip, max(found, model_flops), traffic, exposed)
+        roof = hardware.roofline(chip, max(found, model_flops), traffic, exposed)
     return costs | {
         "flops_per_device": found,
         "bytes_per_device": traffic,
@@ -266,8 +263,8 @@ _OF_A_PROGRAM = (
 
 
 def _estimates(
-    chip: chips.Chip | None,
-    roof: chips.Roofline | None,
+    chip: hardware.Chip | None,
+    roof: hardware.Roofline | None,
     communication: float,
     model_flops: float,
     tokens: int,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.batch import Batch
 from gptjax.checkpoint import load
@@ -25,14 +25,14 @@ from gptjax.config.schema import (
     OptimizerConfig,
 )
 from gptjax.data import splits
-from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.data.tokens import tokenizer
 from gptjax.errors import require
-from gptjax.model import gpt as model_lib
+from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
-from gptjax.train import optimizer as optim
+from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import stages
-from gptjax.train import step as steps
+from gptjax.train import step as step_lib
 
 STAGES = ("pretrain", "finetune")
 
@@ -74,11 +74,11 @@ def vocabulary(experiment: Experiment) -> tuple[int, str]:
     Raises:
       UserError: only the text can tell (a tokenizer of characters).
     """
-    config, special = experiment.tokenizer, len(tokenizer_lib.SPECIALS)
+    config, special = experiment.tokenizer, len(tokenizer.SPECIALS)
     if experiment.model.vocab_size:
         return experiment.model.vocab_size, "model.vocab_size"
     if config.file or (config.kind == "gpt1" and config.vocab_file):
-        return len(tokenizer_lib.build(config, ())), "the tokenizer's file"
+        return len(tokenizer.build(config, ())), "the tokenizer's file"
     require(
         config.kind != "character",
         "`model.vocab_size`: give it; the characters of the text are not known",
@@ -104,7 +104,7 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
         assert config is not None
         rows, length = stages.pretrain_shape(config, model, mesh)
         batch = _abstract_batch(rows, length, mesh)
-        return Plan(model_lib.make_model(model, None, mesh), Objective(), config.optimizer,
+        return Plan(gpt.make_model(model, None, mesh), Objective(), config.optimizer,
                     _total_steps(config.steps, config.optimizer), batch, assumed)  # fmt: skip
     assert experiment.finetune is not None
     return _finetune_plan(experiment.finetune, model, mesh, assumed)
@@ -127,7 +127,7 @@ def _finetune_plan(
     if config.head == "flatten":
         spec = dataclasses.replace(spec, flatten=context)
     length = config.row_length or candidates * context
-    divisor = sharding.batch_divisor(mesh) * config.optimizer.accumulation
+    divisor = mesh_lib.batch_divisor(mesh) * config.optimizer.accumulation
     rows = math.ceil(config.batch_size / divisor) * divisor
     assumed["batch"] = (
         f"a row of {length} tokens for each of {config.batch_size} examples: as if all were as "
@@ -139,7 +139,7 @@ def _finetune_plan(
     batch = _abstract_batch(rows, length, mesh, shape, labels)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     return Plan(
-        model_lib.make_model(model, spec, mesh), objective, config.optimizer,
+        gpt.make_model(model, spec, mesh), objective, config.optimizer,
         _total_steps(config.steps, config.optimizer), batch, assumed,
     )  # fmt: skip
 
@@ -152,7 +152,7 @@ def _abstract_batch(
     labels: Any = np.int32,
 ) -> Batch:
     """The types of `gptjax.batch.Batch`, rows over the mesh; `examples` is (B, E, C)."""
-    place = sharding.batch_sharding(mesh)
+    place = mesh_lib.batch_sharding(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
@@ -171,10 +171,10 @@ def _abstract_batch(
 
 def _birth(plan: Plan) -> Callable[[jax.Array], state.TrainState]:
     """Returns what makes the training state of a key."""
-    optimizer = optim.build(plan.optimizer, plan.total_steps)
+    optimizer = optimizer_lib.build(plan.optimizer, plan.total_steps)
 
     def make(key: jax.Array) -> state.TrainState:
-        return state.create(model_lib.init_params(plan.model, key), optimizer)
+        return state.create(gpt.init_params(plan.model, key), optimizer)
 
     return make
 
@@ -197,11 +197,11 @@ def lower(plan: Plan, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
       mesh: the plan's.
       state_like: from `abstract_state`.
     """
-    step = steps.jit_train_step(
+    step = step_lib.jit_train_step(
         mesh,
         model=plan.model,
         objective=plan.objective,
-        optimizer=optim.build(plan.optimizer, plan.total_steps),
+        optimizer=optimizer_lib.build(plan.optimizer, plan.total_steps),
         micro=plan.optimizer.accumulation,
     )
     seed = jax.ShapeDtypeStruct((), np.uint32)

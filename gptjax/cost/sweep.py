@@ -10,10 +10,9 @@ from typing import Any
 
 import jax
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.config.schema import Experiment, MeshConfig
-from gptjax.cost import compile as aot
-from gptjax.cost import step_spec as plan
+from gptjax.cost import compile, step_spec
 from gptjax.errors import UserError, brief, require
 from gptjax.io import console
 
@@ -94,7 +93,7 @@ def changed(experiment: Experiment, stage: str, choice: Choice) -> Experiment:
         mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
         **{stage: config},
     )
-    return plan.validated(copy, stage)
+    return step_spec.validated(copy, stage)
 
 
 def run(
@@ -113,15 +112,15 @@ def run(
       UserError: as `aot.run`; a topology of CPUs, or a limit below 1.
     """
     require(limit > 0, f"`sweep_limit`={limit}: must be at least 1")
-    experiment = plan.validated(experiment, stage)
-    target = aot.machine(topology)
+    experiment = step_spec.validated(experiment, stage)
+    target = compile.machine(topology)
     require(
         target.chip,
         f"`topology`={topology}: a CPU has no published figures to rank by; `sweep` takes a TPU's",
     )
     # What cannot be a mesh of these devices ends here, in one line.
-    mesh = sharding.make_mesh(experiment.mesh, target.devices)
-    slices = mesh.size // len(sharding.slice_devices(mesh))
+    mesh = mesh_lib.make_mesh(experiment.mesh, target.devices)
+    slices = mesh.size // len(mesh_lib.slice_devices(mesh))
     wanted = list(choices(experiment, stage, mesh.size, slices))
     entries, compiled = _try_all(experiment, target, stage, wanted, limit)
     found = {
@@ -141,7 +140,7 @@ def run(
 
 
 def _try_all(
-    experiment: Experiment, target: aot.Machine, stage: str, wanted: list[Choice], limit: int
+    experiment: Experiment, target: compile.Machine, stage: str, wanted: list[Choice], limit: int
 ) -> tuple[list[dict[str, Any]], int]:
     """Returns the entries of what was tried or need not be; how many compilations."""
     tried: list[tuple[Choice, dict[str, Any]]] = []
@@ -165,7 +164,7 @@ def _too_large(entry: dict[str, Any]) -> bool:
 def _unfit(choice: Choice, reason: str) -> dict[str, Any]:
     entry = {
         "batch_size": choice.batch_size,
-        "mesh": dict(zip(sharding.AXES, choice.mesh, strict=True)),
+        "mesh": dict(zip(mesh_lib.AXES, choice.mesh, strict=True)),
         "remat": choice.remat,
         "fits": False,
         "reason": reason,
@@ -174,10 +173,12 @@ def _unfit(choice: Choice, reason: str) -> dict[str, Any]:
     return entry | dict.fromkeys(names)
 
 
-def _try(experiment: Experiment, target: aot.Machine, stage: str, choice: Choice) -> dict[str, Any]:
+def _try(
+    experiment: Experiment, target: compile.Machine, stage: str, choice: Choice
+) -> dict[str, Any]:
     """The entry of a choice: what it costs, or why it cannot be."""
     try:
-        found = aot.report(changed(experiment, stage, choice), target, stage)
+        found = compile.report(changed(experiment, stage, choice), target, stage)
     except UserError as error:  # heads that a mesh does not divide
         return _unfit(choice, str(error))
     except jax.errors.JaxRuntimeError as error:  # a program that this compiler cannot make

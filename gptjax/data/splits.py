@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any
 
-from gptjax.config import schema as config_lib
+from gptjax.config import schema
 from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskSpec
-from gptjax.data.builtin import tasks as builtin
-from gptjax.data.tables import expressions as columns
-from gptjax.data.tables import text_files as sources
+from gptjax.data.builtin import tasks as builtin_tasks
+from gptjax.data.tables import expressions, holdout, hub, text_files
+from gptjax.data.tables import files as files_lib
 from gptjax.data.tasks import as_text
 from gptjax.errors import UserError, require
 
@@ -32,7 +32,7 @@ class Table:
         """Returns column name (or expression, see `columns.py`) -> values."""
         existing = self.rows.column_names
         return {
-            name: columns.read(self.rows.__getitem__, existing, name, self.where, self.numbers)
+            name: expressions.read(self.rows.__getitem__, existing, name, self.where, self.numbers)
             for name in names
         }
 
@@ -40,21 +40,21 @@ class Table:
 def text_splits(config: PretrainConfig) -> dict[str, Any]:
     """Returns {"train", "validation"} -> `datasets.Dataset` with a column `text`."""
     if config.dataset == BUILTIN:
-        return {name: builtin.builtin_text(name) for name in ("train", "validation")}
+        return {name: builtin_tasks.builtin_text(name) for name in ("train", "validation")}
     if config.dataset:
-        train = sources.load_hub(config.dataset, "train")
-        sources.require_columns(train, [config.text], config.dataset)
+        train = hub.load_hub(config.dataset, "train")
+        files_lib.require_columns(train, [config.text], config.dataset)
         # Documents are separated by a blank line, as those of files are.
         train = train.map(
             lambda row: {"text": as_text(row[config.text]).rstrip("\n") + "\n\n"},
             remove_columns=train.column_names,
         )
     else:
-        train = sources.read_text(config.train_files, config.line_breaks)
+        train = text_files.read_text(config.train_files, config.line_breaks)
     if config.validation_files:
-        validation = sources.read_text(config.validation_files, config.line_breaks)
+        validation = text_files.read_text(config.validation_files, config.line_breaks)
     else:
-        train, validation = sources.holdout_text(train, config.validation_fraction)
+        train, validation = holdout.holdout_text(train, config.validation_fraction)
     return {"train": train, "validation": validation}
 
 
@@ -64,7 +64,7 @@ def task_spec(config: FinetuneConfig) -> TaskSpec:
         kind=config.task,
         text=config.text,
         text_pair=config.text_pair,
-        choices=config_lib.split_names(config.choices),
+        choices=schema.split_names(config.choices),
         label=config.label,
         cut=config.cut,
     )
@@ -72,15 +72,15 @@ def task_spec(config: FinetuneConfig) -> TaskSpec:
 
 def read_labelled(path: str, columns: str, needed: tuple[str, ...]) -> Table:
     """Reads a table file and checks that it has the columns `needed`."""
-    rows = sources.read_table(path, config_lib.split_names(columns))
-    sources.require_columns(rows, list(needed), path)
+    rows = files_lib.read_table(path, schema.split_names(columns))
+    files_lib.require_columns(rows, list(needed), path)
     return Table(rows, path)
 
 
 def _from_hub(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> Table:
-    rows = sources.load_hub(config.dataset, split)
+    rows = hub.load_hub(config.dataset, split)
     where = f"{config.dataset} ({split})"
-    sources.require_columns(rows, list(needed), where)
+    files_lib.require_columns(rows, list(needed), where)
     return Table(rows, where)
 
 
@@ -152,9 +152,11 @@ def _held_out(
     number = "row of the file"
     rows = table.rows.add_column(number, list(range(1, len(table.rows) + 1)))
     existing = table.rows.column_names
-    read = dict.fromkeys(name for each in text_columns for name in columns.sources(each, existing))
+    read = dict.fromkeys(
+        name for each in text_columns for name in expressions.sources(each, existing)
+    )
     try:
-        parts = sources.holdout(rows, list(read), fraction, seed)
+        parts = holdout.holdout(rows, list(read), fraction, seed)
     except UserError as error:
         raise UserError(f"{table.where}: {error}") from error
     return {
@@ -168,6 +170,6 @@ def _builtin(dataset: str, needed: tuple[str, ...]) -> dict[str, Table]:
     tables = {}
     for split in ("train", "validation", "test"):
         where = f"{dataset} ({split})"
-        tables[split] = Table(builtin.builtin_task(name, split), where)
-        sources.require_columns(tables[split].rows, list(needed), where)
+        tables[split] = Table(builtin_tasks.builtin_task(name, split), where)
+        files_lib.require_columns(tables[split].rows, list(needed), where)
     return tables

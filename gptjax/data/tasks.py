@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gptjax.config.schema import TaskSpec
-from gptjax.data.tokens import store as streams
+from gptjax.data.tokens import store
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import UserError, nearest, require
 
@@ -234,7 +234,7 @@ def padded_length(spec: TaskSpec, rows: Rows, tokenizer: Tokenizer, context_leng
     """Returns the tokens of the longest row of a flattened head, at most the context length."""
     longest = 0
     columns = [
-        streams.encode_batch(tokenizer, [as_text(value) for value in rows[name]])
+        store.encode_batch(tokenizer, [as_text(value) for value in rows[name]])
         for name in spec.text_columns
     ]
     for texts in zip(*columns, strict=True):
@@ -267,7 +267,7 @@ def encode(
     Raises:
       UserError: a label that training did not see, or a target that is not a number.
     """
-    ids = functools.partial(streams.encode_batch, tokenizer) if keep else tokenizer.encode_batch
+    ids = functools.partial(store.encode_batch, tokenizer) if keep else tokenizer.encode_batch
     columns = {name: ids([as_text(value) for value in rows[name]]) for name in spec.text_columns}
     builder = _Builder(tokenizer, context_length, halves=spec.cut == "half")
     built: list[tuple[np.ndarray, int, int]] = []

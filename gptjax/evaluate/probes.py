@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.config.schema import FinetuneConfig, ProbeConfig, TaskSpec, split_names
 from gptjax.data import loader, splits, tasks
@@ -33,8 +33,7 @@ from gptjax.errors import require
 from gptjax.evaluate import metrics
 from gptjax.evaluate.score import never
 from gptjax.mesh import Params
-from gptjax.model import gpt as model_lib
-from gptjax.model import losses
+from gptjax.model import gpt, losses
 from gptjax.model.gpt import GPT
 
 # Logits held at a time, in elements (64 MiB of float32).
@@ -197,7 +196,7 @@ def log_probabilities(
     """
     lengths = np.array([len(tokens) for tokens in probe.tokens])
     outputs = []
-    order, divisor, start = np.argsort(lengths, kind="stable"), sharding.batch_divisor(mesh), 0
+    order, divisor, start = np.argsort(lengths, kind="stable"), mesh_lib.batch_divisor(mesh), 0
     while start < len(order):
         if stop():
             return None
@@ -208,7 +207,7 @@ def log_probabilities(
         batch = loader.lm_batch([probe.tokens[i] for i in fits], length, rows)
         for row, i in enumerate(fits):
             batch.lm_weights[row, : probe.first[i] - 1] = 0
-        outputs.append((fits, step(params, sharding.to_devices(batch, mesh))))
+        outputs.append((fits, step(params, mesh_lib.to_devices(batch, mesh))))
         start += len(fits)
     found = np.zeros((2, len(lengths)), np.float32)
     # Fetched at the end: the device never waits for the host.
@@ -284,14 +283,14 @@ def jit_span_step(mesh: Mesh, model: GPT) -> Callable[[Params, Batch], Any]:
     """
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        x_BTD = model_lib.run(
+        x_BTD = gpt.run(
             model, params, batch.tokens, batch.segment_ids, batch.positions, method="hidden"
         )
-        logits_BTV = model_lib.run(model, params, x_BTD, method="lm_logits")
+        logits_BTV = gpt.run(model, params, x_BTD, method="lm_logits")
         targets_BT = losses.lm_targets(batch)
         log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
         log_p_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
         output = ((log_p_BT * batch.lm_weights).sum(axis=1), batch.lm_weights.sum(axis=1))
-        return jax.lax.with_sharding_constraint(output, sharding.replicated(mesh))
+        return jax.lax.with_sharding_constraint(output, mesh_lib.replicated(mesh))
 
     return jax.jit(step)

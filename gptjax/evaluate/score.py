@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.config.schema import TaskSpec
 from gptjax.data import loader
@@ -60,11 +60,11 @@ def language_model(
       stop: asked between batches.
     """
     sums = []
-    local = functools.partial(sharding.local_rows, mesh)
+    local = functools.partial(mesh_lib.local_rows, mesh)
     for batch in loader.text_in_order(stream, window, rows, limit, local):
         if stop():
             return None
-        sums.append(step(params, sharding.to_devices(batch, mesh))[0].lm)
+        sums.append(step(params, mesh_lib.to_devices(batch, mesh))[0].lm)
     loss = _mean(jax.device_get(sums))
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
@@ -92,11 +92,11 @@ def run_task(
     """Runs every example once, packed, and returns the outputs in order; None if stopped."""
     waiting, sums = [], []
     logits: np.ndarray | None = None
-    local = functools.partial(sharding.local_rows, mesh)
+    local = functools.partial(mesh_lib.local_rows, mesh)
     for batch, index in loader.every_example(examples, packer, local):
         if stop():
             return None
-        losses, out = step(params, sharding.to_devices(batch, mesh))
+        losses, out = step(params, mesh_lib.to_devices(batch, mesh))
         waiting.append((index, out))
         sums.append(losses)
         if len(waiting) > 1:  # fetched one batch late, so that the device never waits
@@ -156,6 +156,6 @@ def jit_eval_step(
 
     def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
         output = forward(model, objective, params, batch)
-        return jax.lax.with_sharding_constraint(output, sharding.replicated(mesh))
+        return jax.lax.with_sharding_constraint(output, mesh_lib.replicated(mesh))
 
     return jax.jit(step)

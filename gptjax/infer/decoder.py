@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from gptjax.config.schema import ModelConfig
 from gptjax.model.gpt import GPT, Layers, Params, run
-from gptjax.ops import matmul as products
+from gptjax.ops import matmul
 from gptjax.ops.attention import Cache
 
 Array = jax.Array
@@ -67,7 +67,7 @@ def decode(
 
 def lm_logits(weights: Weights, x_BTD: Array) -> Array:
     """Returns float32 [B, T, V]: logits of the token after each state."""
-    logits_BTV = products.times_transposed(x_BTD, weights.rows_VD, 1)
+    logits_BTV = matmul.times_transposed(x_BTD, weights.rows_VD, 1)
     return logits_BTV if weights.bias_V is None else logits_BTV + weights.bias_V[None, None]
 
 

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import mesh as sharding
+from gptjax import mesh
 from gptjax.errors import require
-from gptjax.infer import decoder as decoding
+from gptjax.infer import decoder as decoder_lib
 from gptjax.infer.decoder import Caches, Decoder, Weights
 from gptjax.model.gpt import GPT
 
@@ -85,7 +85,7 @@ def draw(logits_NV: Array, key: Array, temperature: Array, top_k: Array, top_p: 
 
 
 def _next_logits(weights: Weights, x_N1D: Array, banned_V: Array) -> Array:
-    return jnp.where(banned_V[None], -jnp.inf, decoding.lm_logits(weights, x_N1D)[:, 0])
+    return jnp.where(banned_V[None], -jnp.inf, decoder_lib.lm_logits(weights, x_N1D)[:, 0])
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "entries"))
@@ -100,10 +100,10 @@ def _prefill(
 ) -> tuple[Caches, Array]:
     """Runs the prompt (padded at its end) once; returns cache and logits of `samples` copies."""
     # A CPU reads bfloat16 one by one: it has the same numbers as float32.
-    on_cpu = sharding.platform(model.mesh) == "cpu"
+    on_cpu = mesh.platform(model.mesh) == "cpu"
     dtype = jnp.float32 if on_cpu else model.config.dtype
-    cache = decoding.new_cache(model.config, prompt_NT.shape[0], entries, dtype)
-    x_NTD, cache = decoding.decode(model, weights, prompt_NT, cache, 0)
+    cache = decoder_lib.new_cache(model.config, prompt_NT.shape[0], entries, dtype)
+    x_NTD, cache = decoder_lib.decode(model, weights, prompt_NT, cache, 0)
     # What the padding wrote is overwritten by later tokens before any query can see it.
     x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
     logits_NV = _next_logits(weights, x_N1D, banned_V)
@@ -142,7 +142,7 @@ def _decode(
         out_NS, cache, logits_NV = carry
         token_N = draw(logits_NV, jax.random.fold_in(key, drawn + i), *sampling)
         out_NS = jax.lax.dynamic_update_slice_in_dim(out_NS, token_N[:, None], i, axis=1)
-        x_N1D, cache = decoding.decode(model, weights, token_N[:, None], cache, start + i)
+        x_N1D, cache = decoder_lib.decode(model, weights, token_N[:, None], cache, start + i)
         return out_NS, cache, _next_logits(weights, x_N1D, banned_V)
 
     return jax.lax.fori_loop(0, count, body, (out_NS, cache, logits_NV))[0]

@@ -11,25 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.load import load_params
 from gptjax.config.schema import MeshConfig, ModelConfig, ProbeConfig, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
-from gptjax.data.tables import expressions as columns
+from gptjax.data.tables import expressions
 from gptjax.data.tasks import Examples
-from gptjax.data.tokens import store as streams
+from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics, probes
-from gptjax.evaluate import score as evaluate
+from gptjax.evaluate import score as score_lib
 from gptjax.infer import generate as generate_lib
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
 from gptjax.mesh import Params
-from gptjax.model import gpt as model_lib
+from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
 
@@ -91,7 +91,7 @@ class LoadedGPT:
     def _make(self, attention: str, mesh: Mesh | None = None, longest: int = 0) -> GPT:
         # The attention of the training was for its devices, not for these.
         config = dataclasses.replace(self.config, attention=attention)
-        return model_lib.make_model(config, self.task, mesh, longest)
+        return gpt.make_model(config, self.task, mesh, longest)
 
     def lm_logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
         """Returns float32 [B, T, V]: logits of the token after each token.
@@ -161,8 +161,8 @@ class LoadedGPT:
         assert self.task is not None
         wanted = [*self.task.text_columns, *([self.task.label] if labelled else [])]
         existing = list(rows)
-        columns.require_columns(existing, wanted, where)
-        rows = {name: columns.read(rows.__getitem__, existing, name, where) for name in wanted}
+        expressions.require_columns(existing, wanted, where)
+        rows = {name: expressions.read(rows.__getitem__, existing, name, where) for name in wanted}
         lengths = {len(values) for values in rows.values()}
         require(len(lengths) == 1, f"{where}: columns of different lengths {sorted(lengths)}")
         return tasks.encode(
@@ -184,7 +184,7 @@ class LoadedGPT:
         if not len(examples):
             return Predictions([], None, self.task.labels, 0, 0)
         outputs = self._run(examples, Objective(self.task.kind, lm_weight=0.0))
-        found = evaluate.predictions(self.task, outputs.logits)
+        found = score_lib.predictions(self.task, outputs.logits)
         if self.task.kind == "regression":
             return Predictions(found.tolist(), None, (), examples.cut, examples.empty)
         probabilities = np.asarray(jax.nn.softmax(outputs.logits, axis=-1))
@@ -205,7 +205,7 @@ class LoadedGPT:
         require(len(examples), f"{where}: no rows")
         chosen = metrics.parse(names, self.task.kind)
         outputs = self._run(examples, Objective(self.task.kind))
-        found = evaluate.predictions(self.task, outputs.logits)
+        found = score_lib.predictions(self.task, outputs.logits)
         scores = metrics.compute(chosen, examples.labels, found, len(self.task.labels))
         floor = metrics.floor(chosen, examples.labels, len(self.task.labels))
         losses = {"task_loss": outputs.task_loss, "lm_loss": outputs.lm_loss}
@@ -218,11 +218,11 @@ class LoadedGPT:
           texts: read once, in order.
           window: tokens seen at once; 0: the context length.
         """
-        stream = streams.token_stream(texts, self.tokenizer)
+        stream = store.token_stream(texts, self.tokenizer)
         require(len(stream) > 1, "evaluate: the text has fewer than two tokens")
         step = self._step(Objective())
-        rows = sharding.batch_divisor(self.mesh) * 8
-        scores = evaluate.language_model(
+        rows = mesh_lib.batch_divisor(self.mesh) * 8
+        scores = score_lib.language_model(
             step, self.params, stream, window or self.config.context_length, rows, self.mesh
         )
         assert scores is not None
@@ -240,17 +240,17 @@ class LoadedGPT:
         return found
 
     def _step(self, objective: Objective, longest: int = 0) -> Callable[..., Any]:
-        return evaluate.jit_eval_step(self.mesh, self._batched(longest), objective)
+        return score_lib.jit_eval_step(self.mesh, self._batched(longest), objective)
 
-    def _run(self, examples: Examples, objective: Objective) -> evaluate.Outputs:
-        divisor = sharding.batch_divisor(self.mesh)
+    def _run(self, examples: Examples, objective: Objective) -> score_lib.Outputs:
+        divisor = mesh_lib.batch_divisor(self.mesh)
         # Powers of two: requests of about the same size find their program compiled.
         wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
         means = (self.meta.experiment.get("finetune") or {}).get("lm_mean") == "sequence"
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
         step = self._step(objective, _power(examples.longest))
-        outputs = evaluate.run_task(step, self.params, examples, packer, self.mesh)
+        outputs = score_lib.run_task(step, self.params, examples, packer, self.mesh)
         assert outputs is not None
         return outputs
 
@@ -274,8 +274,8 @@ def _packing(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
 def _lm_logits_of(
     model: GPT, params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    x_BTD = model_lib.run(model, params, tokens, segments, positions, method="hidden")
-    return model_lib.run(model, params, x_BTD, method="lm_logits")
+    x_BTD = gpt.run(model, params, tokens, segments, positions, method="hidden")
+    return gpt.run(model, params, x_BTD, method="lm_logits")
 
 
 _lm_logits = jax.jit(_lm_logits_of, static_argnames=("model",))
@@ -296,7 +296,7 @@ def load(
     Raises:
       UserError: nothing there, or it is damaged.
     """
-    mesh = sharding.make_mesh(mesh_config or MeshConfig())
+    mesh = mesh_lib.make_mesh(mesh_config or MeshConfig())
     found = load_params(os.fspath(path), mesh, argument)
     meta, where = found.meta, found.path
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)

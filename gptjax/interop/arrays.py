@@ -18,7 +18,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gptjax.config import schema as config_lib
+from gptjax.config import schema
 from gptjax.config.schema import ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
@@ -241,7 +241,7 @@ def read_side(files: Sequence[pathlib.Path]) -> Side | None:
     try:
         if values["weights_sha256"] != _digest(files):
             return None
-        model = config_lib.from_dict(ModelConfig, values["model"], str(path))
+        model = schema.from_dict(ModelConfig, values["model"], str(path))
         tokenizer = tokenizer_lib.from_json(values["tokenizer"], str(path))
         task = TaskSpec.from_dict(values["task"]) if values["task"] else None
     except (KeyError, TypeError) as error:

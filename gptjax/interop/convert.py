@@ -14,8 +14,7 @@ from gptjax import state
 from gptjax.checkpoint.load import load_params
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import Checkpoints
-from gptjax.config import schema as config
-from gptjax.config import validation
+from gptjax.config import schema, validation
 from gptjax.config.schema import (
     WORDS,
     Experiment,
@@ -26,13 +25,11 @@ from gptjax.config.schema import (
 )
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, brief, require
-from gptjax.interop import arrays as weights_lib
-from gptjax.interop import huggingface, openai
+from gptjax.interop import arrays, huggingface, openai
 from gptjax.interop.arrays import Weights
-from gptjax.io import files
-from gptjax.io import remote as storage
+from gptjax.io import files, remote
 from gptjax.mesh import make_mesh
-from gptjax.model import gpt as model_lib
+from gptjax.model import gpt
 
 FORMATS = {"openai": openai, "huggingface": huggingface}
 
@@ -41,7 +38,7 @@ FORMATS = {"openai": openai, "huggingface": huggingface}
 def _new_folder(path: str) -> Iterator[pathlib.Path]:
     """A folder to fill, put at `path` when it is whole; one that holds something is refused."""
     require(path, "`output`: give the folder to write")
-    require(not storage.is_remote(path), f"`output`={path}: must be a folder of this machine")
+    require(not remote.is_remote(path), f"`output`={path}: must be a folder of this machine")
     target = pathlib.Path(os.path.abspath(path))
     taken = target.exists() and not (target.is_dir() and not any(target.iterdir()))
     require(not taken, f"`output`={path}: is there already and not empty; choose another folder")
@@ -104,10 +101,10 @@ def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
 
 
 def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
-    model = model_lib.make_model(found.model, found.task)
-    like = jax.eval_shape(lambda key: model_lib.init_params(model, key), jax.random.key(0))
+    model = gpt.make_model(found.model, found.task)
+    like = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
     try:
-        params = state.merge_params(weights_lib.unflatten(found.arrays), like)
+        params = state.merge_params(arrays.unflatten(found.arrays), like)
     except ValueError as error:
         raise UserError(f"`input`={where}: {error}") from error
     stage = "finetune" if found.task else "pretrain"
@@ -117,7 +114,7 @@ def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
     )  # fmt: skip
     meta = Meta(
         stage, found.model, found.tokenizer.to_json(), found.tokenizer.hash, found.task, "loss",
-        config.to_dict(experiment), data_fingerprint="",
+        schema.to_dict(experiment), data_fingerprint="",
     )  # fmt: skip
     checkpoints = Checkpoints(str(workdir), stage)
     try:
@@ -149,7 +146,7 @@ def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
     checkpoint = load_params(input_path, make_mesh(MeshConfig()), "input")
     meta = checkpoint.meta
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path)
-    found = Weights(meta.model, weights_lib.flatten(checkpoint.params), tokenizer, meta.task)
+    found = Weights(meta.model, arrays.flatten(checkpoint.params), tokenizer, meta.task)
     with _new_folder(output_path) as place:
         note = FORMATS[form].write(found, place)
     lines = [f"{checkpoint.path} -> {output_path} ({note})"]

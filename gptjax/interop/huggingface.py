@@ -25,7 +25,7 @@ from gptjax.data.tokens.tokenizer import (
     Tokenizer,
 )
 from gptjax.errors import UserError, require
-from gptjax.interop import arrays as weights_lib
+from gptjax.interop import arrays as arrays_lib
 from gptjax.interop.arrays import BIAS, BLOCK, KERNEL, POSITIONS, TOKENS, Arrays, Weights
 from gptjax.io import files as files_lib
 
@@ -74,31 +74,31 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     files = _files(folder)
     found: Arrays = {}
     for path in files:
-        found |= weights_lib.read_safetensors(path)
+        found |= arrays_lib.read_safetensors(path)
     arrays = {
         _ours(name.removeprefix(_PREFIX)): array
         for name, array in found.items()
         if not _CONSTANTS.search(name)
     }
     _untie(arrays, folder)
-    side = weights_lib.read_side(files)
+    side = arrays_lib.read_side(files)
     if side or not _is_ours(folder):
         # The side files have the head whole; another's read a token that ours will not end in.
         arrays = {
             name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
         }
     if side:
-        stacked = weights_lib.stack_layers(arrays, side.model, str(folder))
+        stacked = arrays_lib.stack_layers(arrays, side.model, str(folder))
         return Weights(side.model, stacked | side.arrays, side.tokenizer, side.task)
     model = _config(values, folder)
     tokenizer = _tokenizer(folder, exact)
     head, task = _head(arrays, values, folder)
     if not _is_ours(folder):
         require(TOKENS in arrays, f"{folder}: missing tokens_embed.weight")
-        arrays[TOKENS] = weights_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
+        arrays[TOKENS] = arrays_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
     model.vocab_size = len(arrays.get(TOKENS, ()))
     return Weights(
-        model, weights_lib.stack_layers(arrays, model, str(folder)) | head, tokenizer, task
+        model, arrays_lib.stack_layers(arrays, model, str(folder)) | head, tokenizer, task
     )
 
 
@@ -202,8 +202,8 @@ def _head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays, Ta
 def write(weights: Weights, folder: pathlib.Path) -> str:
     """Writes a folder for `from_pretrained`; returns the name of the class that reads all of it."""
     model = weights.model
-    weights_lib.require_plain(model)
-    arrays = {_their(name): array for name, array in weights_lib.split_layers(weights).items()}
+    arrays_lib.require_plain(model)
+    arrays = {_their(name): array for name, array in arrays_lib.split_layers(weights).items()}
     extra = {name: weights.arrays[name] for name in (KERNEL, BIAS) if name in weights.arrays}
     kind = weights.task.kind if weights.task else ""
     architecture = "OpenAIGPTLMHeadModel"
@@ -220,7 +220,7 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
     values = _their_config(weights, architecture)
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     _write_tokenizer(weights, folder)
-    weights_lib.write_side(weights, [folder / _FILE], extra)
+    arrays_lib.write_side(weights, [folder / _FILE], extra)
     return architecture
 
 

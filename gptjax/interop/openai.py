@@ -15,7 +15,7 @@ from gptjax.config.schema import ModelConfig
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS
 from gptjax.errors import UserError, require
-from gptjax.interop import arrays as weights_lib
+from gptjax.interop import arrays as arrays_lib
 from gptjax.interop.arrays import BIAS, BLOCK, KERNEL, POSITIONS, TOKENS, Arrays, Weights
 from gptjax.io import files as files_lib
 
@@ -36,17 +36,17 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     """
     files = [folder / f"params_{i}.npy" for i in range(_FILES)]
     named = _named(_arrays(folder, files))
-    side = weights_lib.read_side(files)
+    side = arrays_lib.read_side(files)
     if side:
         extra = dict(side.arrays)
         named[TOKENS] = np.concatenate([named[TOKENS], extra.pop(TOKENS)])
-        arrays = weights_lib.stack_layers(named, side.model, str(folder))
+        arrays = arrays_lib.stack_layers(named, side.model, str(folder))
         return Weights(side.model, arrays | extra, side.tokenizer, side.task)
     pair = str(folder / _VOCABULARY), str(folder / _MERGES)
     tokenizer = tokenizer_lib.load_gpt1(*pair, exact)
     model = _config(named, folder)
-    named[TOKENS] = weights_lib.with_specials(named[TOKENS], tokenizer, str(folder))
-    return Weights(model, weights_lib.stack_layers(named, model, str(folder)), tokenizer)
+    named[TOKENS] = arrays_lib.with_specials(named[TOKENS], tokenizer, str(folder))
+    return Weights(model, arrays_lib.stack_layers(named, model, str(folder)), tokenizer)
 
 
 def _arrays(folder: pathlib.Path, files: list[pathlib.Path]) -> list[np.ndarray]:
@@ -105,11 +105,11 @@ def _config(named: Arrays, folder: pathlib.Path) -> ModelConfig:
 
 def write(weights: Weights, folder: pathlib.Path) -> str:
     """Writes the weights in the layout of the release; returns what went into the side files."""
-    weights_lib.require_plain(weights.model)
+    arrays_lib.require_plain(weights.model)
     pair = tokenizer_lib.pair_texts(weights.tokenizer)
     require(pair, "`format`=openai: a character tokenizer has no vocabulary/merges pair")
     assert pair is not None
-    named = weights_lib.split_layers(weights)
+    named = arrays_lib.split_layers(weights)
     extra = {TOKENS: named[TOKENS][weights.own_rows :]}
     extra |= {name: weights.arrays[name] for name in (KERNEL, BIAS) if name in weights.arrays}
     named[TOKENS] = named[TOKENS][: weights.own_rows]
@@ -122,5 +122,5 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
         np.save(path, piece, allow_pickle=False)
     for name, text in zip((_VOCABULARY, _MERGES), pair, strict=True):
         (folder / name).write_text(text, encoding="utf-8")
-    weights_lib.write_side(weights, files, extra)
+    arrays_lib.write_side(weights, files, extra)
     return "special tokens" + (" and the task head" if KERNEL in extra else "")

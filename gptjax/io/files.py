@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from gptjax.errors import UserError
-from gptjax.io import remote as storage
+from gptjax.io import remote
 from gptjax.io.remote import PathLike
 
 
@@ -25,7 +25,7 @@ def disk_errors(path: PathLike) -> Iterator[None]:
         yield
     except OSError as error:
         refused = isinstance(error, PermissionError) or "orbidden" in str(error)
-        if storage.is_remote(path) and not refused:
+        if remote.is_remote(path) and not refused:
             raise
         raise UserError(
             f"cannot write {os.fspath(path)}: {error.strerror or error}; "
@@ -35,7 +35,7 @@ def disk_errors(path: PathLike) -> Iterator[None]:
 
 def write_atomically(path: PathLike, data: bytes) -> None:
     """Puts `data` at `path`, making its folder, so that no reader ever sees half a file."""
-    if storage.is_remote(path):
+    if remote.is_remote(path):
         with disk_errors(path):
             epath.Path(path).write_bytes(data)
         return

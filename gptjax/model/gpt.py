@@ -17,16 +17,13 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.config.schema import (
     ModelConfig,
     TaskSpec,
 )
 from gptjax.mesh import Params
-from gptjax.ops import activations, attention
-from gptjax.ops import dropout as dropout_lib
-from gptjax.ops import matmul as products
-from gptjax.ops import sharded as parallel
+from gptjax.ops import activations, attention, dropout, matmul, sharded
 from gptjax.ops.attention import Cache
 
 Array = jax.Array
@@ -54,8 +51,8 @@ class Dropout(nn.Module):
         """Returns `x` with elements dropped, or `x` itself where deterministic."""
         if deterministic or self.rate == 0:
             return x
-        words = dropout_lib.key_words(self.make_rng("dropout"))
-        return dropout_lib.dropout(x, words, self.rate)
+        words = dropout.key_words(self.make_rng("dropout"))
+        return dropout.dropout(x, words, self.rate)
 
 
 class Linear(nn.Module):
@@ -75,12 +72,12 @@ class Linear(nn.Module):
         x = x.astype(self.config.dtype)
         if self.has_variable("prepared", "kernel"):  # see `gptjax.infer.decoder`
             transposed: Array = self.get_variable("prepared", "kernel")
-            y = products.times_transposed(x, transposed, len(self.features))
+            y = matmul.times_transposed(x, transposed, len(self.features))
         else:
             shape = x.shape[x.ndim - self.inputs :] + self.features
             kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
             name = "/".join((*self.path, "kernel"))
-            y = parallel.linear(x, kernel, self.inputs, self.mesh, name)
+            y = sharded.linear(x, kernel, self.inputs, self.mesh, name)
         # After the kernel: Flax's keys, and so a seed's initial values, count the parameters.
         bias = self.param("bias", nn.initializers.zeros, self.features)
         return checkpoint_name((y + _like(bias, y)).astype(x.dtype), _PRODUCT)
@@ -148,10 +145,10 @@ class Attention(nn.Module):
         config, mesh = self.config, self.mesh
         rate, words = 0.0 if deterministic else config.attention_dropout, None
         if rate > 0:
-            words = dropout_lib.key_words(self.make_rng("dropout"))
+            words = dropout.key_words(self.make_rng("dropout"))
         kind = attention.choose(
-            config.attention, sharding.platform(mesh), config.dtype, rate, q.shape[1],
-            config.head_width, sharding.compute_capability(mesh),
+            config.attention, mesh_lib.platform(mesh), config.dtype, rate, q.shape[1],
+            config.head_width, mesh_lib.compute_capability(mesh),
         )  # fmt: skip
         far = self.longest or config.context_length
         return attention.causal(q, k, v, *ids, rate, words, kind=kind, mesh=mesh, longest=far)
@@ -224,7 +221,7 @@ class GPT(nn.Module):
             policy = kept if config.remat == "dots" else None
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
         # Written out, forward and backward pass become one program that XLA keeps all values of.
-        whole = sharding.platform(self.mesh) == "cpu" and config.remat == "none"
+        whole = mesh_lib.platform(self.mesh) == "cpu" and config.remat == "none"
         unroll = config.unroll or (config.num_layers if whole else 1)
         self.blocks = nn.scan(
             block,
@@ -251,8 +248,8 @@ class GPT(nn.Module):
     def copies(self, deterministic: bool = True) -> Array:
         """Returns `parallel.copies` of the token embedding, or of the one matrix, dropped."""
         if self.config.one_matrix:
-            return parallel.copies(jnp.concatenate(self._one_matrix(deterministic)), self.mesh)
-        return parallel.copies(self.token_embedding, self.mesh)
+            return sharded.copies(jnp.concatenate(self._one_matrix(deterministic)), self.mesh)
+        return sharded.copies(self.token_embedding, self.mesh)
 
     def _embed(
         self,
@@ -265,10 +262,10 @@ class GPT(nn.Module):
         """Token + position (+ segment), dropout: [B, T, D] in the compute dtype."""
         config, positions_TD = self.config, self.position_embedding
         if copies is not None:
-            x_BTD = parallel.lookup(copies, tokens_BT, self.mesh)
+            x_BTD = sharded.lookup(copies, tokens_BT, self.mesh)
             if config.one_matrix:
                 at_BT = config.vocab_size + positions_BT
-                x_BTD = x_BTD + parallel.lookup(copies, at_BT, self.mesh)
+                x_BTD = x_BTD + sharded.lookup(copies, at_BT, self.mesh)
             else:
                 x_BTD = x_BTD + positions_TD[positions_BT]
         else:
@@ -299,7 +296,7 @@ class GPT(nn.Module):
           deterministic: no dropout; else the rng `dropout` is needed.
           copies: what `copies` returns, where others use it too.
         """
-        if copies is None and sharding.several(self.mesh):
+        if copies is None and mesh_lib.several(self.mesh):
             copies = self.copies(deterministic)
         x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic, copies)
         key_ids_BT = segment_ids_BT
@@ -349,7 +346,7 @@ class GPT(nn.Module):
         """Returns float32 [B, T, V]: the states times the LM head's rows (of tokens), + bias."""
         rows, bias = self.lm_projection()
         rows = rows[: self.config.vocab_size].astype(self.config.dtype)
-        logits_BTV = parallel.logits(x_BTD, rows, self.mesh)
+        logits_BTV = sharded.logits(x_BTD, rows, self.mesh)
         return logits_BTV if bias is None else logits_BTV + _like(bias, logits_BTV)
 
     def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:

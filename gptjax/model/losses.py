@@ -13,10 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
-from gptjax.ops import matmul as products
-from gptjax.ops import sharded as parallel
+from gptjax.ops import matmul, sharded
 
 Array = jax.Array
 
@@ -25,7 +24,7 @@ Array = jax.Array
 _LOGITS = 2**25
 _LOGITS_OF_CPU = 2**24
 
-_ROWS = P(sharding.BATCH_AXES)
+_ROWS = P(mesh_lib.BATCH_AXES)
 
 
 @flax.struct.dataclass
@@ -61,7 +60,7 @@ def _chunk_loss(x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Ar
 
     `size`: rows of the table on all devices along tensor, each of which has a part; 0: it is whole.
     """
-    logits_BTV = products.times_transposed(x_BTD, table_VD, 1)
+    logits_BTV = matmul.times_transposed(x_BTD, table_VD, 1)
     logits_BTV = jax.lax.optimization_barrier(logits_BTV)
     ids_V = jnp.arange(table_VD.shape[0], dtype=jnp.int32)
     if size:
@@ -114,7 +113,7 @@ def _total_and_gradients(x_BTD, embedding_VD, targets_BT, weights_BT, chunks: in
         d_logits = jax.lax.optimization_barrier(d_logits)
         d_x = jnp.einsum("BTV,VD->BTD", d_logits, table_VD, preferred_element_type=jnp.float32)
         # [D, V], not [V, D]: of the two factors the smaller one is transposed.
-        d_table_DV += products.weight_gradient(x, d_logits, 1)
+        d_table_DV += matmul.weight_gradient(x, d_logits, 1)
         return (total + loss, d_table_DV), d_x.astype(dtype)
 
     pieces = tuple(_chunked(a, chunks) for a in (x_BTD, targets_BT, weights_BT))
@@ -180,10 +179,10 @@ def lm_cross_entropy_on(
 
     def local(x, table, targets, weights):
         total = _total(x, table[0], targets, weights, chunks, _size(mesh, vocabulary))
-        return parallel.sum_and_cut(total, P(), mesh)
+        return sharded.sum_and_cut(total, P(), mesh)
 
-    inputs = (_ROWS, parallel.COPIES, _ROWS, _ROWS)
-    return parallel.mapped(local, mesh, inputs, P())(x_BTD, table_NVD, targets_BT, weights_BT)
+    inputs = (_ROWS, sharded.COPIES, _ROWS, _ROWS)
+    return sharded.mapped(local, mesh, inputs, P())(x_BTD, table_NVD, targets_BT, weights_BT)
 
 
 def _size(mesh: Mesh, vocabulary: int) -> int:
@@ -196,11 +195,11 @@ def _lm_forward_on(x_BTD, table_NVD, targets_BT, weights_BT, chunks, mesh, vocab
         total, d_x, d_table_DV = _total_and_gradients(x, table[0], targets, weights, chunks, size)
         if size:
             d_x = jax.lax.psum(d_x, "tensor")
-        return parallel.sum_and_cut(total, P(), mesh), (d_x, d_table_DV[None])
+        return sharded.sum_and_cut(total, P(), mesh), (d_x, d_table_DV[None])
 
-    inputs = (_ROWS, parallel.COPIES, _ROWS, _ROWS)
-    outputs = (P(), (_ROWS, P(sharding.BATCH_AXES, None, "tensor")))
-    return parallel.mapped(local, mesh, inputs, outputs)(x_BTD, table_NVD, targets_BT, weights_BT)
+    inputs = (_ROWS, sharded.COPIES, _ROWS, _ROWS)
+    outputs = (P(), (_ROWS, P(mesh_lib.BATCH_AXES, None, "tensor")))
+    return sharded.mapped(local, mesh, inputs, outputs)(x_BTD, table_NVD, targets_BT, weights_BT)
 
 
 def _lm_backward_on(chunks, mesh, vocabulary, residuals, g):
@@ -233,16 +232,16 @@ def lm_loss(
     """
     rows, length = batch.tokens.shape
     vocabulary, targets_BT = embedding_VD.shape[0], lm_targets(batch)
-    limit = _LOGITS_OF_CPU if sharding.platform(mesh) == "cpu" else _LOGITS
-    if not sharding.several(mesh):
+    limit = _LOGITS_OF_CPU if mesh_lib.platform(mesh) == "cpu" else _LOGITS
+    if not mesh_lib.several(mesh):
         x_BTD, embedding_VD = _with_bias(x_BTD, embedding_VD, bias_V)
         chunks = lm_chunks(rows, length, vocabulary, limit)
         total = lm_cross_entropy(x_BTD, embedding_VD, targets_BT, batch.lm_weights, chunks)
         return Sum(total, batch.lm_weights.sum())
     if copies_NVD is None:
-        copies_NVD = parallel.copies(embedding_VD, mesh)
+        copies_NVD = sharded.copies(embedding_VD, mesh)
     x_BTD, copies_NVD = _with_bias(x_BTD, copies_NVD, bias_V)
-    rows = math.ceil(rows / sharding.batch_divisor(mesh))
+    rows = math.ceil(rows / mesh_lib.batch_divisor(mesh))
     chunks = lm_chunks(rows, length, copies_NVD.shape[1] // mesh.shape["tensor"], limit)
     total = lm_cross_entropy_on(
         x_BTD, copies_NVD, targets_BT, batch.lm_weights, chunks, mesh, vocabulary

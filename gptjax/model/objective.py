@@ -7,7 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gptjax import mesh as sharding
+from gptjax import mesh
 from gptjax.batch import Batch
 from gptjax.mesh import Params
 from gptjax.model import losses
@@ -66,7 +66,7 @@ def forward(
 ) -> tuple[Losses, jax.Array | None]:
     """Returns the loss sums of a batch and the task logits; dropout only with a key."""
     deterministic, copies = key is None, None
-    if model.config.tied and sharding.several(model.mesh):
+    if model.config.tied and mesh.several(model.mesh):
         # For both uses, so that its gradient is added up over the devices once.
         copies = run(model, params, deterministic, method="copies", key=key)
     x_BTD = run(

@@ -25,9 +25,9 @@ from jax import lax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.mesh import BATCH_AXES
-from gptjax.ops import matmul as products
+from gptjax.ops import matmul
 
 Array = jax.Array
 
@@ -74,9 +74,9 @@ def linear(x: Array, kernel: Array, inputs: int, mesh: Mesh | None, name: str) -
       mesh: where data * fsdp must divide B; None: one device.
       name: path of the kernel's array.
     """
-    if not sharding.several(mesh):
-        return products.linear(x, kernel, inputs)
-    return _linear(x, kernel, inputs, mesh, sharding.parameter_spec(name, kernel.shape, mesh))
+    if not mesh_lib.several(mesh):
+        return matmul.linear(x, kernel, inputs)
+    return _linear(x, kernel, inputs, mesh, mesh_lib.parameter_spec(name, kernel.shape, mesh))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -93,7 +93,7 @@ def _layouts(x: Array, inputs: int, spec: P) -> tuple[P, P]:
 
 def _linear_forward(x: Array, kernel: Array, inputs: int, mesh: Mesh, spec: P):
     def local(x: Array, kernel: Array) -> Array:
-        y = products.linear(x, gather(kernel.astype(x.dtype), spec), inputs)
+        y = matmul.linear(x, gather(kernel.astype(x.dtype), spec), inputs)
         if "tensor" in spec[:inputs]:
             y = lax.psum(y.astype(x.dtype), "tensor").astype(y.dtype)
         return y
@@ -107,10 +107,10 @@ def _linear_backward(inputs: int, mesh: Mesh, spec: P, residuals: tuple[Array, A
 
     def local(x: Array, kernel: Array, g: Array) -> tuple[Array, Array]:
         whole = gather(kernel.astype(x.dtype), spec)
-        d_x = products.times_transposed(g, whole, inputs).astype(x.dtype)
+        d_x = matmul.times_transposed(g, whole, inputs).astype(x.dtype)
         if "tensor" in spec[inputs:]:
             d_x = lax.psum(d_x, "tensor")
-        return d_x, sum_and_cut(products.weight_gradient(x, g, inputs), spec, mesh)
+        return d_x, sum_and_cut(matmul.weight_gradient(x, g, inputs), spec, mesh)
 
     x_spec, y_spec = _layouts(x, inputs, spec)
     return mapped(local, mesh, (x_spec, spec, y_spec), (x_spec, spec))(x, kernel, g.astype(x.dtype))
@@ -150,12 +150,12 @@ def _copies(table_VD: Array, mesh: Mesh, size: int) -> Array:
 
 
 def _table_spec(table: Array, mesh: Mesh) -> P:
-    return sharding.parameter_spec("token_embedding", table.shape, mesh)
+    return mesh_lib.parameter_spec("token_embedding", table.shape, mesh)
 
 
 def _copies_backward(mesh: Mesh, size: int, residuals: None, g_NVD: Array) -> tuple[Array]:
     del residuals
-    spec = sharding.parameter_spec("token_embedding", (size, g_NVD.shape[-1]), mesh)
+    spec = mesh_lib.parameter_spec("token_embedding", (size, g_NVD.shape[-1]), mesh)
 
     def local(g: Array) -> Array:
         g = sum_and_cut(g[0], spec, mesh)
@@ -219,11 +219,11 @@ def logits(x_BTD: Array, rows_VD: Array, mesh: Mesh | None) -> Array:
       rows_VD: of that dtype, in the layout of the token embedding.
       mesh: where data * fsdp must divide B; None: one device.
     """
-    if not sharding.several(mesh):
-        return products.times_transposed(x_BTD, rows_VD, 1)
+    if not mesh_lib.several(mesh):
+        return matmul.times_transposed(x_BTD, rows_VD, 1)
 
     def local(x: Array, table: Array) -> Array:
-        return products.times_transposed(x, table[0], 1)
+        return matmul.times_transposed(x, table[0], 1)
 
     inputs, output = (P(BATCH_AXES), COPIES), P(BATCH_AXES, None, "tensor")
     logits_BTV = mapped(local, mesh, inputs, output)(x_BTD, copies(rows_VD, mesh))

@@ -12,7 +12,7 @@ import numpy as np
 
 from gptjax.config.schema import STAGES
 from gptjax.evaluate.metrics import FITTING, NAMES, PERCENT
-from gptjax.io import remote as storage
+from gptjax.io import remote
 from gptjax.io.files import json_ready, write_atomically
 from gptjax.train.log import PathLike, read
 
@@ -124,7 +124,7 @@ def results_table(
     facts = [text.format(pretrain[k]) for k, text in _PRETRAIN_FACTS.items() if k in pretrain]
     files = []
     with contextlib.suppress(OSError):
-        files = storage.listing(workdir)
+        files = remote.listing(workdir)
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="  ").wrap
     blocks = [
         _score_table(summary, floors),

@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from gptjax.io import remote as storage
+from gptjax.io import remote as remote_lib
 from gptjax.io.files import disk_errors, json_ready, write_atomically
 from gptjax.io.remote import PathLike
 
@@ -47,8 +47,8 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
     """
     from tensorboardX import RecordWriter, record_writer
 
-    if storage.is_remote(folder):
-        record_writer.register_writer_factory("gs", storage.RemoteFiles)
+    if remote_lib.is_remote(folder):
+        record_writer.register_writer_factory("gs", remote_lib.RemoteFiles)
     else:
         os.makedirs(folder, exist_ok=True)
     # TensorBoard reads the files of a folder in the order of their names.
@@ -89,9 +89,9 @@ class MetricsLog:
             kept = b"".join(line for line, record in _lines(self._path) if keep(record))
         write_atomically(self._path, kept)
         with disk_errors(self._path):
-            remote = storage.is_remote(self._path)
+            remote = remote_lib.is_remote(self._path)
             self._file: Any = (
-                storage.RemoteFile(self._path, kept) if remote else open(self._path, "ab")  # noqa: SIM115
+                remote_lib.RemoteFile(self._path, kept) if remote else open(self._path, "ab")  # noqa: SIM115
             )
 
     def write(
@@ -107,7 +107,7 @@ class MetricsLog:
         due = time.monotonic() > self._next_flush
         with disk_errors(self._path):
             self._file.write(json.dumps(json_ready(record)).encode() + b"\n")
-            if due or not storage.is_remote(self._path):
+            if due or not remote_lib.is_remote(self._path):
                 self._file.flush()
         tagged = [(f"{stage}/{split}/{name}", v) for name, v in floats.items() if math.isfinite(v)]
         scalars = [{"tag": tag, "simple_value": value} for tag, value in tagged]

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.checkpoint.memory import Keeper
 from gptjax.checkpoint.meta import Meta
 from gptjax.config.schema import Experiment, ModelConfig, OptimizerConfig
@@ -20,10 +20,10 @@ from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
 from gptjax.state import TrainState
 from gptjax.train import ledger
-from gptjax.train import log as telemetry
-from gptjax.train import optimizer as optim
+from gptjax.train import log as log_lib
+from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import progress as progress_lib
-from gptjax.train import step as steps
+from gptjax.train import step as step_lib
 from gptjax.train.stages import Scores, Stage
 from gptjax.train.step import StepOutput
 
@@ -42,7 +42,7 @@ class Run:
     mesh: Mesh
     tokenizer: Tokenizer
     model: ModelConfig
-    log: telemetry.MetricsLog
+    log: log_lib.MetricsLog
     stop: Callable[[], bool]
     is_main: bool
     trial: bool = False
@@ -59,11 +59,11 @@ def _train_step(
     mesh: Mesh, model: GPT, objective: Objective, optimizer: OptimizerConfig, total_steps: int
 ) -> Callable[..., Any]:
     """One program for the runs that differ in seed or data only."""
-    return steps.jit_train_step(
+    return step_lib.jit_train_step(
         mesh,
         model=model,
         objective=objective,
-        optimizer=optim.build(optimizer, total_steps),
+        optimizer=optimizer_lib.build(optimizer, total_steps),
         micro=optimizer.accumulation,
     )
 
@@ -76,7 +76,7 @@ class Trainer:
             context, stage, checkpoints, meta
         )  # fmt: skip
         self._every = max(1, stage.total_steps // _RECORDS)
-        self._rate = optim.schedule(stage.optimizer, stage.total_steps)
+        self._rate = optimizer_lib.schedule(stage.optimizer, stage.total_steps)
         self._step = _train_step(
             context.mesh, stage.model, stage.objective, stage.optimizer, stage.total_steps
         )
@@ -102,7 +102,7 @@ class Trainer:
                     self._stop_if_asked(train_state, step - 1)
                 tokens = int((batch.segment_ids > 0).sum())
                 train_state, output = self._step(
-                    train_state, sharding.to_devices(batch, context.mesh), self._seed
+                    train_state, mesh_lib.to_devices(batch, context.mesh), self._seed
                 )
                 # Read one step late: by then the device has it, and works on the next.
                 self._read(pending)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.checkpoint import load
 from gptjax.checkpoint.memory import BestInMemory, Keeper
@@ -16,8 +16,7 @@ from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import Checkpoints
 from gptjax.cluster.processes import agree, agreed, from_main, require_shared
 from gptjax.cluster.stop import StopRequest
-from gptjax.config import schema as config_lib
-from gptjax.config import validation
+from gptjax.config import schema, validation
 from gptjax.config.schema import FROM_SCRATCH, INHERITED_SIZES, Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
@@ -27,11 +26,10 @@ from gptjax.evaluate import probes
 from gptjax.io import files
 from gptjax.io.remote import check_address, exists, is_folder
 from gptjax.mesh import Params
-from gptjax.model import flops
-from gptjax.model import gpt as model_lib
+from gptjax.model import flops, gpt
 from gptjax.state import TrainState
-from gptjax.train import log as telemetry
-from gptjax.train import optimizer as optim
+from gptjax.train import log as log_lib
+from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import stages as stages_lib
 from gptjax.train.loop import Run, Trainer
 from gptjax.train.stages import Scores, Stage
@@ -59,9 +57,9 @@ def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> di
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
     )
     # Before the devices: those of a process that has another mesh would differ too.
-    agree({"config": config_lib.to_dict(experiment)})
+    agree({"config": schema.to_dict(experiment)})
     with StopRequest() as stop:
-        mesh = sharding.make_mesh(experiment.mesh)
+        mesh = mesh_lib.make_mesh(experiment.mesh)
         summary, _ = train(experiment, workdir, mesh, agreed(stop), given)
     return summary
 
@@ -86,7 +84,7 @@ def train(
     facts = {each.name: {"data": each.fingerprint, "steps": each.total_steps} for each in stages}
     devices = jax.local_device_count()
     agree({"tokenizer": tokenizer.hash, "devices": devices, **facts})
-    with telemetry.MetricsLog(workdir, enabled=is_main) as log:
+    with log_lib.MetricsLog(workdir, enabled=is_main) as log:
         context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main, trial)
         _write_start(context)
         return _train_stages(context, stages), stages
@@ -111,8 +109,8 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     if not (exists(path) and exists(os.path.join(workdir, product))):
         return
     # Through the configuration: a file of an older version lacks newer fields.
-    old = config_lib.from_dict(Experiment, files.read_json(path), path)
-    found = config_lib.differences(config_lib.to_dict(old), config_lib.to_dict(experiment))
+    old = schema.from_dict(Experiment, files.read_json(path), path)
+    found = schema.differences(schema.to_dict(old), schema.to_dict(experiment))
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     require(
         not found,
@@ -222,7 +220,7 @@ def _write_start(context: Run) -> None:
     """Writes what describes the run."""
     if context.is_main:
         path = os.path.join(context.workdir, "config.json")
-        files.write_json(path, config_lib.to_dict(context.experiment))
+        files.write_json(path, schema.to_dict(context.experiment))
         path = os.path.join(context.workdir, "tokenizer.json")
         files.write_atomically(path, context.tokenizer.to_json().encode())
     if not context.trial:
@@ -234,7 +232,7 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     old = from_main("summary.json", lambda: files.read_json(path) if exists(path) else {})
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
-    context.say(sharding.describe_machine())
+    context.say(mesh_lib.describe_machine())
     for stage in stages:
         for note in stage.notes:
             context.say(note)
@@ -259,8 +257,8 @@ def _starting_point(context: Run, pretrained: Params | None) -> Callable[[], Par
 
 
 def _initial_state(context: Run, stage: Stage) -> Callable[[jax.Array], TrainState]:
-    optimizer = optim.build(stage.optimizer, stage.total_steps)
-    return lambda key: state.create(model_lib.init_params(stage.model, key), optimizer)
+    optimizer = optimizer_lib.build(stage.optimizer, stage.total_steps)
+    return lambda key: state.create(gpt.init_params(stage.model, key), optimizer)
 
 
 def _train_stage(
@@ -327,7 +325,7 @@ def _meta(context: Run, stage: Stage) -> Meta:
         tokenizer_hash=context.tokenizer.hash,
         task=stage.spec,
         metric=stage.metric,
-        experiment=config_lib.to_dict(context.experiment),
+        experiment=schema.to_dict(context.experiment),
         data_fingerprint=stage.fingerprint,
     )
 

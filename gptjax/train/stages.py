@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.config.schema import (
     FinetuneConfig,
@@ -21,13 +21,13 @@ from gptjax.config.schema import (
 )
 from gptjax.data import loader, splits, tasks
 from gptjax.data.packing import Packer
-from gptjax.data.tables import text_files as sources
+from gptjax.data.tables import files
 from gptjax.data.tasks import Examples
-from gptjax.data.tokens import store as streams
+from gptjax.data.tokens import store
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics, probes
-from gptjax.evaluate import score as evaluate
+from gptjax.evaluate import score as score_lib
 from gptjax.mesh import Params
 from gptjax.model.gpt import GPT, make_model
 from gptjax.model.objective import Objective
@@ -96,7 +96,7 @@ class Texts:
     @property
     def content(self) -> str:
         """Names the contents."""
-        return sources.fingerprint(self.table)
+        return files.fingerprint(self.table)
 
     def __iter__(self) -> Iterator[str]:
         """Yields the texts in order."""
@@ -124,10 +124,10 @@ def _text_scorer(
     asked: Sequence[probes.Probe],
 ) -> Callable[[Params, Callable[[], bool]], Scores | None]:
     """Returns what scores the LM on the validation text, and on the probes."""
-    step = evaluate.jit_eval_step(mesh, model, Objective())
+    step = score_lib.jit_eval_step(mesh, model, Objective())
 
     def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
-        scores = evaluate.language_model(
+        scores = score_lib.language_model(
             step, params, stream, window, config.batch_size, mesh, config.eval_batches, stop
         )
         if scores is None or not asked:
@@ -153,7 +153,7 @@ def pretrain_shape(
         window <= model_config.context_length,
         f"`pretrain.window`={window}: the model has a context of {model_config.context_length}",
     )
-    divisor = sharding.batch_divisor(mesh) * config.optimizer.accumulation
+    divisor = mesh_lib.batch_divisor(mesh) * config.optimizer.accumulation
     require(
         config.batch_size % divisor == 0,
         f"`pretrain.batch_size`={config.batch_size}: must be a multiple of {divisor} "
@@ -177,19 +177,19 @@ def pretrain(
     """
     texts = {name: Texts(table) for name, table in data.items()}
     stream = {
-        name: streams.token_stream(each, tokenizer, each.content) for name, each in texts.items()
+        name: store.token_stream(each, tokenizer, each.content) for name, each in texts.items()
     }
     _, window = pretrain_shape(config, model_config, mesh)
     require(
         len(stream["validation"]) > 1,
         "`pretrain`: the validation text is empty; give validation_files or more text",
     )
-    local = functools.partial(sharding.local_rows, mesh)
+    local = functools.partial(mesh_lib.local_rows, mesh)
     batches = loader.TextBatches(stream["train"], window, config.batch_size, seed, local)
     total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
     model, objective = make_model(model_config, None, mesh), Objective()
     validate = _text_scorer(config, model, stream["validation"], window, mesh, asked)
-    unknown = streams.count(stream["train"], tokenizer.unknown_id) / len(stream["train"])
+    unknown = store.count(stream["train"], tokenizer.unknown_id) / len(stream["train"])
     epochs = total * config.batch_size / batches.windows
     notes = (
         f"pretrain: {len(stream['train']):,} training tokens ({unknown:.2%} unknown), "
@@ -293,7 +293,7 @@ def finetune(
     examples = _encode(data, spec, tokenizer, model_config.context_length)
     train = examples["train"]
     floors = _floors(names, examples, spec)
-    devices, means = sharding.batch_divisor(mesh), config.lm_mean == "sequence"
+    devices, means = mesh_lib.batch_divisor(mesh), config.lm_mean == "sequence"
     divisor = devices * config.optimizer.accumulation
     packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, means)
     epoch = _epoch_steps(config, len(train))
@@ -301,20 +301,20 @@ def finetune(
     longest = max(each.longest for each in examples.values())
     model = make_model(model_config, spec, mesh, longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
-    eval_step = evaluate.jit_eval_step(mesh, model, objective)
+    eval_step = score_lib.jit_eval_step(mesh, model, objective)
 
     def score(name: str) -> Callable[[Params, Callable[[], bool]], Scores | None]:
         lengths = examples[name].lengths
         split_packer = Packer(lengths, config.batch_size, packer.row_length, devices, means)
 
         def run(params: Params, stop: Callable[[], bool]) -> Scores | None:
-            return evaluate.task(
+            return score_lib.task(
                 spec, names, eval_step, params, examples[name], split_packer, mesh, objective, stop
             )
 
         return run
 
-    local = functools.partial(sharding.local_rows, mesh)
+    local = functools.partial(mesh_lib.local_rows, mesh)
     batches = loader.TaskBatches(train, packer, config.batch_size, seed, config.drop_last, local)
     every = max(1, round(epoch / config.evals_per_epoch))
     notes = [_note(name, each, data[name].ignored, model_config) for name, each in examples.items()]

@@ -8,7 +8,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from gptjax import mesh as sharding
+from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Losses, Objective, gradients
@@ -59,10 +59,10 @@ def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch, An
 
     def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, StepOutput]:
         new_state, output = train_step(state, batch, seed=seed, **kwargs)
-        places = sharding.state_sharding(new_state, mesh)
+        places = mesh_lib.state_sharding(new_state, mesh)
         return (
             jax.lax.with_sharding_constraint(new_state, places),
-            jax.lax.with_sharding_constraint(output, sharding.replicated(mesh)),
+            jax.lax.with_sharding_constraint(output, mesh_lib.replicated(mesh)),
         )
 
     return jax.jit(step, donate_argnums=0)

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.cost import hardware as chips
-from gptjax.cost.hlo import flops as hlo_cost
+from gptjax.cost import hardware
+from gptjax.cost.hlo import flops
 from gptjax.cost.hlo.parse import Computation, Instruction, Module
 
 DCN = "dcn-"
@@ -65,7 +65,7 @@ def _kind(each: Instruction) -> str:
     if name == "send":
         transfer = _attribute(each, "_xla_megascale_transfer_type")
         return DCN + _TRANSFER.get(transfer, transfer.lower()) if transfer else ""
-    return name if name in hlo_cost.COLLECTIVES else ""
+    return name if name in flops.COLLECTIVES else ""
 
 
 def _attribute(each: Instruction, name: str) -> str:
@@ -225,7 +225,7 @@ def slices(target: str) -> int:
     return 2 if not first or "->" in target else first[1].count(",") + 1
 
 
-def seconds(each: Collective, devices: Sequence[Any], chip: chips.Chip) -> float:
+def seconds(each: Collective, devices: Sequence[Any], chip: hardware.Chip) -> float:
     """Returns the least time of one run of a collective, by `gptjax.cost.hardware`.
 
     Args:
@@ -235,15 +235,15 @@ def seconds(each: Collective, devices: Sequence[Any], chip: chips.Chip) -> float
     """
     if each.kind.startswith(DCN):
         count = slices(_attribute(each.instruction, _MEMBERS))
-        return chips.network_seconds(each.kind.removeprefix(DCN), each.bytes, count, chip)
+        return hardware.network_seconds(each.kind.removeprefix(DCN), each.bytes, count, chip)
     members = group(each.instruction.attributes) or range(len(devices))
     places = [tuple(devices[i].coords) for i in members]
     sides = tuple(max(d.coords[axis] for d in devices) + 1 for axis in range(len(places[0])))
-    return chips.collective_seconds(each.kind, each.bytes, places, sides, chip)
+    return hardware.collective_seconds(each.kind, each.bytes, places, sides, chip)
 
 
 def exposed_seconds(
-    module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: chips.Chip
+    module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: hardware.Chip
 ) -> tuple[float, float]:
     """Returns the time of all collectives of a step, and the part that no computation hides.
 
@@ -259,8 +259,8 @@ def exposed_seconds(
         places = {place for each in here for place in each.window}
         order = list(module.computations[name].values())
         hidden = sum(
-            chips.roofline(
-                chip, *hlo_cost.work(module, order[place], module.computations[name])
+            hardware.roofline(
+                chip, *flops.work(module, order[place], module.computations[name])
             ).step_seconds
             for place in places
             if _computes(order[place])
@@ -271,7 +271,7 @@ def exposed_seconds(
 
 
 def listed(
-    module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: chips.Chip | None
+    module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: hardware.Chip | None
 ) -> list[dict[str, Any]]:
     """Returns one entry for all that is alike, the most bytes first, for the report."""
     entries: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -11,7 +11,7 @@ import os
 import re
 from typing import Any
 
-from gptjax.cost.hlo import parse as hlo
+from gptjax.cost.hlo import parse
 
 _ASSIGNMENT, _RANGES = "-buffer-assignment.txt", "-live-range.txt"
 _ALLOCATION = re.compile(r"^allocation (\d+): size (\d+),(.*)$")
@@ -59,7 +59,7 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
             return None
         with open(path, encoding="utf-8", errors="replace") as file:
             texts.append(file.read())
-    module = hlo.parse(texts[0])
+    module = parse.parse(texts[0])
     held, values = _read(texts[1], texts[2])
     now = _peak(values)
     instructions = {
@@ -135,7 +135,10 @@ def _peak(values: list[_Value]) -> int:
 
 
 def _entry(
-    module: hlo.Module, instructions: dict[str, hlo.Instruction], here: list[_Value], argument: bool
+    module: parse.Module,
+    instructions: dict[str, parse.Instruction],
+    here: list[_Value],
+    argument: bool,
 ) -> dict[str, Any]:
     known = [v for v in here if v.name in instructions]
     if argument:

@@ -15,7 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptjax.data.tables import expressions as columns
+from gptjax.data.tables import expressions
 from gptjax.errors import UserError, nearest, require
 
 if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
@@ -77,7 +77,7 @@ def require_columns(dataset: Dataset, names: Iterable[str], path: str) -> None:
     Raises:
       UserError: names the missing column, the nearest existing one and all existing ones.
     """
-    columns.require_columns(dataset.column_names, names, path)
+    expressions.require_columns(dataset.column_names, names, path)
 
 
 def text_column(dataset: Dataset, name: str) -> list[str]:

@@ -1,16 +1,9 @@
-"""Everything text and labelled rows come from: files, globs of text, the Hugging Face hub.
-
-All functions return a `datasets.Dataset`. Files of rows are read in `tables.py`; here are running
-text, the hub, and what holds a part out for validation.
-"""
+"""Running text from files, as a `datasets.Dataset` with one column."""
 
 from __future__ import annotations
 
-import bisect
 import glob
-import hashlib
 import itertools
-import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
@@ -19,33 +12,17 @@ from gptjax.config.schema import LINE_BREAKS
 from gptjax.data import cache
 from gptjax.data.tables.files import (
     bad_byte,
-    fingerprint,
-    import_datasets,
-    one_line,
     read_table,
     require_columns,
     require_file,
-    text_column,
     to_dataset,
 )
-from gptjax.errors import UserError, nearest, require
+from gptjax.errors import UserError, require
 
 if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
     import pyarrow as pa
     from datasets import Dataset
 
-__all__ = [
-    "fingerprint",
-    "holdout",
-    "holdout_text",
-    "is_wrapped",
-    "load_hub",
-    "pieces",
-    "read_table",
-    "read_text",
-    "require_columns",
-    "text_column",
-]
 
 PIECE_CHARACTERS = 1 << 16
 _VERSION = 1  # raise it when `read_text` makes other rows of equal files
@@ -226,109 +203,3 @@ def pieces(lines: Iterable[str]) -> Iterator[str]:
         size += len(line) - start
     if size:
         yield "".join(held)
-
-
-def load_hub(spec: str, split: str) -> Dataset:
-    """Loads one split of a data set from the Hugging Face hub, or of a local folder of data files.
-
-    Args:
-      spec: "owner/name", "owner/name:config" or a folder.
-      split: such as "train"; slices such as "train[:1000]" work too.
-
-    Raises:
-      UserError: not found, offline, an unknown split (names those that exist), or a data set that
-        needs its own code to load (never run here).
-    """
-    datasets = import_datasets()
-    name, _, config = spec.partition(":")
-    try:
-        return datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # whatever a remote data set or the network does wrong
-        try:
-            offline = isinstance(error, ConnectionError)
-            splits = [] if offline else datasets.get_dataset_split_names(name, config or None)
-        except Exception:
-            splits = []
-        if splits and split.partition("[")[0] not in splits:
-            message = f"no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}"
-        else:
-            message = f"cannot load split {split!r} ({type(error).__name__}: {one_line(error)})"
-            message += "; check the name and the network, or give files instead"
-        raise UserError(f"data set {spec}: {message}") from error
-
-
-def holdout(
-    dataset: Dataset, columns: Sequence[str], fraction: float, seed: int
-) -> tuple[Dataset, Dataset]:
-    """Splits rows into (train, validation) without a leak, the same way on every machine.
-
-    Rows whose text in `columns` is equal up to case and white space stay together. Whole groups, in
-    the order of a hash of seed and text, go to validation until it has ceil(fraction * rows) rows.
-    The order of rows is kept on both sides.
-
-    Raises:
-      UserError: `fraction` is not between 0 and 1, or a side would be empty.
-    """
-    require(0 < fraction < 1, f"validation fraction {fraction}: write a number between 0 and 1")
-    cells = [text_column(dataset, name) for name in columns]
-    groups: dict[bytes, list[int]] = {}
-    for index in range(len(dataset)):
-        text = "\x1f".join(" ".join(column[index].casefold().split()) for column in cells)
-        data = f"{seed}\x1e{text}".encode(errors="surrogatepass")
-        groups.setdefault(hashlib.blake2b(data, digest_size=16).digest(), []).append(index)
-    wanted = math.ceil(fraction * len(dataset))
-    taken: set[int] = set()
-    for key in sorted(groups):
-        if len(taken) >= wanted:
-            break
-        taken.update(groups[key])
-    require(
-        0 < len(taken) < len(dataset),
-        f"cannot hold out {fraction:g} of {len(dataset)} rows with {len(groups)} different texts; "
-        "give a validation file",
-    )
-    train = [index for index in range(len(dataset)) if index not in taken]
-    return (
-        dataset.select(train, keep_in_memory=True),
-        dataset.select(sorted(taken), keep_in_memory=True),
-    )
-
-
-def holdout_text(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset]:
-    """Splits a corpus (column `text`) into (train, validation): the last `fraction` of characters.
-
-    The cut is at int((1 - fraction) * characters), moved back to the last line break before it if
-    there is one within 1% of the corpus.
-
-    Raises:
-      UserError: `fraction` is not between 0 and 1, or a side would be empty.
-    """
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    require(0 < fraction < 1, f"validation fraction {fraction}: write a number between 0 and 1")
-    column = dataset.select_columns("text").with_format("arrow")[:].column("text")
-    starts = [0, *itertools.accumulate(pc.utf8_length(column).to_pylist())]
-    cut = _line_start(column, starts, int((1 - fraction) * starts[-1]), starts[-1] // 100)
-    require(
-        0 < cut < starts[-1],
-        f"cannot hold out {fraction:g} of {starts[-1]} characters; give validation files",
-    )
-    row = bisect.bisect_right(starts, cut) - 1
-    text = column[row].as_py()
-    parts = [text[: cut - starts[row]]] if cut > starts[row] else []
-    head = [*column.slice(0, row).chunks, pa.array(parts, column.type)]
-    tail = [pa.array([text[cut - starts[row] :]], column.type), *column.slice(row + 1).chunks]
-    train, validation = (pa.table({"text": pa.chunked_array(each)}) for each in (head, tail))
-    return to_dataset(train), to_dataset(validation)
-
-
-def _line_start(column: pa.ChunkedArray, starts: Sequence[int], cut: int, reach: int) -> int:
-    """The last start of a line in [cut - reach, cut], else `cut`. Row r begins at starts[r]."""
-    for row in range(bisect.bisect_left(starts, cut) - 1, -1, -1):
-        found = starts[row] + column[row].as_py().rfind("\n", 0, cut - starts[row]) + 1
-        if starts[row] < found:
-            return found if found >= cut - reach else cut
-        if starts[row] < cut - reach:
-            break
-    return cut

@@ -23,7 +23,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from gptjax.config.schema import TokenizerConfig
 from gptjax.data import cache
 from gptjax.data.tokens import gpt1_words as words_lib
-from gptjax.data.tokens import normalize as text
+from gptjax.data.tokens import normalize
 from gptjax.errors import UserError, require
 
 UNKNOWN = "<unk>"
@@ -180,10 +180,12 @@ def _bpe(
         models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
     )
     if not exact:
-        backend.normalizer = text.normalizer()
+        backend.normalizer = normalize.normalizer()
         # Only of spaCy's words could it learn this token: in ours an apostrophe stands alone.
         english = f"n't{END_OF_WORD}" in vocabulary
-        backend.pre_tokenizer = text.english_pre_tokenizer() if english else text.pre_tokenizer()
+        backend.pre_tokenizer = (
+            normalize.english_pre_tokenizer() if english else normalize.pre_tokenizer()
+        )
     backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
     return backend
 
@@ -200,7 +202,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         texts = list(texts)
     # Rare scripts must not crowd out merges; GPT-1's own alphabet has 238 symbols.
     symbols = _alphabet(texts, min(1000, max(1, vocab_size // 4)))
-    ends = [symbol + END_OF_WORD for symbol in (*symbols, text.NEWLINE)]
+    ends = [symbol + END_OF_WORD for symbol in (*symbols, normalize.NEWLINE)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         # Left to itself the trainer numbers symbols in the order of a randomly seeded hash map,
@@ -222,10 +224,10 @@ def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
     raw: Counter[str] = Counter()
     for chunk in texts:
         raw.update(unicodedata.normalize("NFC", chunk))
-    normalize = text.normalizer().normalize_str
+    normalized = normalize.normalizer().normalize_str
     counts: Counter[str] = Counter()
     for character, count in raw.items():
-        for normal in "".join(normalize(character).split()):
+        for normal in "".join(normalized(character).split()):
             counts[normal] += count
     return sorted(sorted(counts, key=lambda normal: (-counts[normal], normal))[:limit])
 

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gptjax.errors import require
-from gptjax.ops import dropout as dropout_lib
-from gptjax.ops.attention import blocked as attention_cpu
-from gptjax.ops.attention import partition
+from gptjax.ops import dropout
+from gptjax.ops.attention import blocked, partition
 
 Array = jax.Array
 # Of a layer: key and value [B * H, S, K].
@@ -63,7 +62,7 @@ def attend(
     scores_XTS = jnp.where(visible_XTS, scores_XTS * scale, jnp.finfo(jnp.float32).min)
     weights_XTS = jax.nn.softmax(scores_XTS, axis=-1)
     if dropout_words is not None and dropout_rate > 0:
-        weights_XTS = dropout_lib.dropout(weights_XTS, dropout_words, dropout_rate)
+        weights_XTS = dropout.dropout(weights_XTS, dropout_words, dropout_rate)
     return jnp.einsum("...TS,...SK->...TK", weights_XTS.astype(v_XSK.dtype), v_XSK)
 
 
@@ -187,10 +186,10 @@ def causal(
         assert not rate, "see `choose`"
         return _cudnn(*inputs)
     if kind == "pallas":
-        from gptjax.ops.attention import flash as attention_tpu
+        from gptjax.ops.attention import flash
 
-        return attention_tpu.flash(*inputs, rate, words, mesh=mesh)
+        return flash.flash(*inputs, rate, words, mesh=mesh)
     if not q_BTHK.size:
         return q_BTHK
-    kernel = functools.partial(attention_cpu.blocked, rate, longest or q_BTHK.shape[1])
+    kernel = functools.partial(blocked.blocked, rate, longest or q_BTHK.shape[1])
     return partition.shard_over_batch_and_heads(kernel, mesh, *inputs, words)

@@ -21,8 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from gptjax.ops import dropout
-from gptjax.ops import matmul as products
+from gptjax.ops import dropout, matmul
 
 Array = jax.Array
 
@@ -126,8 +125,8 @@ def _backward(
         d_scores_NQS = weights_NQS * (d_weights_NQS - delta_NT1[:, lo:hi]) / math.sqrt(width)
         d_scores_NQS = d_scores_NQS.astype(q_NTK.dtype)
         d_q.append(_dot(d_scores_NQS, k_NSK[:, :end], 2, 1))
-        d_v = _dot(products.transposed(dy_NQK), dropped_NQS, 2, 1)
-        d_k = _dot(products.transposed(q_NQK), d_scores_NQS, 2, 1)
+        d_v = _dot(matmul.transposed(dy_NQK), dropped_NQS, 2, 1)
+        d_k = _dot(matmul.transposed(q_NQK), d_scores_NQS, 2, 1)
         d_v_NKS, d_k_NKS = d_v_NKS.at[:, :, :end].add(d_v), d_k_NKS.at[:, :, :end].add(d_k)
     # The barrier keeps the transposes out of the products.
     d_k_NKS, d_v_NKS = lax.optimization_barrier((d_k_NKS, d_v_NKS))

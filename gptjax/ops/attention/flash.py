@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
-from gptjax.ops import dropout as dropout_lib
+from gptjax.ops import dropout
 from gptjax.ops.attention import partition
 
 Array = jax.Array
@@ -77,7 +77,7 @@ def _kept(plan: _Plan, scalars_ref: Ref, shape: tuple[int, ...], b: Any, h: Any,
     key, query = (
         lax.broadcasted_iota(jnp.int32, shape, axis).astype(jnp.uint32) for axis in range(2)
     )
-    return dropout_lib.keep_at(query * length + key + start, words, plan.rate)
+    return dropout.keep_at(query * length + key + start, words, plan.rate)
 
 
 def _forward_kernel(

@@ -1,0 +1,424 @@
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import runs
+import safetensors.flax
+import safetensors.numpy
+import small
+
+import gptjax
+from gptjax.config.schema import ModelConfig, TaskSpec
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.errors import UserError
+from gptjax.interop import arrays as arrays_lib
+from gptjax.interop import convert, huggingface, openai
+from gptjax.interop.arrays import BIAS, KERNEL, TOKENS, Weights
+from gptjax.model import gpt
+
+TASKS = {
+    "none": None,
+    "classification": TaskSpec("classification", "words", labels=("x", "y", "ü")),
+    "entailment": TaskSpec("entailment", "a", "b", label="c", labels=("0", "1")),
+    "similarity": TaskSpec("similarity", "a", "b", labels=("0", "1")),
+    "multiple_choice": TaskSpec("multiple_choice", "a", choices=("b", "c"), labels=("1", "2")),
+    "regression": TaskSpec("regression", "a", "b"),
+}
+
+
+def make(task: TaskSpec | None = None, tokenizer=None, **changes) -> Weights:
+    """A random model that fits its tokenizer."""
+    tokenizer = tokenizer or small.small_tokenizer()
+    config = small.config(**({"vocab_size": len(tokenizer)} | changes))
+    params = small.params(gpt.make_model(config, task))
+    return Weights(config, arrays_lib.flatten(params), tokenizer, task)
+
+
+def assert_equal(found: Weights, expected: Weights) -> None:
+    assert found.model == expected.model
+    assert found.task == expected.task
+    assert found.tokenizer.hash == expected.tokenizer.hash
+    assert found.arrays.keys() == expected.arrays.keys()
+    for name, array in expected.arrays.items():
+        assert found.arrays[name].dtype == array.dtype
+        assert np.array_equal(found.arrays[name], array), name
+
+
+def logits(found: Weights, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """Our LM logits, and those of the task head at the last token."""
+    model, params = gpt.make_model(found.model, found.task), arrays_lib.unflatten(found.arrays)
+    ids = jnp.asarray(ids)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+    x = gpt.run(model, params, ids, jnp.ones_like(ids), positions, method="hidden")
+    lm = np.asarray(gpt.run(model, params, x, method="lm_logits"))
+    if found.task is None:
+        return lm, None
+    last = jnp.full((len(ids), 1, 1), ids.shape[1] - 1)
+    return lm, np.asarray(gpt.run(model, params, x, last, method="task_logits")).squeeze(1)
+
+
+@pytest.mark.parametrize("form", convert.FORMATS)
+@pytest.mark.parametrize("task", TASKS)
+def test_reading_what_was_written_gives_every_bit(tmp_path, form, task):
+    # A vocabulary larger than the tokenizer's, as where it is rounded up for the hardware.
+    written = make(TASKS[task], vocab_size=128, activation="relu", residual_dropout=0.25)
+    convert.FORMATS[form].write(written, tmp_path)
+    assert_equal(convert.FORMATS[form].read(tmp_path), written)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_transformers_reads_what_was_written(tmp_path, task):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    written = make(TASKS[task])
+    architecture = huggingface.write(written, tmp_path)
+    model, loading = getattr(transformers, architecture).from_pretrained(
+        tmp_path, output_loading_info=True
+    )
+    assert not any(loading.values()), loading
+    model.eval()
+    ids = np.random.default_rng(0).integers(0, written.own_rows, (3, 12))
+    with torch.no_grad():
+        found = model(torch.tensor(ids)[None] if task == "multiple_choice" else torch.tensor(ids))
+    lm, scores = logits(written, ids)
+    close = {"rtol": 0, "atol": 2e-5 * np.abs(lm).max()}
+    if task == "multiple_choice":
+        np.testing.assert_allclose(found.logits[0], lm, **close)
+        np.testing.assert_allclose(found.mc_logits.ravel(), scores.ravel(), **close)
+    elif task in ("classification", "entailment"):
+        np.testing.assert_allclose(found.logits, scores, **close)
+        labels = [model.config.id2label[i] for i in range(len(written.task.labels))]
+        assert tuple(labels) == written.task.labels
+    else:
+        np.testing.assert_allclose(found.logits, lm, **close)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "The cat sat — on a mat, some_start_ dogs"
+    assert tokenizer(text, add_special_tokens=False).input_ids == written.tokenizer.encode(text)
+    assert tokenizer.pad_token_id == written.tokenizer.padding_id
+    assert tokenizer.cls_token_id == written.tokenizer.extract_id
+
+
+@pytest.mark.parametrize("task", ["none", "classification", "multiple_choice"])
+def test_what_transformers_saves_is_read(tmp_path, task):
+    """Arrays to the bit; the head of a classification, which has no bias there, with a zero one."""
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    written = make(TASKS[task])
+    (tmp_path / "ours").mkdir()
+    architecture = huggingface.write(written, tmp_path / "ours")
+    model = getattr(transformers, architecture).from_pretrained(tmp_path / "ours")
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "ours").save_pretrained(
+        tmp_path / "theirs"
+    )
+    found = huggingface.read(tmp_path / "theirs")
+    for name, array in written.arrays.items():
+        if task == "classification" and name in (KERNEL, BIAS):
+            continue
+        assert np.array_equal(found.arrays[name], array), name
+    ids = np.random.default_rng(0).integers(0, written.own_rows, (3, 12))
+    for ours, theirs in zip(logits(written, ids), logits(found, ids), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-5)
+
+
+def test_other_weights_in_the_folder_make_its_side_files_void(tmp_path):
+    task = TASKS["multiple_choice"]
+    huggingface.write(make(task), tmp_path)
+    path = tmp_path / "model.safetensors"
+    arrays = safetensors.numpy.load_file(path)
+    arrays["multiple_choice_head.summary.bias"] += 1
+    safetensors.numpy.save_file(arrays, path)
+    found = huggingface.read(tmp_path)
+    assert np.array_equal(found.arrays[BIAS], arrays["multiple_choice_head.summary.bias"])
+    assert found.task.choices == ("choice1", "choice2")
+
+
+def test_half_precision_is_read_as_it_is(tmp_path):
+    written = make()
+    huggingface.write(written, tmp_path)
+    path = tmp_path / "model.safetensors"
+    arrays = {
+        name: jnp.asarray(array, jnp.bfloat16)
+        for name, array in safetensors.numpy.load_file(path).items()
+    }
+    safetensors.flax.save_file(arrays, path)
+    found = huggingface.read(tmp_path)
+    for name, array in written.arrays.items():
+        expected = np.asarray(jnp.asarray(array, jnp.bfloat16), np.float32)
+        assert np.array_equal(found.arrays[name], expected), name
+
+
+def release(folder: pathlib.Path) -> Weights:
+    """A folder like OpenAI's release: no special tokens, no side files; and what it holds."""
+    written = make(width=64, num_heads=1, vocab_size=len(small.small_tokenizer()))
+    openai.write(written, folder)
+    for name in ("gptjax.json", "gptjax.safetensors"):
+        (folder / name).unlink()
+    return written
+
+
+def test_the_release_and_its_special_tokens(tmp_path):
+    written = release(tmp_path)
+    assert openai.read(tmp_path).tokenizer.exact
+    found = openai.read(tmp_path, exact=False)
+    own = written.own_rows
+    assert len(found.arrays[TOKENS]) == own + 4
+    for name, array in written.arrays.items():
+        rows = slice(own) if name == TOKENS else slice(None)
+        assert np.array_equal(found.arrays[name][rows], array[rows]), name
+    drawn = found.arrays[TOKENS][own:]
+    assert 0.015 < drawn.std() < 0.025
+    assert found.model.num_heads == 1
+    text = "the cat sat"
+    assert found.tokenizer.encode(text) == written.tokenizer.encode(text)
+    assert found.tokenizer.start_id == own
+
+
+def test_the_release_has_openais_shapes(tmp_path):
+    """The order and shapes of `params_shapes.json`, here for two layers of width 24."""
+    openai.write(make(), tmp_path)
+    shapes = json.loads((tmp_path / "params_shapes.json").read_text())
+    layer = [
+        [1, 24, 72], [72], [1, 24, 24], [24], [24], [24], [1, 24, 96], [96], [1, 96, 24], [24],
+        [24], [24],
+    ]  # fmt: skip
+    assert shapes == [[32, 24], [make().own_rows, 24], *layer, *layer]
+
+
+def test_gpt1_itself_has_its_number_of_parameters():
+    """116,534,784, of the sizes of the release."""
+    model = ModelConfig(vocab_size=40478)
+    shapes = arrays_lib._stacked_shapes(model)
+    total = sum(int(np.prod(shape)) for shape in shapes.values())
+    assert total + (40478 + 512) * 768 == 116_534_784
+
+
+def edit(path: pathlib.Path, change) -> None:
+    arrays = safetensors.numpy.load_file(path)
+    change(arrays)
+    safetensors.numpy.save_file(arrays, path)
+
+
+def set_json(path: pathlib.Path, **values) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+H = "transformer.h.1.mlp.c_fc.weight"
+BROKEN = {
+    "missing": (
+        lambda d: edit(d / "model.safetensors", lambda a: a.pop(H)), "missing 1/ffn_in/kernel",
+    ),
+    "extra": (
+        lambda d: edit(d / "model.safetensors", lambda a: a.update({"new.weight": np.ones(3)})),
+        "extra new.weight",
+    ),
+    "shape": (
+        lambda d: edit(d / "model.safetensors", lambda a: a.update({H: np.ones((24, 95))})),
+        "1/ffn_in/kernel is [24, 95], not [24, 96]",
+    ),
+    "not finite": (
+        lambda d: edit(d / "model.safetensors", lambda a: a[H].fill(np.nan)), "not finite",
+    ),
+    "untied": (
+        lambda d: edit(
+            d / "model.safetensors",
+            lambda a: a.update({"lm_head.weight": 2 * a["transformer.tokens_embed.weight"]}),
+        ),
+        "not the token embedding",
+    ),
+    "cut short": (
+        lambda d: (d / "model.safetensors").write_bytes(
+            (d / "model.safetensors").read_bytes()[:-100]
+        ),
+        "is damaged",
+    ),
+    "another model": (lambda d: set_json(d / "config.json", model_type="gpt2"), "openai-gpt"),
+    "activation": (lambda d: set_json(d / "config.json", afn="silu"), "afn is 'silu'"),
+    "a size of text": (lambda d: set_json(d / "config.json", n_embd="24"), "cannot be read as"),
+    "no heads": (lambda d: set_json(d / "config.json", n_head=0), "cannot be read as"),
+    "millions of layers": (
+        lambda d: set_json(d / "config.json", n_layer=3_000_000),
+        "has 3000000 layers, the weights 2",
+    ),
+    "dropout": (lambda d: set_json(d / "config.json", attn_pdrop=5), "attention_dropout=5"),
+    "integers": (
+        lambda d: edit(
+            d / "model.safetensors", lambda a: a.update({H: np.ones((24, 96), np.int8)})
+        ),
+        "quantised",
+    ),
+    "tokenizer": (lambda d: (d / "tokenizer.json").write_text("[]"), "tokenizer.json"),
+    "merges": (
+        lambda d: (d / "tokenizer.json").write_text('{"model": {"vocab": {}, "merges": null}}'),
+        "tokenizer.json",
+    ),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json: No such file"),
+    "config": (lambda d: (d / "config.json").write_text("{"), "cannot be read as JSON"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
+    "a pickle": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "save_pretrained(OTHER)",
+    ),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_folder_is_one_line(tmp_path, case):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    huggingface.write(make(), folder)
+    (folder / "gptjax.json").unlink()
+    change, message = BROKEN[case]
+    change(folder)
+    result = runs.main("--mode=import", f"--input={folder}", f"--output={tmp_path}/w")
+    assert message in result.error
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+BROKEN_RELEASE = {
+    "missing": (lambda d: (d / "params_3.npy").unlink(), "params_3.npy: No such file"),
+    "short": (lambda d: np.save(d / "params_3.npy", np.ones(3)), "numbers, but params_shapes.json"),
+    "text": (lambda d: (d / "params_3.npy").write_text("hello"), "not an array of numbers"),
+    "a pickle": (
+        lambda d: np.save(d / "params_3.npy", np.array([{}]), allow_pickle=True),
+        "not an array of numbers",
+    ),
+    "shapes": (lambda d: (d / "params_shapes.json").write_text('[["a"]]'), "list of shapes"),
+    "infinite": (lambda d: (d / "params_shapes.json").write_text("[[Infinity]]"), "cannot be read"),
+    "no vocabulary": (lambda d: (d / "encoder_bpe_40000.json").unlink(), "No such file"),
+    "another vocabulary": (
+        lambda d: (d / "encoder_bpe_40000.json").write_text('{"<unk>": 0}'),
+        "vocab_40000.bpe: line",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN_RELEASE)
+def test_a_broken_release_is_one_line(tmp_path, case):
+    folder = tmp_path / "f"
+    folder.mkdir()
+    release(folder)
+    change, message = BROKEN_RELEASE[case]
+    change(folder)
+    result = runs.main(
+        "--mode=import", f"--input={folder}", f"--output={tmp_path}/w", "--format=openai"
+    )
+    assert message in result.error
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_what_a_format_cannot_say_is_refused(tmp_path):
+    for changes, message in (({"segment_types": 2}, "segment"), ({"ffn_width": 50}, "50 wide")):
+        for form in convert.FORMATS.values():
+            with pytest.raises(UserError, match=message):
+                form.write(make(**changes), tmp_path)
+    characters = tokenizer_lib.train_characters(["abc"])
+    with pytest.raises(UserError, match="vocabulary/merges"):
+        openai.write(make(tokenizer=characters), tmp_path)
+    huggingface.write(make(tokenizer=characters), tmp_path)
+    assert huggingface.read(tmp_path).tokenizer.hash == characters.hash
+
+
+def test_a_bias_that_cannot_be_folded_is_refused(tmp_path):
+    found = make(TASKS["classification"])
+    for name in ("blocks/norm2/bias", BIAS):
+        found.arrays[name] = found.arrays[name].copy()
+    found.arrays["blocks/norm2/bias"][-1] = 0
+    with pytest.raises(UserError, match="bias"):
+        huggingface.write(found, tmp_path)
+    found.arrays[BIAS][:] = 0
+    assert huggingface.write(found, tmp_path) == "OpenAIGPTForSequenceClassification"
+
+
+@pytest.mark.parametrize("form", convert.FORMATS)
+def test_through_the_command_line(tmp_path, form):
+    """Export, import, predict: the same labels and probabilities; then training goes on from it."""
+    flags = ("--mode=export", f"--input={runs.trained()}", f"--format={form}")
+    result = runs.main(*flags, f"--output={tmp_path}/there")
+    assert result.code == 0, result.err
+    result = runs.main(
+        "--mode=import", f"--input={tmp_path}/there", f"--output={tmp_path}/back",
+        f"--format={form}",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    before, after = gptjax.load(runs.trained()), gptjax.load(f"{tmp_path}/back")
+    for x, y in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
+        assert np.array_equal(x, y)
+    evaluate = ("--mode=evaluate", f"--checkpoint={tmp_path}/back")
+    assert "was imported, without data; give --input" in runs.main(*evaluate).error
+    assert runs.main(*evaluate, f"--input={runs.files().test}").code == 0
+    rows = [{"text": "good the cat"}, {"text": "bad a dog"}, {"text": ""}]
+    ours, theirs = before.predict(rows), after.predict(rows)
+    assert ours.labels == theirs.labels
+    assert np.array_equal(ours.probabilities, theirs.probabilities)
+    (tmp_path / "usual").write_text("")
+    usual = (tmp_path / "usual").stat().st_mode
+    assert {path.stat().st_mode for path in (tmp_path / "there").iterdir()} == {usual}
+    again = runs.main(*flags, f"--output={tmp_path}/there")
+    assert "not empty" in again.error
+    result = runs.main(
+        *runs.files().finetune, "--config.pretrain=none", f"--config.init_from={tmp_path}/back",
+        f"--workdir={tmp_path}/w", "--config.finetune.steps=2",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+
+
+def test_exact_words_travel_and_transformers_gets_the_pair(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    release(tmp_path)
+    found = openai.read(tmp_path)
+    (tmp_path / "hf").mkdir()
+    huggingface.write(found, tmp_path / "hf")
+    assert_equal(huggingface.read(tmp_path / "hf"), found)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert type(theirs).__name__ == "OpenAIGPTTokenizer"
+    for token in ("_start_", "_delimiter_", "_classify_", "<pad>", "<unk>"):
+        assert theirs.convert_tokens_to_ids(token) == found.tokenizer.token_id(token)
+    assert theirs("the cat sat").input_ids == make().tokenizer.encode("the cat sat")
+    # Without our side files their vocabulary is read, and its words are the authors' again.
+    (tmp_path / "hf" / "gptjax.json").unlink()
+    assert huggingface.read(tmp_path / "hf").tokenizer.hash == found.tokenizer.hash
+    result = runs.main(
+        "--mode=import", f"--input={tmp_path}", f"--output={tmp_path}/w", "--format=openai",
+        "--config.tokenizer.words=fast",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    assert not gptjax.load(tmp_path / "w").tokenizer.exact
+
+
+@pytest.mark.parametrize("change", ["labels", "one"])
+def test_a_head_that_is_no_classifier_of_ours_is_refused(tmp_path, change):
+    huggingface.write(make(TASKS["classification"]), tmp_path)
+    (tmp_path / "gptjax.json").unlink()
+    if change == "labels":
+        set_json(tmp_path / "config.json", id2label={"0": "a", "1": "a", "2": "b"})
+    else:
+        edit(
+            tmp_path / "model.safetensors",
+            lambda a: a.update({"score.weight": a["score.weight"][:1]}),
+        )
+    with pytest.raises(UserError, match=r"score\.weight must be of two classes"):
+        huggingface.read(tmp_path)
+
+
+def test_a_head_without_our_special_tokens_is_left(tmp_path):
+    """The token it was trained to read is not ours."""
+    found = make(TASKS["classification"])
+    plain = found.arrays | {TOKENS: found.arrays[TOKENS][: found.own_rows]}
+    huggingface.write(Weights(found.model, plain, found.tokenizer, found.task), tmp_path)
+    for name in ("gptjax.json", "tokenizer.json"):
+        (tmp_path / name).unlink()
+    pair = tokenizer_lib.vocabulary_pair(found.tokenizer)
+    (tmp_path / "vocab.json").write_text(json.dumps(pair[0]))
+    (tmp_path / "merges.txt").write_text("\n".join(pair[1]))
+    read = huggingface.read(tmp_path)
+    assert read.task is None
+    assert KERNEL not in read.arrays
+    assert len(read.arrays[TOKENS]) == found.own_rows + 4

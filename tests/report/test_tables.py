@@ -1,0 +1,135 @@
+"""The end of a run: plots that show something, a table that puts floors beside scores."""
+
+import os
+import re
+import subprocess
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from gptjax.config import schema
+from gptjax.report import tables
+from gptjax.train import log as log_lib
+
+
+def write_run(workdir, stages=schema.STAGES, steps=(1, 2, 3)):
+    with log_lib.MetricsLog(workdir) as log:
+        for stage in stages:
+            for step in steps:
+                log.write(stage, "train", step, {"loss": 1.0 / step})
+
+
+def made_up_run(workdir, stages, steps):
+    rng = np.random.default_rng(0)
+    with log_lib.MetricsLog(workdir) as log:
+        for stage in stages:
+            for step in steps:
+                log.write(
+                    stage, "train", step, {"loss": 2 + 6 / (1 + step / 20) + rng.normal(0, 0.2)}
+                )
+                if step % 50 == 0 or len(steps) == 1:
+                    scores = {"loss": 2.2 + 6 / (1 + step / 20)}
+                    if stage != "pretrain":
+                        scores |= {"accuracy": 0.9 - 0.4 / (1 + step / 50), "matthews": 0.5}
+                    log.write(stage, "validation", step, scores)
+
+
+def colours_in(png):
+    """Number of pixels that are not grey: lines and points, neither text nor axes nor grid."""
+    rgb = imread(png)[..., :3]
+    return int(np.sum(np.ptp(rgb, axis=-1) > 0.2))
+
+
+@pytest.mark.parametrize("num_stages", [1, 3])
+@pytest.mark.parametrize("steps", [range(1, 301), [1]], ids=["300 points", "1 point"])
+def test_plots_show_something_for_every_stage(tmp_path, num_stages, steps):
+    made_up_run(tmp_path, schema.STAGES[:num_stages], steps)
+    paths = tables.loss_plot(tmp_path)
+    names = ["loss.png", "score.png"][: 1 if num_stages == 1 else 2]
+    assert [os.path.relpath(p, tmp_path / "plots") for p in paths] == names
+    for path in paths:
+        image = imread(path)
+        assert colours_in(path) > 100
+        panels = num_stages if path.endswith("loss.png") else 2
+        for part in np.array_split(image, panels, axis=1):
+            assert np.any(np.ptp(part[..., :3], axis=-1) > 0.2)
+
+
+def test_plots_of_a_diverged_or_an_empty_run_do_not_fail(tmp_path):
+    assert tables.loss_plot(tmp_path / "nothing") == []
+    assert not (tmp_path / "nothing").exists()
+    with log_lib.MetricsLog(tmp_path) as log:
+        for step in range(60):
+            log.write("pretrain", "train", step, {"loss": 3.0 if step < 30 else float("nan")})
+            log.write("finetune", "train", step, {"loss": float("inf")})
+    assert len(tables.loss_plot(tmp_path)) == 1
+
+
+def split_scores(accuracy):
+    return {"loss": 1 - accuracy, "accuracy": accuracy, "matthews": 2 * accuracy - 1}
+
+
+SUMMARY = {
+    "pretrain": {
+        "steps": 12000,
+        "validation_loss": 3.25,
+        "validation_perplexity": float(np.exp(3.25)),
+        "tokens_per_second": 45678.9,
+        "mfu": None,
+    },
+    "finetune": {"steps": 300, "validation": split_scores(0.8125), "test": split_scores(0.75)},
+    "finetune_from_scratch": {"steps": 300, "validation": split_scores(0.625)},
+}
+FLOORS = {"validation": {"accuracy": 0.5, "matthews": 0.0}}
+
+
+def test_table_puts_floor_and_no_pretraining_beside_each_score():
+    text = tables.results_table(SUMMARY, FLOORS, "runs/x", ["python launch.py --mode=explain"])
+    lines = text.splitlines()
+
+    def cells(*start):
+        (line,) = [x for x in lines if x.split()[: len(start)] == list(start)]
+        return line.split()[len(start) :]
+
+    assert cells("finetune", "validation", "accuracy") == ["81.2%", "50.0%", "62.5%"]
+    assert cells("finetune", "validation", "matthews") == ["0.625", "0.000", "0.250"]
+    assert cells("finetune", "test", "accuracy") == ["75.0%", "-", "-"]
+    assert re.search(r"score +majority class +no pretraining$", lines[0])
+    assert len({len(line) for line in lines[:8]}) == 1  # aligned
+    for fact in ("12,000 steps", "3.250 nats", f"perplexity {np.exp(3.25):.1f}", "45,679 tokens/s"):
+        assert fact in text
+    assert "runs/x" in text
+    assert lines[-1].strip() == "python launch.py --mode=explain"
+
+
+@pytest.mark.parametrize("stages", [[], ["pretrain"], ["finetune"], ["finetune_from_scratch"]])
+def test_table_works_without_any_stage_or_split(stages, tmp_path):
+    write_run(tmp_path)
+    summary = {s: SUMMARY[s] for s in stages}
+    text = tables.results_table(summary, {}, tmp_path, [])
+    assert "metrics.jsonl" in text
+    assert ("Pretraining" in text) == ("pretrain" in stages)
+    assert ("accuracy" in text) == any("finetune" in s for s in stages)
+    assert "no pretraining" not in text
+    tables.results_table({s: {"steps": 3} for s in stages}, {}, tmp_path, [])
+
+
+def test_table_of_a_regression_calls_the_floor_the_mean():
+    summary = {"finetune": {"test": {"mse": 0.5, "pearson": float("nan")}}}
+    lines = tables.results_table(summary, {"test": {"mse": 2.0}}, "x", []).splitlines()
+    assert lines[0].split() == ["stage", "split", "metric", "score", "mean"]
+    assert lines[2].split()[2:] == ["mse", "0.500", "2.000"]
+    assert lines[3].split()[2:] == ["pearson", "-", "-"]
+
+
+def test_table_fits_the_terminal_and_its_commands_still_run(tmp_path):
+    for i in range(40):
+        (tmp_path / f"file{i}").write_text("")
+    command = "python launch.py " + " ".join(f"--config.field{i}=value{i}" for i in range(20))
+    text = tables.results_table(SUMMARY, FLOORS, tmp_path, [command])
+    assert max(map(len, text.splitlines())) <= tables.WIDTH
+    text.encode("ascii")
+    pasted = text.split("Try next:\n")[1].replace("python launch.py", "printf '%s\\n'")
+    arguments = subprocess.run(["sh", "-c", pasted], check=True, capture_output=True, text=True)
+    assert arguments.stdout.split() == command.split()[2:]

@@ -1,0 +1,308 @@
+"""Eight devices compute what one computes, and every array lies where the table says."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import small
+from jax.sharding import PartitionSpec as P
+
+from gptjax import mesh as mesh_lib
+from gptjax import state
+from gptjax.config.schema import MeshConfig, ModelConfig, OptimizerConfig
+from gptjax.cost import compile
+from gptjax.data import loader
+from gptjax.errors import UserError
+from gptjax.evaluate import score
+from gptjax.model import gpt
+from gptjax.model import objective as objective_lib
+from gptjax.model.gpt import GPT
+from gptjax.train import optimizer as optimizer_lib
+
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
+
+# What each array of the 117M model is promised to be cut along: the contracting or output axes of
+# the matrices over fsdp, heads and the wide axes over tensor; vectors of the width are whole.
+PROMISED = {
+    "token_embedding": ("tensor", "fsdp"),
+    "position_embedding": (None, None),
+    "blocks/attention/qkv/kernel": (None, "fsdp", None, "tensor", None),
+    "blocks/attention/qkv/bias": (None, None, "tensor", None),
+    "blocks/attention/out/kernel": (None, "tensor", None, "fsdp"),
+    "blocks/attention/out/bias": (None, None),
+    "blocks/ffn_in/kernel": (None, "fsdp", "tensor"),
+    "blocks/ffn_in/bias": (None, "tensor"),
+    "blocks/ffn_out/kernel": (None, "tensor", "fsdp"),
+    "blocks/ffn_out/bias": (None, None),
+    "blocks/norm1/scale": (None, None),
+    "blocks/norm1/bias": (None, None),
+    "blocks/norm2/scale": (None, None),
+    "blocks/norm2/bias": (None, None),
+    "task_head/kernel": (None, None),
+    "task_head/bias": (None,),
+}
+
+
+def full_spec(leaf, place):
+    return tuple(place.spec) + (None,) * (leaf.ndim - len(place.spec))
+
+
+def names(tree):
+    return [
+        "/".join(k.key for k in path if hasattr(k, "key"))
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
+@pytest.fixture(scope="module")
+def large():
+    """Shapes of the 117M model's training state."""
+    model = GPT(ModelConfig(vocab_size=40478), num_outputs=3)
+    optimizer = optimizer_lib.build(OptimizerConfig(), 10)
+
+    def make(key):
+        return state.create(gpt.init_params(model, key), optimizer)
+
+    return jax.eval_shape(make, jax.random.key(0))
+
+
+def test_every_array_of_the_full_size_model_lies_as_promised(large):
+    places = mesh_lib.state_sharding(large, small.mesh(2, 2, 2))
+    found = {
+        name: full_spec(leaf, place)
+        for name, leaf, place in zip(
+            names(large.params), jax.tree.leaves(large.params), jax.tree.leaves(places.params),
+            strict=True,
+        )
+    }  # fmt: skip
+    assert found == PROMISED
+
+
+def test_the_optimizer_state_lies_as_the_parameters(large):
+    places = mesh_lib.state_sharding(large, small.mesh(2, 2, 2))
+    adam = next(
+        part for part in jax.tree.leaves(places.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
+        if hasattr(part, "mu")
+    )  # fmt: skip
+    for moments in (adam.mu, adam.nu):
+        assert jax.tree.structure(moments) == jax.tree.structure(places.params)
+        assert jax.tree.leaves(moments) == jax.tree.leaves(places.params)
+    assert places.step.spec == P()
+    assert adam.count.spec == P()
+
+
+def test_nearly_all_of_the_state_is_cut_by_the_number_of_devices(large):
+    """On 2 x 2 x 2 a device holds 1/4 of every matrix (data replicates)."""
+    places = mesh_lib.state_sharding(large, small.mesh(2, 2, 2))
+    held = sum(
+        np.prod(place.shard_shape(leaf.shape), dtype=np.int64)
+        for leaf, place in zip(jax.tree.leaves(large), jax.tree.leaves(places), strict=True)
+    )
+    assert held / sum(leaf.size for leaf in jax.tree.leaves(large)) < 0.255
+
+
+def test_axes_that_do_not_divide_are_dropped(large):
+    """40,478 = 2 * 37 * 547 rows are not cut in 4, 12 heads are not cut in 8; the rest is kept."""
+
+    def spec(mesh, name):
+        places = mesh_lib.state_sharding(large.params, mesh)
+        index = names(large.params).index(name)
+        return full_spec(jax.tree.leaves(large.params)[index], jax.tree.leaves(places)[index])
+
+    four, eight = small.mesh(1, 2, 4), small.mesh(1, 1, 8)
+    assert spec(four, "token_embedding") == (None, "fsdp")
+    assert spec(four, "blocks/attention/qkv/kernel") == (None, "fsdp", None, "tensor", None)
+    assert spec(eight, "blocks/attention/qkv/kernel") == (None, "fsdp", None, None, None)
+    assert spec(eight, "blocks/ffn_in/kernel") == (None, "fsdp", "tensor")
+    for mesh in (four, eight):
+        for leaf, place in zip(
+            jax.tree.leaves(large), jax.tree.leaves(mesh_lib.state_sharding(large, mesh)),
+            strict=True,
+        ):  # fmt: skip
+            place.shard_shape(leaf.shape)  # raises where an axis does not divide
+
+
+def test_a_mesh_takes_the_devices_that_are_left():
+    devices = jax.devices()
+    mesh = mesh_lib.make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), devices)
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert mesh_lib.batch_divisor(mesh) == 4
+    with pytest.raises(UserError, match="does not divide"):
+        mesh_lib.make_mesh(MeshConfig(data=-1, fsdp=3), devices)
+    with pytest.raises(UserError, match="not the number"):
+        mesh_lib.make_mesh(MeshConfig(data=2, fsdp=2), devices)
+
+
+def test_between_slices_lies_the_data_axis():
+    """Before fsdp, and tensor never."""
+    assert mesh_lib._over_slices([8, 4, 1], 2) == [2, 1, 1]
+    assert mesh_lib._over_slices([4, 4, 4], 4) == [4, 1, 1]
+    assert mesh_lib._over_slices([2, 8, 1], 4) == [2, 2, 1]
+    assert mesh_lib._over_slices([1, 8, 2], 2) == [1, 2, 1]
+    with pytest.raises(UserError, match="multiple of the 2 slices"):
+        mesh_lib._over_slices([1, 1, 8], 2)
+
+
+@pytest.fixture(scope="module")
+def two_slices():
+    """Twice 16 v5e that are not there."""
+    from jax.experimental import topologies
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in compile._TPU_ENVIRONMENT.items():
+            patch.setenv(name, value)
+        bounds = {"chips_per_host_bounds": [2, 2, 1]}
+        yield topologies.get_topology_desc("v5e:4x4", "tpu", num_slices=2, **bounds).devices
+
+
+@pytest.mark.tpu
+@pytest.mark.parametrize(
+    ("sizes", "across"),
+    [((-1, 1, 1), 0), ((-1, 4, 2), 0), ((2, -1, 1), 0), ((-1, 2, 4), 0), ((1, -1, 2), 1)],
+    ids=str,
+)
+def test_a_mesh_of_two_slices(two_slices, sizes, across):
+    """Along one axis half of the devices are in each slice; along the others all are in one."""
+    data, fsdp, tensor = sizes
+    mesh = mesh_lib.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), two_slices)
+    assert mesh.size == 32
+    slices = np.moveaxis(np.vectorize(lambda device: device.slice_index)(mesh.devices), across, 0)
+    half = len(slices) // 2
+    assert set(slices[:half].flat) != set(slices[half:].flat)
+    assert len(set(slices[:half].flat)) == len(set(slices[half:].flat)) == 1
+
+
+@pytest.mark.tpu
+def test_an_axis_may_be_a_part_of_a_torus_s(two_slices):
+    """4 x 4 chips are a mesh 2 x 4 x 2 too."""
+    one = [device for device in two_slices if device.slice_index == 0]
+    mesh = mesh_lib.make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), one)
+    assert set(mesh.devices.flat) == set(one)
+
+
+def test_to_devices_gives_each_device_its_rows():
+    mesh = small.mesh(2, 2, 2)
+    windows = [np.full(4, i, np.int32) for i in range(8)]
+    batch = loader.lm_batch(windows, 4, 8)
+    placed = mesh_lib.to_devices(batch, mesh)
+    assert placed.extract is None
+    for leaf, host in zip(jax.tree.leaves(placed), jax.tree.leaves(batch), strict=True):
+        np.testing.assert_array_equal(leaf, host)
+        for shard in leaf.addressable_shards:
+            assert shard.data.shape[0] == 2
+            np.testing.assert_array_equal(shard.data, host[shard.index])
+
+
+DROPOUT = {
+    "embedding_dropout": 0.2, "attention_dropout": 0.3, "residual_dropout": 0.1,
+    "head_dropout": 0.25,
+}  # fmt: skip
+# Epsilon far above the smallest gradients: Adam's update is then no sign, and small differences of
+# gradients stay small. No clipping, so that the moments show each array's own gradient.
+ADAM = OptimizerConfig(
+    learning_rate=1e-2, epsilon=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.0
+)
+
+
+# On top of `problem`'s configuration. Odd: tensor divides neither the heads nor the vocabulary.
+CHANGES = {
+    "": {},
+    "odd": {"vocab_size": 97, "num_heads": 1},
+    "not tied": {"tied": False, "vocab_size": 97, "segment_types": 2, "remat": "full"},
+    "one matrix": {"one_matrix": True, "remat": "dots"},
+    "clipped, in two": {},
+    "bfloat16": {"dtype": "bfloat16"},
+}
+
+
+def problem(kind, changes=""):
+    """(model, objective, params, batch) with dropout on; sizes that 2 * 8 and 2 x 2 x 2 divide."""
+    values = {"vocab_size": 98, "width": 16, "num_heads": 4} | DROPOUT | CHANGES[changes]
+    config = small.config(**values)
+    if not kind:
+        model, objective = GPT(config), objective_lib.Objective()
+        rng = np.random.default_rng(0)
+        windows = [
+            rng.integers(values["vocab_size"], size=n).astype(np.int32)
+            for n in (32, 9, 32, 5, 20, 32, 2, 30, 31)
+        ]
+        batch = loader.lm_batch(windows, 32, 16)
+    else:
+        spec, data = small.examples(kind, count=8)
+        model, objective = gpt.make_model(config, spec), objective_lib.Objective(kind, 0.5)
+        batch, _ = small.packed(data, 104, (16, 104, 16))
+    return model, objective, small.params(model), batch
+
+
+PROBLEMS = [
+    ("", ""),
+    *(
+        pytest.param(each, marks=pytest.mark.slow)
+        for each in (
+            ("similarity", ""), ("", "odd"), ("similarity", "odd"), ("", "not tied"),
+            ("entailment", "not tied"), ("", "one matrix"), ("similarity", "one matrix"),
+            ("", "clipped, in two"), ("similarity", "clipped, in two"), ("", "bfloat16"),
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module", params=PROBLEMS, ids=lambda each: f"{each[0] or 'pretrain'} {each[1]}".strip()
+)
+def alone(request):
+    """The problem, and a function that takes two steps on a mesh; and its result on one device."""
+    model, objective, params, batch = problem(*request.param)
+    micro, clip = (2, 0.5) if request.param[1] == "clipped, in two" else (1, 0.0)
+    optimizer = optimizer_lib.build(dataclasses.replace(ADAM, clip_norm=clip), 100)
+    start = jax.device_get(state.create(params, optimizer))
+
+    def train(mesh):
+        step = small.fast_train_step(
+            mesh, model=model, objective=objective, optimizer=optimizer, micro=micro, seed=5
+        )
+        current, rows = small.placed(start, mesh), mesh_lib.to_devices(batch, mesh)
+        results = []
+        for _ in range(2):
+            current, output = step(current, rows)
+            results.append(jax.device_get((current, output)))
+        places = mesh_lib.state_sharding(current, mesh)
+        for leaf, place in zip(jax.tree.leaves(current), jax.tree.leaves(places), strict=True):
+            assert leaf.sharding.is_equivalent_to(place, leaf.ndim), "the state has moved"
+        return results
+
+    return train, train(small.mesh())
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_a_mesh_computes_what_one_device_computes(alone, sizes):
+    """Two updates with dropout on: the masks do not depend on the mesh, or nothing would agree.
+
+    After one step Adam's first moment is 0.1 times the gradient: it is compared as such. Float32
+    rounding in another order of sums: 2e-5 of each array's largest value.
+    """
+    train, expected = alone
+    got = train(small.mesh(*sizes))
+    for (state_got, out_got), (state_want, out_want) in zip(got, expected, strict=True):
+        small.assert_trees_close(out_got, out_want, 2e-5)
+        small.assert_trees_close(state_got, state_want, 2e-5)
+
+
+def test_dropout_was_on(alone):
+    """The comparison above is about masks: another seed gives another loss."""
+    _, expected = alone
+    (_, first), (_, second) = expected
+    assert first.losses.lm.total != second.losses.lm.total
+
+
+def test_eval_on_a_mesh_equals_one_device():
+    model, objective, params, batch = problem("entailment")
+    results = []
+    for sizes in ((1, 1, 1), (2, 2, 2)):
+        mesh = small.mesh(*sizes)
+        run = score.jit_eval_step(mesh, model, objective)
+        sums, logits = run(small.placed(params, mesh), mesh_lib.to_devices(batch, mesh))
+        assert logits.sharding.is_fully_replicated
+        results.append(jax.device_get((sums, logits)))
+    small.assert_trees_close(results[1], results[0], 2e-5)
