@@ -207,7 +207,8 @@ def test_holdout_text_without_line_breaks_is_exact():
 def test_fingerprint_and_holdout_are_the_same_in_another_process(tmp_path):
     path = write(tmp_path / "a.csv", "t,n\n" + "".join(f"text {i},{i}\n" for i in range(50)))
     code = (
-        "import sys; from gptjax.data.tables.files import *; from gptjax.data.tables.holdout import *; d = read_table(sys.argv[1]);"
+        "import sys; from gptjax.data.tables.files import *;"
+        "from gptjax.data.tables.holdout import *; d = read_table(sys.argv[1]);"
         "print(fingerprint(d), *holdout(d, ['t'], 0.2, 7)[1]['n'])"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
