@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import sys
+from collections.abc import Iterator
 
 # Before JAX starts. The persistent compilation cache of a user must not decide what tests run.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +16,16 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(autouse=True)
+def _no_process_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Ends the processes that a test has started, above all where it failed."""
+    yield
+    # Not imported here: it turns on a compilation cache.
+    runs = sys.modules.get("runs")
+    left = runs.kill_running() if runs else []
+    assert not left, f"{request.node.name} has left processes: {left}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

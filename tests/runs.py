@@ -14,12 +14,13 @@ import os
 import pathlib
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -197,11 +198,48 @@ def main(*arguments: str) -> Result:
     return Result(code, out.getvalue(), err.getvalue())
 
 
+_running: list[subprocess.Popen] = []
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@contextlib.contextmanager
+def _usual_signals() -> Iterator[None]:
+    """Signals that the tests themselves ignore (under nohup, in the background of a script).
+
+    A new process inherits what is ignored. Meanwhile they have their usual effect.
+    """
+    ignored = [each for each in _SIGNALS if signal.getsignal(each) == signal.SIG_IGN]
+    for each in ignored:
+        signal.signal(each, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for each in ignored:
+            signal.signal(each, signal.SIG_IGN)
+
+
+def spawn(command: Sequence[str], **kwargs: Any) -> subprocess.Popen:
+    """Starts a command with pipes for its output; it ends with the test that started it."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with _usual_signals():
+        process = subprocess.Popen(command, text=True, **(pipes | kwargs))
+    _running.append(process)
+    return process
+
+
+def kill_running() -> list[int]:
+    """Kills the processes of `spawn` that still run; returns their numbers."""
+    left = [process for process in _running if process.poll() is None]
+    _running.clear()
+    for process in left:
+        process.kill()
+        process.wait()
+    return [process.pid for process in left]
+
+
 def start(*arguments: str, under: Sequence[str] = (), **kwargs: Any) -> subprocess.Popen:
     """`python launch.py ARGUMENTS` in another process, with one device; `under` another command."""
-    command = [*under, sys.executable, LAUNCH, *arguments]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, **(pipes | kwargs))
+    return spawn([*under, sys.executable, LAUNCH, *arguments], **kwargs)
 
 
 def start_several(

@@ -3,7 +3,6 @@
 import os
 import pathlib
 import signal
-import subprocess
 import sys
 import time
 
@@ -46,12 +45,11 @@ def members(
     """Runs `body` in the processes `present` of a group, and `before` before they join."""
     port, code = str(runs.free_port()), _MEMBER.replace("WAIT", str(wait)) + body
     code = code.replace("try:\n", before + "try:\n", 1)
-    pipe = subprocess.PIPE
     before = [present[:n].count(index) for n, index in enumerate(present)]
     processes = [
-        subprocess.Popen(
+        runs.spawn(
             [sys.executable, "-c", code, port, str(count), str(index), str(lives)],
-            stdout=pipe, stderr=pipe, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         for index, lives in zip(present, before, strict=True)
     ]  # fmt: skip
