@@ -23,6 +23,7 @@ from ml_collections import config_flags
 from gptjax import errors
 from gptjax.cli import malloc
 from gptjax.cluster import processes
+from gptjax.config.schema import BenchKind, Stage, WeightFormat, Words
 from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError, require
 from gptjax.io.console import no_reader, tell
 
@@ -69,7 +70,10 @@ OUTPUT = flags.DEFINE_string(
     "folder; compile, bench: a file that gets the report too."
 )  # fmt: skip
 FORMAT = flags.DEFINE_enum(
-    "format", "huggingface", ["openai", "huggingface"], "import, export: whose format the other is."
+    "format",
+    WeightFormat.HUGGINGFACE,
+    list(WeightFormat),
+    "import, export: whose format the other is.",
 )
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "compile: the machine to compile for, one of v4, v5e, v5p, v6e with its shape "
@@ -80,10 +84,13 @@ SWEEP = flags.DEFINE_bool(
 )  # fmt: skip
 SWEEP_LIMIT = flags.DEFINE_integer("sweep_limit", 12, "compile --sweep: compilations at most.")
 STAGE = flags.DEFINE_enum(
-    "stage", "pretrain", ["pretrain", "finetune"], "compile, bench: whose train step (or input)."
+    "stage",
+    Stage.PRETRAIN,
+    [Stage.PRETRAIN, Stage.FINETUNE],
+    "compile, bench: whose train step (or input).",
 )
 BENCH = flags.DEFINE_enum(
-    "bench", "train", ["train", "generate", "input"], "bench: what is timed on this machine."
+    "bench", BenchKind.TRAIN, list(BenchKind), "bench: what is timed on this machine."
 )
 STEPS = flags.DEFINE_integer(
     "steps", 0, "bench: steps (calls, batches) to time; 0: 10, of batches of input 100."
@@ -178,7 +185,7 @@ def _import() -> None:
     from gptjax.interop import convert
 
     # The experiment has nothing to say here, a flag has.
-    words = config_flags.get_override_values(FLAGS["config"]).get("tokenizer.words", "exact")
+    words = config_flags.get_override_values(FLAGS["config"]).get("tokenizer.words", Words.EXACT)
     for line in convert.import_weights(INPUT.value, OUTPUT.value, FORMAT.value, words):
         print(line)
     print(f"to start from them: --config.init_from={OUTPUT.value}")

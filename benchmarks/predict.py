@@ -50,14 +50,14 @@ def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
     import jax
     import numpy as np
 
-    from gptjax.config.schema import TaskSpec
+    from gptjax.config.schema import TaskKind, TaskSpec
     from gptjax.data.tokens import tokenizer as tokenizer_lib
     from gptjax.interop import arrays as arrays_lib
     from gptjax.interop import convert, huggingface
     from gptjax.model import gpt as gpt_lib
 
     config = sizes.model_config(sizes.Size(**spec["model"]), "float32")
-    task = TaskSpec("classification", "text", labels=("0", "1"))
+    task = TaskSpec(TaskKind.CLASSIFICATION, "text", labels=("0", "1"))
     model = gpt_lib.make_model(config, task)
     arrays = arrays_lib.flatten(gpt_lib.init_params(model, jax.random.key(0)))
     # Last states have a norm of sqrt(width): logits that differ from text to text.

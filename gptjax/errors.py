@@ -45,6 +45,6 @@ def brief(error: Exception) -> str:
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
     """Returns "; did you mean 'X'?" with the one of `names` that is most like `name`, or ""."""
-    lower = {each.lower(): each for each in names}
+    lower = {each.lower(): str(each) for each in names}  # enumerations too
     near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""

@@ -14,7 +14,7 @@ import numpy as np
 
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
-from gptjax.config.schema import MeshConfig, ModelConfig, TaskSpec
+from gptjax.config.schema import MeshConfig, ModelConfig, TaskKind, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples
@@ -72,7 +72,7 @@ def small_tokenizer() -> tokenizer.Tokenizer:
     return tokenizer.train_bpe([WORDS] * 2, 60)
 
 
-KINDS = ("classification", "entailment", "similarity", "multiple_choice", "regression")
+KINDS = tuple(TaskKind)
 
 
 def examples(

@@ -9,7 +9,7 @@ from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import FOLDER, Checkpoints
-from gptjax.config.schema import STAGES
+from gptjax.config.schema import Stage
 from gptjax.errors import UserError, brief, require
 from gptjax.io import remote
 from gptjax.model import gpt
@@ -25,12 +25,12 @@ def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
     """
     remote.check_address(path, argument)
     place = remote.absolute(path)
-    if place.name.isdigit() and place.parent.name in STAGES and place.exists():
+    if place.name.isdigit() and place.parent.name in tuple(Stage) and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
-    if place.name in STAGES and place.parent.name == FOLDER:
+    if place.name in tuple(Stage) and place.parent.name == FOLDER:
         workdir, stages = place.parents[1], [place.name]
     else:
-        workdir, stages = place, ["finetune", "pretrain"]
+        workdir, stages = place, [Stage.FINETUNE, Stage.PRETRAIN]
     for stage in stages:
         folder = workdir / FOLDER / stage
         if folder.exists() and any(child.name.isdigit() for child in folder.iterdir()):

@@ -53,7 +53,7 @@ class Checkpoints:
 
         Args:
           workdir: the run's folder.
-          stage: one of `config.schema.STAGES`.
+          stage: a `config.schema.Stage`.
           policy: how many newest and best to keep.
           metric: name of the validation score that ranks them.
           read_only: for using a checkpoint.

@@ -12,7 +12,7 @@ from typing import Any
 from gptjax.cluster.processes import is_main
 from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
-from gptjax.config.schema import TaskSpec
+from gptjax.config.schema import TaskKind, TaskSpec, TokenizerKind
 from gptjax.data import splits
 from gptjax.data.tables import text_files
 from gptjax.data.tasks import as_text
@@ -121,7 +121,7 @@ def _submission(
     names = SUBMISSIONS[task]
     numbers = tuple(str(i) for i in range(len(names)))
     require(
-        (spec.kind == "regression") == (not names)
+        (spec.kind is TaskKind.REGRESSION) == (not names)
         and (set(spec.labels) <= set(names) or spec.labels == numbers),
         f"--glue={task}: its answers are {', '.join(names) or 'numbers'}; the model's are "
         f"{', '.join(spec.labels[:5]) or 'numbers'}",
@@ -265,9 +265,9 @@ def train_tokenizer(
         f"--config.tokenizer.vocab_size={tokenizer_config.vocab_size}: must be greater than 0",
     )
     require(
-        tokenizer_config.kind in schema.TOKENIZERS,
+        tokenizer_config.kind in tuple(TokenizerKind),
         f"--config.tokenizer.kind={tokenizer_config.kind}: must be one of "
-        f"{', '.join(schema.TOKENIZERS)}",
+        f"{', '.join(TokenizerKind)}",
     )
     texts = text_files.read_text(input_path)["text"]
     tokenizer = tokenizer_lib.build(tokenizer_config, texts)

@@ -6,6 +6,7 @@ part of the configuration may be a static (hashed) argument of a jitted function
 """
 
 import dataclasses
+import enum
 import json
 import types
 import typing
@@ -14,10 +15,181 @@ from typing import Any, TypeVar
 
 from gptjax.errors import nearest, require
 
-LINE_BREAKS = ("auto", "keep", "join")
-ALGORITHMS = ("adamw", "openai")
-WORDS = ("fast", "exact")
-TOKENIZERS = ("bpe", "gpt1", "character")
+
+class Stage(enum.StrEnum):
+    """The stages of a run, in the order in which they follow each other."""
+
+    PRETRAIN = "pretrain"
+    FINETUNE = "finetune"
+    FINETUNE_FROM_SCRATCH = "finetune_from_scratch"
+    """The same fine-tuning from random weights, to compare with."""
+
+
+class TaskKind(enum.StrEnum):
+    """The kinds of labelled tasks."""
+
+    CLASSIFICATION = "classification"
+    ENTAILMENT = "entailment"
+    SIMILARITY = "similarity"
+    MULTIPLE_CHOICE = "multiple_choice"
+    REGRESSION = "regression"
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether an example consists of two texts."""
+        return self in (TaskKind.ENTAILMENT, TaskKind.SIMILARITY, TaskKind.REGRESSION)
+
+    @property
+    def sums_candidates(self) -> bool:
+        """Whether the model reads the two texts in both orders and adds up the two states."""
+        return self in (TaskKind.SIMILARITY, TaskKind.REGRESSION)
+
+    @property
+    def is_single_sequence(self) -> bool:
+        """Whether the model reads an example as one token sequence."""
+        return self in (TaskKind.CLASSIFICATION, TaskKind.ENTAILMENT)
+
+    @property
+    def has_classes(self) -> bool:
+        """Whether the task head has one output for every class, instead of a single score."""
+        return self not in (TaskKind.MULTIPLE_CHOICE, TaskKind.REGRESSION)
+
+
+class ProbeKind(enum.StrEnum):
+    """The kinds of zero-shot probes of a language model; `gptjax.evaluate.probes` defines them."""
+
+    ACCEPTABILITY = "acceptability"
+    NEXT_WORD = "next_word"
+    MULTIPLE_CHOICE = "multiple_choice"
+    SUBSTITUTION = "substitution"
+
+    @property
+    def has_candidates(self) -> bool:
+        """Whether the language model chooses among texts that every row gives."""
+        return self in (ProbeKind.MULTIPLE_CHOICE, ProbeKind.SUBSTITUTION)
+
+
+class Activation(enum.StrEnum):
+    """The activation functions of the feed-forward layers."""
+
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+
+
+class Dtype(enum.StrEnum):
+    """The dtypes of activations and matrix products."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Remat(enum.StrEnum):
+    """What the backward pass of a block computes again instead of storing it."""
+
+    NONE = "none"
+    DOTS = "dots"
+    """Everything except matrix products."""
+    FULL = "full"
+
+
+class AttentionKind(enum.StrEnum):
+    """The implementations of attention."""
+
+    AUTO = "auto"
+    """The fastest implementation that the devices and the model allow."""
+    PLAIN = "plain"
+    """All attention scores at once, on every kind of device."""
+    BLOCKED = "blocked"
+    """Block by block, for CPUs."""
+    PALLAS = "pallas"
+    """A kernel for TPUs."""
+    CUDNN = "cudnn"
+    """cuDNN's kernel for NVIDIA GPUs, in bfloat16 and without dropout."""
+
+
+class TokenizerKind(enum.StrEnum):
+    """The kinds of tokenizers."""
+
+    BPE = "bpe"
+    """A GPT-1 style byte pair encoding that is trained on the run's own text."""
+    GPT1 = "gpt1"
+    """GPT-1's own vocabulary and merges."""
+    CHARACTER = "character"
+
+
+class Words(enum.StrEnum):
+    """How the GPT-1 tokenizer splits text into words before it merges characters."""
+
+    FAST = "fast"
+    EXACT = "exact"
+    """As the authors' code does, which needs ftfy and spaCy."""
+
+
+class Algorithm(enum.StrEnum):
+    """The optimizers."""
+
+    ADAMW = "adamw"
+    OPENAI = "openai"
+    """The Adam of the authors' released code."""
+
+
+class Schedule(enum.StrEnum):
+    """How the learning rate changes after the warm-up."""
+
+    COSINE = "cosine"
+    LINEAR = "linear"
+    CONSTANT = "constant"
+
+
+class LineBreaks(enum.StrEnum):
+    """What happens to line breaks inside a paragraph of a text file."""
+
+    AUTO = "auto"
+    """JOIN in files whose lines are wrapped at a fixed width, else KEEP."""
+    KEEP = "keep"
+    JOIN = "join"
+
+
+class LmMean(enum.StrEnum):
+    """How the LM loss is averaged over a batch."""
+
+    TOKEN = "token"
+    """One mean over all tokens."""
+    SEQUENCE = "sequence"
+    """The mean of the means of the sequences."""
+
+
+class Cut(enum.StrEnum):
+    """How two texts are shortened that do not fit into the context together."""
+
+    LONGEST = "longest"
+    """The longer text loses tokens first."""
+    HALF = "half"
+    """Each text is cut to half a context less two tokens."""
+
+
+class Head(enum.StrEnum):
+    """The states that the task head reads."""
+
+    EXTRACT = "extract"
+    """The state at the last token of the sequence."""
+    FLATTEN = "flatten"
+    """The states of all positions."""
+
+
+class WeightFormat(enum.StrEnum):
+    """The formats of other programs that weights are imported from and exported to."""
+
+    OPENAI = "openai"
+    HUGGINGFACE = "huggingface"
+
+
+class BenchKind(enum.StrEnum):
+    """The activities that mode `bench` can time."""
+
+    TRAIN = "train"
+    GENERATE = "generate"
+    INPUT = "input"
 
 
 class _Config:
@@ -384,8 +556,8 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 class TaskSpec:
     """What a task head predicts, and from which columns."""
 
-    kind: str
-    """classification, entailment, similarity, multiple_choice or regression."""
+    kind: TaskKind
+    """May be given as a string."""
     text: str
     text_pair: str = ""
     choices: tuple[str, ...] = ()
@@ -396,6 +568,9 @@ class TaskSpec:
     """How two texts that are too long are cut, as in `FinetuneConfig.cut`."""
     flatten: int = 0
     """Tokens that every sequence is padded (or cut) to, for a head that reads them all; 0: none."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", TaskKind(self.kind))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TaskSpec":
@@ -411,14 +586,14 @@ class TaskSpec:
     @property
     def num_candidates(self) -> int:
         """C: token sequences per example."""
-        if self.kind == "multiple_choice":
+        if self.kind is TaskKind.MULTIPLE_CHOICE:
             return len(self.choices)
-        return 2 if self.kind in ("similarity", "regression") else 1
+        return 2 if self.kind.sums_candidates else 1
 
     @property
     def num_outputs(self) -> int:
         """Outputs of the linear head per state."""
-        return 1 if self.kind in ("multiple_choice", "regression") else len(self.labels)
+        return len(self.labels) if self.kind.has_classes else 1
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -431,13 +606,6 @@ INHERITED_SIZES = (
     "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
     "activation", "segment_types", "tied", "layer_norm_epsilon",
 )  # fmt: skip
-
-
-FROM_SCRATCH = "finetune_from_scratch"
-
-
-STAGES = ("pretrain", "finetune", "finetune_from_scratch")
-"""The order in which the stages of a run follow each other."""
 
 
 def higher_is_better(name: str) -> bool:

@@ -1,34 +1,37 @@
 """Checks a configuration once, before anything else happens: every error names its flag."""
 
 import dataclasses
+import enum
 import math
 import re
 from typing import Any
 
 from gptjax.config.schema import (
-    ALGORITHMS,
-    LINE_BREAKS,
-    TOKENIZERS,
-    WORDS,
     AblationConfig,
+    Activation,
+    Algorithm,
+    AttentionKind,
+    Cut,
+    Dtype,
     Experiment,
     FinetuneConfig,
+    Head,
+    LineBreaks,
+    LmMean,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
+    ProbeKind,
+    Remat,
+    Schedule,
+    TaskKind,
+    TokenizerKind,
+    Words,
     split_names,
 )
 from gptjax.errors import UserError, nearest, require
-
-ACTIVATIONS = ("gelu_tanh", "relu")
-ATTENTIONS = ("auto", "plain", "blocked", "pallas", "cudnn")
-DTYPES = ("float32", "bfloat16")
-REMATS = ("none", "full", "dots")
-SCHEDULES = ("cosine", "linear", "constant")
-PROBES = ("acceptability", "next_word", "multiple_choice", "substitution")
-TASKS = ("classification", "entailment", "similarity", "multiple_choice", "regression")
 
 
 def _freeze(config: Any) -> None:
@@ -54,10 +57,10 @@ def _not_negative(config: Any, where: str, *names: str) -> None:
         require(value < math.inf, f"`{where}.{name}`={value}: must be finite")
 
 
-def _choice(config: Any, where: str, name: str, allowed: tuple[str, ...]) -> None:
+def _choice(config: Any, where: str, name: str, allowed: type[enum.StrEnum]) -> None:
     value = getattr(config, name)
     require(
-        value in allowed,
+        value in tuple(allowed),
         f"`{where}.{name}`={value}: must be one of {', '.join(allowed)}{nearest(value, allowed)}",
     )
 
@@ -76,9 +79,9 @@ def validate_model(model: ModelConfig) -> None:
         model.context_length > 1,
         "`model.context_length`=1: a token needs another one to follow it",
     )
-    _choice(model, "model", "activation", ACTIVATIONS)
-    _choice(model, "model", "dtype", DTYPES)
-    _choice(model, "model", "remat", REMATS)
+    _choice(model, "model", "activation", Activation)
+    _choice(model, "model", "dtype", Dtype)
+    _choice(model, "model", "remat", Remat)
     _fraction(model, "model", "embedding_dropout", "attention_dropout")
     _fraction(model, "model", "residual_dropout", "head_dropout")
     require(
@@ -94,7 +97,7 @@ def validate_model(model: ModelConfig) -> None:
         model.tied or not model.one_matrix,
         "`model.one_matrix`: its rows are the LM head; needs `model.tied`=true",
     )
-    _choice(model, "model", "attention", ATTENTIONS)
+    _choice(model, "model", "attention", AttentionKind)
     _not_negative(model, "model", "vocab_size", "ffn_width", "unroll")
 
 
@@ -102,15 +105,15 @@ def _validate_optimizer(optimizer: OptimizerConfig, where: str) -> None:
     where = f"{where}.optimizer"
     _positive(optimizer, where, "learning_rate", "epsilon", "accumulation", "max_bad_steps")
     _fraction(optimizer, where, "beta1", "beta2", "warmup_fraction")
-    _choice(optimizer, where, "schedule", SCHEDULES)
-    _choice(optimizer, where, "algorithm", ALGORITHMS)
+    _choice(optimizer, where, "schedule", Schedule)
+    _choice(optimizer, where, "algorithm", Algorithm)
     _not_negative(optimizer, where, "weight_decay", "clip_norm", "warmup_steps")
 
 
 def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
     _positive(pretrain, "pretrain", "batch_size", "save_every")
     _not_negative(pretrain, "pretrain", "steps", "epochs", "eval_every", "eval_batches")
-    _choice(pretrain, "pretrain", "line_breaks", LINE_BREAKS)
+    _choice(pretrain, "pretrain", "line_breaks", LineBreaks)
     require(
         pretrain.steps > 0 or pretrain.epochs > 0,
         "`pretrain.steps`: give the number of steps (or `pretrain.epochs`)",
@@ -138,10 +141,10 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
 
 def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
     """Checks that the model can have the task's head; a wrong field is a `UserError`."""
-    if finetune.head == "extract":
+    if finetune.head == Head.EXTRACT:
         return
     require(
-        finetune.task in ("classification", "entailment"),
+        TaskKind(finetune.task).is_single_sequence,
         f"`finetune.head`=flatten: reads one sequence; task {finetune.task} has several",
     )
     require(
@@ -154,10 +157,10 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
     _positive(finetune, "finetune", "batch_size", "save_every", "evals_per_epoch")
     _not_negative(finetune, "finetune", "steps", "epochs", "row_length", "lm_weight")
     _not_negative(finetune, "finetune", "task_weight")
-    _choice(finetune, "finetune", "task", TASKS)
-    _choice(finetune, "finetune", "lm_mean", ("token", "sequence"))
-    _choice(finetune, "finetune", "cut", ("longest", "half"))
-    _choice(finetune, "finetune", "head", ("extract", "flatten"))
+    _choice(finetune, "finetune", "task", TaskKind)
+    _choice(finetune, "finetune", "lm_mean", LmMean)
+    _choice(finetune, "finetune", "cut", Cut)
+    _choice(finetune, "finetune", "head", Head)
     require(
         finetune.dataset != "builtin",
         "`finetune.dataset`=builtin: write builtin:classification, builtin:entailment, "
@@ -172,7 +175,7 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
         "`finetune.train_file`: give a labelled file, or `finetune.dataset`, and not both",
     )
     _fraction(finetune, "finetune", "validation_fraction")
-    pair = finetune.task in ("entailment", "similarity", "regression")
+    pair = TaskKind(finetune.task).is_pair
     require(
         not finetune.dataset or not (finetune.validation_file or finetune.test_file),
         "`finetune.validation_file`, `finetune.test_file`: go with train_file, not with dataset",
@@ -188,7 +191,7 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
     )
     many = len(split_names(finetune.choices))
     require(
-        (many >= 2) == (finetune.task == "multiple_choice"),
+        (many >= 2) == (finetune.task == TaskKind.MULTIPLE_CHOICE),
         "`finetune.choices`: the columns of the answers, two or more, comma-separated, "
         "go with `finetune.task`=multiple_choice",
     )
@@ -223,13 +226,13 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
 def validate_probe(name: str, probe: ProbeConfig) -> None:
     """Checks a probe; a wrong field is a `UserError`."""
     where = f"probes.{name}"
-    _choice(probe, where, "kind", PROBES)
+    _choice(probe, where, "kind", ProbeKind)
     _not_negative(probe, where, "limit")
     require(
         bool(probe.dataset) != bool(probe.file),
         f"`{where}.file`: give a file of rows, or `{where}.dataset`, and not both",
     )
-    chosen = probe.kind in ("multiple_choice", "substitution")
+    chosen = ProbeKind(probe.kind).has_candidates
     require(
         (len(split_names(probe.choices)) >= 2) == chosen,
         f"`{where}.choices`: two or more columns, comma-separated, go with the kinds "
@@ -260,10 +263,10 @@ def validate(experiment: Experiment) -> Experiment:
         f"`seed`={experiment.seed}: must be 0 to {2**32 - 1}",
     )
     validate_model(experiment.model)
-    _choice(experiment.tokenizer, "tokenizer", "kind", TOKENIZERS)
-    _choice(experiment.tokenizer, "tokenizer", "words", WORDS)
+    _choice(experiment.tokenizer, "tokenizer", "kind", TokenizerKind)
+    _choice(experiment.tokenizer, "tokenizer", "words", Words)
     require(
-        experiment.tokenizer.words == "fast" or experiment.tokenizer.kind == "gpt1",
+        experiment.tokenizer.words == Words.FAST or experiment.tokenizer.kind == TokenizerKind.GPT1,
         "`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1",
     )
     _positive(experiment.tokenizer, "tokenizer", "vocab_size")

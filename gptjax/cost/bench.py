@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.config import schema, validation
-from gptjax.config.schema import Experiment, MeshConfig
+from gptjax.config.schema import BenchKind, Experiment, MeshConfig, Stage
 from gptjax.cost import step_spec
 from gptjax.cost.step_spec import Plan
 from gptjax.errors import require
@@ -31,12 +31,11 @@ from gptjax.io import console
 from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
 
-KINDS = ("train", "generate", "input")
 PROMPT_TOKENS = 16
 # Timed where the number is left to us; batches of input are cheap, and one alone tells little.
-_STEPS = {"train": 10, "generate": 10, "input": 100}
+_STEPS: dict[str, int] = {BenchKind.TRAIN: 10, BenchKind.GENERATE: 10, BenchKind.INPUT: 100}
 # The first runs touch their memory for the first time.
-_WARMUP = {"train": 2, "generate": 1, "input": 8}
+_WARMUP: dict[str, int] = {BenchKind.TRAIN: 2, BenchKind.GENERATE: 1, BenchKind.INPUT: 8}
 # No folder of a run: the tokenizer is that of the experiment, not of what lies around.
 _NO_WORKDIR = os.devnull
 
@@ -45,9 +44,8 @@ _NO_WORKDIR = os.devnull
 class Request:
     """What is timed."""
 
-    what: str = "train"
-    """One of `KINDS`."""
-    stage: str = "pretrain"
+    what: str = BenchKind.TRAIN
+    stage: str = Stage.PRETRAIN
     steps: int = 0
     """Steps, calls or batches that are timed, after the warm-up; 0: 10 (100 batches of input)."""
     max_new_tokens: int = 100
@@ -55,7 +53,8 @@ class Request:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
-        require(self.what in KINDS, f"`bench`={self.what}: must be one of {', '.join(KINDS)}")
+        kinds = tuple(BenchKind)
+        require(self.what in kinds, f"`bench`={self.what}: must be one of {', '.join(kinds)}")
         require(
             self.stage in step_spec.STAGES,
             f"`stage`={self.stage}: must be one of {', '.join(step_spec.STAGES)}",
@@ -85,10 +84,14 @@ def run(experiment: Experiment, request: Request, output: str = "") -> dict[str,
     Raises:
       UserError: a configuration that does not fit this machine's devices, or wrong data.
     """
-    measure = {"train": _train, "generate": _generate, "input": _input}[request.what]
+    measure: dict[str, Callable[[Experiment, Request], dict[str, Any]]] = {
+        BenchKind.TRAIN: _train,
+        BenchKind.GENERATE: _generate,
+        BenchKind.INPUT: _input,
+    }
     report = {
         "bench": request.what,
-        **measure(experiment, request),
+        **measure[request.what](experiment, request),
         "steps": request.timed,
         "warmup_steps": _WARMUP[request.what],
         "machine": mesh_lib.describe_machine(),

@@ -21,8 +21,12 @@ from gptjax.config.schema import (
     INHERITED_SIZES,
     Experiment,
     FinetuneConfig,
+    Head,
     ModelConfig,
     OptimizerConfig,
+    Stage,
+    TaskKind,
+    TokenizerKind,
 )
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer
@@ -34,7 +38,7 @@ from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import stages
 from gptjax.train import step as step_lib
 
-STAGES = ("pretrain", "finetune")
+STAGES = (Stage.PRETRAIN, Stage.FINETUNE)
 
 # Entries of the authors' encoder_bpe_40000.json.
 _GPT1_VOCABULARY = 40478
@@ -57,9 +61,9 @@ def validated(experiment: Experiment, stage: str) -> Experiment:
     """Returns a checked copy with this stage alone; data that is not read need not be named."""
     config = getattr(experiment, stage)
     require(config, f"`stage`={stage}: the experiment has no {stage} part")
-    files = config.train_files if stage == "pretrain" else config.train_file
+    files = config.train_files if stage == Stage.PRETRAIN else config.train_file
     changes: dict[str, Any] = {} if files or config.dataset else {"dataset": "not read"}
-    if stage == "finetune":
+    if stage == Stage.FINETUNE:
         changes |= {"compare_from_scratch": False, "transfer": "all"}
     elif not (config.steps or config.epochs):
         changes["epochs"] = 1.0
@@ -77,13 +81,13 @@ def vocabulary(experiment: Experiment) -> tuple[int, str]:
     config, special = experiment.tokenizer, len(tokenizer.SPECIALS)
     if experiment.model.vocab_size:
         return experiment.model.vocab_size, "model.vocab_size"
-    if config.file or (config.kind == "gpt1" and config.vocab_file):
+    if config.file or (config.kind == TokenizerKind.GPT1 and config.vocab_file):
         return len(tokenizer.build(config, ())), "the tokenizer's file"
     require(
-        config.kind != "character",
+        config.kind != TokenizerKind.CHARACTER,
         "`model.vocab_size`: give it; the characters of the text are not known",
     )
-    if config.kind == "gpt1":
+    if config.kind == TokenizerKind.GPT1:
         return _GPT1_VOCABULARY + special, "GPT-1's 40,478 and four special tokens"
     return config.vocab_size + special, "tokenizer.vocab_size and four special tokens"
 
@@ -99,7 +103,7 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
     else:
         size, assumed["vocab_size"] = vocabulary(experiment)
         model = dataclasses.replace(model, vocab_size=size)
-    if stage == "pretrain":
+    if stage == Stage.PRETRAIN:
         config = experiment.pretrain
         assert config is not None
         rows, length = stages.pretrain_shape(config, model, mesh)
@@ -120,11 +124,11 @@ def _finetune_plan(
 ) -> Plan:
     """Fine-tuning without its data: the largest batch that the configuration allows."""
     spec = splits.task_spec(config)
-    if config.task in ("classification", "entailment", "similarity"):
+    if spec.kind.has_classes:
         spec = dataclasses.replace(spec, labels=("no", "yes"))
         assumed["labels"] = "two classes"
     candidates, context = spec.num_candidates, model.context_length
-    if config.head == "flatten":
+    if config.head == Head.FLATTEN:
         spec = dataclasses.replace(spec, flatten=context)
     length = config.row_length or candidates * context
     divisor = mesh_lib.batch_divisor(mesh) * config.optimizer.accumulation
@@ -135,7 +139,7 @@ def _finetune_plan(
     )
     # As `packing.Packer` does of rows that one example fills.
     shape = (rows, min(config.batch_size, 4), candidates)
-    labels = np.float32 if config.task == "regression" else np.int32
+    labels = np.float32 if spec.kind is TaskKind.REGRESSION else np.int32
     batch = _abstract_batch(rows, length, mesh, shape, labels)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     return Plan(

@@ -11,12 +11,11 @@ from typing import Any
 import jax
 
 from gptjax import mesh as mesh_lib
-from gptjax.config.schema import Experiment, MeshConfig
+from gptjax.config.schema import Experiment, MeshConfig, Remat
 from gptjax.cost import compile, step_spec
 from gptjax.errors import UserError, brief, require
 from gptjax.io import console
 
-REMAT = ("none", "dots", "full")
 BATCHES = (1, 2, 4)
 """Multiples of the experiment's own batch."""
 
@@ -79,7 +78,7 @@ def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -
     batches = [math.ceil(factor * config.batch_size / unit) * unit for factor in BATCHES]
     for batch in dict.fromkeys(batches):
         for mesh in meshes((data, fsdp, tensor), devices, slices):
-            for remat in REMAT:
+            for remat in Remat:
                 yield Choice(batch, mesh, remat)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from gptjax.config import schema
-from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskSpec
+from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskKind, TaskSpec
 from gptjax.data.builtin import tasks as builtin_tasks
 from gptjax.data.tables import expressions, holdout, hub, text_files
 from gptjax.data.tables import files as files_lib
@@ -61,7 +61,7 @@ def text_splits(config: PretrainConfig) -> dict[str, Any]:
 def task_spec(config: FinetuneConfig) -> TaskSpec:
     """Returns the task that the configuration describes, its label names still unknown."""
     return TaskSpec(
-        kind=config.task,
+        kind=TaskKind(config.task),
         text=config.text,
         text_pair=config.text_pair,
         choices=schema.split_names(config.choices),

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config.schema import TaskSpec
+from gptjax.config.schema import Cut, TaskKind, TaskSpec
 from gptjax.data.tokens import store
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import UserError, nearest, require
@@ -84,14 +84,14 @@ def find_labels(
     Raises:
       UserError: an empty label, one class only, or labels that do not number the answers.
     """
-    if spec.kind == "regression":
+    if spec.kind is TaskKind.REGRESSION:
         return spec
     seen: set[str] = set()
     for number, value in zip(_numbers(rows[spec.label], numbers), rows[spec.label], strict=True):
         name = as_text(value).strip()
         require(name, f"{where}: row {number}, column {spec.label}: the label is empty")
         seen.add(name)
-    if spec.kind != "multiple_choice":
+    if spec.kind is not TaskKind.MULTIPLE_CHOICE:
         require(
             len(seen) > 1,
             f"{where}: column {spec.label}: every row has the label {next(iter(seen), '')!r}; "
@@ -122,7 +122,7 @@ def label_ids(
 ) -> np.ndarray:
     """Returns int32 [n] classes or answers, or float32 [n] targets; errors name the row."""
     numbers = _numbers(values, numbers)
-    if spec.kind == "regression":
+    if spec.kind is TaskKind.REGRESSION:
         targets = np.zeros(len(values), np.float32)
         for i, value in enumerate(values):
             try:
@@ -186,11 +186,11 @@ class _Builder:
         """Returns an example's sequences, and where their second text and padding begin."""
         if spec.flatten:
             return [self.padded(texts, spec.flatten)]
-        if spec.kind == "classification":
+        if spec.kind is TaskKind.CLASSIFICATION:
             built = [self.single(texts[0])]
-        elif spec.kind == "entailment":
+        elif spec.kind is TaskKind.ENTAILMENT:
             built = [self.pair(texts[0], texts[1])]
-        elif spec.kind == "multiple_choice":
+        elif spec.kind is TaskKind.MULTIPLE_CHOICE:
             built = [self.pair(texts[0], answer, spec.ends_in_question) for answer in texts[1:]]
         else:
             built = [self.pair(texts[0], texts[1]), self.pair(texts[1], texts[0])]
@@ -269,7 +269,7 @@ def encode(
     """
     ids = functools.partial(store.encode_batch, tokenizer) if keep else tokenizer.encode_batch
     columns = {name: ids([as_text(value) for value in rows[name]]) for name in spec.text_columns}
-    builder = _Builder(tokenizer, context_length, halves=spec.cut == "half")
+    builder = _Builder(tokenizer, context_length, halves=spec.cut == Cut.HALF)
     built: list[tuple[np.ndarray, int, int]] = []
     cut = empty = 0
     for i in range(len(rows[spec.text])):

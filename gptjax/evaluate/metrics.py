@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
+from gptjax.config.schema import TaskKind
 from gptjax.errors import UserError, require
 
 _CLASS_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
@@ -17,18 +18,18 @@ _REGRESSION_METRICS = ("pearson", "spearman", "mse")
 NAMES: tuple[str, ...] = (*_CLASS_METRICS, *_REGRESSION_METRICS)
 """Every name that `finetune.metrics` takes."""
 
-FITTING: dict[str, tuple[str, ...]] = {
-    "classification": _CLASS_METRICS,
-    "entailment": _CLASS_METRICS,
-    "similarity": _CLASS_METRICS,
+FITTING: dict[TaskKind, tuple[str, ...]] = {
+    TaskKind.CLASSIFICATION: _CLASS_METRICS,
+    TaskKind.ENTAILMENT: _CLASS_METRICS,
+    TaskKind.SIMILARITY: _CLASS_METRICS,
     # A label is the place of the right answer in its row, not a class with an F1 of its own.
-    "multiple_choice": ("accuracy",),
-    "regression": _REGRESSION_METRICS,
+    TaskKind.MULTIPLE_CHOICE: ("accuracy",),
+    TaskKind.REGRESSION: _REGRESSION_METRICS,
 }
 """Kind of task -> the metrics that mean something for it."""
 
-DEFAULTS: dict[str, tuple[str, ...]] = {
-    kind: _REGRESSION_METRICS if kind == "regression" else ("accuracy",) for kind in FITTING
+DEFAULTS: dict[TaskKind, tuple[str, ...]] = {
+    kind: _REGRESSION_METRICS if kind is TaskKind.REGRESSION else ("accuracy",) for kind in FITTING
 }
 """Kind of task -> the metrics when the user names none."""
 
@@ -44,7 +45,7 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
 
     Args:
       names: such as ``"f1, accuracy"``; the first selects the best checkpoint. Empty: `DEFAULTS`.
-      kind: a key of `FITTING`.
+      kind: a `TaskKind`.
 
     Raises:
       UserError: for an unknown name, or one that means nothing for `kind`.
@@ -52,7 +53,7 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
     >>> parse("f1, accuracy", "entailment")
     ('f1', 'accuracy')
     """
-    fitting = FITTING[kind]
+    fitting = FITTING[TaskKind(kind)]
     asked = tuple(dict.fromkeys(n for n in (p.strip().lower() for p in names.split(",")) if n))
     for name in asked:
         if name not in NAMES:
@@ -66,7 +67,7 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
             f"`finetune.metrics`: {name!r} does not fit a {kind} task; "
             f"write {' or '.join(fitting)}",
         )
-    return asked or DEFAULTS[kind]
+    return asked or DEFAULTS[TaskKind(kind)]
 
 
 def compute(

@@ -25,7 +25,14 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
-from gptjax.config.schema import FinetuneConfig, ProbeConfig, TaskSpec, split_names
+from gptjax.config.schema import (
+    FinetuneConfig,
+    ProbeConfig,
+    ProbeKind,
+    TaskKind,
+    TaskSpec,
+    split_names,
+)
 from gptjax.data import loader, splits, tasks
 from gptjax.data.tasks import as_text
 from gptjax.data.tokens.tokenizer import Tokenizer
@@ -62,7 +69,7 @@ class Probe:
     @property
     def metric(self) -> str:
         """What the answers are scored by."""
-        return "matthews" if self.kind == "acceptability" else "accuracy"
+        return "matthews" if self.kind == ProbeKind.ACCEPTABILITY else "accuracy"
 
 
 def _table(config: ProbeConfig, needed: tuple[str, ...]) -> splits.Table:
@@ -98,16 +105,16 @@ def _join(
 def _parts(config: ProbeConfig, rows: dict[str, list[Any]], i: int, where: str):
     """Yields (what comes before, what is scored) for each candidate of row i."""
     text = as_text(rows[config.text][i])
-    if config.kind == "acceptability":
+    if config.kind == ProbeKind.ACCEPTABILITY:
         yield "", text
         return
-    if config.kind == "next_word":
+    if config.kind == ProbeKind.NEXT_WORD:
         # The space is for character tokenizers; others drop it.
         for word in split_names(config.words):
             yield f"{text} {config.append} ", word
         return
     candidates = [as_text(rows[name][i]) for name in split_names(config.choices)]
-    if config.kind == "multiple_choice":
+    if config.kind == ProbeKind.MULTIPLE_CHOICE:
         for candidate in candidates:
             yield f"{text} ", candidate
         return
@@ -149,21 +156,19 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
     rows = table.columns(_needed(config))
     if config.limit:
         rows = {column: values[: config.limit] for column, values in rows.items()}
-    chosen = config.kind in ("multiple_choice", "substitution")
+    chosen = ProbeKind(config.kind).has_candidates
     choices = split_names(config.choices) if chosen else ()
-    spec = TaskSpec(
-        "multiple_choice" if chosen else "classification", config.text, choices=choices,
-        label=config.label,
-    )  # fmt: skip
+    kind = TaskKind.MULTIPLE_CHOICE if chosen else TaskKind.CLASSIFICATION
+    spec = TaskSpec(kind, config.text, choices=choices, label=config.label)
     spec = tasks.find_labels(spec, rows, table.where)
     words = split_names(config.words)
     require(
-        config.kind != "next_word" or len(words) == len(spec.labels),
+        config.kind != ProbeKind.NEXT_WORD or len(words) == len(spec.labels),
         f"`probes.{name}.words`={config.words}: the {len(spec.labels)} labels "
         f"{', '.join(spec.labels[:5])} need a word each",
     )
     require(
-        config.kind != "acceptability" or spec.labels == ("0", "1"),
+        config.kind != ProbeKind.ACCEPTABILITY or spec.labels == ("0", "1"),
         f"{table.where}: column {config.label}: the labels of acceptability are 0 (not acceptable) "
         f"and 1, not {', '.join(spec.labels[:5])}",
     )
@@ -233,11 +238,11 @@ def threshold(scores: np.ndarray, labels: np.ndarray) -> float:
 
 def answers(kind: str, totals: np.ndarray, counts: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Returns int [n]: the class or candidate that the log-probabilities say."""
-    if kind == "next_word":
+    if kind == ProbeKind.NEXT_WORD:
         return totals.argmax(axis=1)
     # No token is no answer.
     means = np.where(counts > 0, totals / np.maximum(counts, 1), -np.inf)
-    if kind != "acceptability":
+    if kind != ProbeKind.ACCEPTABILITY:
         return means.argmax(axis=1)
     found = np.zeros(len(labels), np.int64)
     # Rows often come sorted by their label, or with their labels in turn.

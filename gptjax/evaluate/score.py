@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
-from gptjax.config.schema import TaskSpec
+from gptjax.config.schema import TaskKind, TaskSpec
 from gptjax.data import loader
 from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples
@@ -119,7 +119,7 @@ def _scatter(logits: np.ndarray | None, count: int, index: np.ndarray, out: Any)
 
 def predictions(spec: TaskSpec, logits: np.ndarray) -> np.ndarray:
     """Returns int [n] best classes or answers, or float32 [n] regression values."""
-    return logits[:, 0] if spec.kind == "regression" else logits.argmax(axis=1)
+    return logits[:, 0] if spec.kind == TaskKind.REGRESSION else logits.argmax(axis=1)
 
 
 def task(

@@ -14,7 +14,15 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.load import load_params
-from gptjax.config.schema import MeshConfig, ModelConfig, ProbeConfig, TaskSpec
+from gptjax.config.schema import (
+    AttentionKind,
+    LmMean,
+    MeshConfig,
+    ModelConfig,
+    ProbeConfig,
+    TaskKind,
+    TaskSpec,
+)
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tables import expressions
@@ -77,18 +85,18 @@ class LoadedGPT:
     def model(self) -> GPT:
         """The Flax module of the parameters, for any number of rows."""
         # The kernels share the rows between the devices, which needs enough of them.
-        return self._make("plain" if self.mesh.size > 1 else "auto")
+        return self._make(AttentionKind.PLAIN if self.mesh.size > 1 else AttentionKind.AUTO)
 
     def _batched(self, longest: int = 0) -> GPT:
         """The same for batches whose rows the devices share."""
-        return self._make("auto", self.mesh, longest)
+        return self._make(AttentionKind.AUTO, self.mesh, longest)
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
         """A second copy of the weights, from the first generation on: later ones begin at once."""
         return Decoder(self.model, self.params)
 
-    def _make(self, attention: str, mesh: Mesh | None = None, longest: int = 0) -> GPT:
+    def _make(self, attention: AttentionKind, mesh: Mesh | None = None, longest: int = 0) -> GPT:
         # The attention of the training was for its devices, not for these.
         config = dataclasses.replace(self.config, attention=attention)
         return gpt.make_model(config, self.task, mesh, longest)
@@ -185,7 +193,7 @@ class LoadedGPT:
             return Predictions([], None, self.task.labels, 0, 0)
         outputs = self._run(examples, Objective(self.task.kind, lm_weight=0.0))
         found = score_lib.predictions(self.task, outputs.logits)
-        if self.task.kind == "regression":
+        if self.task.kind is TaskKind.REGRESSION:
             return Predictions(found.tolist(), None, (), examples.cut, examples.empty)
         probabilities = np.asarray(jax.nn.softmax(outputs.logits, axis=-1))
         labels = [self.task.labels[i] for i in found]
@@ -246,7 +254,7 @@ class LoadedGPT:
         divisor = mesh_lib.batch_divisor(self.mesh)
         # Powers of two: requests of about the same size find their program compiled.
         wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
-        means = (self.meta.experiment.get("finetune") or {}).get("lm_mean") == "sequence"
+        means = (self.meta.experiment.get("finetune") or {}).get("lm_mean") == LmMean.SEQUENCE
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
         step = self._step(objective, _power(examples.longest))

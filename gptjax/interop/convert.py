@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import tempfile
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,12 +17,14 @@ from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import Checkpoints
 from gptjax.config import schema, validation
 from gptjax.config.schema import (
-    WORDS,
     Experiment,
     FinetuneConfig,
     MeshConfig,
     PretrainConfig,
+    Stage,
     TaskSpec,
+    WeightFormat,
+    Words,
 )
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, brief, require
@@ -31,7 +34,10 @@ from gptjax.io import files, remote
 from gptjax.mesh import make_mesh
 from gptjax.model import gpt
 
-FORMATS = {"openai": openai, "huggingface": huggingface}
+FORMATS: dict[str, types.ModuleType] = {
+    WeightFormat.OPENAI: openai,
+    WeightFormat.HUGGINGFACE: huggingface,
+}
 
 
 @contextmanager
@@ -62,7 +68,9 @@ def _open_to_readers(folder: pathlib.Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def import_weights(input_path: str, output_path: str, form: str, words: str = "exact") -> list[str]:
+def import_weights(
+    input_path: str, output_path: str, form: str, words: str = Words.EXACT
+) -> list[str]:
     """Makes a workdir, for all other modes, of the weights in a folder.
 
     Args:
@@ -74,7 +82,7 @@ def import_weights(input_path: str, output_path: str, form: str, words: str = "e
     Returns:
       Lines for the user.
     """
-    require(words in WORDS, f"`tokenizer.words`={words}: must be {' or '.join(WORDS)}")
+    require(words in tuple(Words), f"`tokenizer.words`={words}: must be {' or '.join(Words)}")
     require(input_path, "`input`: give the folder with the weights")
     require(os.path.isdir(input_path), f"`input`={input_path}: no such folder")
     with _new_folder(output_path) as place:
@@ -90,7 +98,7 @@ def import_weights(input_path: str, output_path: str, form: str, words: str = "e
 
 def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
     try:
-        found = FORMATS[form].read(folder, words == "exact")
+        found = FORMATS[form].read(folder, words == Words.EXACT)
         validation.validate_model(found.model)
         return found
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
@@ -107,7 +115,7 @@ def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
         params = state.merge_params(arrays.unflatten(found.arrays), like)
     except ValueError as error:
         raise UserError(f"`input`={where}: {error}") from error
-    stage = "finetune" if found.task else "pretrain"
+    stage = Stage.FINETUNE if found.task else Stage.PRETRAIN
     experiment = Experiment(
         name="imported", model=found.model, pretrain=PretrainConfig(),
         finetune=_finetune_config(found.task) if found.task else None,

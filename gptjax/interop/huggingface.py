@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from gptjax.config.schema import ModelConfig, TaskSpec
+from gptjax.config.schema import Activation, ModelConfig, TaskKind, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import (
     DELIMITER,
@@ -37,7 +37,7 @@ _THEIRS = (
 _EMBEDDINGS = {"tokens_embed.weight": TOKENS, "positions_embed.weight": POSITIONS}
 _PREFIX, _LM_HEAD, _SCORE = "transformer.", "lm_head.weight", "score.weight"
 _CHOICE = "multiple_choice_head.summary"
-_ACTIVATIONS = {"gelu": "gelu_tanh", "relu": "relu"}
+_ACTIVATIONS = {"gelu": Activation.GELU_TANH, "relu": Activation.RELU}
 _FILE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
 # Masks and position numbers that older versions saved along.
 _CONSTANTS = re.compile(r"(h\.\d+\.attn\.bias|position_ids)$")
@@ -190,12 +190,13 @@ def _head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays, Ta
             f"{', '.join(labels)}",
         )
         no_bias = np.zeros(len(score), np.float32)
-        return {KERNEL: score.T, BIAS: no_bias}, TaskSpec("classification", "text", labels=labels)
+        task = TaskSpec(TaskKind.CLASSIFICATION, "text", labels=labels)
+        return {KERNEL: score.T, BIAS: no_bias}, task
     kernel, bias = (arrays.pop(f"{_CHOICE}.{part}", None) for part in ("weight", "bias"))
     if kernel is None or bias is None:
         return {}, None
     choices = ("choice1", "choice2")
-    task = TaskSpec("multiple_choice", "text", choices=choices, labels=("0", "1"))
+    task = TaskSpec(TaskKind.MULTIPLE_CHOICE, "text", choices=choices, labels=("0", "1"))
     return {KERNEL: kernel.T, BIAS: bias}, task
 
 
@@ -205,14 +206,14 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
     arrays_lib.require_plain(model)
     arrays = {_their(name): array for name, array in arrays_lib.split_layers(weights).items()}
     extra = {name: weights.arrays[name] for name in (KERNEL, BIAS) if name in weights.arrays}
-    kind = weights.task.kind if weights.task else ""
+    kind = weights.task.kind if weights.task else None
     architecture = "OpenAIGPTLMHeadModel"
-    if kind == "multiple_choice":
+    if kind == TaskKind.MULTIPLE_CHOICE:
         architecture = "OpenAIGPTDoubleHeadsModel"
         arrays[f"{_CHOICE}.weight"], arrays[f"{_CHOICE}.bias"] = extra[KERNEL].T, extra[BIAS]
         # This class ties the embedding to the output layer, the others the other way round.
         arrays[_LM_HEAD] = weights.arrays[TOKENS]
-    elif kind in ("classification", "entailment"):
+    elif kind and kind.is_single_sequence:
         architecture = "OpenAIGPTForSequenceClassification"
         arrays[_SCORE] = _score(weights)
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

@@ -19,7 +19,9 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.config.schema import (
+    Dtype,
     ModelConfig,
+    Remat,
     TaskSpec,
 )
 from gptjax.mesh import Params
@@ -216,12 +218,12 @@ class GPT(nn.Module):
             self.lm_head = LMHead(config)
         self.embedding_dropout = Dropout(config.embedding_dropout)
         block = Block
-        if config.remat != "none":
+        if config.remat != Remat.NONE:
             kept = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
-            policy = kept if config.remat == "dots" else None
+            policy = kept if config.remat == Remat.DOTS else None
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
         # Written out, forward and backward pass become one program that XLA keeps all values of.
-        whole = mesh_lib.platform(self.mesh) == "cpu" and config.remat == "none"
+        whole = mesh_lib.platform(self.mesh) == "cpu" and config.remat == Remat.NONE
         unroll = config.unroll or (config.num_layers if whole else 1)
         self.blocks = nn.scan(
             block,
@@ -384,7 +386,7 @@ class GPT(nn.Module):
 
 def _float32(config: ModelConfig) -> ModelConfig:
     """The same configuration computing in float32: the task head's few outputs stay exact."""
-    return dataclasses.replace(config, dtype="float32")
+    return dataclasses.replace(config, dtype=Dtype.FLOAT32)
 
 
 def run(model: GPT, params: Params, *args: Any, method: str, key: Array | None = None) -> Any:
@@ -413,5 +415,4 @@ def make_model(
     """
     if spec is None:
         return GPT(config, mesh=mesh, longest=longest)
-    summed = spec.kind in ("similarity", "regression")
-    return GPT(config, spec.num_outputs, summed, spec.flatten, mesh, longest)
+    return GPT(config, spec.num_outputs, spec.kind.sums_candidates, spec.flatten, mesh, longest)

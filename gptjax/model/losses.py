@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
+from gptjax.config.schema import TaskKind
 from gptjax.ops import matmul, sharded
 
 Array = jax.Array
@@ -261,7 +262,7 @@ def _with_bias(x_BTD: Array, table_VD: Array, bias_V: Array | None) -> tuple[Arr
     return jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1), table_VD
 
 
-def task_loss(kind: str, logits: Array, batch: Batch) -> Sum:
+def task_loss(kind: TaskKind, logits: Array, batch: Batch) -> Sum:
     """Returns the task loss L2: cross-entropy over classes or answers, squared error of a target.
 
     Args:
@@ -269,10 +270,10 @@ def task_loss(kind: str, logits: Array, batch: Batch) -> Sum:
       logits: from `GPT.task_logits`, float32 [B, E, O] or [B, E, C].
       batch: its labels, candidate_mask and example_mask.
     """
-    if kind == "regression":
+    if kind == TaskKind.REGRESSION:
         losses_BE = jnp.square(logits[..., 0] - batch.labels)
     else:
-        if kind == "multiple_choice":
+        if kind == TaskKind.MULTIPLE_CHOICE:
             # Padding slots have no candidate at all; the floor keeps their softmax finite.
             logits = jnp.where(batch.candidate_mask > 0, logits, jnp.finfo(jnp.float32).min)
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from gptjax import mesh
 from gptjax.batch import Batch
+from gptjax.config.schema import TaskKind
 from gptjax.mesh import Params
 from gptjax.model import losses
 from gptjax.model.gpt import GPT, run
@@ -19,8 +20,8 @@ from gptjax.model.losses import Sum
 class Objective:
     """What is minimised: the LM loss alone, or task_weight * task + lm_weight * LM."""
 
-    kind: str = ""
-    """The task's kind; empty in pretraining."""
+    kind: TaskKind | None = None
+    """The task's kind; None in pretraining."""
     lm_weight: float = 1.0
     task_weight: float = 1.0
 

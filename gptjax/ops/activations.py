@@ -10,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gptjax.config.schema import Activation
+
 Array = jax.Array
 
 _SLOPE = math.sqrt(2 / math.pi)
@@ -42,4 +44,7 @@ def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
 
-FUNCTIONS: dict[str, Callable[[Array], Array]] = {"gelu_tanh": gelu, "relu": jax.nn.relu}
+FUNCTIONS: dict[str, Callable[[Array], Array]] = {
+    Activation.GELU_TANH: gelu,
+    Activation.RELU: jax.nn.relu,
+}

@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from gptjax.config.schema import STAGES
+from gptjax.config.schema import Stage, TaskKind
 from gptjax.evaluate.metrics import FITTING, NAMES, PERCENT
 from gptjax.io import remote
 from gptjax.io.files import json_ready, write_atomically
 from gptjax.train.log import PathLike, read
 
 WIDTH = 100  # columns of the text for a terminal
+_TASK_STAGES = (Stage.FINETUNE, Stage.FINETUNE_FROM_SCRATCH)
 
 _PRETRAIN_FACTS = {
     "steps": "{:,} steps",
@@ -32,8 +33,8 @@ def loss_plot(workdir: PathLike) -> list[str]:
     Returns the paths written.
     """
     records = sorted(read(workdir), key=lambda r: r["step"])
-    stages = [s for s in STAGES if any(r["stage"] == s and "loss" in r for r in records)]
-    scored = [r for r in records if r["stage"] != "pretrain" and r["split"] == "validation"]
+    stages = [s for s in Stage if any(r["stage"] == s and "loss" in r for r in records)]
+    scored = [r for r in records if r["stage"] != Stage.PRETRAIN and r["split"] == "validation"]
     scores = [name for name in NAMES if any(name in r for r in scored)]
     asked = {name for r in records for name in r if name.startswith("probe_")}
     probes = sorted(name for name in asked if not name.endswith("_floor"))
@@ -85,12 +86,12 @@ def _draw_loss(axis: Any, stage: str, records: Sequence[dict]) -> None:
     if validation.size:
         axis.plot(*validation, "o-", color="C1", label="validation")
     axis.set_title(stage.replace("_", " "))
-    axis.set_ylabel(f"loss ({'nats per token' if stage == 'pretrain' else 'task + LM, nats'})")
+    axis.set_ylabel(f"loss ({'nats per token' if stage == Stage.PRETRAIN else 'task + LM, nats'})")
 
 
 def _draw_score(axis: Any, name: str, records: Sequence[dict]) -> None:
     scale, unit = (100.0, " (%)") if name in PERCENT else (1.0, "")
-    for stage in STAGES[1:]:
+    for stage in _TASK_STAGES:
         steps, values = _series(records, stage, "validation", name)
         if steps.size:
             axis.plot(steps, values * scale, "o-", label=stage.replace("_", " "))
@@ -101,9 +102,9 @@ def _draw_score(axis: Any, name: str, records: Sequence[dict]) -> None:
 def _draw_probe(axis: Any, name: str, records: Sequence[dict]) -> None:
     probe, _, metric = name.rpartition("_")
     scale, unit = (100.0, " (%)") if metric in PERCENT else (1.0, "")
-    steps, values = _series(records, "pretrain", "validation", name)
+    steps, values = _series(records, Stage.PRETRAIN, "validation", name)
     axis.plot(steps, values * scale, "o-", label="zero-shot")
-    steps, floors = _series(records, "pretrain", "validation", f"{probe}_floor")
+    steps, floors = _series(records, Stage.PRETRAIN, "validation", f"{probe}_floor")
     axis.plot(steps, floors * scale, ":", color="gray", label="constant answer")
     axis.set_title(probe.removeprefix("probe_"))
     axis.set_ylabel(metric + unit)
@@ -120,7 +121,7 @@ def results_table(
     `summary` is that of summary.json, any stage or split may be absent; `floors` has the scores of
     the constant answer (`metrics.floor`) of each split. Long commands are broken, to paste.
     """
-    pretrain = {k: v for k, v in (summary.get("pretrain") or {}).items() if v is not None}
+    pretrain = {k: v for k, v in (summary.get(Stage.PRETRAIN) or {}).items() if v is not None}
     facts = [text.format(pretrain[k]) for k, text in _PRETRAIN_FACTS.items() if k in pretrain]
     files = []
     with contextlib.suppress(OSError):
@@ -136,7 +137,7 @@ def results_table(
 
 
 def _score_table(summary: Mapping[str, Any], floors: Mapping[str, Any]) -> list[str]:
-    stages = [s for s in STAGES[1:] if summary.get(s)]
+    stages = [s for s in _TASK_STAGES if summary.get(s)]
     rows = []
     for split in ("validation", "test") if stages else ():
         scored, *others = [summary[s].get(split) or {} for s in stages]
@@ -145,7 +146,8 @@ def _score_table(summary: Mapping[str, Any], floors: Mapping[str, Any]) -> list[
             rows.append([stages[0], split, name, *(_score(name, c.get(name)) for c in columns)])
     if not rows:
         return []
-    constant = "mean" if any(row[2] in FITTING["regression"] for row in rows) else "majority class"
+    numbers = any(row[2] in FITTING[TaskKind.REGRESSION] for row in rows)
+    constant = "mean" if numbers else "majority class"
     header = ["stage", "split", "metric", "score", constant, "no pretraining"][: len(rows[0])]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     form = "  ".join(f"{{:{'<' if i < 3 else '>'}{w}}}" for i, w in enumerate(widths))

@@ -128,7 +128,7 @@ class MetricsLog:
                 self._file.flush()
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what follows `step` of `stage`, one of `STAGES`: a resumed run repeats it.
+        """Forgets what follows `step` of a stage: a resumed run repeats it.
 
         So is the score on the test split, which comes last. Other stages are left alone: each
         rewinds itself when it starts.

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gptjax.config.schema import OptimizerConfig
+from gptjax.config.schema import Algorithm, OptimizerConfig, Schedule
 from gptjax.errors import require
 
 
@@ -16,7 +16,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     The first update has rate peak / warm-up (not 0), the last one is still above 0. (With the
     algorithm openai it is `openai_schedule`.)
     """
-    if config.algorithm == "openai":
+    if config.algorithm == Algorithm.OPENAI:
         return openai_schedule(config, total_steps)
     require(
         config.warmup_steps < total_steps,
@@ -26,9 +26,9 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
     warmup = config.warmup_steps or share
     peak, rest = config.learning_rate, total_steps - warmup
     after: dict[str, optax.Schedule] = {
-        "cosine": optax.cosine_decay_schedule(peak, rest),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "constant": optax.constant_schedule(peak),
+        Schedule.COSINE: optax.cosine_decay_schedule(peak, rest),
+        Schedule.LINEAR: optax.linear_schedule(peak, 0.0, rest),
+        Schedule.CONSTANT: optax.constant_schedule(peak),
     }
     if not warmup:
         return after[config.schedule]
@@ -46,13 +46,14 @@ def openai_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule
 
     def rate(step: jax.Array) -> jax.Array:
         x = jnp.asarray(step, jnp.float32) / total_steps
-        after = {
-            "cosine": 0.5 * (1 + jnp.cos(jnp.pi * x)),
-            "linear": jnp.ones_like(x),
-            "constant": jnp.ones_like(x),
-        }[config.schedule]
+        rates: dict[str, jax.Array] = {
+            Schedule.COSINE: 0.5 * (1 + jnp.cos(jnp.pi * x)),
+            Schedule.LINEAR: jnp.ones_like(x),
+            Schedule.CONSTANT: jnp.ones_like(x),
+        }
+        after = rates[config.schedule]
         factor = jnp.where(x <= w, x / w, after) if w else after
-        if config.schedule == "linear":
+        if config.schedule == Schedule.LINEAR:
             factor = factor * (1 - x)
         return config.learning_rate * factor
 
@@ -147,7 +148,7 @@ def build(config: OptimizerConfig, total_steps: int) -> optax.GradientTransforma
     The state is `optax.ApplyIfFiniteState`: `notfinite_count` in a row, `total_notfinite` in all.
     Adam's step and the schedule do not advance on a skipped update.
     """
-    if config.algorithm == "openai":
+    if config.algorithm == Algorithm.OPENAI:
         parts = [openai_adam(config, total_steps)]
     else:
         parts = [

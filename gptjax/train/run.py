@@ -17,7 +17,7 @@ from gptjax.checkpoint.store import Checkpoints
 from gptjax.cluster.processes import agree, agreed, from_main, require_shared
 from gptjax.cluster.stop import StopRequest
 from gptjax.config import schema, validation
-from gptjax.config.schema import FROM_SCRATCH, INHERITED_SIZES, Experiment, ModelConfig
+from gptjax.config.schema import INHERITED_SIZES, Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import Tokenizer
@@ -201,9 +201,11 @@ def _build_stages(
         stage = stages_lib.finetune(experiment.finetune, model, data["finetune"], *shared)
         stages.append(stage)
         if experiment.finetune.compare_from_scratch:
-            stages.append(dataclasses.replace(stage, name=FROM_SCRATCH, notes=()))
+            name = schema.Stage.FINETUNE_FROM_SCRATCH
+            stages.append(dataclasses.replace(stage, name=name, notes=()))
     for stage in stages:
-        warmup, part = stage.optimizer.warmup_steps, "finetune" if stage.spec else "pretrain"
+        part = schema.Stage.FINETUNE if stage.spec else schema.Stage.PRETRAIN
+        warmup = stage.optimizer.warmup_steps
         require(
             warmup < stage.total_steps,
             f"`{part}.optimizer.warmup_steps`={warmup}: must be below the "
@@ -236,10 +238,10 @@ def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     for stage in stages:
         for note in stage.notes:
             context.say(note)
-        alone = stage.name == FROM_SCRATCH or stage.transfer == "none"
+        alone = stage.name == schema.Stage.FINETUNE_FROM_SCRATCH or stage.transfer == "none"
         start_from = None if alone else _starting_point(context, pretrained)
         params, summary[stage.name] = _train_stage(context, stage, start_from, old.get(stage.name))
-        if stage.name == "pretrain":
+        if stage.name == schema.Stage.PRETRAIN:
             pretrained = params
         if context.is_main:
             # Later stages that are done stay in the file, should this run not reach them.

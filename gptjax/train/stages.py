@@ -12,8 +12,11 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
+from gptjax.config import schema
 from gptjax.config.schema import (
     FinetuneConfig,
+    Head,
+    LmMean,
     ModelConfig,
     OptimizerConfig,
     PretrainConfig,
@@ -197,7 +200,7 @@ def pretrain(
         f"pretrain: {total:,} steps of {config.batch_size} x {window} tokens, {epochs:.1f} epochs",
     )
     return Stage(
-        "pretrain", model, objective, config.optimizer, total,
+        schema.Stage.PRETRAIN, model, objective, config.optimizer, total,
         config.eval_every or total, config.save_every, batches, validate, None,
         "loss", fingerprint(stream["train"]), notes=notes,
     )  # fmt: skip
@@ -272,7 +275,7 @@ def _spec(
 ) -> TaskSpec:
     """The task with its label names and, for a flattened head, its length."""
     spec = _with_labels(splits.task_spec(config), data)
-    if config.head != "flatten":
+    if config.head != Head.FLATTEN:
         return spec
     texts = data["train"].columns(spec.text_columns)
     length = tasks.padded_length(spec, texts, tokenizer, model.context_length)
@@ -293,7 +296,7 @@ def finetune(
     examples = _encode(data, spec, tokenizer, model_config.context_length)
     train = examples["train"]
     floors = _floors(names, examples, spec)
-    devices, means = mesh_lib.batch_divisor(mesh), config.lm_mean == "sequence"
+    devices, means = mesh_lib.batch_divisor(mesh), config.lm_mean == LmMean.SEQUENCE
     divisor = devices * config.optimizer.accumulation
     packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, means)
     epoch = _epoch_steps(config, len(train))
@@ -323,7 +326,7 @@ def finetune(
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
     arrays = [np.concatenate(train.tokens), train.lengths, train.labels]
     return Stage(
-        "finetune", model, objective, config.optimizer, total, every, config.save_every,
+        schema.Stage.FINETUNE, model, objective, config.optimizer, total, every, config.save_every,
         batches, score("validation"), score("test") if "test" in examples else None,
         names[metrics.PRIMARY], fingerprint(*arrays), spec, config.transfer, floors, tuple(notes),
     )  # fmt: skip

@@ -157,7 +157,7 @@ def test_original_drops_the_end_of_each_epoch_and_shuffles_anew():
     assert len(set(orders)) == epochs
     config = FinetuneConfig(batch_size=size, epochs=epochs, drop_last=True)
     assert stages._epoch_steps(config, 10) == 2
-    with pytest.raises(UserError, match="batch_size=4"):
+    with pytest.raises(UserError, match="batch_size`=4"):
         stages._epoch_steps(config, 3)
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 import runs
 
-from gptjax.config.schema import Experiment, MeshConfig, ModelConfig, PretrainConfig
+from gptjax.config.schema import Experiment, MeshConfig, ModelConfig, PretrainConfig, Remat
 from gptjax.cost import compile, hardware, step_spec, sweep
 from gptjax.errors import UserError
 
@@ -25,7 +25,7 @@ def experiment(batch_size: int = 6, **mesh: int) -> Experiment:
 def test_every_choice_is_a_batch_and_a_mesh_of_these_devices(devices):
     found = list(sweep.choices(experiment(), "pretrain", devices))
     assert len(set(found)) == len(found)
-    assert {choice.remat for choice in found} == set(sweep.REMAT)
+    assert {choice.remat for choice in found} == set(Remat)
     for choice in found:
         data, fsdp, tensor = choice.mesh
         assert data * fsdp * tensor == devices

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.config import validation
+from gptjax.config.schema import Activation
 from gptjax.ops import activations
 from tests import reference
 
@@ -19,7 +19,7 @@ def slope(function, x):
 
 
 def test_every_activation_of_the_config_is_there():
-    assert set(activations.FUNCTIONS) == set(validation.ACTIVATIONS)
+    assert set(activations.FUNCTIONS) == set(Activation)
 
 
 def test_gelu_and_its_gradient_equal_the_formula():

@@ -13,7 +13,7 @@ from gptjax.report import tables
 from gptjax.train import log as log_lib
 
 
-def write_run(workdir, stages=schema.STAGES, steps=(1, 2, 3)):
+def write_run(workdir, stages=schema.Stage, steps=(1, 2, 3)):
     with log_lib.MetricsLog(workdir) as log:
         for stage in stages:
             for step in steps:
@@ -44,7 +44,7 @@ def colours_in(png):
 @pytest.mark.parametrize("num_stages", [1, 3])
 @pytest.mark.parametrize("steps", [range(1, 301), [1]], ids=["300 points", "1 point"])
 def test_plots_show_something_for_every_stage(tmp_path, num_stages, steps):
-    made_up_run(tmp_path, schema.STAGES[:num_stages], steps)
+    made_up_run(tmp_path, tuple(schema.Stage)[:num_stages], steps)
     paths = tables.loss_plot(tmp_path)
     names = ["loss.png", "score.png"][: 1 if num_stages == 1 else 2]
     assert [os.path.relpath(p, tmp_path / "plots") for p in paths] == names

@@ -47,7 +47,7 @@ def scalars(workdir):
     return shown
 
 
-def write_run(workdir, stages=schema.STAGES, steps=(1, 2, 3)):
+def write_run(workdir, stages=schema.Stage, steps=(1, 2, 3)):
     with log_lib.MetricsLog(workdir) as log:
         for stage in stages:
             for step in steps:
@@ -82,7 +82,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("stage", schema.STAGES)
+@pytest.mark.parametrize("stage", schema.Stage)
 @pytest.mark.parametrize("step", [0, 2, 9])
 def test_rewind_keeps_exactly_what_came_before(tmp_path, stage, step):
     write_run(tmp_path)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import small
 
-from gptjax.config.schema import OptimizerConfig
-from gptjax.config.validation import SCHEDULES
+from gptjax.config.schema import OptimizerConfig, Schedule
 from gptjax.errors import UserError
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
@@ -30,7 +29,7 @@ def rate(step, config, total):
     }[config.schedule]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", Schedule)
 @pytest.mark.parametrize(
     ("warmup", "total"),
     [
@@ -145,7 +144,7 @@ def assert_twenty_steps_are_those_of(reference, config):
     return expected, state
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", Schedule)
 @pytest.mark.parametrize(
     "changes",
     [
@@ -199,7 +198,7 @@ def numpy_openai_adam(params, gradients, config, total):
     return params
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", Schedule)
 @pytest.mark.parametrize(
     "changes",
     [

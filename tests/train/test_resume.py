@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import runs
 
+from gptjax.config.schema import Stage
+
 KILLS = int(os.environ.get("GPTJAX_KILLS", "0"))
-STAGES = ("pretrain", "finetune", "finetune_from_scratch")
+STAGES = tuple(Stage)
 
 
 def command(workdir) -> list[str]:

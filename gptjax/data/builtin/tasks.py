@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gptjax.config.schema import TaskKind
 from gptjax.data.builtin.corpus import Entry, name_hash, plain, read_entries, without_signature
 from gptjax.data.tables.files import to_dataset
 from gptjax.data.tables.text_files import pieces
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
-TASKS = ("classification", "entailment", "multiple_choice", "similarity")
+TASKS = tuple(kind for kind in TaskKind if kind is not TaskKind.REGRESSION)
 
 _TASK_CHARACTERS = 400
 _MIN_TASK_CHARACTERS = 20
@@ -89,12 +90,14 @@ def builtin_task(name: str, split: str) -> Dataset:
     import pyarrow as pa
 
     require(name in TASKS, f"built-in task {name!r}: write one of {', '.join(TASKS)}")
-    if name == "classification":
+    if name == TaskKind.CLASSIFICATION:
         rows = _classification(read_entries(), split)
     else:
-        items = _halves(read_entries()) if name == "similarity" else _described(read_entries())
+        items = (
+            _halves(read_entries()) if name == TaskKind.SIMILARITY else _described(read_entries())
+        )
         own = _of_split(items, split)
-        rows = _choice_rows(own) if name == "multiple_choice" else _pair_rows(own)
+        rows = _choice_rows(own) if name == TaskKind.MULTIPLE_CHOICE else _pair_rows(own)
     rows.sort(key=lambda row: name_hash(repr(row)))
     return to_dataset(pa.Table.from_pylist(rows))
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
-from gptjax.config.schema import LINE_BREAKS
+from gptjax.config.schema import LineBreaks
 from gptjax.data import cache
 from gptjax.data.tables.files import (
     bad_byte,
@@ -32,7 +32,7 @@ _WRAP_SAMPLE_LINES = 20_000
 _WRAP_WINDOW = 64
 
 
-def read_text(patterns: str, line_breaks: str = "auto") -> Dataset:
+def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Dataset:
     """Reads text files into a dataset with the column `text`; all rows concatenated are the corpus.
 
     A row is a piece of at most 64 Ki characters that ends at a line break where there is one, else
@@ -54,8 +54,8 @@ def read_text(patterns: str, line_breaks: str = "auto") -> Dataset:
     import pyarrow as pa
 
     require(
-        line_breaks in LINE_BREAKS,
-        f"line_breaks={line_breaks!r}: write one of {', '.join(LINE_BREAKS)}",
+        line_breaks in tuple(LineBreaks),
+        f"line_breaks={line_breaks!r}: write one of {', '.join(LineBreaks)}",
     )
     paths = _expand(patterns)
     table = None
@@ -154,8 +154,8 @@ def _corpus_lines(paths: Sequence[str], line_breaks: str) -> Iterator[str]:
     for path in paths:
         if not last.endswith("\n"):
             yield "\n"
-        join = line_breaks == "join"
-        if line_breaks == "auto":
+        join = line_breaks == LineBreaks.JOIN
+        if line_breaks == LineBreaks.AUTO:
             join = is_wrapped(list(itertools.islice(_lines(path), _WRAP_SAMPLE_LINES)))
         last = "\n"
         for last in _joined(_lines(path)) if join else _lines(path):

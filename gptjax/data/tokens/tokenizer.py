@@ -20,7 +20,7 @@ import tokenizers
 from etils import epath
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from gptjax.config.schema import TokenizerConfig
+from gptjax.config.schema import TokenizerConfig, TokenizerKind, Words
 from gptjax.data import cache
 from gptjax.data.tokens import gpt1_words as words_lib
 from gptjax.data.tokens import normalize
@@ -103,7 +103,7 @@ class Tokenizer:
         text = self._backend.to_str(pretty=False)
         if not self.exact:
             return text
-        return json.dumps(json.loads(text) | {_WORDS: "exact"}, ensure_ascii=False)
+        return json.dumps(json.loads(text) | {_WORDS: Words.EXACT}, ensure_ascii=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes `tokenizer.json`."""
@@ -147,7 +147,7 @@ def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
     """Reads `to_json`'s text; a broken one is a `UserError` that names `where`."""
     try:
         values = json.loads(text)
-        exact = isinstance(values, dict) and values.pop(_WORDS, None) == "exact"
+        exact = isinstance(values, dict) and values.pop(_WORDS, None) == Words.EXACT
         backend = tokenizers.Tokenizer.from_str(json.dumps(values) if exact else text)
     except Exception as error:  # the library raises plain Exception
         raise UserError(f"{where}: not a tokenizer ({error})") from error
@@ -304,15 +304,15 @@ def build(config: TokenizerConfig, texts: Iterable[str], content: str = "") -> T
     """
     if config.file:
         return load(config.file)
-    if config.kind == "gpt1":
+    if config.kind == TokenizerKind.GPT1:
         require(
             config.vocab_file and config.merges_file,
             "`tokenizer.kind`=gpt1: give `tokenizer.vocab_file` and `tokenizer.merges_file`",
         )
-        return load_gpt1(config.vocab_file, config.merges_file, config.words == "exact")
+        return load_gpt1(config.vocab_file, config.merges_file, config.words == Words.EXACT)
 
     def train() -> Tokenizer:
-        if config.kind == "character":
+        if config.kind == TokenizerKind.CHARACTER:
             return train_characters(texts)
         return train_bpe(texts, config.vocab_size)
 

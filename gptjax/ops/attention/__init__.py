@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from gptjax.config.schema import AttentionKind, Dtype
 from gptjax.errors import require
 from gptjax.ops import dropout
 from gptjax.ops.attention import blocked, partition
@@ -119,15 +120,17 @@ def choose(
       UserError: there is no such kernel for these devices, or it cannot do what is asked.
     """
     fits = length % 2 == 0 and head_width % 8 == 0 and head_width <= 128 and capability >= 8
-    cudnn = platform == "gpu" and dtype == "bfloat16" and not dropout_rate and fits
-    if kind == "auto":
-        return {"cpu": "blocked", "tpu": "pallas"}.get(platform, "cudnn" if cudnn else "plain")
+    cudnn = platform == "gpu" and dtype == Dtype.BFLOAT16 and not dropout_rate and fits
+    if kind == AttentionKind.AUTO:
+        other = AttentionKind.CUDNN if cudnn else AttentionKind.PLAIN
+        own = {"cpu": AttentionKind.BLOCKED, "tpu": AttentionKind.PALLAS}
+        return own.get(platform, other)
     require(
-        kind != "pallas" or platform == "tpu",
+        kind != AttentionKind.PALLAS or platform == "tpu",
         f"`model.attention`=pallas: is for TPUs, not for this {platform}; use auto",
     )
     require(
-        kind != "cudnn" or cudnn,
+        kind != AttentionKind.CUDNN or cudnn,
         "`model.attention`=cudnn: is for NVIDIA GPUs from Ampere on, bfloat16, no "
         "attention_dropout, heads of a multiple of 8 up to 128, rows of even length; use auto",
     )
@@ -158,7 +161,7 @@ def causal(
     rate: float = 0.0,
     words: Array | None = None,
     *,
-    kind: str = "plain",
+    kind: str = AttentionKind.PLAIN,
     mesh: Mesh | None = None,
     longest: int = 0,
 ) -> Array:
@@ -180,12 +183,12 @@ def causal(
     if words is None:
         rate = 0.0
     inputs = (q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT)
-    if kind == "plain":
+    if kind == AttentionKind.PLAIN:
         return _plain(*inputs, rate, words)
-    if kind == "cudnn":
+    if kind == AttentionKind.CUDNN:
         assert not rate, "see `choose`"
         return _cudnn(*inputs)
-    if kind == "pallas":
+    if kind == AttentionKind.PALLAS:
         from gptjax.ops.attention import flash
 
         return flash.flash(*inputs, rate, words, mesh=mesh)
