@@ -1,8 +1,11 @@
 """Eight CPU devices, strict JAX, and no outside caches, for every test."""
 
+import atexit
 import importlib.util
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 
 # Before JAX starts. The persistent compilation cache of a user must not decide what tests run.
@@ -10,6 +13,15 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GPTJAX_CACHE"] = ""  # keep nothing
+# Compilation takes most of the time of these tests. LLVM's optimisations change no result, and cost
+# more than they save in programs that run a few steps. CI runs the slow proofs with XLA_FLAGS="".
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
+# One folder for all processes of a test session. pytest-xdist's workers inherit the variable.
+if "GPTJAX_TESTS_FOLDER" not in os.environ:
+    os.environ["GPTJAX_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="gptjax-tests-")
+    atexit.register(shutil.rmtree, os.environ["GPTJAX_TESTS_FOLDER"], ignore_errors=True)
 
 import jax
 import pytest

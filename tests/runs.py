@@ -4,7 +4,6 @@ Importing it turns on a compilation cache that lives as long as the test session
 compile once, in this process and in those that it starts.
 """
 
-import atexit
 import contextlib
 import dataclasses
 import functools
@@ -18,11 +17,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
@@ -46,10 +45,10 @@ TINY = (
 )  # fmt: skip
 """A model that trains in a second."""
 
-_ROOT = pathlib.Path(tempfile.mkdtemp(prefix="gptjax-tests-"))
-atexit.register(shutil.rmtree, _ROOT, ignore_errors=True)
+_ROOT = pathlib.Path(os.environ["GPTJAX_TESTS_FOLDER"])
 _CACHE = {
-    "jax_compilation_cache_dir": str(_ROOT / "xla"),
+    # A folder for each worker: JAX writes entries in place, so that others could read half of one.
+    "jax_compilation_cache_dir": str(_ROOT / f"xla-{os.getpid()}"),
     "jax_enable_compilation_cache": True,
     "jax_persistent_cache_min_compile_time_secs": 0.1,
 }
@@ -124,21 +123,27 @@ class Files:
 def files() -> Files:
     """Text, and 64 + 21 + 19 labelled rows: sizes that no batch divides."""
     folder = _ROOT / "data"
-    folder.mkdir()
-    return Files(
-        write(folder / "text.txt", "".join(f"{text}.\n" for text in sentences(300))),
-        write(folder / "train.csv", rows(64, 1)),
-        write(folder / "validation.csv", rows(21, 2)),
-        write(folder / "test.csv", rows(19, 3)),
-    )
+    names = ("text.txt", "train.csv", "validation.csv", "test.csv")
+    with filelock.FileLock(_ROOT / "data.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            contents = "".join(f"{text}.\n" for text in sentences(300))
+            for name, data in zip(
+                names, (contents, rows(64, 1), rows(21, 2), rows(19, 3)), strict=True
+            ):
+                write(folder / name, data)
+    return Files(*(str(folder / name) for name in names))
 
 
 @functools.cache
 def trained() -> str:
     """A workdir with both stages, for reading only."""
     workdir = str(_ROOT / "trained")
-    result = main(*TINY, *files().pretrain, *files().finetune, f"--workdir={workdir}")
-    assert result.code == 0, result.err
+    # The workers share it: the first one that needs it trains it, the others wait.
+    with filelock.FileLock(_ROOT / "trained.lock"):
+        if not os.path.exists(os.path.join(workdir, "summary.json")):
+            result = main(*TINY, *files().pretrain, *files().finetune, f"--workdir={workdir}")
+            assert result.code == 0, result.err
     return workdir
 
 
