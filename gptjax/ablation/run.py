@@ -90,7 +90,7 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
     """
     require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
-    validation.validate(experiment)
+    experiment = validation.validate(experiment)
     ablation = experiment.ablation or AblationConfig()
     tasks = ablation.chosen
     if not tasks and experiment.finetune:

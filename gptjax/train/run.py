@@ -56,7 +56,7 @@ def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> di
       Preempted: asked to stop; the state is saved.
       TrainingDiverged: several updates in a row were not finite.
     """
-    validation.validate(experiment)
+    experiment = validation.validate(experiment)
     require(
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
