@@ -1,35 +1,32 @@
-"""The exceptions that end a run in a way that is not a bug: one line, and an exit code.
-
-Nobody may be there to read that line: a terminal was closed, or the `tee` behind us is gone. That
-changes neither what is saved nor the exit code.
-"""
+"""The exceptions that a user meets: each ends a run with one line and an exit code of its own."""
 
 import difflib
 import typing
 
 
 class UserError(Exception):
-    """Wrong use or wrong input.
+    """Wrong use or wrong input. The command line prints ``error: MESSAGE`` and exits with code 2.
 
-    The message is one line that says what is wrong, where (file, row, column or flag) and what to
-    write instead. ``launch.py`` prints it as ``error: MESSAGE`` and exits with code 2; every other
-    exception is a bug of ours and keeps its traceback.
+    The message is one line that names what is wrong, where (file, row, column, argument or field)
+    and what to write instead. Arguments and fields stand in backquotes, as in "`top_p`=2: must be
+    at most 1"; the command line turns them into flags. Every other exception is a bug of ours and
+    keeps its traceback.
     """
 
 
 class ProcessLost(Exception):
-    """Another process of the run did not come up, or has ended. ``launch.py`` exits with code 1.
+    """Another process of the run did not start, or has ended. The exit code is 1.
 
-    Not the user's mistake: the same command may well succeed at the next try.
+    The user has made no mistake: the same command may succeed at the next attempt.
     """
 
 
 class TrainingDiverged(Exception):
-    """Several updates in a row were not finite. ``launch.py`` exits with code 3."""
+    """Several updates in a row were not finite. The exit code is 3."""
 
 
 class Preempted(Exception):
-    """The run was asked to stop (SIGTERM) and has saved. ``launch.py`` exits with code 75."""
+    """The run received a request to stop and has saved its state. The exit code is 75."""
 
 
 def require(condition: object, message: str) -> None:
@@ -38,13 +35,13 @@ def require(condition: object, message: str) -> None:
         raise UserError(message)
 
 
-def brief(error: Exception) -> str:
-    """An error of a library on one line."""
+def brief(error: BaseException) -> str:
+    """Returns class and text of a library's error on one line, the text cut to 200 characters."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """Returns "; did you mean 'X'?" with the one of `names` that is most like `name`, or ""."""
-    lower = {each.lower(): str(each) for each in names}  # enumerations too
+    """Returns "; did you mean 'X'?" with the name that is most like `name`, "" if none is."""
+    lower = {each.lower(): str(each) for each in names}  # `str`: members of enumerations too
     near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""

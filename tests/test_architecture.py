@@ -117,7 +117,14 @@ def test_flax_modules_are_in_model_alone():
 
 
 def test_the_config_needs_no_library():
-    for name in ("config.schema", "config.validation", "errors", "cluster.stop", "cli.malloc"):
+    for name in (
+        "config.schema",
+        "config.validation",
+        "config.constraints",
+        "errors",
+        "cluster.stop",
+        "cli.malloc",
+    ):
         roots = {full.split(".")[0] for full in imports(tree_of(name))}
         assert roots <= set(sys.stdlib_module_names) | {"gptjax"}
 

@@ -90,7 +90,7 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
     """
     require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
-    validation.validate(experiment)
+    experiment = validation.validate(experiment)
     ablation = experiment.ablation or AblationConfig()
     tasks = ablation.chosen
     if not tasks and experiment.finetune:
@@ -122,7 +122,7 @@ def _check(
     """Finds what is wrong with a variant, a file or a column before hours of training."""
     layers = experiment.model.num_layers
     if not experiment.pretrain:
-        _, _, meta = load.open_for_use(experiment.init_from, "init_from")
+        meta = load.open_checkpoint(experiment.init_from, "init_from").meta
         layers = meta.model.num_layers
     for config in tasks.values():
         metrics.parse(config.metrics, config.task)

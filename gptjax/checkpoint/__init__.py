@@ -1,1 +1,1 @@
-"""Checkpoints: orbax writes and reads them, and every array is verified by a checksum."""
+"""Checkpoints: orbax writes and reads them, and a checksum verifies every array."""

@@ -1,54 +1,18 @@
-"""Orbax's saves in the background and its reads, where one process may fail by itself.
+"""Orbax's saves in background threads, monitored so that no process waits for one that failed."""
 
-Orbax itself lets the failing process wait for the others at a barrier, and the others for it at
-another, each for twenty minutes.
-"""
-
-import contextlib
-import errno
-import os
-import re
 import sys
 import threading
-from collections.abc import Iterator
 
-import jax
 import orbax.checkpoint as ocp
-from etils import epath
-
-from gptjax.errors import UserError, brief
 
 
-@contextlib.contextmanager
-def disk_errors(path: epath.Path) -> Iterator[None]:
-    """A full disk and the like are the user's to mend: one line, and the last checkpoint stays."""
-    try:
-        yield
-    except Exception as error:
-        text = str(error)
-        full = "No space left" in text or "RESOURCE_EXHAUSTED" in text or "ENOSPC" in text
-        code = getattr(error, "errno", None)
-        if found := re.search(r"os_error_code='(\d+)'", text):  # tensorstore's
-            code = int(found[1])
-        if full or code in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: no space left on the disk; the last checkpoint is kept"
-            ) from error
-        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.EFBIG):
-            reason = f"{os.strerror(code)}; {brief(error)}"
-            raise UserError(f"{path}: cannot write there ({reason})") from error
-        raise
+class SaveMonitor:
+    """Notices a save that fails in a background thread of this process.
 
-
-def reader() -> ocp.Checkpointer:
-    """Returns what reads checkpoints without a barrier; whoever reads together has to compare."""
-    here = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
-
-
-class Watch:
-    """Sees a save fail, by the barrier that orbax goes to as it cleans up."""
+    Where a save fails, orbax still goes to the barrier that ends it, and waits there for the other
+    processes, as they wait for it at another one: each for twenty minutes. The monitor replaces
+    that barrier: it raises where the thread is handling an exception.
+    """
 
     def __init__(self) -> None:
         self._error: BaseException | None = None
@@ -60,11 +24,11 @@ class Watch:
         return self._failed.is_set()
 
     def options(self) -> ocp.options.AsyncOptions:
-        """Returns orbax's options, with the watched barrier."""
+        """Returns options for an `ocp.CheckpointManager` with the monitored barrier."""
         return ocp.options.AsyncOptions(barrier_sync_fn=self._barrier)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
-        error = sys.exc_info()[1]
+        error = sys.exc_info()[1]  # orbax calls the barrier in a `finally` block
         if error is not None and threading.current_thread() is not threading.main_thread():
             self._error = error
             self._failed.set()
@@ -72,7 +36,7 @@ class Watch:
         ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
     def finish(self, manager: ocp.CheckpointManager) -> None:
-        """Waits for the save that is under way, and raises the error of one that failed."""
+        """Waits until the save in progress has ended, and raises its error if it failed."""
         while manager.is_saving_in_progress() and not self._failed.wait(0.01):
             pass
         if self._error is not None:

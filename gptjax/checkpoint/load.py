@@ -1,4 +1,4 @@
-"""A checkpoint by the path that a user gives: found, opened, its parameters read."""
+"""Opens the checkpoint that a path of the user means, and reads its parameters."""
 
 import dataclasses
 
@@ -8,22 +8,54 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import FOLDER, Checkpoints
+from gptjax.checkpoint.store import FOLDER, CheckpointStore
 from gptjax.config.schema import Stage
 from gptjax.errors import UserError, brief, require
 from gptjax.io import remote
 from gptjax.model import gpt
 
 
-def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
-    """Returns (workdir, stage, step or None) that a path means.
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose metadata has been read, and its arrays not yet."""
 
-    PATH is a workdir (its last stage), WORKDIR/checkpoints/STAGE, or one STEP below that.
+    store: CheckpointStore
+    step: int
+    meta: Meta
+
+    @property
+    def path(self) -> str:
+        """Its folder."""
+        return str(self.store.directory / str(self.step))
+
+    def load_params(self, mesh: Mesh) -> mesh_lib.Params:
+        """Reads the parameters onto the devices of a mesh.
+
+        Raises:
+          UserError: the checkpoint is damaged.
+        """
+        model = gpt.make_model(self.meta.model, self.meta.task)
+        like = state.abstract(lambda key: gpt.init_params(model, key), mesh, jax.random.key(0))
+        try:
+            return self.store.restore_params(self.step, like)
+        except UserError:
+            raise
+        except Exception as error:  # orbax raises errors of many classes for damaged files
+            raise _damaged(self.path, error) from error
+
+
+def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
+    """Returns the workdir, the stage and the step of a path; the step is None if it names none.
+
+    Args:
+      path: a workdir (meaning its last stage), WORKDIR/checkpoints/STAGE, or
+        WORKDIR/checkpoints/STAGE/STEP.
+      argument: name of the path in error messages.
 
     Raises:
       UserError: there is no checkpoint.
     """
-    remote.check_address(path, argument)
+    remote.require_reachable(path, argument)
     place = remote.absolute(path)
     if place.name.isdigit() and place.parent.name in tuple(Stage) and place.exists():
         return str(place.parents[2]), place.parent.name, int(place.name)
@@ -40,62 +72,36 @@ def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
     )
 
 
-def open_for_use(path: str, argument: str = "path") -> tuple[Checkpoints, int, Meta]:
-    """Opens what a path means: the stage's checkpoints, the step, and its `Meta`.
-
-    A workdir or stage means the step with the best validation score.
-    """
-    workdir, stage, step = find(path, argument)
-    newest = Checkpoints(workdir, stage, read_only=True)
-    # In a bucket a save that is under way has the name of its step already.
-    require(step or newest.steps(), f"`{argument}`={path}: no finished checkpoint there yet")
-    meta = _meta_for_use(newest, newest.steps()[-1] if step is None else step)
-    if step is not None:
-        return newest, step, meta
-    checkpoints = Checkpoints(workdir, stage, metric=meta.metric, read_only=True)
-    step = checkpoints.best_first()[0]
-    return checkpoints, step, _meta_for_use(checkpoints, step)
-
-
-def _meta_for_use(checkpoints: Checkpoints, step: int) -> Meta:
-    try:
-        return checkpoints.meta(step)[0]
-    except UserError:
-        raise
-    except Exception as error:  # orbax raises errors of many classes for damaged files
-        raise UserError(
-            f"{checkpoints.directory / str(step)}: is damaged ({brief(error)}); give another step"
-        ) from error
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """The parameters of one checkpoint."""
-
-    params: mesh_lib.Params
-    meta: Meta
-    path: str
-    """The folder of the checkpoint."""
-
-
-def load_params(path: str, mesh: Mesh, argument: str = "path") -> Loaded:
-    """Reads the parameters of a checkpoint.
+def open_checkpoint(path: str, argument: str = "path") -> Checkpoint:
+    """Reads the metadata of the checkpoint that a path means.
 
     Args:
-      path: a workdir (the best step of its last stage), a stage, or a step.
-      mesh: the devices that the parameters are laid out on.
+      path: as in `find`. Without a step it means the step with the best validation score.
       argument: name of the path in error messages.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
-    checkpoints, step, meta = open_for_use(path, argument)
-    model = gpt.make_model(meta.model, meta.task)
-    like = state.abstract(lambda key: gpt.init_params(model, key), mesh, jax.random.key(0))
-    where = str(checkpoints.directory / str(step))
+    workdir, stage, step = find(path, argument)
+    newest = CheckpointStore(workdir, stage, read_only=True)
+    # While a save to a bucket is in progress, the folder of its step exists already.
+    require(step or newest.steps(), f"`{argument}`={path}: no finished checkpoint there yet")
+    if step is not None:
+        return _open(newest, step)
+    # The metadata of any step names the score that ranks them.
+    metric = _open(newest, newest.steps()[-1]).meta.metric
+    store = CheckpointStore(workdir, stage, metric=metric, read_only=True)
+    return _open(store, store.best_first()[0])
+
+
+def _open(store: CheckpointStore, step: int) -> Checkpoint:
     try:
-        return Loaded(checkpoints.restore_params(step, like), meta, where)
+        return Checkpoint(store, step, store.meta(step))
     except UserError:
         raise
     except Exception as error:  # orbax raises errors of many classes for damaged files
-        raise UserError(f"{where}: is damaged ({brief(error)}); give another step") from error
+        raise _damaged(str(store.directory / str(step)), error) from error
+
+
+def _damaged(path: str, error: Exception) -> UserError:
+    return UserError(f"{path}: is damaged ({brief(error)}); give another step")

@@ -1,4 +1,4 @@
-"""Where a stage's states go: `checkpoint.Checkpoints` on disk, or this, in memory, for a trial."""
+"""Checkpoints in memory, for one of the many short trainings of an ablation."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,17 +7,17 @@ import jax
 
 from gptjax.checkpoint import store
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import Checkpoints
+from gptjax.checkpoint.store import CheckpointStore
 from gptjax.io import remote
 from gptjax.mesh import Params
 from gptjax.state import TrainState
 
 
-class BestInMemory:
-    """Keeps the best parameters on the host, and nothing to continue an interrupted run from."""
+class MemoryStore:
+    """The best parameters of one stage, in the host's memory. Nothing can be continued from it."""
 
     def __init__(self, workdir: str, metric: str):
-        """Args: workdir, for messages only; metric, the validation score that ranks."""
+        """Args: workdir, for messages only; metric, name of the validation score that ranks."""
         self.directory = str(remote.absolute(workdir))
         self._metric = metric
         self._scores: dict[int, dict[str, float]] = {}
@@ -36,14 +36,14 @@ class BestInMemory:
         self._scores[step] = dict(metrics)
 
     def ledger(self, step: int) -> str:
-        """Returns "": there is nothing to go on with."""
+        """Returns "": a run always starts at step 0, with no batch behind it."""
         del step
         return ""
 
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
     ) -> None:
-        """Copies the parameters where their scores are the best so far; the newest of equals."""
+        """Copies the parameters if no earlier step has better scores; does nothing without any."""
         del meta
         if not metrics:
             return
@@ -53,22 +53,23 @@ class BestInMemory:
             self._best = rank, step, jax.device_get(state.params)
 
     def restore_newest(self, like: TrainState, check: Callable[[Meta], None]) -> None:
-        """Returns None: a trial begins at its beginning."""
+        """Returns None: there is no state to continue from."""
 
     def restore_best_params(self, like: Any) -> tuple[int, Any]:
-        """Returns the best step and its parameters, laid out like `like`."""
+        """Returns the best step and its parameters, sharded like `like`."""
         assert self._best is not None, "training ends with a validation"
         _, step, params = self._best
         return step, jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), params, like)
 
     def wait(self) -> None:
-        """Does nothing: all is kept at once."""
+        """Does nothing: `save` has ended when it returns."""
 
-    def __enter__(self) -> "BestInMemory":
+    def __enter__(self) -> "MemoryStore":
         return self
 
     def __exit__(self, *_: Any) -> None:
         """Does nothing."""
 
 
-Keeper = Checkpoints | BestInMemory
+Store = CheckpointStore | MemoryStore
+"""What the training loop saves to."""

@@ -6,14 +6,14 @@ import json
 from typing import Any
 
 from gptjax.config import schema
-from gptjax.config.schema import ModelConfig, TaskSpec
+from gptjax.config.schema import Experiment, ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import require
 
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What belongs to the weights besides the arrays."""
+    """All that is needed to use the arrays of a checkpoint."""
 
     stage: str
     model: ModelConfig
@@ -21,13 +21,21 @@ class Meta:
     tokenizer_hash: str
     task: TaskSpec | None
     metric: str
-    """The validation score that ranks the checkpoints of the stage."""
+    """Name of the validation score that ranks the checkpoints of the stage."""
     experiment: dict[str, Any]
-    """The whole configuration as plain values."""
+    """The configuration as `schema.to_dict` returns it; `experiment_config` reads it."""
     data_fingerprint: str
     """Hash of the training data."""
     ledger: str = ""
-    """Of the batches that the weights were trained on, from `gptjax.train.ledger`."""
+    """Hash of all batches that the weights were trained on, from `gptjax.train.ledger`."""
+
+    def experiment_config(self) -> Experiment:
+        """Returns the configuration of the run; fields that its version did not have are default.
+
+        Raises:
+          UserError: a field that this version does not have.
+        """
+        return schema.from_dict(Experiment, self.experiment, f"the {self.stage} checkpoint")
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON-ready values."""
@@ -35,7 +43,15 @@ class Meta:
 
     @staticmethod
     def from_dict(values: dict[str, Any], where: str) -> "Meta":
-        """Reads `to_dict`'s values; `where` names the checkpoint in errors."""
+        """Reads the values of `to_dict`.
+
+        Args:
+          values: also after they were written as JSON and read again.
+          where: name of the checkpoint in error messages.
+
+        Raises:
+          UserError: an unknown field of the model, or a changed tokenizer.
+        """
         task = values["task"] and TaskSpec.from_dict(values["task"])
         model = schema.from_dict(ModelConfig, values["model"], where)
         meta = Meta(**{**values, "task": task, "model": model})

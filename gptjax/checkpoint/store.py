@@ -1,11 +1,13 @@
-"""Checkpoints: orbax writes them (in the background, atomically, for any mesh), we check them.
+"""Checkpoints on disk or in a bucket: orbax writes them in the background, atomically.
 
-    WORKDIR/checkpoints/STAGE/scores.json   the validation scores of each step
-    WORKDIR/checkpoints/STAGE/STEP/         params, optimizer   the arrays
-                                            meta   configuration, tokenizer, task, checksums
+    WORKDIR/checkpoints/STAGE/scores.json    the validation scores of all steps
+    WORKDIR/checkpoints/STAGE/STEP/params    the parameters
+                                  /optimizer the optimizer's state and the step
+                                  /meta      configuration, tokenizer, task, checksums
 
-`meta` carries all that is needed to use the weights. Every array's checksum is stored and verified,
-and one of `meta` itself: orbax notices files that are missing or cut short, but not flipped bytes.
+The arrays can be restored on another mesh than the one that saved them. `meta` holds all that is
+needed to use the parameters. It also holds a checksum of each array and one of itself: orbax
+notices missing and truncated files, but not flipped bits.
 """
 
 import logging
@@ -17,7 +19,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptjax.checkpoint import background
+from gptjax.checkpoint.background import SaveMonitor
 from gptjax.checkpoint.checksum import checksums, verify
 from gptjax.checkpoint.meta import Meta, digest
 from gptjax.cluster import processes
@@ -38,7 +40,14 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-class Checkpoints:
+def _reader() -> ocp.Checkpointer:
+    """Returns an orbax reader without barriers, so that it can fail in one process alone."""
+    here = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+
+
+class CheckpointStore:
     """The checkpoints of one stage of one workdir."""
 
     def __init__(
@@ -49,21 +58,21 @@ class Checkpoints:
         metric: str = "loss",
         read_only: bool = False,
     ):
-        """Opens (and where not read-only creates) WORKDIR/checkpoints/STAGE.
+        """Opens WORKDIR/checkpoints/STAGE, and makes the folder unless `read_only`.
 
         Args:
           workdir: the run's folder.
           stage: a `config.schema.Stage`.
-          policy: how many newest and best to keep.
+          policy: how many of the newest and of the best checkpoints are kept.
           metric: name of the validation score that ranks them.
-          read_only: for using a checkpoint.
+          read_only: nothing is written or deleted.
         """
         self.directory = remote.absolute(workdir) / FOLDER / stage
         self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
-        self._saves, self._reader = background.Watch(), background.reader()
+        self._saves, self._reader = SaveMonitor(), _reader()
         scores = self.directory / _SCORES
-        self._scores = processes.from_main(_SCORES, lambda: _read_scores(scores))
+        self._scores = processes.broadcast(_SCORES, lambda: _read_scores(scores))
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             read_only=read_only,
@@ -71,32 +80,36 @@ class Checkpoints:
             preservation_policy=self,
             async_options=self._saves.options(),
         )
-        with background.disk_errors(self.directory):
+        with self._disk_errors():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._agree_on_steps()
+        self._wait_until_all_see_the_same()
 
-    def _agree_on_steps(self) -> None:
-        """A network disk may show a folder late."""
-        processes.settle(f"the checkpoints in {self.directory}", self.steps, self._manager.reload)
+    def _disk_errors(self) -> Any:
+        return files.disk_errors(self.directory, "the last checkpoint is kept")
+
+    def _wait_until_all_see_the_same(self) -> None:
+        """A network disk may show a new folder to some hosts seconds later than to others."""
+        what = f"the checkpoints in {self.directory}"
+        processes.wait_until_same(what, self.steps, self._manager.reload)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Tells orbax which checkpoints stay."""
+        """Returns for each checkpoint whether it is kept; called by orbax."""
         del context
         kept = self._kept([info.step for info in checkpoints])
         return [info.step in kept for info in checkpoints]
 
     def _kept(self, steps: list[int]) -> set[int]:
-        """The newest of `steps`, and the best of those with scores."""
+        """Returns the newest of `steps`, and the best of those that have scores."""
         kept = set(sorted(steps)[-self._policy.keep_newest :])
         ranked = self._best_first([step for step in steps if self.metrics(step)])
         return kept.union(ranked[: self._policy.keep_best])
 
     def steps(self) -> list[int]:
-        """Returns the steps at hand, oldest first."""
+        """Returns the steps that have a checkpoint, oldest first."""
         return sorted(self._manager.all_steps())
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns the validation scores of a step; {} where it was saved without."""
+        """Returns the validation scores of a step; {} if it was saved without any."""
         return dict(self._scores.get(str(step), {}))
 
     def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -106,7 +119,7 @@ class Checkpoints:
             files.write_json(self.directory / _SCORES, self._scores)
 
     def best_first(self) -> list[int]:
-        """Returns the steps by validation score, best first, the newest of equals before."""
+        """Returns the steps by validation score, best first; of equal ones the newest first."""
         return self._best_first(self.steps())
 
     def _best_first(self, steps: list[int]) -> list[int]:
@@ -118,16 +131,18 @@ class Checkpoints:
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
     ) -> None:
-        """Saves in the background; a failed earlier save surfaces here or in `wait`.
+        """Starts a save in the background, after the one before it has ended.
 
-        The scores are stored first: orbax asks for them when it decides what stays.
+        Raises:
+          UserError: the disk is full, or refuses the earlier save.
         """
+        # Before the save: orbax asks `should_preserve` in its course, which ranks by the scores.
         if metrics:
             self.set_metrics(step, metrics)
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
         values["digest"] = digest(values)
         arrays = {"step": state.step, "opt_state": state.opt_state}
-        with background.disk_errors(self.directory):
+        with self._disk_errors():
             self._saves.finish(self._manager)
             self._manager.save(
                 step,
@@ -140,17 +155,23 @@ class Checkpoints:
             )
 
     def _read(self, step: int, **items: Any) -> Any:
-        """Reads items of a checkpoint; what one process cannot read fails in all of them."""
+        """Reads items of a checkpoint; an error of one process is raised in all of them."""
         args = ocp.args.Composite(**items)
         path = self.directory / str(step)
-        return processes.attempt(f"reading {path}", lambda: self._reader.restore(path, args=args))
+        return processes.run_everywhere(
+            f"reading {path}", lambda: self._reader.restore(path, args=args)
+        )
 
-    def meta(self, step: int) -> tuple[Meta, dict[str, int]]:
-        """Returns what lies beside the weights of a step, and the checksums of its arrays.
+    def meta(self, step: int) -> Meta:
+        """Returns the metadata of a step.
 
         Raises:
-          ValueError: it is not what was saved. orbax's own errors on broken files.
+          ValueError: it is not what was saved. orbax has errors of its own for broken files.
         """
+        return self.meta_and_checksums(step)[0]
+
+    def meta_and_checksums(self, step: int) -> tuple[Meta, dict[str, int]]:
+        """Returns the metadata of a step, and the checksums of its arrays; errors as `meta`."""
         values = dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
         if values.pop("digest", None) != digest(values):
             raise ValueError("its meta does not have the checksum it was saved with")
@@ -159,14 +180,18 @@ class Checkpoints:
         return Meta.from_dict(values, str(self.directory / str(step))), sums
 
     def ledger(self, step: int) -> str:
-        """Returns the ledger of the checkpoint of a step, to go on with; "" where there is none."""
-        return self.meta(step)[0].ledger if step in self.steps() else ""
+        """Returns the hash of all batches before `step`; "" if it has no checkpoint."""
+        return self.meta(step).ledger if step in self.steps() else ""
 
     def restore(self, step: int, like: TrainState) -> TrainState:
-        """Returns the state of `step`, laid out like `like` (arrays or shapes with shardings).
+        """Returns the training state of a step.
+
+        Args:
+          step: one of `steps`.
+          like: a state of arrays, or of shapes, whose shardings the result gets.
 
         Raises:
-          ValueError: an array's checksum is not the saved one. orbax's own errors on broken files.
+          ValueError: an array is not what was saved. orbax has errors of its own for broken files.
         """
         arrays = {"step": like.step, "opt_state": like.opt_state}
         restored = self._read(
@@ -175,48 +200,48 @@ class Checkpoints:
             optimizer=ocp.args.StandardRestore(_abstract(arrays)),
         )
         state = TrainState(params=restored["params"], **restored["optimizer"])
-        verify(checksums(state), self.meta(step)[1])
+        verify(checksums(state), self.meta_and_checksums(step)[1])
         return state
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """Returns the parameters alone (a third of the bytes), laid out like `like`."""
+        """Returns the parameters alone, a third of the bytes. Arguments and errors as `restore`."""
         params = self._read(step, params=ocp.args.StandardRestore(_abstract(like)))["params"]
-        saved = self.meta(step)[1]
+        saved = self.meta_and_checksums(step)[1]
         prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey("params"),))
         verify({prefix + name: value for name, value in checksums(params).items()}, saved)
         return params
 
     def restore_best_params(self, like: Any) -> tuple[int, Any]:
-        """Returns the best step that is not damaged, and its parameters."""
-        return self._first_good(
+        """Returns the best undamaged step and its parameters, sharded like `like`."""
+        return self._first_undamaged(
             self.best_first(), lambda step: (step, self.restore_params(step, like))
         )
 
     def restore_newest(
         self, like: TrainState, check: Callable[[Meta], None]
     ) -> tuple[TrainState, int] | None:
-        """Returns the newest undamaged state and its step; None where there is no checkpoint.
+        """Returns the newest undamaged state and its step; None if there is no checkpoint.
 
-        A damaged one is named in the log and moved to WORKDIR/checkpoints/damaged, and the one
-        before it is tried.
+        A damaged checkpoint is logged and moved to WORKDIR/checkpoints/damaged, and the one before
+        it is tried.
 
         Args:
-          like: shapes and shardings of the state.
+          like: a state of arrays, or of shapes, whose shardings the result gets.
           check: raises `UserError` if a checkpoint belongs to another experiment.
         """
 
         def read(step: int) -> tuple[TrainState, int]:
-            check(self.meta(step)[0])
+            check(self.meta(step))
             return self.restore(step, like), step
 
         steps = self.steps()
-        return self._first_good(steps[::-1], read) if steps else None
+        return self._first_undamaged(steps[::-1], read) if steps else None
 
-    def _first_good(self, steps: list[int], read: Callable[[int], T]) -> T:
-        """Returns `read(step)` of the first step that is whole, and sets those before it aside.
+    def _first_undamaged(self, steps: list[int], read: Callable[[int], T]) -> T:
+        """Returns `read(step)` of the first undamaged step, and moves damaged ones before it away.
 
-        Nothing is moved before another one is read: what fails for all of them (memory, a network
-        disk, another version of a library) is no damage.
+        They are moved after another one was read. If none can be read, then the cause is not damage
+        (but memory, a network disk, or the version of a library), and all of them stay.
         """
         failed: list[tuple[int, Exception]] = []
         for step in steps:
@@ -224,20 +249,20 @@ class Checkpoints:
                 found = read(step)
             except (UserError, MemoryError):
                 raise
-            except Exception as error:  # whatever broken files make orbax raise
+            except Exception as error:  # orbax raises errors of many classes for damaged files
                 if "RESOURCE_EXHAUSTED" in str(error):
                     raise
                 failed.append((step, error))
                 continue
             for bad, reason in failed:
-                self._set_aside(bad, reason)
+                self._move_away(bad, reason)
             return found
         raise UserError(
             f"{self.directory}: no checkpoint can be read, step {failed[0][0]} for "
             f"{brief(failed[0][1])}; they are left there; mend that or choose another `workdir`"
         )
 
-    def _set_aside(self, step: int, error: Exception) -> None:
+    def _move_away(self, step: int, error: Exception) -> None:
         logging.warning(
             "checkpoint %s is damaged (%s); trying another",
             self.directory / str(step),
@@ -250,35 +275,38 @@ class Checkpoints:
             remote.move_folder(self.directory / str(step), target)
         processes.barrier(f"setting {self.directory / str(step)} aside")
         self._manager.reload()
-        self._agree_on_steps()
+        self._wait_until_all_see_the_same()
 
     def wait(self) -> None:
-        """Waits for the saves in the background, and raises what went wrong with them."""
-        with background.disk_errors(self.directory):
+        """Waits until the save in progress has ended, and raises its error if it failed."""
+        with self._disk_errors():
             self._saves.finish(self._manager)
-            # What a run that was killed between saving and deleting has left.
+            # A run that was killed after a save may not have deleted what that save made obsolete.
             for step in sorted(set(self.steps()) - self._kept(self.steps())):
                 self._manager.delete(step)
 
     def close(self) -> None:
-        """Waits, then releases the threads; after a failed save there is nothing to wait for."""
+        """Waits for the save in progress and ends orbax's threads; not after a failed save."""
         if not self._saves.failed:
-            with background.disk_errors(self.directory):
+            with self._disk_errors():
                 self._saves.finish(self._manager)
                 self._manager.close()
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self) -> "CheckpointStore":
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Closes, but where an error of this process alone ends it, whose saves no one joins."""
+        """Closes, unless this process fails alone: the others will not join its save in progress.
+
+        Preemption and divergence end all processes at the same step.
+        """
         ended_together = error is None or isinstance(error, (Preempted, TrainingDiverged))
         if ended_together or processes.count() == 1:
             self.close()
 
 
 def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:
-    """The stored scores; where they are broken, none: a resumed run validates its step again."""
+    """Returns the stored scores; {} if the file is broken: a resumed run then validates again."""
     try:
         return files.read_json(path) if path.exists() else {}
     except UserError as error:
@@ -287,7 +315,7 @@ def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:
 
 
 def rank(name: str, value: float | None) -> float:
-    """A number that is higher the better the score `value` is; -inf where there is none."""
+    """Returns a number that is higher for a better value of the score `name`; -inf for no value."""
     if value is None or math.isnan(value):
         return -math.inf
     return value if higher_is_better(name) else -value

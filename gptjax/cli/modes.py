@@ -28,8 +28,8 @@ _OUTPUTS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
 def _columns(gpt: predictor.LoadedGPT) -> str:
     """The column names that the model was trained with, for files without a header."""
-    finetune = gpt.meta.experiment.get("finetune") or {}
-    return finetune.get("columns", "")
+    finetune = gpt.meta.experiment_config().finetune
+    return finetune.columns if finetune else ""
 
 
 def _read_rows(gpt: predictor.LoadedGPT, path: str, labelled: bool) -> splits.Table:
@@ -47,8 +47,7 @@ def _read_rows(gpt: predictor.LoadedGPT, path: str, labelled: bool) -> splits.Ta
 
 def _hub_rows(gpt: predictor.LoadedGPT, split: str) -> splits.Table:
     """The rows of a split of the hub's data set that the model was fine-tuned on."""
-    values = gpt.meta.experiment.get("finetune") or {}
-    source = schema.from_dict(schema.FinetuneConfig, values, gpt.path)
+    source = gpt.meta.experiment_config().finetune or schema.FinetuneConfig()
     require(
         source.dataset and split and gpt.task,
         "--input: give the file with the rows to predict; or, where the model was fine-tuned on a "
@@ -179,11 +178,7 @@ def evaluate_probes(checkpoint: str, configs: Mapping[str, schema.ProbeConfig] |
         validation.validate_probe(name, each)
     gpt = predictor.load(checkpoint, argument="checkpoint")
     if not configs:
-        own = gpt.meta.experiment.get("probes") or {}
-        configs = {
-            name: schema.from_dict(schema.ProbeConfig, values, gpt.path)
-            for name, values in own.items()
-        }
+        configs = gpt.meta.experiment_config().probes
     require(
         configs,
         f"--probes: {gpt.path} was trained without any; give --config=experiments/probes.py",
@@ -195,12 +190,14 @@ def _evaluate_task(
     gpt: predictor.LoadedGPT, split: str, input_path: str
 ) -> tuple[str, dict[str, float]]:
     assert gpt.task is not None
-    finetune = schema.from_dict(schema.FinetuneConfig, gpt.meta.experiment["finetune"], gpt.path)
+    experiment = gpt.meta.experiment_config()
+    finetune = experiment.finetune
+    assert finetune is not None
     if input_path:
         table = splits.without_label(_read_rows(gpt, input_path, labelled=True), finetune)
     else:
         _require_data(finetune.dataset or finetune.train_file, gpt)
-        tables = splits.labelled_splits(finetune, gpt.meta.experiment["seed"])
+        tables = splits.labelled_splits(finetune, experiment.seed)
         _require_split(split, tables)
         table = tables[split]
     rows = table.columns((*gpt.task.text_columns, gpt.task.label))
@@ -210,7 +207,8 @@ def _evaluate_task(
 def _evaluate_text(
     gpt: predictor.LoadedGPT, split: str, input_path: str
 ) -> tuple[str, dict[str, float]]:
-    pretrain = schema.from_dict(schema.PretrainConfig, gpt.meta.experiment["pretrain"], gpt.path)
+    pretrain = gpt.meta.experiment_config().pretrain
+    assert pretrain is not None
     if input_path:
         texts = text_files.read_text(input_path, pretrain.line_breaks)["text"]
         return input_path, gpt.score_text(texts, pretrain.window)

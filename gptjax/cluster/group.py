@@ -147,7 +147,7 @@ class Group:
             self._stop_at, self._held = max(self._calls_of.values()) + 1, False
             self._send({"kind": "stop at", "value": self._stop_at})
 
-    def agreed(self, asked: Callable[[], bool]) -> Callable[[], bool]:
+    def synchronised_stop(self, asked: Callable[[], bool]) -> Callable[[], bool]:
         """Returns a function that becomes true at the same call in all processes.
 
         All have to call it equally often. It costs a lock until one is asked to stop; then the

@@ -21,7 +21,7 @@ from etils import epath
 
 from gptjax import __version__
 from gptjax.cluster.group import Group
-from gptjax.cluster.rendezvous import answer_roll, call_roll, dismiss
+from gptjax.cluster.rendezvous import host_rendezvous, join_rendezvous, reject_all
 from gptjax.errors import ProcessLost, UserError, require
 from gptjax.io import remote
 
@@ -157,10 +157,10 @@ def start(options: Options, mode: str = "train") -> None:
     }  # fmt: skip
     wait, silence = options.initialization_timeout, options.heartbeat_timeout
     if here.index == 0:
-        links, everyone = call_roll(here.address, here.count, facts, wait, silence)
+        links, everyone = host_rendezvous(here.address, here.count, facts, wait, silence)
         problem = _different([{**each, "host": ""} for each in everyone], _hosts(everyone))
         if problem:
-            dismiss(links, problem)
+            reject_all(links, problem)
             raise UserError(problem)
         host, _, port = here.address.rpartition(":")
         answer: dict[str, Any] = {
@@ -170,7 +170,7 @@ def start(options: Options, mode: str = "train") -> None:
         for link in links.values():
             link.send(answer)
     else:
-        link, answer = answer_roll(here.address, here.index, here.count, facts, wait, silence)
+        link, answer = join_rendezvous(here.address, here.index, here.count, facts, wait, silence)
         links = {0: link}
     _group = Group(here.index, answer["hosts"], links, silence)
     # Its handler of SIGTERM would take the place of ours.
@@ -220,7 +220,7 @@ def barrier(what: str) -> None:
     gather(what, None)
 
 
-def from_main(what: str, read: Callable[[], Any]) -> Any:
+def broadcast(what: str, read: Callable[[], Any]) -> Any:
     """Returns what `read` returns in process 0 (plain, for JSON); its `UserError` in all."""
     if _group is None:
         return read()
@@ -235,7 +235,7 @@ def from_main(what: str, read: Callable[[], Any]) -> Any:
     return found
 
 
-def attempt(what: str, run: Callable[[], Any]) -> Any:
+def run_everywhere(what: str, run: Callable[[], Any]) -> Any:
     """Returns `run()`; where it fails in one process it fails in all, so that none waits for ever.
 
     Raises:
@@ -257,7 +257,7 @@ def attempt(what: str, run: Callable[[], Any]) -> Any:
     return found
 
 
-def agree(facts: Mapping[str, Any]) -> None:
+def require_same(facts: Mapping[str, Any]) -> None:
     """Compares what has to be equal in all processes: name -> a plain value, or a dict of them.
 
     Raises:
@@ -269,7 +269,7 @@ def agree(facts: Mapping[str, Any]) -> None:
         require(not problem, problem)
 
 
-def settle(what: str, read: Callable[[], Any], again: Callable[[], None]) -> None:
+def wait_until_same(what: str, read: Callable[[], Any], again: Callable[[], None]) -> None:
     """Waits until `read` returns the same (plain, for JSON) in all processes.
 
     Args:
@@ -287,7 +287,7 @@ def settle(what: str, read: Callable[[], Any], again: Callable[[], None]) -> Non
         if left:
             time.sleep(1.0)
             again()
-    agree({what: read()})
+    require_same({what: read()})
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -332,7 +332,7 @@ def require_shared(folder: str) -> None:
     if _group is None:
         return
     path = remote.absolute(folder) / _TOKEN
-    token = from_main("the workdir", lambda: _write(path, secrets.token_hex(8)))
+    token = broadcast("the workdir", lambda: _write(path, secrets.token_hex(8)))
     end = time.monotonic() + _SEEN_SECONDS  # network disks show new files late
     while not (seen := _reads(path, token)) and time.monotonic() < end:
         time.sleep(0.1)
@@ -365,9 +365,9 @@ def _reads(path: epath.Path, text: str) -> bool:
     return False
 
 
-def agreed(asked: Callable[[], bool]) -> Callable[[], bool]:
+def synchronised_stop(asked: Callable[[], bool]) -> Callable[[], bool]:
     """Returns `asked` so that it becomes true at the same call in all processes."""
-    return asked if _group is None else _group.agreed(asked)
+    return asked if _group is None else _group.synchronised_stop(asked)
 
 
 def wait_for_news() -> None:

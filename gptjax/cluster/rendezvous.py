@@ -70,7 +70,7 @@ class Link:
             self._socket.close()
 
 
-def call_roll(
+def host_rendezvous(
     address: str, count: int, facts: Message, timeout: float, silence: float
 ) -> tuple[dict[int, Link], list[Message]]:
     """In process 0: waits for the others; returns their links, and the facts of all processes.
@@ -108,7 +108,7 @@ def call_roll(
             problem = _admit(*hellos.get(timeout=left), count, links, found)
     over.set()
     if problem:
-        dismiss(links, problem)
+        reject_all(links, problem)
         raise UserError(problem)
     if missing := [str(index) for index in range(count) if index not in found]:
         here = ", ".join(f"{index} ({found[index]['host']})" for index in sorted(found))
@@ -116,12 +116,12 @@ def call_roll(
             f"process {', '.join(missing)} of {count} did not come up within {timeout:g} s; here "
             f"are {here}; see the output of the missing, or raise `initialization_timeout`"
         )
-        dismiss(links, problem, LOST)
+        reject_all(links, problem, LOST)
         raise ProcessLost(problem)
     return links, [found[index] for index in range(count)]
 
 
-def dismiss(links: dict[int, Link], problem: str, code: int = 2) -> None:
+def reject_all(links: dict[int, Link], problem: str, code: int = 2) -> None:
     """In process 0: answers the roll call with a problem, and the exit code that goes with it."""
     for link in links.values():
         link.send({"problem": problem, "code": code})
@@ -167,18 +167,18 @@ def _admit(
             f"two processes have `process_id`={index}, on {found[index].get('host')} and on {host}"
         )
     if problem:
-        dismiss({index: link}, problem)
+        reject_all({index: link}, problem)
         return problem
     links[index], found[index] = link, facts
     return ""
 
 
-def answer_roll(
+def join_rendezvous(
     address: str, index: int, count: int, facts: Message, timeout: float, silence: float
 ) -> tuple[Link, Message]:
     """In the others: tells process 0 that this one is up; returns the link and its answer.
 
-    Arguments as in `call_roll`; `index` is this process.
+    Arguments as in `host_rendezvous`; `index` is this process.
 
     Raises:
       ProcessLost: process 0 did not come up or has ended, or another process did not come up.

@@ -1,4 +1,4 @@
-"""The configuration of an experiment: its fields, their checks, and the named recipes.
+"""The configuration of an experiment: fields, validation, and the named recipes.
 
 Experiment files import the classes from here.
 """

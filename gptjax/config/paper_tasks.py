@@ -13,14 +13,15 @@ def _glue(name: str, kind: str, first: str, second: str, metrics: str, **more: A
     }  # fmt: skip
 
 
-# Fields of `FinetuneConfig`: where the data is, what its columns mean, what the paper reports.
+# Name -> fields of `FinetuneConfig`: the data set, its columns, and the metrics that the paper
+# reports.
 TASKS: dict[str, dict[str, Any]] = {
-    # Validated on the genres of the training data, tested on others.
+    # The "matched" split has the genres of the training data, the "mismatched" one has others.
     "mnli": _glue(
         "mnli", "entailment", "premise", "hypothesis", "accuracy",
         validation_split="validation_matched", test_split="validation_mismatched",
     ),
-    # -1: the annotators did not agree.
+    # The label -1 marks rows on which the annotators disagreed.
     "snli": {
         "dataset": "stanfordnlp/snli", "task": "entailment", "text": "premise",
         "text_pair": "hypothesis", "metrics": "accuracy", "test_split": "test",
@@ -32,7 +33,7 @@ TASKS: dict[str, dict[str, Any]] = {
     },
     "qnli": _glue("qnli", "entailment", "question", "sentence", "accuracy"),
     "rte": _glue("rte", "entailment", "sentence1", "sentence2", "accuracy"),
-    # Its files are given on request only; give them as train_file and test_file.
+    # Its authors give the files on request. The user passes them as train_file and test_file.
     "story_cloze": {
         "task": "multiple_choice", "text": "+".join(f"InputSentence{i}" for i in range(1, 5)),
         "choices": "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2",
@@ -51,10 +52,10 @@ TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 EXPERIMENTS = "gpt1_"
-"""`experiments/gpt1_task.py` calls a task's experiment this and its name."""
+"""Prefix of the names of the experiments in `experiments/gpt1_task.py`; the task follows it."""
 
-# Task -> the answers that GLUE's server takes, in the order of the class numbers of its data; none
-# for a number. (Its other tasks, WNLI and the diagnostics, are not in the paper.)
+# Task -> the names of the classes in a submission to GLUE's server, by class number; empty if the
+# answer is a number. GLUE's other tasks, WNLI and the diagnostics, are not in the paper.
 SUBMISSIONS: dict[str, tuple[str, ...]] = {
     "cola": ("0", "1"),
     "sst2": ("0", "1"),
@@ -66,8 +67,9 @@ SUBMISSIONS: dict[str, tuple[str, ...]] = {
     "rte": ("entailment", "not_entailment"),
 }
 
-# What the paper reports of its ablations (its table 5), as fractions; from the whole GPT-1, and its
-# GLUE scores are of the first metric of each task above. For reading beside ours, never as ours.
+# The paper's ablations (its table 5): variant -> task -> score as a fraction, by the first metric
+# of the task in the table above. Reports print these scores beside those of a run, marked as the
+# paper's: they belong to the full-size GPT-1.
 PUBLISHED: dict[str, dict[str, float]] = {
     "full": {
         "cola": 0.454, "sst2": 0.913, "mrpc": 0.823, "stsb": 0.820, "qqp": 0.703, "mnli": 0.818,
@@ -85,7 +87,7 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def finetune_config(name: str) -> FinetuneConfig:
-    """Returns a task with the paper's hyper-parameters, which are the defaults.
+    """Returns the fine-tuning of a task, with the paper's hyper-parameters (the defaults).
 
     Raises:
       UserError: there is no such task.

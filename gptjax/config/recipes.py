@@ -1,28 +1,31 @@
-"""The named recipes, and all that tells them apart.
+"""The named recipes, each as the fields in which it differs from the defaults.
 
-paper      what the paper says, and where it is silent what its authors' code does: the defaults of
-           `config.py` (Radford et al. 2018, section 4.1). But that batches hold about equal numbers
-           of tokens (`data.packing.deal`), where theirs are shuffled by examples alone.
-original   what the authors' released fine-tuning code does besides: tokens, special tokens and
-           positions are rows of one matrix, so that the softmax of the LM covers positions too;
-           embedding dropout is applied to that matrix, and the dropped matrix is the LM head; the
-           candidates of an example share the classifier's dropout mask; the LM loss is the mean
-           over each sequence's tokens, then over the sequences; the authors' Adam and schedule; two
-           texts are cut to half a context less two tokens each; batches are shuffled by examples
-           alone, and an epoch's last, smaller one is dropped. (As in every recipe, the checkpoint
-           with the best validation score is kept.) It needs text tokenised as the authors did:
-           `--mode=import` does so.
-tutorial   a small model on pairs: a segment embedding with a row for padding, ReLU, an untied LM
-           head with bias, a task head on the states of all positions, LM + 0.2 * task, Adam at
-           a constant 1e-4 without decay, warm-up and clipping, dropout 0.2 on embeddings,
-           attention and residuals.
-modern     GPT-1 as one would train it today: products in bfloat16 (parameters, softmax, losses and
-           Adam's moments in float32), AdamW (in pretraining with beta2 0.95 and decay 0.1), and no
-           dropout on the attention weights, which cuDNN's fused attention does not have as we do.
+paper      The paper's hyper-parameters and, where the paper gives none, those of its authors' code:
+           the defaults of `schema.py` (Radford et al. 2018, section 4.1). One difference is known:
+           our batches hold about equal numbers of tokens (see `data/packing.py`), the authors' are
+           shuffled by examples alone.
+original   The paper's recipe with these properties of the authors' fine-tuning code:
+           - Tokens, special tokens and positions are rows of one matrix, so the softmax of the LM
+             covers the positions too. Embedding dropout is applied to that matrix, and the matrix
+             after dropout is the LM head.
+           - The candidates of an example share the dropout mask of the task head.
+           - The LM loss is the mean over the tokens of each sequence, then over the sequences.
+           - The optimizer is the authors' Adam with their schedule.
+           - Two texts that are too long keep half a context less two tokens each.
+           - Batches are shuffled by examples alone, and an epoch's last, smaller batch is dropped.
+           The text has to be tokenised as the authors did: `--mode=import` brings their tokenizer.
+tutorial   A small model on pairs of texts: a segment embedding with a row for padding, ReLU, an LM
+           head of its own with a bias, a task head that reads the states of all positions, the loss
+           LM + 0.2 * task, Adam at a constant 1e-4 without decay, warm-up and clipping, and dropout
+           0.2 of embeddings, attention and residuals.
+modern     GPT-1 with today's training: matrix products in bfloat16 (parameters, softmax, losses and
+           Adam's moments stay float32), AdamW (in pretraining with beta2 0.95 and decay 0.1), and
+           no dropout of the attention weights, so that cuDNN's fused attention can be used.
 
-Of the authors' code remains: their softmax covers the positions up to the longest text of the data
-only, ours all of them and the padding token; their first epoch is also scored after 1,000, 2,000,
-4,000, ... updates; and of epochs with equal scores they keep the first, we the last.
+Three differences between `original` and the authors' code remain. Their softmax covers the
+positions of the longest text in the data, ours covers all positions and the padding token. They
+also score the first epoch after 1,000, 2,000, 4,000, ... updates. Of epochs with equal scores they
+keep the first, we keep the last.
 """
 
 import dataclasses
@@ -37,7 +40,7 @@ _TUTORIAL = {
     "weight_decay": 0.0, "clip_norm": 0.0,
 }  # fmt: skip
 
-# Name -> part of the experiment -> field -> value; a field with fields of its own is a dictionary.
+# Name -> part of the experiment -> field -> value. A part of a part is a dictionary again.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "original": {
@@ -69,7 +72,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def apply(experiment: Experiment, name: str) -> Experiment:
-    """Returns the experiment with the recipe's fields; parts that it does not have stay absent.
+    """Returns a copy of the experiment with the recipe's fields; absent parts stay absent.
 
     Raises:
       UserError: there is no such recipe.

@@ -1,8 +1,11 @@
-"""The typed configuration: what `experiments/*.py` build and `--config.FIELD=VALUE` override.
+"""The typed configuration, which `experiments/*.py` build and `--config.FIELD=VALUE` changes.
 
-Plain dataclasses that `ml_collections.config_flags` reads and type-checks as they are. They can be
-written to until `validate` has checked and frozen them; from then on they are constants, so that a
-part of the configuration may be a static (hashed) argument of a jitted function.
+It consists of plain dataclasses, which `ml_collections.config_flags` reads and type-checks. Their
+fields can be written to until `validation.validate` returns a checked and frozen copy. Frozen parts
+are constants: they are hashed as static arguments of jitted functions.
+
+Fields that hold a member of an enumeration have the type `str`, because flags set strings. Members
+equal their strings.
 """
 
 import dataclasses
@@ -13,6 +16,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
+from gptjax.config.constraints import between, fraction, not_negative, one_of, positive
 from gptjax.errors import nearest, require
 
 
@@ -65,7 +69,7 @@ class ProbeKind(enum.StrEnum):
 
     @property
     def has_candidates(self) -> bool:
-        """Whether the language model chooses among texts that every row gives."""
+        """Whether each row lists the candidates that the language model chooses from."""
         return self in (ProbeKind.MULTIPLE_CHOICE, ProbeKind.SUBSTITUTION)
 
 
@@ -84,7 +88,7 @@ class Dtype(enum.StrEnum):
 
 
 class Remat(enum.StrEnum):
-    """What the backward pass of a block computes again instead of storing it."""
+    """How much of a block the backward pass computes again instead of reading it from memory."""
 
     NONE = "none"
     DOTS = "dots"
@@ -118,7 +122,7 @@ class TokenizerKind(enum.StrEnum):
 
 
 class Words(enum.StrEnum):
-    """How the GPT-1 tokenizer splits text into words before it merges characters."""
+    """The ways to split text into words before the GPT-1 tokenizer merges their characters."""
 
     FAST = "fast"
     EXACT = "exact"
@@ -134,7 +138,7 @@ class Algorithm(enum.StrEnum):
 
 
 class Schedule(enum.StrEnum):
-    """How the learning rate changes after the warm-up."""
+    """The courses of the learning rate after the warm-up."""
 
     COSINE = "cosine"
     LINEAR = "linear"
@@ -142,16 +146,17 @@ class Schedule(enum.StrEnum):
 
 
 class LineBreaks(enum.StrEnum):
-    """What happens to line breaks inside a paragraph of a text file."""
+    """The treatment of line breaks inside a paragraph of a text file."""
 
     AUTO = "auto"
-    """JOIN in files whose lines are wrapped at a fixed width, else KEEP."""
+    """JOIN for files whose lines are wrapped at a fixed width, KEEP for others."""
     KEEP = "keep"
     JOIN = "join"
+    """The lines of a paragraph become one line."""
 
 
 class LmMean(enum.StrEnum):
-    """How the LM loss is averaged over a batch."""
+    """The ways to average the LM loss over a batch."""
 
     TOKEN = "token"
     """One mean over all tokens."""
@@ -160,12 +165,12 @@ class LmMean(enum.StrEnum):
 
 
 class Cut(enum.StrEnum):
-    """How two texts are shortened that do not fit into the context together."""
+    """The ways to shorten two texts that do not fit into the context together."""
 
     LONGEST = "longest"
     """The longer text loses tokens first."""
     HALF = "half"
-    """Each text is cut to half a context less two tokens."""
+    """Each text keeps half a context less two tokens."""
 
 
 class Head(enum.StrEnum):
@@ -193,7 +198,7 @@ class BenchKind(enum.StrEnum):
 
 
 class _Config:
-    """Refuses writes once frozen."""
+    """Base of the configurations: `frozen` copies refuse writes to their fields."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if self.__dict__.get("_frozen"):
@@ -203,46 +208,53 @@ class _Config:
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig(_Config):
-    """Sizes and numerics of the decoder. The defaults are GPT-1 (117M)."""
+    """Sizes and numerics of the decoder. The defaults are those of GPT-1 (117M)."""
 
-    vocab_size: int = 0
-    """Rows of the token embedding; 0: as many as the tokenizer has."""
-    context_length: int = 512
-    """Longest sequence in tokens: rows of the position embedding."""
-    num_layers: int = 12
-    width: int = 768
-    num_heads: int = 12
-    ffn_width: int = 0
-    """0: four times the width."""
-    activation: str = "gelu_tanh"
+    vocab_size: int = not_negative(0)
+    """Rows of the token embedding. 0 means the size of the tokenizer's vocabulary."""
+    context_length: int = positive(512)
+    """Length of the longest sequence in tokens; rows of the position embedding."""
+    num_layers: int = positive(12)
+    width: int = positive(768)
+    num_heads: int = positive(12)
+    ffn_width: int = not_negative(0)
+    """Width inside the feed-forward layers. 0 means four times `width`."""
+    activation: str = one_of(Activation.GELU_TANH)
+    """Activation function of the feed-forward layers: gelu_tanh or relu."""
     segment_types: int = 0
-    """Rows of a segment embedding over `token_types`: 0 (none), 2, or 3, the third for padding."""
+    """Rows of an embedding of the token types: 0 (no such embedding), 2 (first and second text), or
+    3 (and padding)."""
     tied: bool = True
-    """The LM head is the token embedding; else a linear layer of its own, with bias."""
+    """Whether the LM head is the token embedding. Otherwise it is a linear layer with a bias."""
     one_matrix: bool = False
-    """Tokens and positions are rows of one matrix, as in the authors' code: embedding dropout is
-    applied to the matrix, the dropped matrix is the LM head too, and its softmax covers the
-    positions."""
-    embedding_dropout: float = 0.1
-    attention_dropout: float = 0.1
-    residual_dropout: float = 0.1
-    head_dropout: float = 0.1
-    """Dropout on the state that the task head reads."""
+    """Whether tokens and positions are rows of one matrix, as in the authors' code. Embedding
+    dropout is then applied to the matrix, the matrix after dropout is the LM head too, and the
+    softmax of the LM covers the positions as well."""
+    embedding_dropout: float = fraction(0.1)
+    attention_dropout: float = fraction(0.1)
+    residual_dropout: float = fraction(0.1)
+    head_dropout: float = fraction(0.1)
+    """Dropout of the state that the task head reads."""
     head_dropout_shared: bool = False
-    """One mask for all candidates of an example (answers, orders of two texts)."""
-    init_std: float = 0.02
-    layer_norm_epsilon: float = 1e-5
-    dtype: str = "float32"
-    """Of activations and matrix products; parameters, softmax, logits and losses are float32."""
-    remat: str = "none"
-    """What a block recomputes in the backward pass: none, dots (all but matrix products), full."""
-    unroll: int = 0
-    """Layers per iteration of the scan over layers: more compile time, faster steps; 0: all of them
-    on a CPU, where that gains most, one elsewhere and with remat (a CPU recomputes nothing of
-    layers that are all written out)."""
-    attention: str = "auto"
-    """How attention is computed: plain (all scores at once), blocked (on CPUs), pallas (on TPUs),
-    cudnn (on NVIDIA GPUs, bfloat16, without dropout); auto: what suits the devices."""
+    """Whether all candidates of an example (answers, orders of two texts) share one dropout mask in
+    the task head."""
+    init_std: float = positive(0.02)
+    """Standard deviation of the initial weights."""
+    layer_norm_epsilon: float = positive(1e-5)
+    dtype: str = one_of(Dtype.FLOAT32)
+    """Dtype of activations and matrix products: float32 or bfloat16. Parameters, softmax, logits
+    and losses are float32 in any case."""
+    remat: str = one_of(Remat.NONE)
+    """How much of a block the backward pass computes again instead of reading it from memory: none,
+    dots (all but matrix products) or full."""
+    unroll: int = not_negative(0)
+    """Layers in one iteration of the scan over layers. More of them make steps faster and
+    compilation slower. 0 means all layers on a CPU without `remat`, where the gain is largest, and
+    one layer otherwise (XLA undoes `remat` in unrolled layers on a CPU)."""
+    attention: str = one_of(AttentionKind.AUTO)
+    """Implementation of attention: plain (all scores at once), blocked (for CPUs), pallas (for
+    TPUs), cudnn (for NVIDIA GPUs, in bfloat16 and without attention dropout), or auto, the best one
+    for the devices."""
 
     @property
     def head_width(self) -> int:
@@ -251,51 +263,55 @@ class ModelConfig(_Config):
 
     @property
     def hidden_ffn_width(self) -> int:
-        """Width inside the feed-forward layer."""
+        """Width inside the feed-forward layers."""
         return self.ffn_width or 4 * self.width
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class TokenizerConfig(_Config):
-    """Which tokenizer to train or load."""
+    """The tokenizer that is trained or loaded."""
 
-    kind: str = "bpe"
-    """bpe: GPT-1 style BPE trained on the text; gpt1: a vocabulary/merges pair; character."""
-    vocab_size: int = 8000
-    """Size of a trained BPE vocabulary, `<unk>` included, the four special tokens not."""
+    kind: str = one_of(TokenizerKind.BPE)
+    """bpe (GPT-1 style BPE, trained on the text), gpt1 (a given vocabulary and merges), or
+    character."""
+    vocab_size: int = positive(8000)
+    """Size of a trained BPE vocabulary. It includes `<unk>`, but not the four special tokens."""
     file: str = ""
-    """A saved `tokenizer.json`; replaces training."""
+    """A saved `tokenizer.json` that is loaded instead of a training."""
     vocab_file: str = ""
-    """With kind gpt1: `encoder_bpe_40000.json`."""
+    """For kind gpt1: the vocabulary, `encoder_bpe_40000.json`."""
     merges_file: str = ""
-    """With kind gpt1: `vocab_40000.bpe`."""
-    words: str = "fast"
-    """With kind gpt1: fast; exact: as the authors cut text (ftfy and spaCy must be installed)."""
+    """For kind gpt1: the merges, `vocab_40000.bpe`."""
+    words: str = one_of(Words.FAST)
+    """For kind gpt1, how text is split into words: fast, or exact (as the authors' code does, which
+    needs ftfy and spaCy)."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class OptimizerConfig(_Config):
-    """Adam with decoupled decay, global clipping and a schedule."""
+    """Adam with decoupled weight decay, clipping by the global norm, and a schedule."""
 
-    algorithm: str = "adamw"
-    """adamw; openai: the Adam and the schedules of the authors' released code, to the letter."""
-    learning_rate: float = 2.5e-4
-    schedule: str = "cosine"
-    """After the warm-up, down to 0 at the last step: cosine, linear; or constant."""
-    warmup_steps: int = 0
-    warmup_fraction: float = 0.0
-    """Share of all steps; used where `warmup_steps` is 0."""
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.01
-    """Decoupled; on every array with two or more dimensions (not on biases and gains)."""
-    clip_norm: float = 1.0
-    """Global norm of the gradient; 0: no clipping."""
-    accumulation: int = 1
-    """Micro-batches a step; the objective does not depend on it."""
-    max_bad_steps: int = 5
-    """Non-finite updates are skipped and counted; this many in a row end the run (exit code 3)."""
+    algorithm: str = one_of(Algorithm.ADAMW)
+    """adamw, or openai: the Adam and the schedules of the authors' code, to the letter."""
+    learning_rate: float = positive(2.5e-4)
+    """Learning rate at the end of the warm-up."""
+    schedule: str = one_of(Schedule.COSINE)
+    """After the warm-up: cosine or linear (both fall to 0 at the end), or constant."""
+    warmup_steps: int = not_negative(0)
+    """Steps of the warm-up. 0 means that `warmup_fraction` decides."""
+    warmup_fraction: float = fraction(0.0)
+    """Steps of the warm-up as a fraction of all steps."""
+    beta1: float = fraction(0.9)
+    beta2: float = fraction(0.999)
+    epsilon: float = positive(1e-8)
+    weight_decay: float = not_negative(0.01)
+    """Decoupled decay of all arrays of two or more dimensions (so not of biases and gains)."""
+    clip_norm: float = not_negative(1.0)
+    """Largest global norm of the gradient. 0 means no clipping."""
+    accumulation: int = positive(1)
+    """Micro-batches that a step adds up. The objective does not depend on it."""
+    max_bad_steps: int = positive(5)
+    """Non-finite updates in a row that end the run with exit code 3. Fewer are skipped."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -303,29 +319,32 @@ class PretrainConfig(_Config):
     """Language modelling on windows of contiguous text."""
 
     dataset: str = ""
-    """`builtin`, or a hub data set such as `owner/name:config` with a text column."""
+    """`builtin`, or a data set of the hub such as `owner/name:config`."""
     text: str = "text"
-    """Column of the text in a hub data set."""
+    """Column of the text in a data set of the hub."""
     train_files: str = ""
-    """Globs, comma-separated."""
+    """Text files as comma-separated globs, instead of a data set."""
     validation_files: str = ""
-    """Globs; empty: the last `validation_fraction` of the training text is held out."""
-    validation_fraction: float = 0.1
-    line_breaks: str = "auto"
-    """keep; join: hard-wrapped lines in a paragraph; auto: join where a file is hard-wrapped."""
-    batch_size: int = 64
-    """Windows a step, over all devices."""
+    """Text files as comma-separated globs. Empty means the end of the training text."""
+    validation_fraction: float = fraction(0.1)
+    """Fraction of the training text that is held out where there are no validation files."""
+    line_breaks: str = one_of(LineBreaks.AUTO)
+    """keep (as in the file), join (the lines of a paragraph become one line), or auto (join in
+    files whose lines are wrapped)."""
+    batch_size: int = positive(64)
+    """Windows in a step, over all devices."""
     window: int = 0
-    """Tokens a window; 0: the model's context length."""
-    steps: int = 0
-    epochs: float = 0.0
-    """Used where `steps` is 0."""
-    eval_every: int = 0
-    """Steps between validations; 0: only at the end."""
-    save_every: int = 1000
-    """Steps between checkpoints (every validation saves too)."""
-    eval_batches: int = 0
-    """Validation batches; 0: all of them."""
+    """Tokens in a window. 0 means the model's context length."""
+    steps: int = not_negative(0)
+    """Steps of the training. 0 means that `epochs` decides."""
+    epochs: float = not_negative(0.0)
+    """Passes over the training text."""
+    eval_every: int = not_negative(0)
+    """Steps between two validations. 0 means one validation, at the end."""
+    save_every: int = positive(1000)
+    """Steps between two checkpoints. Each validation saves one too."""
+    eval_batches: int = not_negative(0)
+    """Batches in a validation. 0 means the whole validation text."""
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(warmup_steps=2000)
     )
@@ -333,59 +352,72 @@ class PretrainConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class FinetuneConfig(_Config):
-    """Joint training on labelled text: task loss + lm_weight * LM loss."""
+    """Training on labelled text with the joint loss: task_weight * task + lm_weight * LM."""
 
     dataset: str = ""
-    """`builtin:TASK`, or a hub data set such as `nyu-mll/glue:mrpc`."""
+    """`builtin:TASK`, or a data set of the hub such as `nyu-mll/glue:mrpc`."""
     train_file: str = ""
+    """A file of labelled rows, instead of a data set."""
     validation_file: str = ""
+    """A file of labelled rows. Empty means a part of the training rows."""
     test_file: str = ""
+    """A file of labelled rows. Empty means no test."""
     validation_split: str = "validation"
-    """Name of the hub data set's validation split."""
+    """Name of the validation split in a data set of the hub."""
     test_split: str = ""
-    """Name of the hub data set's labelled test split, if it has one."""
-    validation_fraction: float = 0.1
-    """Of the training rows, held out where there is no validation file."""
+    """Name of a labelled test split in a data set of the hub. Empty means no test."""
+    validation_fraction: float = fraction(0.1)
+    """Fraction of the training rows that is held out where there is no validation file."""
     columns: str = ""
-    """Names of the columns, comma-separated, for a file without a header."""
-    task: str = "classification"
+    """Names of the columns, comma-separated, for files without a header."""
+    task: str = one_of(TaskKind.CLASSIFICATION)
+    """classification, entailment, similarity, multiple_choice or regression."""
     text: str = "text"
-    """A column; or `a+b`, two joined by a space; or `c[0]`, the first of a column of lists."""
+    """A column. `a+b` means two columns joined by a space, `c[0]` the first entry of a column of
+    lists."""
     text_pair: str = ""
+    """Column of the second text, for the tasks entailment, similarity and regression."""
     choices: str = ""
-    """Columns of the answers, comma-separated (task multiple_choice)."""
+    """Columns of the answers, comma-separated, for the task multiple_choice."""
     label: str = "label"
+    """Column of the label, or of the number in a regression."""
     ignore_label: str = ""
-    """Rows with this label are left out (SNLI marks what nobody could label with -1)."""
+    """Rows with this label are left out, such as -1 in SNLI, where the annotators disagreed."""
     metrics: str = ""
-    """Comma-separated, the first selects the best checkpoint; empty: the usual ones of the task."""
-    lm_weight: float = 0.5
-    """Lambda of the joint loss."""
-    task_weight: float = 1.0
+    """Comma-separated names. The first one selects the best checkpoint. Empty means the usual
+    metrics of the task."""
+    lm_weight: float = not_negative(0.5)
+    """Weight of the LM loss, the paper's lambda."""
+    task_weight: float = not_negative(1.0)
     """Weight of the task loss."""
-    lm_mean: str = "token"
-    """The LM loss is the mean over all tokens; sequence: over the means of each sequence."""
-    cut: str = "longest"
-    """Of two texts that are too long, longest: the longer is cut; half: each to half a context less
-    two tokens, as in the authors' code."""
-    head: str = "extract"
-    """What the task head reads: extract, the state at the last token; flatten: the states of all
-    positions, in `start text delimiter [text_pair delimiter]` padded to the longest."""
+    lm_mean: str = one_of(LmMean.TOKEN)
+    """The LM loss is the mean over all tokens (token), or the mean of each sequence's mean
+    (sequence)."""
+    cut: str = one_of(Cut.LONGEST)
+    """How two texts that exceed the context are shortened: longest (the longer text loses tokens)
+    or half (each text keeps half a context less two tokens, as in the authors' code)."""
+    head: str = one_of(Head.EXTRACT)
+    """What the task head reads: extract (the state at the last token) or flatten (the states of all
+    positions of `start text delimiter [text_pair delimiter]`, padded to the longest)."""
     drop_last: bool = False
-    """The last, smaller batch of each epoch is dropped; else batches run across epochs."""
-    batch_size: int = 32
-    """Examples a step, over all devices."""
-    epochs: float = 3.0
-    steps: int = 0
-    """Replaces `epochs` where it is not 0."""
-    row_length: int = 0
-    """Tokens of a packed row; 0: chosen from the lengths of the examples."""
-    evals_per_epoch: float = 1.0
-    save_every: int = 1000
+    """Whether the last, smaller batch of each epoch is dropped. Otherwise batches run across
+    epochs."""
+    batch_size: int = positive(32)
+    """Examples in a step, over all devices."""
+    epochs: float = not_negative(3.0)
+    """Passes over the training rows."""
+    steps: int = not_negative(0)
+    """Steps of the training. 0 means that `epochs` decides."""
+    row_length: int = not_negative(0)
+    """Tokens in a packed row. 0 means a length that suits the examples."""
+    evals_per_epoch: float = positive(1.0)
+    """Validations in an epoch."""
+    save_every: int = positive(1000)
+    """Steps between two checkpoints. Each validation saves one too."""
     compare_from_scratch: bool = False
-    """Also fine-tune from random weights, to show what pretraining gains."""
+    """Whether a second fine-tuning starts from random weights, to show the gain of pretraining."""
     transfer: str = "all"
-    """Of the pretrained weights: all; none; or N, the embeddings and the first N layers."""
+    """The pretrained weights to start from: all, none, or N (the embeddings and N layers)."""
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=6.25e-5, schedule="linear", warmup_fraction=0.002
@@ -395,38 +427,41 @@ class FinetuneConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ProbeConfig(_Config):
-    """A task that a language model is asked to do without any training for it."""
+    """A zero-shot task: the language model solves it without any training for it."""
 
-    kind: str = "multiple_choice"
-    """acceptability, next_word, multiple_choice or substitution: see `probes.py`."""
+    kind: str = one_of(ProbeKind.MULTIPLE_CHOICE)
+    """acceptability, next_word, multiple_choice or substitution: see `evaluate/probes.py`."""
     dataset: str = ""
-    """`builtin:TASK`, or a hub data set; its split `split` is read."""
+    """`builtin:TASK`, or a data set of the hub."""
     split: str = "validation"
+    """Split of the data set."""
     file: str = ""
     """A file of labelled rows, instead of a data set."""
     columns: str = ""
     """Names of the columns, comma-separated, for a file without a header."""
     text: str = "text"
-    """A column, or an expression as in `FinetuneConfig.text`. In a substitution `_` stands for what
-    the candidates replace."""
+    """A column, or an expression as in `FinetuneConfig.text`. In a substitution, `_` marks the
+    place of the candidates."""
     choices: str = ""
     """Columns of the answers or candidates, comma-separated."""
     pronoun: str = ""
-    """In a substitution: the column of what is replaced, where the text has no `_`."""
+    """For substitution, where the text has no `_`: the column of the word that candidates
+    replace."""
     pronoun_start: str = ""
-    """In a substitution: the column of the pronoun's place in the text, in characters."""
+    """For substitution: the column of the pronoun's position in the text, in characters."""
     label: str = "label"
+    """Column of the label."""
     append: str = "very"
-    """Of next_word: what is written after the text."""
+    """For next_word: the words that are appended to the text."""
     words: str = "negative,positive"
-    """Of next_word: one for each label, in their order."""
-    limit: int = 1000
-    """Rows at most, the first ones; 0: all."""
+    """For next_word: one word for each label, comma-separated, in the order of the labels."""
+    limit: int = not_negative(1000)
+    """Number of rows, from the first one. 0 means all rows."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class MeshConfig(_Config):
-    """Devices along each axis of the mesh; -1 (once): all that are left."""
+    """Number of devices along each axis of the mesh. One of them may be -1: all devices left."""
 
     data: int = -1
     fsdp: int = 1
@@ -435,25 +470,25 @@ class MeshConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class CheckpointConfig(_Config):
-    """Which checkpoints stay."""
+    """How many checkpoints of a stage are kept."""
 
-    keep_newest: int = 2
-    keep_best: int = 1
+    keep_newest: int = positive(2)
+    keep_best: int = not_negative(1)
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class AblationConfig(_Config):
-    """What `--mode=ablate` compares: every variant of every task, over several seeds."""
+    """The comparison of mode `ablate`: each variant of each task, with several seeds."""
 
     tasks: dict[str, FinetuneConfig] = dataclasses.field(default_factory=dict, hash=False)
-    """Name -> fine-tuning; empty: the experiment's own `finetune`."""
+    """Name -> fine-tuning. Empty means the experiment's own `finetune`."""
     only: str = ""
-    """Comma-separated names of the tasks to run; empty: all of them."""
+    """Names of the tasks to run, comma-separated. Empty means all tasks."""
     variants: str = "full,no_pretraining,no_lm"
-    """Comma-separated; besides these `layers=N` (transferred; 0: the embeddings only) and
+    """Comma-separated. Others are `layers=N` (N pretrained layers; 0: the embeddings alone) and
     `lambda=X` (the weight of the LM loss)."""
-    parallel: int = 0
-    """Fine-tunings at a time; 0: one on each device, on a single CPU device two."""
+    parallel: int = not_negative(0)
+    """Fine-tunings at the same time. 0 means one on each device, and two on a single CPU device."""
 
     @property
     def chosen(self) -> dict[str, FinetuneConfig]:
@@ -467,22 +502,23 @@ class Experiment(_Config):
     """One run: a tokenizer, a model, and up to two stages."""
 
     name: str = "experiment"
-    seed: int = 0
+    seed: int = between(0, 2**32 - 1, 0)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig | None = None
     ablation: AblationConfig | None = None
     probes: dict[str, ProbeConfig] = dataclasses.field(default_factory=dict, hash=False)
-    """Name -> what the language model is asked at each validation of pretraining, and by
-    `--mode=evaluate --probes`."""
+    """Name -> probe. Each validation of a pretraining runs them, and `--mode=evaluate --probes`."""
     init_from: str = ""
-    """A gptjax workdir or checkpoint: its tokenizer, sizes and weights are the starting point."""
+    """A workdir or checkpoint of gptjax. Its tokenizer, sizes and weights are the starting
+    point."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
-# What may differ when a workdir is continued: where the run runs, not what it computes.
+# Fields that may differ when a workdir is continued: they change where and how the same numbers are
+# computed, or (in `ablation`) which results are added.
 _RESUMABLE = (
     "mesh", "checkpoint", "model.remat", "model.unroll", "model.attention",
     "ablation.variants", "ablation.only", "ablation.parallel",
@@ -496,17 +532,34 @@ def split_names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
+def frozen(config: T) -> T:
+    """Returns a copy of a configuration whose fields, also those of its parts, refuse writes."""
+    values = {
+        field.name: _frozen_value(getattr(config, field.name))
+        for field in dataclasses.fields(config)  # type: ignore[arg-type]
+    }
+    copy = type(config)(**values)
+    object.__setattr__(copy, "_frozen", True)
+    return copy
+
+
+def _frozen_value(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: frozen(part) for name, part in value.items()}
+    return frozen(value) if dataclasses.is_dataclass(value) else value
+
+
 def _inner_type(annotation: Any) -> Any:
-    """`X | None` -> `X`; anything else unchanged."""
+    """Returns X for the annotation `X | None`, and any other annotation unchanged."""
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         return next(arg for arg in typing.get_args(annotation) if arg is not type(None))
     return annotation
 
 
 def field_names(cls: Any, prefix: str = "") -> Iterator[str]:
-    """Yields the dotted names of all fields below a configuration class.
+    """Yields the dotted names of all fields of a configuration class and of its parts.
 
-    Entries of a dictionary of configurations are called NAME: "ablation.tasks.NAME.epochs".
+    In a dictionary of configurations, NAME stands for any key: "ablation.tasks.NAME.epochs".
     """
     for field in dataclasses.fields(cls):
         yield prefix + field.name
@@ -523,23 +576,41 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Builds `cls` from `to_dict`'s values; an unknown field is a `UserError` with `where`."""
-    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    """Builds a frozen configuration from the values of `to_dict`; missing fields are default.
+
+    Args:
+      cls: the configuration class.
+      values: also after they were written as JSON and read again.
+      where: name of their source in error messages.
+
+    Raises:
+      UserError: a field that the class does not have.
+    """
+    return frozen(_from_dict(cls, values, where))
+
+
+def _from_dict(cls: Any, values: dict[str, Any], where: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     kwargs = {}
     for name, value in values.items():
         require(name in fields, f"{where}: unknown field {name}{nearest(name, fields)}")
         inner = _inner_type(fields[name].type)
         if dataclasses.is_dataclass(inner) and value is not None:
-            value = from_dict(typing.cast(Any, inner), value, where)
+            value = _from_dict(inner, value, where)
         elif typing.get_origin(inner) is dict:
             entry = typing.get_args(inner)[1]
-            value = {key: from_dict(entry, each, where) for key, each in value.items()}
+            value = {key: _from_dict(entry, part, where) for key, part in value.items()}
         kwargs[name] = value
     return cls(**kwargs)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lists "field: old -> new" for every field that may not change when a run is continued."""
+    """Lists "field: old -> new" for each field that may not change when a run is continued.
+
+    Args:
+      old, new: values of `to_dict`.
+      prefix: goes before the names of the fields.
+    """
     found = []
     for key in old.keys() | new.keys():
         name, left, right = prefix + key, old.get(key), new.get(key)
@@ -554,45 +625,53 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """What a task head predicts, and from which columns."""
+    """The task of a head: what it predicts, and from which columns."""
 
     kind: TaskKind
     """May be given as a string."""
     text: str
+    """Column of the text, as in `FinetuneConfig.text`."""
     text_pair: str = ""
+    """Column of the second text; empty if the task has one text."""
     choices: tuple[str, ...] = ()
+    """Columns of the answers of a multiple choice."""
     label: str = "label"
+    """Column of the label."""
     labels: tuple[str, ...] = ()
     """Names of the classes, or of the answers, in the order of the head's outputs."""
-    cut: str = "longest"
-    """How two texts that are too long are cut, as in `FinetuneConfig.cut`."""
+    cut: str = Cut.LONGEST
+    """How two texts that exceed the context are shortened, as in `FinetuneConfig.cut`."""
     flatten: int = 0
-    """Tokens that every sequence is padded (or cut) to, for a head that reads them all; 0: none."""
+    """Tokens that each sequence is padded or cut to, for a head that reads all positions. 0 means a
+    head that reads the last token alone."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", TaskKind(self.kind))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TaskSpec":
-        """Reads the values of `dataclasses.asdict`, also after a journey through JSON."""
+        """Reads the values of `dataclasses.asdict`, also after they were written as JSON."""
         lists = {name: tuple(values[name]) for name in ("choices", "labels")}
         return cls(**{**values, **lists})
 
     @property
     def ends_in_question(self) -> bool:
-        """Joined columns: too long a text is cut at its beginning; the end says what is asked."""
+        """Whether the text is joined columns, which end in the question.
+
+        Too long a text is then cut at its beginning.
+        """
         return "+" in self.text
 
     @property
     def num_candidates(self) -> int:
-        """C: token sequences per example."""
+        """C: token sequences in an example."""
         if self.kind is TaskKind.MULTIPLE_CHOICE:
             return len(self.choices)
         return 2 if self.kind.sums_candidates else 1
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the linear head per state."""
+        """Outputs of the linear head for a state."""
         return len(self.labels) if self.kind.has_classes else 1
 
     @property
@@ -601,7 +680,7 @@ class TaskSpec:
         return tuple(name for name in (self.text, self.text_pair, *self.choices) if name)
 
 
-# What `init_from` fixes of the model; dropout, dtype and the like stay the experiment's.
+# Fields of the model that `init_from` decides. Dropout, dtype and others are the experiment's own.
 INHERITED_SIZES = (
     "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
     "activation", "segment_types", "tied", "layer_norm_epsilon",
@@ -609,5 +688,5 @@ INHERITED_SIZES = (
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether more of it is better: true of every metric but ``mse`` and ``loss``."""
+    """Returns whether a higher value of a metric is better: not so for ``mse`` and ``loss``."""
     return name not in ("mse", "loss")

@@ -1,89 +1,52 @@
-"""Checks a configuration once, before anything else happens: every error names its flag."""
+"""Checks a configuration before anything else happens; every error names the wrong field.
+
+The constraint of a single field stands in `schema`, beside the field. Rules about several fields
+are here.
+"""
 
 import dataclasses
-import enum
-import math
 import re
 from typing import Any
 
+from gptjax.config import constraints
 from gptjax.config.schema import (
     AblationConfig,
-    Activation,
-    Algorithm,
-    AttentionKind,
-    Cut,
-    Dtype,
     Experiment,
     FinetuneConfig,
     Head,
-    LineBreaks,
-    LmMean,
     MeshConfig,
     ModelConfig,
-    OptimizerConfig,
     PretrainConfig,
     ProbeConfig,
     ProbeKind,
-    Remat,
-    Schedule,
     TaskKind,
+    TokenizerConfig,
     TokenizerKind,
     Words,
+    frozen,
     split_names,
 )
 from gptjax.errors import UserError, nearest, require
 
 
-def _freeze(config: Any) -> None:
+def _check_fields(config: Any, where: str) -> None:
+    """Checks the value of each field, and of the parts' fields, against the field's constraint."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        for part in value.values() if isinstance(value, dict) else [value]:
-            if dataclasses.is_dataclass(part):
-                _freeze(part)
-    object.__setattr__(config, "_frozen", True)
-
-
-def _positive(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value > 0, f"`{where}.{name}`={value}: must be greater than 0")
-        require(value < math.inf, f"`{where}.{name}`={value}: must be finite")
-
-
-def _not_negative(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(value >= 0, f"`{where}.{name}`={value}: must not be negative")
-        require(value < math.inf, f"`{where}.{name}`={value}: must be finite")
-
-
-def _choice(config: Any, where: str, name: str, allowed: type[enum.StrEnum]) -> None:
-    value = getattr(config, name)
-    require(
-        value in tuple(allowed),
-        f"`{where}.{name}`={value}: must be one of {', '.join(allowed)}{nearest(value, allowed)}",
-    )
-
-
-def _fraction(config: Any, where: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        require(0 <= value < 1, f"`{where}.{name}`={value}: must be at least 0 and below 1")
+        name = f"{where}.{field.name}" if where else field.name
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, name)
+        elif problem := constraints.problem(field, value):
+            raise UserError(f"`{name}`={value}: {problem}")
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Checks sizes and numerics; a wrong one is a `UserError`."""
-    _positive(model, "model", "context_length", "num_layers", "width", "num_heads", "init_std")
-    _positive(model, "model", "layer_norm_epsilon")
+    """Checks sizes and numerics; a wrong field is a `UserError`."""
+    _check_fields(model, "model")
     require(
         model.context_length > 1,
         "`model.context_length`=1: a token needs another one to follow it",
     )
-    _choice(model, "model", "activation", Activation)
-    _choice(model, "model", "dtype", Dtype)
-    _choice(model, "model", "remat", Remat)
-    _fraction(model, "model", "embedding_dropout", "attention_dropout")
-    _fraction(model, "model", "residual_dropout", "head_dropout")
     require(
         model.width % model.num_heads == 0,
         f"`model.num_heads`={model.num_heads}: must divide `model.width`={model.width}",
@@ -97,23 +60,16 @@ def validate_model(model: ModelConfig) -> None:
         model.tied or not model.one_matrix,
         "`model.one_matrix`: its rows are the LM head; needs `model.tied`=true",
     )
-    _choice(model, "model", "attention", AttentionKind)
-    _not_negative(model, "model", "vocab_size", "ffn_width", "unroll")
 
 
-def _validate_optimizer(optimizer: OptimizerConfig, where: str) -> None:
-    where = f"{where}.optimizer"
-    _positive(optimizer, where, "learning_rate", "epsilon", "accumulation", "max_bad_steps")
-    _fraction(optimizer, where, "beta1", "beta2", "warmup_fraction")
-    _choice(optimizer, where, "schedule", Schedule)
-    _choice(optimizer, where, "algorithm", Algorithm)
-    _not_negative(optimizer, where, "weight_decay", "clip_norm", "warmup_steps")
+def _validate_tokenizer(tokenizer: TokenizerConfig) -> None:
+    require(
+        tokenizer.words == Words.FAST or tokenizer.kind == TokenizerKind.GPT1,
+        "`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1",
+    )
 
 
 def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
-    _positive(pretrain, "pretrain", "batch_size", "save_every")
-    _not_negative(pretrain, "pretrain", "steps", "epochs", "eval_every", "eval_batches")
-    _choice(pretrain, "pretrain", "line_breaks", LineBreaks)
     require(
         pretrain.steps > 0 or pretrain.epochs > 0,
         "`pretrain.steps`: give the number of steps (or `pretrain.epochs`)",
@@ -131,12 +87,10 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
         pretrain.dataset != "builtin" or not pretrain.validation_files,
         "`pretrain.validation_files`: the built-in text has a validation part of its own",
     )
-    _fraction(pretrain, "pretrain", "validation_fraction")
     require(
         pretrain.validation_files or pretrain.validation_fraction > 0,
         "`pretrain.validation_fraction`: must be above 0 without validation_files",
     )
-    _validate_optimizer(pretrain.optimizer, "pretrain")
 
 
 def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
@@ -154,13 +108,6 @@ def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
 
 
 def _validate_finetune(finetune: FinetuneConfig) -> None:
-    _positive(finetune, "finetune", "batch_size", "save_every", "evals_per_epoch")
-    _not_negative(finetune, "finetune", "steps", "epochs", "row_length", "lm_weight")
-    _not_negative(finetune, "finetune", "task_weight")
-    _choice(finetune, "finetune", "task", TaskKind)
-    _choice(finetune, "finetune", "lm_mean", LmMean)
-    _choice(finetune, "finetune", "cut", Cut)
-    _choice(finetune, "finetune", "head", Head)
     require(
         finetune.dataset != "builtin",
         "`finetune.dataset`=builtin: write builtin:classification, builtin:entailment, "
@@ -174,12 +121,11 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
         bool(finetune.dataset) != bool(finetune.train_file),
         "`finetune.train_file`: give a labelled file, or `finetune.dataset`, and not both",
     )
-    _fraction(finetune, "finetune", "validation_fraction")
-    pair = TaskKind(finetune.task).is_pair
     require(
         not finetune.dataset or not (finetune.validation_file or finetune.test_file),
         "`finetune.validation_file`, `finetune.test_file`: go with train_file, not with dataset",
     )
+    pair = TaskKind(finetune.task).is_pair
     require(
         not pair or finetune.text_pair,
         f"`finetune.text_pair`: task {finetune.task} needs the column of the second text",
@@ -199,11 +145,9 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
         finetune.transfer in ("all", "none") or finetune.transfer.isdecimal(),
         f"`finetune.transfer`={finetune.transfer}: must be all, none, or a number of layers",
     )
-    _validate_optimizer(finetune.optimizer, "finetune")
 
 
 def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
-    _not_negative(ablation, "ablation", "parallel")
     for name in split_names(ablation.only):
         require(
             name in ablation.tasks,
@@ -216,6 +160,7 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
             f"`ablation.tasks`: {name!r} names a folder too; use letters, digits, _ and -",
         )
         try:
+            _check_fields(task, "finetune")
             _validate_finetune(task)
             validate_head(task, model)
         except UserError as error:
@@ -226,15 +171,13 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
 def validate_probe(name: str, probe: ProbeConfig) -> None:
     """Checks a probe; a wrong field is a `UserError`."""
     where = f"probes.{name}"
-    _choice(probe, where, "kind", ProbeKind)
-    _not_negative(probe, where, "limit")
+    _check_fields(probe, where)
     require(
         bool(probe.dataset) != bool(probe.file),
         f"`{where}.file`: give a file of rows, or `{where}.dataset`, and not both",
     )
-    chosen = ProbeKind(probe.kind).has_candidates
     require(
-        (len(split_names(probe.choices)) >= 2) == chosen,
+        (len(split_names(probe.choices)) >= 2) == ProbeKind(probe.kind).has_candidates,
         f"`{where}.choices`: two or more columns, comma-separated, go with the kinds "
         "multiple_choice and substitution",
     )
@@ -253,23 +196,14 @@ def _validate_mesh(mesh: MeshConfig) -> None:
 
 
 def validate(experiment: Experiment) -> Experiment:
-    """Checks every field, then freezes and returns the experiment.
+    """Checks every field, and returns a frozen copy of the experiment.
 
     Raises:
-      UserError: the first wrong field, with its flag and what to write instead.
+      UserError: the first wrong field, with what to write instead.
     """
-    require(
-        0 <= experiment.seed < 2**32,
-        f"`seed`={experiment.seed}: must be 0 to {2**32 - 1}",
-    )
+    _check_fields(experiment, "")
     validate_model(experiment.model)
-    _choice(experiment.tokenizer, "tokenizer", "kind", TokenizerKind)
-    _choice(experiment.tokenizer, "tokenizer", "words", Words)
-    require(
-        experiment.tokenizer.words == Words.FAST or experiment.tokenizer.kind == TokenizerKind.GPT1,
-        "`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1",
-    )
-    _positive(experiment.tokenizer, "tokenizer", "vocab_size")
+    _validate_tokenizer(experiment.tokenizer)
     require(
         experiment.pretrain or experiment.finetune or experiment.ablation,
         "`config`: the experiment has no stage; give it a pretrain or a finetune part",
@@ -293,7 +227,4 @@ def validate(experiment: Experiment) -> Experiment:
     for name, probe in experiment.probes.items():
         validate_probe(name, probe)
     _validate_mesh(experiment.mesh)
-    _positive(experiment.checkpoint, "checkpoint", "keep_newest")
-    _not_negative(experiment.checkpoint, "checkpoint", "keep_best")
-    _freeze(experiment)
-    return experiment
+    return frozen(experiment)

@@ -308,7 +308,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
 
 def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     """Batches as the training loop gets them, with nothing else to wait for."""
-    validation.validate(experiment)
+    experiment = validation.validate(experiment)
     require(
         getattr(experiment, request.stage),
         f"`stage`={request.stage}: the experiment has no {request.stage} part",

@@ -97,7 +97,7 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
     assumed: dict[str, str] = {}
     model = experiment.model
     if experiment.init_from:
-        meta = load.open_for_use(experiment.init_from, "init_from")[2]
+        meta = load.open_checkpoint(experiment.init_from, "init_from").meta
         model = dataclasses.replace(model, **{n: getattr(meta.model, n) for n in INHERITED_SIZES})
         assumed["vocab_size"] = "init_from"
     else:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.checkpoint import meta as meta_lib
-from gptjax.checkpoint.load import load_params
+from gptjax.checkpoint.load import open_checkpoint
 from gptjax.config.schema import (
     AttentionKind,
     LmMean,
@@ -254,7 +254,8 @@ class LoadedGPT:
         divisor = mesh_lib.batch_divisor(self.mesh)
         # Powers of two: requests of about the same size find their program compiled.
         wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
-        means = (self.meta.experiment.get("finetune") or {}).get("lm_mean") == LmMean.SEQUENCE
+        finetune = self.meta.experiment_config().finetune
+        means = finetune is not None and finetune.lm_mean == LmMean.SEQUENCE
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
         step = self._step(objective, _power(examples.longest))
@@ -305,7 +306,7 @@ def load(
       UserError: nothing there, or it is damaged.
     """
     mesh = mesh_lib.make_mesh(mesh_config or MeshConfig())
-    found = load_params(os.fspath(path), mesh, argument)
+    found = open_checkpoint(os.fspath(path), argument)
     meta, where = found.meta, found.path
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
-    return LoadedGPT(meta.model, found.params, tokenizer, meta.task, meta, mesh, where)
+    return LoadedGPT(meta.model, found.load_params(mesh), tokenizer, meta.task, meta, mesh, where)

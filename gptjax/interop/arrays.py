@@ -22,7 +22,7 @@ from gptjax.config import schema
 from gptjax.config.schema import ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, brief, require
 from gptjax.io.files import read_json
 
 Arrays = dict[str, np.ndarray]
@@ -200,7 +200,7 @@ def read_safetensors(path: pathlib.Path) -> Arrays:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
-        raise UserError(f"{path}: is damaged ({' '.join(str(error).split())})") from error
+        raise UserError(f"{path}: is damaged ({brief(error)})") from error
     for name, array in found.items():
         real = jnp.issubdtype(array.dtype, jnp.floating)
         require(real, f"{path}: {name} is {array.dtype}; quantised weights cannot be read")

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import state
-from gptjax.checkpoint.load import load_params
+from gptjax.checkpoint.load import open_checkpoint
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import Checkpoints
+from gptjax.checkpoint.store import CheckpointStore
 from gptjax.config import schema, validation
 from gptjax.config.schema import (
     Experiment,
@@ -124,7 +124,7 @@ def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
         stage, found.model, found.tokenizer.to_json(), found.tokenizer.hash, found.task, "loss",
         schema.to_dict(experiment), data_fingerprint="",
     )  # fmt: skip
-    checkpoints = Checkpoints(str(workdir), stage)
+    checkpoints = CheckpointStore(str(workdir), stage)
     try:
         start = state.TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {})
         checkpoints.save(0, start, meta)
@@ -151,10 +151,11 @@ def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
       Lines for the user.
     """
     require(input_path, "`input`: give the `workdir` of a finished training")
-    checkpoint = load_params(input_path, make_mesh(MeshConfig()), "input")
+    checkpoint = open_checkpoint(input_path, "input")
+    params = checkpoint.load_params(make_mesh(MeshConfig()))
     meta = checkpoint.meta
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path)
-    found = Weights(meta.model, arrays.flatten(checkpoint.params), tokenizer, meta.task)
+    found = Weights(meta.model, arrays.flatten(params), tokenizer, meta.task)
     with _new_folder(output_path) as place:
         note = FORMATS[form].write(found, place)
     lines = [f"{checkpoint.path} -> {output_path} ({note})"]

@@ -5,6 +5,7 @@ OpenAIGPTDoubleHeadsModel                 and the head of a multiple choice
 OpenAIGPTForSequenceClassification        and that of a classification or entailment
 """
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -96,7 +97,7 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     if not _is_ours(folder):
         require(TOKENS in arrays, f"{folder}: missing tokens_embed.weight")
         arrays[TOKENS] = arrays_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
-    model.vocab_size = len(arrays.get(TOKENS, ()))
+    model = dataclasses.replace(model, vocab_size=len(arrays.get(TOKENS, ())))
     return Weights(
         model, arrays_lib.stack_layers(arrays, model, str(folder)) | head, tokenizer, task
     )

@@ -1,1 +1,1 @@
-"""Files: atomic writes, JSON, and buckets."""
+"""Files and their errors, folders in buckets, and the console."""

@@ -1,4 +1,4 @@
-"""Lines for the person at the terminal, who may have left."""
+"""Output for a person at the terminal, who may have closed it."""
 
 import contextlib
 import json
@@ -11,7 +11,7 @@ from gptjax.io.remote import PathLike
 
 
 def tell(line: str) -> None:
-    """Writes a line to stderr, from any thread, and in a signal that comes amid another print."""
+    """Writes a line to stderr without Python's buffers: safe in any thread and signal handler."""
     try:
         os.write(2, f"{line}\n".encode())
     except OSError:
@@ -19,7 +19,11 @@ def tell(line: str) -> None:
 
 
 def no_reader() -> None:
-    """What is still to be printed where stderr goes is dropped, instead of failing."""
+    """Sends stderr, and stdout if it is the same file, to /dev/null from now on.
+
+    To be called when a write fails because the terminal was closed or a pipe has no reader: later
+    output is then lost, but it changes neither what is saved nor the exit code.
+    """
     null = os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError):
         if os.path.sameopenfile(1, 2):
@@ -34,7 +38,7 @@ def say(text: str) -> None:
 
 
 def print_json(obj: Any, path: PathLike = "") -> None:
-    """Prints `obj` as JSON, and writes it to `path` unless empty."""
+    """Prints `obj` as JSON, and writes it to the file `path` too unless that is empty."""
     print(json.dumps(json_ready(obj), indent=2))
     if path:
         write_json(path, obj)

@@ -1,46 +1,68 @@
-"""Files that are written whole or not at all, and JSON."""
+"""Atomic writes of files, JSON, and the errors of disks."""
 
 import contextlib
+import errno
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
 
-from gptjax.errors import UserError
+from gptjax.errors import UserError, brief
 from gptjax.io import remote
 from gptjax.io.remote import PathLike
 
 
 @contextlib.contextmanager
-def disk_errors(path: PathLike) -> Iterator[None]:
-    """Turns a full or read-only disk into a `UserError`: one line that names the path.
+def disk_errors(path: PathLike, note: str = "") -> Iterator[None]:
+    """Turns a failed write into a `UserError`: one line that names the path and the reason.
 
-    Of a bucket, rights alone: that it cannot be reached for a while is not the user's to mend.
+    Args:
+      path: the file or folder that is written.
+      note: what the user should know besides, at the end of the message.
     """
     try:
         yield
-    except OSError as error:
-        refused = isinstance(error, PermissionError) or "orbidden" in str(error)
-        if remote.is_remote(path) and not refused:
+    except Exception as error:
+        reason = _reason(error, remote.is_remote(path))
+        if not reason:
             raise
         raise UserError(
-            f"cannot write {os.fspath(path)}: {error.strerror or error}; "
-            "free space, fix its permissions, or choose another folder"
+            f"cannot write {os.fspath(path)}: {reason}; free space, fix its permissions, or "
+            f"choose another folder{note and '; '}{note}"
         ) from error
 
 
+def _reason(error: Exception, in_bucket: bool) -> str:
+    """Returns why a write failed if the user can remedy it, else ""."""
+    text = str(error)
+    # tensorstore, which writes the arrays of checkpoints, raises ValueError with these texts.
+    code = re.search(r"os_error_code='(\d+)'", text)
+    if code:
+        return f"{os.strerror(int(code[1]))} ({brief(error)})"
+    if any(full in text for full in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
+        return os.strerror(errno.ENOSPC)
+    if in_bucket:
+        # A user can change permissions. A bucket that is out of reach may come back by itself.
+        refused = isinstance(error, PermissionError) or "orbidden" in text
+        return text if refused else ""
+    if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
+        return error.strerror or text
+    return ""
+
+
 def write_atomically(path: PathLike, data: bytes) -> None:
-    """Puts `data` at `path`, making its folder, so that no reader ever sees half a file."""
+    """Writes a file, and its folder if there is none, so that no reader ever sees half of it."""
     if remote.is_remote(path):
         with disk_errors(path):
             epath.Path(path).write_bytes(data)
         return
     folder, name = os.path.split(os.path.abspath(path))
-    # Not `tempfile`: its files are readable by their owner only, and would stay so.
+    # The module `tempfile` makes files that their owner alone may read, also after the rename.
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     with disk_errors(path):
         os.makedirs(folder, exist_ok=True)
@@ -57,7 +79,7 @@ def write_atomically(path: PathLike, data: bytes) -> None:
 
 
 def json_ready(value: Any) -> Any:
-    """`value` with NumPy numbers as Python's, and NaN and infinities, which JSON lacks, as null."""
+    """Returns `value` for `json.dumps`: NumPy numbers become Python's, NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -70,12 +92,20 @@ def json_ready(value: Any) -> Any:
 
 
 def write_json(path: PathLike, obj: Any) -> None:
-    """Writes `obj` as JSON, atomically, keys in their order; `UserError` when the disk refuses."""
+    """Writes `obj` as JSON, atomically, with the keys in their order.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
     write_atomically(path, json.dumps(json_ready(obj), indent=2, allow_nan=False).encode() + b"\n")
 
 
 def read_json(path: PathLike) -> Any:
-    """Reads a JSON file; a missing or broken one is a `UserError`."""
+    """Reads a JSON file.
+
+    Raises:
+      UserError: the file is missing, cannot be read, or is not JSON.
+    """
     try:
         return json.loads(epath.Path(path).read_text(encoding="utf-8"))
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Where the files of a run lie: in a folder, or in a bucket, as gs://BUCKET/FOLDER.
+"""Paths of a run: a folder of this machine, or a folder in a bucket as gs://BUCKET/FOLDER.
 
-Buckets are reached as orbax reaches them, through etils' epath. A bucket has no folders, cannot
-rename and cannot append; but putting one object is atomic.
+Buckets are reached through etils' epath, as orbax does. A bucket has no folders and can neither
+rename nor append, but writing one object is atomic.
 """
 
 import glob
@@ -16,23 +16,39 @@ PathLike = str | os.PathLike[str]
 
 
 def is_remote(path: PathLike) -> bool:
-    """Tells an address from a path of this machine."""
+    """Returns whether a path is an address such as gs://BUCKET/FOLDER."""
     return "://" in os.fspath(path)
 
 
-def check_address(path: PathLike, argument: str) -> None:
-    """Refuses an address that can hold no run, or that cannot be reached; a folder is fine.
+def require_workdir(path: PathLike) -> None:
+    """Refuses a workdir that no run can use, or that cannot be reached.
 
     Raises:
-      UserError: one line that names the argument and says what to install or to give instead.
+      UserError: one line that says what to install or to give instead.
     """
-    where = f"`{argument}`={os.fspath(path)}"
+    # orbax finds its own checkpoints with glob: these characters would hide them from it, or show
+    # it those of another run.
+    place = "" if is_remote(path) else os.path.abspath(path)
+    require(
+        glob.escape(place) == place,
+        f"`workdir`={os.fspath(path)}: its path must be without [, * and ?: {place}",
+    )
+    require_reachable(path, "workdir")
+
+
+def require_reachable(path: PathLike, argument: str) -> None:
+    """Refuses an address of a kind that orbax does not know, or that cannot be reached.
+
+    Args:
+      path: a folder of this machine (never refused) or an address.
+      argument: name of the path in error messages.
+
+    Raises:
+      UserError: one line that says what to install or to give instead.
+    """
     if not is_remote(path):
-        # orbax looks for what it has written with glob: it would find nothing, or another run's.
-        place = os.path.abspath(path)
-        plain = argument != "workdir" or glob.escape(place) == place
-        require(plain, f"{where}: its path must be without [, * and ?: {place}")
         return
+    where = f"`{argument}`={os.fspath(path)}"
     scheme, _, rest = os.fspath(path).partition("://")
     require(
         scheme != "s3",
@@ -42,76 +58,77 @@ def check_address(path: PathLike, argument: str) -> None:
     bucket, _, folder = rest.partition("/")
     require(scheme == "gs" and bucket, f"{where}: must be a folder or gs://BUCKET/FOLDER")
     require(folder.strip("/"), f"{where}: give a folder in the bucket, as gs://{bucket}/RUN")
-    _forget_nothing()
+    _disable_listings_cache()
     try:
         try:
             epath.Path(path).stat()
-        except FileNotFoundError:  # a new run; is there a bucket?
+        except FileNotFoundError:  # the folder of a new run, or the bucket does not exist
             epath.Path(f"gs://{bucket}").stat()
     except ImportError as error:
         raise UserError(f"{where}: needs a package; pip install gcsfs ({brief(error)})") from error
     except FileNotFoundError as error:
         raise UserError(f"{where}: there is no bucket {bucket}, or none for you") from error
-    except Exception as error:  # the store's own classes, which differ between the libraries
+    except Exception as error:  # each storage library has error classes of its own
         raise UserError(f"{where}: cannot be reached ({brief(error)})") from error
 
 
-def _forget_nothing() -> None:
-    """Asks the store each time what it holds: other processes, and tensorstore, write to it too."""
+def _disable_listings_cache() -> None:
+    """Makes gcsfs list a bucket anew each time: other processes and tensorstore write to it too."""
     try:
         from fsspec.config import conf
-    except ImportError:  # then TensorFlow is used, or `check_address` says what is missing
+    except ImportError:  # epath uses TensorFlow then, or `require_reachable` names the package
         return
     conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)  # it warns of every way in that it tries
+    # gcsfs logs a warning for each kind of credentials that it tries in vain.
+    logging.getLogger("gcsfs").setLevel(logging.ERROR)
 
 
 def absolute(path: PathLike) -> epath.Path:
-    """The path from the root, or the address."""
+    """Returns the absolute path; an address is returned unchanged."""
     return epath.Path(path) if is_remote(path) else epath.Path(os.path.abspath(path))
 
 
 def exists(path: PathLike) -> bool:
-    """Whether there is a file or folder."""
+    """Returns whether there is such a file or folder."""
     return epath.Path(path).exists()
 
 
 def is_folder(path: PathLike) -> bool:
-    """Whether there is a folder (in a bucket: anything below that name)."""
+    """Returns whether there is such a folder; in a bucket, whether it contains any object."""
     return epath.Path(path).is_dir()
 
 
 def listing(folder: PathLike) -> list[str]:
-    """The names in a folder, sorted, a / behind those of folders."""
+    """Returns the names in a folder, sorted; names of folders end in "/"."""
     return sorted(each.name + "/" * each.is_dir() for each in epath.Path(folder).iterdir())
 
 
 def move_folder(source: epath.Path, target: epath.Path) -> None:
-    """Moves a folder to where none is yet; in a bucket by copying."""
+    """Moves a folder to a path that does not exist yet; in a bucket by copying."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    if is_remote(target):  # a folder exists there only when something lies in it
+    if is_remote(target):  # epath takes a folder of a bucket for missing while it is empty
         (target.parent / "README").write_text("Moved here by gptjax.\n")
     source.rename(target)
 
 
 class RemoteFile:
-    """A file at an address that grows: every `flush` puts all of it again, at once or not at all.
+    """A growing file in a bucket: each `flush` writes all of it again, as one atomic object.
 
-    For files that stay small. Anything else of Python's files is missing.
+    It is meant for small files and has only these methods of Python's files.
     """
 
     def __init__(self, path: PathLike, contents: bytes = b""):
-        """Args: where; what is there already."""
+        """Args: path, the address; contents, what the file has already."""
         self._path, self._parts, self._changed = epath.Path(path), [contents], False
 
     def write(self, data: bytes) -> int:
-        """Adds to the end, in memory."""
+        """Appends in memory and returns the number of bytes."""
         self._parts.append(data)
         self._changed = True
         return len(data)
 
     def flush(self) -> None:
-        """Puts the file, where anything was added."""
+        """Writes the file to the bucket if it has grown since the last time."""
         if self._changed:
             self._parts = [b"".join(self._parts)]
             self._path.write_bytes(self._parts[0])
@@ -123,9 +140,9 @@ class RemoteFile:
 
 
 class RemoteFiles:
-    """What tensorboardX wants to know of an address."""
+    """The file system that tensorboardX needs to write its events to a bucket."""
 
     @staticmethod
     def open(path: str) -> RemoteFile:
-        """A new file."""
+        """Returns a new, empty file."""
         return RemoteFile(path)

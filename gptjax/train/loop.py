@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
-from gptjax.checkpoint.memory import Keeper
+from gptjax.checkpoint.memory import Store
 from gptjax.checkpoint.meta import Meta
 from gptjax.config.schema import Experiment, ModelConfig, OptimizerConfig
 from gptjax.data.tokens.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def _train_step(
 class Trainer:
     """Trains one stage of a run."""
 
-    def __init__(self, context: Run, stage: Stage, checkpoints: Keeper, meta: Meta):
+    def __init__(self, context: Run, stage: Stage, checkpoints: Store, meta: Meta):
         self._context, self._stage, self._checkpoints, self._meta = (
             context, stage, checkpoints, meta
         )  # fmt: skip

@@ -11,10 +11,15 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.checkpoint import load
-from gptjax.checkpoint.memory import BestInMemory, Keeper
+from gptjax.checkpoint.memory import MemoryStore, Store
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import Checkpoints
-from gptjax.cluster.processes import agree, agreed, from_main, require_shared
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.cluster.processes import (
+    broadcast,
+    require_same,
+    require_shared,
+    synchronised_stop,
+)
 from gptjax.cluster.stop import StopRequest
 from gptjax.config import schema, validation
 from gptjax.config.schema import INHERITED_SIZES, Experiment, ModelConfig
@@ -24,7 +29,7 @@ from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import Preempted, require
 from gptjax.evaluate import probes
 from gptjax.io import files
-from gptjax.io.remote import check_address, exists, is_folder
+from gptjax.io.remote import exists, is_folder, require_workdir
 from gptjax.mesh import Params
 from gptjax.model import flops, gpt
 from gptjax.state import TrainState
@@ -51,16 +56,16 @@ def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> di
       Preempted: asked to stop; the state is saved.
       TrainingDiverged: several updates in a row were not finite.
     """
-    validation.validate(experiment)
+    experiment = validation.validate(experiment)
     require(
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
     )
     # Before the devices: those of a process that has another mesh would differ too.
-    agree({"config": schema.to_dict(experiment)})
+    require_same({"config": schema.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
-        summary, _ = train(experiment, workdir, mesh, agreed(stop), given)
+        summary, _ = train(experiment, workdir, mesh, synchronised_stop(stop), given)
     return summary
 
 
@@ -83,7 +88,7 @@ def train(
     # What decides the steps. Nothing is written before all of the input has been found good.
     facts = {each.name: {"data": each.fingerprint, "steps": each.total_steps} for each in stages}
     devices = jax.local_device_count()
-    agree({"tokenizer": tokenizer.hash, "devices": devices, **facts})
+    require_same({"tokenizer": tokenizer.hash, "devices": devices, **facts})
     with log_lib.MetricsLog(workdir, enabled=is_main) as log:
         context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main, trial)
         _write_start(context)
@@ -104,7 +109,7 @@ def prepare(
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     """Refuses a place that cannot be written, or whose `product` has another configuration."""
-    check_address(workdir, "workdir")
+    require_workdir(workdir)
     path = os.path.join(workdir, "config.json")
     if not (exists(path) and exists(os.path.join(workdir, product))):
         return
@@ -134,7 +139,7 @@ def _tokenizer_and_model(
     """The tokenizer (of `init_from`, the workdir, or new) and the sizes that go with it."""
     model = experiment.model
     if experiment.init_from:
-        meta = load.open_for_use(experiment.init_from, "init_from")[2]
+        meta = load.open_checkpoint(experiment.init_from, "init_from").meta
         _refuse_overruled(experiment, meta, given)
         model = dataclasses.replace(
             model, **{name: getattr(meta.model, name) for name in INHERITED_SIZES}
@@ -231,7 +236,7 @@ def _write_start(context: Run) -> None:
 
 def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
     path = os.path.join(context.workdir, "summary.json")
-    old = from_main("summary.json", lambda: files.read_json(path) if exists(path) else {})
+    old = broadcast("summary.json", lambda: files.read_json(path) if exists(path) else {})
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
     context.say(mesh_lib.describe_machine())
@@ -255,7 +260,9 @@ def _starting_point(context: Run, pretrained: Params | None) -> Callable[[], Par
     if pretrained is not None:
         return lambda: pretrained
     path = context.experiment.init_from
-    return (lambda: load.load_params(path, context.mesh, "init_from").params) if path else None
+    if not path:
+        return None
+    return lambda: load.open_checkpoint(path, "init_from").load_params(context.mesh)
 
 
 def _initial_state(context: Run, stage: Stage) -> Callable[[jax.Array], TrainState]:
@@ -272,11 +279,11 @@ def _train_stage(
     """Trains one stage to its end; returns its best parameters and its part of the summary."""
     make = _initial_state(context, stage)
     meta = _meta(context, stage)
-    checkpoints: Keeper
+    checkpoints: Store
     if context.trial:
-        checkpoints = BestInMemory(context.workdir, stage.metric)
+        checkpoints = MemoryStore(context.workdir, stage.metric)
     else:
-        checkpoints = Checkpoints(
+        checkpoints = CheckpointStore(
             context.workdir, stage.name, context.experiment.checkpoint, stage.metric
         )
     with checkpoints:

@@ -12,11 +12,11 @@ import runs
 import small
 
 from gptjax import mesh
-from gptjax.checkpoint import background as background_lib
 from gptjax.checkpoint import load
+from gptjax.checkpoint.background import SaveMonitor
 from gptjax.checkpoint.checksum import checksums
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import Checkpoints
+from gptjax.checkpoint.store import CheckpointStore
 from gptjax.config.schema import CheckpointConfig, TaskSpec
 from gptjax.errors import UserError
 from gptjax.state import TrainState
@@ -56,15 +56,17 @@ def anything(_: Meta) -> None:
 @pytest.fixture
 def saved(tmp_path):
     """A stage with steps 1, 2 and 3."""
-    with_three = Checkpoints(str(tmp_path), "finetune", CheckpointConfig(keep_newest=3), "accuracy")
+    with_three = CheckpointStore(
+        str(tmp_path), "finetune", CheckpointConfig(keep_newest=3), "accuracy"
+    )
     for step in (1, 2, 3):
         with_three.save(step, make_state(step, step), make_meta(), {"accuracy": 0.1 * step})
     with_three.close()
     return tmp_path
 
 
-def reopen(workdir, **kwargs) -> Checkpoints:
-    return Checkpoints(str(workdir), "finetune", CheckpointConfig(keep_newest=3), **kwargs)
+def reopen(workdir, **kwargs) -> CheckpointStore:
+    return CheckpointStore(str(workdir), "finetune", CheckpointConfig(keep_newest=3), **kwargs)
 
 
 def test_state_and_meta_come_back(saved):
@@ -76,7 +78,7 @@ def test_state_and_meta_come_back(saved):
     assert [x.dtype for x in jax.tree.leaves(state)] == [
         x.dtype for x in jax.tree.leaves(make_state(3))
     ]
-    meta, sums = checkpoints.meta(2)
+    meta, sums = checkpoints.meta_and_checksums(2)
     assert meta == make_meta()
     assert sums == checksums(make_state(2, 2))
     assert checkpoints.metrics(2) == {"accuracy": pytest.approx(0.2)}
@@ -129,7 +131,7 @@ def test_an_asynchronous_save_holds_the_step_it_was_asked_at(tmp_path):
 )
 def test_the_newest_and_the_best_stay(tmp_path, metric, scores, kept, order):
     policy = CheckpointConfig(keep_newest=2, keep_best=1)
-    checkpoints = Checkpoints(str(tmp_path), "finetune", policy, metric)
+    checkpoints = CheckpointStore(str(tmp_path), "finetune", policy, metric)
     for step, score in enumerate(scores, 1):
         values = None if score is None else {metric: score}
         checkpoints.save(step, make_state(step), make_meta(metric=metric), values)
@@ -137,14 +139,14 @@ def test_the_newest_and_the_best_stay(tmp_path, metric, scores, kept, order):
     assert checkpoints.steps() == kept
     assert checkpoints.best_first() == order
     checkpoints.close()
-    again = Checkpoints(str(tmp_path), "finetune", policy, metric, read_only=True)
+    again = CheckpointStore(str(tmp_path), "finetune", policy, metric, read_only=True)
     assert again.best_first() == order
     again.close()
 
 
 def test_no_best_kept_where_none_is_wanted(tmp_path):
     policy = CheckpointConfig(keep_newest=1, keep_best=0)
-    checkpoints = Checkpoints(str(tmp_path), "finetune", policy, "accuracy")
+    checkpoints = CheckpointStore(str(tmp_path), "finetune", policy, "accuracy")
     for step, score in ((1, 0.9), (2, 0.1), (3, 0.2)):
         checkpoints.save(step, make_state(step), make_meta(), {"accuracy": score})
     checkpoints.wait()
@@ -228,7 +230,7 @@ def test_what_a_killed_run_did_not_delete_goes_at_the_end(saved):
     three.close()
     assert reopen(saved, read_only=True).steps() == [1, 2, 3, 4]
     policy = CheckpointConfig(keep_newest=2, keep_best=1)
-    two = Checkpoints(str(saved), "finetune", policy, "accuracy")
+    two = CheckpointStore(str(saved), "finetune", policy, "accuracy")
     two.wait()
     assert two.steps() == [1, 3, 4]
     two.close()
@@ -354,11 +356,11 @@ def test_find_takes_a_workdir_a_stage_or_a_step(saved):
             load.find(str(wrong))
 
 
-def test_opened_for_use_is_the_best_step_or_the_one_asked_for(saved):
+def test_a_path_means_the_best_step_or_the_one_it_names(saved):
     for path, expected in ((saved, 3), (saved / "checkpoints" / "finetune" / "1", 1)):
-        checkpoints, step, meta = load.open_for_use(str(path))
-        assert (step, meta) == (expected, make_meta())
-        checkpoints.close()
+        found = load.open_checkpoint(str(path))
+        assert (found.step, found.meta) == (expected, make_meta())
+        found.store.close()
 
 
 class Saving:
@@ -370,19 +372,19 @@ class Saving:
 
 def test_a_save_that_fails_is_seen_by_the_barrier_it_comes_to():
     """Wherever in the background it failed; in the main thread, errors are raised as always."""
-    watch = background_lib.Watch()
+    monitor = SaveMonitor()
 
     def background():
         try:
             raise OSError(28, "No space left on device")
         finally:
-            watch.options().barrier_sync_fn(key="k", timeout_ms=1)
+            monitor.options().barrier_sync_fn(key="k", timeout_ms=1)
 
     with pytest.raises(OSError, match="No space"):
         background()
-    assert not watch.failed
+    assert not monitor.failed
     with futures.ThreadPoolExecutor(1) as pool:
         assert isinstance(pool.submit(background).exception(), OSError)
-    assert watch.failed
+    assert monitor.failed
     with pytest.raises(OSError, match="No space"):
-        watch.finish(Saving())
+        monitor.finish(Saving())

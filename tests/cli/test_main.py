@@ -323,7 +323,7 @@ def test_a_full_disk_is_nothing_but_one_line(small_disk):
     _, err = process.communicate(timeout=200)
     lines = [line for line in err.splitlines() if not line.startswith("pretrain ")]
     assert (process.returncode, len(lines)) == (2, 1), err
-    assert lines[0].startswith(f"error: {small_disk}/w")
+    assert lines[0].startswith(f"error: cannot write {small_disk}/w")
     assert "no space left" in lines[0].lower()
 
 

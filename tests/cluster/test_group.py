@@ -20,17 +20,17 @@ _MEMBER = """
 import os, sys, time
 from gptjax.errors import ProcessLost, UserError
 from gptjax.cluster.group import Group
-from gptjax.cluster.rendezvous import answer_roll, call_roll
+from gptjax.cluster.rendezvous import join_rendezvous, host_rendezvous
 port, count, index = map(int, sys.argv[1:4])
 address, facts = f"localhost:{port}", {"host": f"host{index}"}
 try:
     if index == 0:
-        links, everyone = call_roll(address, count, facts, WAIT, 3.0)
+        links, everyone = host_rendezvous(address, count, facts, WAIT, 3.0)
         hosts = [each["host"] for each in everyone]
         for link in links.values():
             link.send({"hosts": hosts})
     else:
-        link, answer = answer_roll(address, index, count, facts, WAIT, 3.0)
+        link, answer = join_rendezvous(address, index, count, facts, WAIT, 3.0)
         links, hosts = {0: link}, answer["hosts"]
 except (ProcessLost, UserError) as error:
     print(error)
@@ -146,7 +146,7 @@ def test_two_of_one_number_are_named_in_all():
 
 def test_a_host_that_cannot_be_a_name_is_one_line():
     with pytest.raises(UserError, match=r"a\.\.b is no name of a host"):
-        rendezvous.answer_roll("a..b:1", 1, 2, {}, 5.0, 5.0)
+        rendezvous.join_rendezvous("a..b:1", 1, 2, {}, 5.0, 5.0)
 
 
 def test_values_are_gathered_in_order_and_all_end():
@@ -177,10 +177,10 @@ def test_what_one_sees_late_is_waited_for():
         "distributed._SEEN_SECONDS = 3.0\n"
         "looks = [1]\n"
         "late = lambda: list(range(min(looks[0], 3) if index else 3))\n"
-        "distributed.settle('steps', late, lambda: looks.append(looks.pop() + 1))\n"
+        "distributed.wait_until_same('steps', late, lambda: looks.append(looks.pop() + 1))\n"
         "print(late(), looks)\n"
         "try:\n"
-        "    distributed.settle('steps', lambda: index, lambda: None)\n"
+        "    distributed.wait_until_same('steps', lambda: index, lambda: None)\n"
         "except UserError as error:\n"
         "    print(error)\n"
         "group.leave(0)\n"
@@ -209,7 +209,7 @@ def test_one_that_waits_for_long_says_for_whom():
 def test_all_stop_at_the_same_call(asked):
     """However far each is when one of them is asked."""
     body = (
-        f"stop = group.agreed(lambda: index == {asked} and calls > 5)\n"
+        f"stop = group.synchronised_stop(lambda: index == {asked} and calls > 5)\n"
         "calls = 1\n"
         "while not stop():\n"
         "    time.sleep(0.02 * (index + 1)); calls += 1\n"
@@ -222,7 +222,7 @@ def test_all_stop_at_the_same_call(asked):
 
 
 def test_where_none_is_asked_none_stops():
-    body = "stop = group.agreed(lambda: False); print(any(stop() for _ in range(99)))"
+    body = "stop = group.synchronised_stop(lambda: False); print(any(stop() for _ in range(99)))"
     for result in members(2, (0, 1), body + "; group.leave(0)"):
         assert (result.code, result.out) == (0, "False\n"), result.err
 

@@ -13,6 +13,7 @@ import pytest
 
 from gptjax import errors
 from gptjax.config import schema, validation
+from gptjax.config.constraints import problem
 from gptjax.config.schema import (
     AblationConfig,
     CheckpointConfig,
@@ -165,10 +166,11 @@ def test_field_names_are_all_fields():
     assert "pretrain.optimizer.learning_rate" in names
 
 
-def test_validation_freezes_every_part():
-    experiment = whole()
-    experiment.model.width = 96
-    assert validation.validate(experiment) is experiment
+def test_validation_returns_a_copy_with_every_part_frozen():
+    given = whole()
+    given.model.width = 96
+    experiment = validation.validate(given)
+    assert experiment == given
     for name in schema.field_names(Experiment):
         with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
             set_field(experiment, name, None)
@@ -178,7 +180,24 @@ def test_validation_freezes_every_part():
     fresh = dataclasses.replace(experiment.model, width=48)
     fresh.num_heads = 4
     assert (fresh.width, experiment.model.width) == (48, 96)
-    assert validation.validate(experiment) is experiment
+    assert validation.validate(experiment) == experiment
+
+
+def test_what_the_user_does_to_his_experiment_does_not_reach_the_run():
+    given = whole()
+    experiment = validation.validate(given)
+    given.model.width = 12
+    given.finetune.optimizer.beta1 = 0.5
+    given.ablation.tasks["NAME"].epochs = 9
+    given.probes["other"] = ProbeConfig(dataset="a")
+    assert experiment == validation.validate(whole())
+
+
+def test_a_stored_configuration_is_frozen():
+    again = schema.from_dict(Experiment, schema.to_dict(whole()), "x")
+    for name in schema.field_names(Experiment):
+        with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign"):
+            set_field(again, name, None)
 
 
 def test_equal_configurations_hash_equal():
@@ -259,7 +278,6 @@ def test_a_wrong_value_is_named_with_its_flag(name, value, advice):
     assert "\n" not in message
     assert message.startswith(f"`{name}`")
     assert advice in message
-    experiment.name = "still to be corrected"  # not frozen
 
 
 @pytest.mark.parametrize(
@@ -326,7 +344,21 @@ def test_what_is_allowed(changes):
     experiment = whole()
     for name, value in changes.items():
         set_field(experiment, name, value)
-    assert validation.validate(experiment) is experiment
+    assert validation.validate(experiment) == experiment
+
+
+def test_every_number_has_a_constraint():
+    """Those without one are checked by a rule of `validation`."""
+    free = {"segment_types", "window", "data", "fsdp", "tensor"}
+    classes = (
+        ModelConfig, TokenizerConfig, OptimizerConfig, PretrainConfig, FinetuneConfig, ProbeConfig,
+        MeshConfig, CheckpointConfig, AblationConfig, Experiment,
+    )  # fmt: skip
+    fields = [field for cls in classes for field in dataclasses.fields(cls)]
+    numbers = [field for field in fields if field.type in (int, float)]
+    assert {field.name for field in numbers if not field.metadata} == free
+    wrong = [field.name for field in numbers if field.metadata and not problem(field, -1)]
+    assert not wrong
 
 
 def test_small_helpers():

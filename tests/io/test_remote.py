@@ -116,7 +116,7 @@ def test_a_run_leaves_the_same_in_a_bucket_as_in_a_folder(trained):
         assert any(name.startswith(f"tensorboard/{stage}/events") for name in found)
         scores = f"checkpoints/{stage}/scores.json"
         assert read(f"{there}/{scores}") == pathlib.Path(here, scores).read_text()
-        assert checkpoint.Checkpoints(there, stage, read_only=True).steps() == runs.steps(
+        assert checkpoint.CheckpointStore(there, stage, read_only=True).steps() == runs.steps(
             here, stage
         )
 
@@ -192,7 +192,7 @@ def test_a_killed_run_resumes_in_the_bucket_bit_for_bit(trained):
         [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False
     )
     assert done.returncode == -9, done.stderr
-    assert checkpoint.Checkpoints(workdir, "pretrain", read_only=True).steps() == [10]
+    assert checkpoint.CheckpointStore(workdir, "pretrain", read_only=True).steps() == [10]
     saved = log_lib.read(workdir)
     kept = [record["step"] for record in saved if record["split"] == "train"]
     assert kept[:10] == list(range(1, 11)), "the lines of every step that was saved"

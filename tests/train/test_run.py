@@ -159,7 +159,7 @@ def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monk
     with monkeypatch.context() as patch:
         patch.setattr(run, "StopRequest", StopAtOnce)
         assert runs.main(*command).code == 75
-    best = load.open_for_use(f"{runs.trained()}/checkpoints/pretrain")[1]
+    best = load.open_checkpoint(f"{runs.trained()}/checkpoints/pretrain").step
     pretrained = runs.arrays(runs.trained(), "pretrain", best)
     begun = runs.arrays(workdir, "finetune", 0)
     for name, array in pretrained.items():
@@ -172,7 +172,7 @@ def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monk
     summary = runs.summary(workdir)["finetune"]
     assert summary["validation"]["accuracy"] == summary["test"]["accuracy"] == 1.0
     ours, theirs = (
-        load.open_for_use(f"{each}/checkpoints/{stage}")[2]
+        load.open_checkpoint(f"{each}/checkpoints/{stage}").meta
         for each, stage in ((workdir, "finetune"), (runs.trained(), "pretrain"))
     )
     assert ours.tokenizer_hash == theirs.tokenizer_hash

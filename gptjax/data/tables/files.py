@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from gptjax.data.tables import expressions
-from gptjax.errors import UserError, nearest, require
+from gptjax.errors import UserError, brief, nearest, require
 
 if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
     import pyarrow as pa
@@ -213,7 +213,7 @@ def _json_lines(path: str) -> pa.Table:
     try:
         return pa.concat_tables(tables, promote_options="permissive")
     except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: a column changes its type: {one_line(error)}") from error
+        raise UserError(f"{path}: a column changes its type: {brief(error)}") from error
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -225,7 +225,7 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{path}, line {number}: not JSON ({one_line(error)}); "
+                    f"{path}, line {number}: not JSON ({brief(error)}); "
                     "write one JSON object a line"
                 ) from error
             if not isinstance(row, dict):
@@ -249,7 +249,7 @@ def _json_column(chunk: list[tuple[int, dict[str, Any]]], name: str, path: str) 
                 kinds.setdefault(type(row[name]), line)
         found = ", ".join(f"{kind.__name__} (line {line})" for kind, line in kinds.items())
         raise UserError(
-            f"{path}, column {name!r}: cannot keep {found} in one column ({one_line(error)}); "
+            f"{path}, column {name!r}: cannot keep {found} in one column ({brief(error)}); "
             "write all its values in one type"
         ) from error
 
@@ -262,17 +262,12 @@ def _parquet(path: str) -> pa.Table:
         with pq.ParquetFile(path) as file:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({one_line(error)})") from error
+        raise UserError(f"{path}: not a readable Parquet file ({brief(error)})") from error
     for index, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type):  # pandas' category: `datasets` has no such type
             plain = table.column(index).cast(field.type.value_type)
             table = table.set_column(index, field.name, plain)
     return table
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what `error` says, or its class where it says nothing."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gptjax.data.tables.files import (
-    import_datasets,
-    one_line,
-)
-from gptjax.errors import UserError, nearest
+from gptjax.data.tables.files import import_datasets
+from gptjax.errors import UserError, brief, nearest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +35,6 @@ def load_hub(spec: str, split: str) -> Dataset:
         if splits and split.partition("[")[0] not in splits:
             message = f"no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}"
         else:
-            message = f"cannot load split {split!r} ({type(error).__name__}: {one_line(error)})"
+            message = f"cannot load split {split!r} ({brief(error)})"
             message += "; check the name and the network, or give files instead"
         raise UserError(f"data set {spec}: {message}") from error

@@ -1,0 +1,73 @@
+"""Fields of configurations with a constraint: `width: int = positive(768)`.
+
+The constraint is a function in the field's metadata. It takes a value and returns what is wrong
+with it, or "". `validation` calls it with the field's name at hand.
+"""
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from gptjax.errors import nearest
+
+Number = TypeVar("Number", int, float)
+_PROBLEM = "problem"
+
+
+def problem(field: dataclasses.Field[Any], value: Any) -> str:
+    """Returns how `value` violates the constraint of a field, or ""."""
+    return field.metadata.get(_PROBLEM, lambda _: "")(value)
+
+
+def _constrained(default: Any, check: Callable[[Any], str]) -> Any:
+    return dataclasses.field(default=default, metadata={_PROBLEM: check})
+
+
+def positive(default: Number) -> Number:
+    """Returns a field of finite numbers above 0."""
+
+    def check(value: Number) -> str:
+        if not value > 0:  # NaN too
+            return "must be greater than 0"
+        return "" if value < math.inf else "must be finite"
+
+    return _constrained(default, check)
+
+
+def not_negative(default: Number) -> Number:
+    """Returns a field of finite numbers from 0 on."""
+
+    def check(value: Number) -> str:
+        if not value >= 0:
+            return "must not be negative"
+        return "" if value < math.inf else "must be finite"
+
+    return _constrained(default, check)
+
+
+def fraction(default: float) -> float:
+    """Returns a field of numbers from 0 to 1, without 1."""
+    return _constrained(
+        default, lambda value: "" if 0 <= value < 1 else "must be at least 0 and below 1"
+    )
+
+
+def between(low: int, high: int, default: int) -> int:
+    """Returns a field of numbers from `low` to `high`, both included."""
+    return _constrained(
+        default, lambda value: "" if low <= value <= high else f"must be {low} to {high}"
+    )
+
+
+def one_of(default: enum.StrEnum) -> str:
+    """Returns a field whose value is a member of the default's enumeration, as a plain string."""
+    members = tuple(type(default))
+
+    def check(value: str) -> str:
+        if value in members:
+            return ""
+        return f"must be one of {', '.join(members)}{nearest(value, members)}"
+
+    return _constrained(default.value, check)
