@@ -10,8 +10,8 @@ from benchmarks.sizes import Size
 from gptjax import mesh, state
 from gptjax.config.schema import MeshConfig, ModelConfig
 from gptjax.data import loader
+from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
 from gptjax.model import gpt
 from gptjax.model.objective import Objective
@@ -87,7 +87,7 @@ class Generation:
         model = gpt.make_model(sizes.model_config(size, dtype), None)
         if params is None:
             params = jax.jit(lambda key: gpt.init_params(model, key))(jax.random.key(0))
-        self._decoder = Decoder(model, params)
+        self._decoder = decoder_lib.prepare(model, params)
         self._banned = np.zeros(size.vocab_size, bool)
 
     def __call__(self, prompt: np.ndarray, batch: int, tokens: int) -> np.ndarray:

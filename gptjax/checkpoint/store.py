@@ -73,9 +73,9 @@ class CheckpointStore:
         self._saves, self._reader = SaveMonitor(), _reader()
         scores = self.directory / _SCORES
         self._scores = processes.broadcast(_SCORES, lambda: _read_scores(scores))
+        # Not orbax's `read_only`: it logs two warnings at every load, and changes nothing here.
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
-            read_only=read_only,
             cleanup_tmp_directories=not read_only,
             preservation_policy=self,
             async_options=self._saves.options(),

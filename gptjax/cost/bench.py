@@ -24,8 +24,8 @@ from gptjax.config.schema import BenchKind, Experiment, MeshConfig, Stage
 from gptjax.cost import step_spec
 from gptjax.cost.step_spec import Plan
 from gptjax.errors import require
+from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
 from gptjax.io import console
 from gptjax.model import flops, gpt
@@ -278,7 +278,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     plan = step_spec.build(experiment, stage, mesh)
     vocabulary = plan.model.config.vocab_size
     params = jax.jit(lambda key: gpt.init_params(plan.model, key))(jax.random.key(0))
-    decoder = Decoder(plan.model, params)
+    decoder = decoder_lib.prepare(plan.model, params)
     prompt = np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS, dtype=np.int32)
 
     def call(tokens: int) -> np.ndarray:

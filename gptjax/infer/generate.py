@@ -1,164 +1,237 @@
-"""Text from a prompt: prefill once, then one token at a time against the key/value cache.
+"""Text from a prompt, one token at a time, with a cache of keys and values.
 
-Letters of shapes: N samples, T tokens, V vocabulary.
+The prompt runs through the decoder once and fills the cache. Each new token then runs alone: it
+attends to the cache, and its own key and value are added.
+
+Letters of shapes: N samples, T tokens, D width, V vocabulary, S cache entries.
 """
 
 import dataclasses
 import functools
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import mesh
 from gptjax.errors import require
-from gptjax.infer import decoder as decoder_lib
-from gptjax.infer.decoder import Caches, Decoder, Weights
-from gptjax.model.gpt import GPT
+from gptjax.infer.decoder import Caches, Decoder
 
 Array = jax.Array
 
 
-# All tokens are as likely there; float32 reaches 3.4e38.
-_HOTTEST = 1e30
+# At this temperature all tokens are equally likely; beyond 3.4e38 float32 would overflow.
+_MAX_TEMPERATURE = 1e30
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the next token is drawn."""
+    """The rule by which the next token is drawn.
+
+    >>> Sampling(top_p=2)
+    Traceback (most recent call last):
+    gptjax.errors.UserError: `top_p`=2: must be above 0 and at most 1
+    """
 
     temperature: float = 1.0
-    """0: always the most likely token."""
+    """Divides the logits; 0 stands for the most likely token, always."""
     top_k: int = 0
-    """Draw among the k most likely; 0: all."""
+    """Draw among the `top_k` most likely tokens; 0 stands for all tokens."""
     top_p: float = 1.0
-    """Draw among the fewest most likely tokens whose probabilities reach top_p."""
+    """Draw among the fewest most likely tokens whose probabilities add up to `top_p`."""
 
     def __post_init__(self) -> None:
         require(
-            0 <= self.temperature <= _HOTTEST,
-            f"`temperature`={self.temperature}: must be 0 to {_HOTTEST:g}",
+            0 <= self.temperature <= _MAX_TEMPERATURE,
+            f"`temperature`={self.temperature}: must be 0 to {_MAX_TEMPERATURE:g}",
         )
         require(self.top_k >= 0, f"`top_k`={self.top_k}: must not be negative")
         require(0 < self.top_p <= 1, f"`top_p`={self.top_p}: must be above 0 and at most 1")
+
+
+@flax.struct.dataclass
+class Sampler:
+    """A `Sampling` as arrays: other values of them need no new compilation.
+
+    Attributes:
+      temperature, top_p: float32 scalars.
+      top_k: int32 scalar.
+      banned_V: bool, tokens that are never drawn.
+      key: of the random numbers; the draw number i uses `fold_in(key, i)`.
+    """
+
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    banned_V: Array
+    key: Array
+
+
+@flax.struct.dataclass
+class Window:
+    """The tokens that condition the next ones: a prompt, or the end of a longer text.
+
+    Attributes:
+      tokens_NT: int32, padded at the end.
+      length: int32 scalar, number of tokens before the padding.
+      num_drawn: int32 scalar, number of tokens drawn before this window.
+    """
+
+    tokens_NT: Array
+    length: Array
+    num_drawn: Array
+
+
+@flax.struct.dataclass
+class DecodingState:
+    """The state of the generation between two tokens.
+
+    Attributes:
+      cache: keys and values of the tokens of the window so far.
+      logits_NV: float32, logits of the next token; -inf for banned tokens.
+      position: int32 scalar, position of the next token in the window.
+      num_drawn: int32 scalar, number of tokens drawn so far, in all windows.
+    """
+
+    cache: Caches
+    logits_NV: Array
+    position: Array
+    num_drawn: Array
+
+
+def filtered(logits_NV: Array, sampler: Sampler) -> Array:
+    """Returns the logits over the temperature, -inf for tokens outside of top_k or top_p.
+
+    Of tokens with equal logits all stay or none: at the edge there may be more than `top_k`.
+    """
+    logits_NV = _tempered(logits_NV, sampler.temperature)
+    descending_NV = -jnp.sort(-logits_NV, axis=-1)
+    size, top_k = logits_NV.shape[-1], sampler.top_k
+    last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
+    floor_N1 = jax.lax.dynamic_slice_in_dim(descending_NV, last, 1, axis=-1)
+    probabilities_NV = jax.nn.softmax(jnp.where(descending_NV < floor_N1, -jnp.inf, descending_NV))
+    before_NV = jnp.cumsum(probabilities_NV, axis=-1) - probabilities_NV
+    # The rounded sum of the probabilities may reach 1 before the last token, which top_p = 1 must
+    # not exclude.
+    inside_NV = (before_NV < sampler.top_p) | (sampler.top_p >= 1)
+    kept_NV = inside_NV & (descending_NV >= floor_N1)
+    floor_N1 = jnp.where(kept_NV, descending_NV, jnp.inf).min(axis=-1, keepdims=True)
+    return jnp.where(logits_NV < floor_N1, -jnp.inf, logits_NV)
 
 
 def _tempered(logits_NV: Array, temperature: Array) -> Array:
     return logits_NV / jnp.maximum(temperature, 1e-6)
 
 
-def filtered(logits_NV: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
-    """Returns the logits over the temperature, -inf where top_k or top_p leaves a token out.
+def draw(logits_NV: Array, key: Array, sampler: Sampler) -> Array:
+    """Returns the next token of each sample, int32 [N].
 
-    Equal logits share their fate: a tie at the edge keeps all of its tokens.
+    Args:
+      logits_NV: float32.
+      key: of this draw.
+      sampler: its own key is not used.
     """
-    logits_NV = _tempered(logits_NV, temperature)
-    descending_NV = -jnp.sort(-logits_NV, axis=-1)
-    size = logits_NV.shape[-1]
-    last = jnp.where(top_k > 0, jnp.minimum(top_k, size), size) - 1
-    floor_N1 = jax.lax.dynamic_slice_in_dim(descending_NV, last, 1, axis=-1)
-    probabilities_NV = jax.nn.softmax(jnp.where(descending_NV < floor_N1, -jnp.inf, descending_NV))
-    before_NV = jnp.cumsum(probabilities_NV, axis=-1) - probabilities_NV
-    # Rounded sums reach 1 before the last token does: top_p = 1 must keep it all the same.
-    kept_NV = ((before_NV < top_p) | (top_p >= 1)) & (descending_NV >= floor_N1)
-    floor_N1 = jnp.where(kept_NV, descending_NV, jnp.inf).min(axis=-1, keepdims=True)
-    return jnp.where(logits_NV < floor_N1, -jnp.inf, logits_NV)
-
-
-def draw(logits_NV: Array, key: Array, temperature: Array, top_k: Array, top_p: Array) -> Array:
-    """Returns int32 [N]: the next token of each sample."""
 
     def greedy() -> Array:
         return logits_NV.argmax(-1)
 
     def sampled() -> Array:
-        # Sorting a vocabulary takes a CPU longer than a small model's step.
-        whole = (top_k == 0) & (top_p >= 1)
+        # Without a filter nothing is sorted: on a CPU the sort takes longer than a small model.
+        unfiltered = (sampler.top_k == 0) & (sampler.top_p >= 1)
         kept_NV = jax.lax.cond(
-            whole,
-            lambda: _tempered(logits_NV, temperature),
-            lambda: filtered(logits_NV, temperature, top_k, top_p),
+            unfiltered,
+            lambda: _tempered(logits_NV, sampler.temperature),
+            lambda: filtered(logits_NV, sampler),
         )
         return jax.random.categorical(key, kept_NV)
 
-    return jax.lax.cond(temperature == 0, greedy, sampled).astype(jnp.int32)
+    return jax.lax.cond(sampler.temperature == 0, greedy, sampled).astype(jnp.int32)
 
 
-def _next_logits(weights: Weights, x_N1D: Array, banned_V: Array) -> Array:
-    return jnp.where(banned_V[None], -jnp.inf, decoder_lib.lm_logits(weights, x_N1D)[:, 0])
+def _next_logits(decoder: Decoder, x_N1D: Array, banned_V: Array) -> Array:
+    return jnp.where(banned_V[None], -jnp.inf, decoder.lm_logits(x_N1D)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames=("model", "samples", "entries"))
+@functools.partial(jax.jit, static_argnames=("num_samples", "entries"))
 def _prefill(
-    model: GPT,
-    weights: Weights,
-    prompt_NT: Array,
-    length: Array,
-    banned_V: Array,
-    samples: int,
-    entries: int,
-) -> tuple[Caches, Array]:
-    """Runs the prompt (padded at its end) once; returns cache and logits of `samples` copies."""
-    # A CPU reads bfloat16 one by one: it has the same numbers as float32.
-    on_cpu = mesh.platform(model.mesh) == "cpu"
-    dtype = jnp.float32 if on_cpu else model.config.dtype
-    cache = decoder_lib.new_cache(model.config, prompt_NT.shape[0], entries, dtype)
-    x_NTD, cache = decoder_lib.decode(model, weights, prompt_NT, cache, 0)
-    # What the padding wrote is overwritten by later tokens before any query can see it.
-    x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
-    logits_NV = _next_logits(weights, x_N1D, banned_V)
-    rows = prompt_NT.shape[0]
+    decoder: Decoder, sampler: Sampler, window: Window, *, num_samples: int, entries: int
+) -> DecodingState:
+    """Runs a window through the decoder; returns the state of its samples.
 
-    def copied(x: Array) -> Array:
-        """Of the leading axis, rows times something: all of a row, then all of its copy."""
-        x = jnp.repeat(x.reshape(rows, -1, *x.shape[1:]), samples // rows, axis=0)
+    Args:
+      decoder: the model.
+      sampler: only its banned tokens are used.
+      window: one row for all samples, or a row for each.
+      num_samples: N; a multiple of the rows of the window.
+      entries: S of the cache, at least the tokens of the window.
+    """
+    rows = window.tokens_NT.shape[0]
+    cache = decoder.new_cache(rows, entries)
+    x_NTD, cache = decoder.states(window.tokens_NT, cache, 0)
+    # The padding writes to the cache too. Later tokens overwrite those entries before any query
+    # may attend to them.
+    x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, window.length - 1, 1, axis=1)
+    logits_NV = _next_logits(decoder, x_N1D, sampler.banned_V)
+
+    def repeated(x: Array) -> Array:
+        """Repeats each row; the leading axis of a cache holds the heads of a row together."""
+        x = jnp.repeat(x.reshape(rows, -1, *x.shape[1:]), num_samples // rows, axis=0)
         return x.reshape(-1, *x.shape[2:])
 
-    return jax.tree.map(copied, (cache, logits_NV))
+    cache, logits_NV = jax.tree.map(repeated, (cache, logits_NV))
+    return DecodingState(cache, logits_NV, window.length, window.num_drawn)
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def _decode(
-    model: GPT,
-    weights: Weights,
-    cache: Caches,
-    logits_NV: Array,
-    banned_V: Array,
-    start: Array,
-    count: Array,
-    drawn: Array,
-    key: Array,
-    sampling: tuple[Array, Array, Array],
-) -> Array:
-    """Draws `count` tokens from position `start` on; returns int32 [N, S] (the first count).
+@jax.jit
+def _decode(decoder: Decoder, sampler: Sampler, state: DecodingState, count: Array) -> Array:
+    """Draws `count` tokens; returns int32 [N, S], of which the first `count` columns are valid.
 
-    One compiled loop for any prompt, count and sampling that fit a cache of S entries. `drawn`
-    tokens came before (in earlier windows): the key of a draw is its index among all draws.
+    One compiled loop serves all prompts, counts and samplings whose cache has S entries.
     """
-    entries = cache[0]["key"].shape[1]
-    out_NS = jnp.zeros((logits_NV.shape[0], entries), jnp.int32)
+    entries = state.cache[0]["key"].shape[1]
+    out_NS = jnp.zeros((state.logits_NV.shape[0], entries), jnp.int32)
 
-    def body(i: Array, carry: tuple[Array, Caches, Array]) -> tuple[Array, Caches, Array]:
-        out_NS, cache, logits_NV = carry
-        token_N = draw(logits_NV, jax.random.fold_in(key, drawn + i), *sampling)
-        out_NS = jax.lax.dynamic_update_slice_in_dim(out_NS, token_N[:, None], i, axis=1)
-        x_N1D, cache = decoder_lib.decode(model, weights, token_N[:, None], cache, start + i)
-        return out_NS, cache, _next_logits(weights, x_N1D, banned_V)
+    def body(i: Array, carry: tuple[Array, DecodingState]) -> tuple[Array, DecodingState]:
+        out_NS, state = carry
+        key = jax.random.fold_in(sampler.key, state.num_drawn)
+        token_N1 = draw(state.logits_NV, key, sampler)[:, None]
+        out_NS = jax.lax.dynamic_update_slice_in_dim(out_NS, token_N1, i, axis=1)
+        x_N1D, cache = decoder.states(token_N1, state.cache, state.position)
+        logits_NV = _next_logits(decoder, x_N1D, sampler.banned_V)
+        return out_NS, DecodingState(cache, logits_NV, state.position + 1, state.num_drawn + 1)
 
-    return jax.lax.fori_loop(0, count, body, (out_NS, cache, logits_NV))[0]
+    return jax.lax.fori_loop(0, count, body, (out_NS, state))[0]
 
 
 def _bucket(length: int, limit: int) -> int:
-    """The next power of two, or one and a half of one, at least 16: few shapes are compiled."""
+    """Returns a size of at least `length`: 16 or more, a power of two or 3/4 of one.
+
+    Few different sizes mean few compilations.
+
+    >>> [_bucket(length, 512) for length in (5, 17, 25, 33, 500)]
+    [16, 24, 32, 48, 512]
+
+    Args:
+      length: number of tokens, at most `limit`.
+      limit: the largest size.
+    """
     power = max(16, 1 << (length - 1).bit_length())
     return min(limit, power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power)
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Returns from which token on a text of `length` tokens conditions the next one.
+    """Returns the index of the first token of a text that conditions the next token.
 
-    All of it while it fits; then the last half context, so that half a context can be written
-    before the window moves again (learned positions do not allow it to slide).
+    The whole text does while it fits into the context. From then on it is the last half context,
+    so that half a context can be written before the window moves again. The window cannot move by
+    one token, because each token would get another learned position.
+
+    >>> [window_start(length, context_length=20) for length in (5, 19, 20, 29)]
+    [0, 0, 10, 19]
+
+    Args:
+      length: tokens of the text.
+      context_length: the model's.
     """
     return 0 if length < context_length else length - max(1, context_length // 2)
 
@@ -172,41 +245,38 @@ def generate(
     seed: int,
     banned: np.ndarray,
 ) -> np.ndarray:
-    """Returns int32 [N, max_new_tokens]: continuations of one prompt.
+    """Returns continuations of one prompt, int32 [num_samples, max_new_tokens].
 
     Args:
-      decoder: of a model.
-      prompt: int32 [T], at least one token; its end counts where it exceeds the context.
+      decoder: from `decoder.prepare`.
+      prompt: int32 [T], at least one token. If it does not fit into the context, its end is used.
       max_new_tokens: may exceed the context (see `window_start`).
-      num_samples: N.
-      sampling: how tokens are drawn.
-      seed: of the draws.
-      banned: bool [V], tokens never drawn.
+      num_samples: number of continuations.
+      sampling: the rule by which tokens are drawn.
+      seed: equal seeds give equal continuations.
+      banned: bool [V], tokens that are never drawn.
     """
     require(-(2**63) <= seed < 2**63, f"`seed`={seed}: must be a number of 64 bits")
-    key = jax.random.key(seed)
-    numbers = (
-        jnp.float32(sampling.temperature),
-        jnp.int32(min(sampling.top_k, len(banned))),
-        jnp.float32(sampling.top_p),
+    sampler = Sampler(
+        temperature=jnp.float32(sampling.temperature),
+        top_k=jnp.int32(min(sampling.top_k, len(banned))),
+        top_p=jnp.float32(sampling.top_p),
+        banned_V=jnp.asarray(banned),
+        key=jax.random.key(seed),
     )
     context = decoder.model.config.context_length
     texts = prompt[None].astype(np.int32)
     done = 0
     while done < max_new_tokens:
-        window = texts[:, window_start(texts.shape[1], context) :]
-        length = window.shape[1]
+        tail = texts[:, window_start(texts.shape[1], context) :]
+        length = tail.shape[1]
         count = min(max_new_tokens - done, context - length)
-        padded = np.zeros((window.shape[0], _bucket(length, context)), np.int32)
-        padded[:, :length] = window
-        cache, logits = _prefill(
-            decoder.model, decoder.weights, padded, length, banned, num_samples,
-            _bucket(length + count, context),
-        )  # fmt: skip
-        out = _decode(
-            decoder.model, decoder.weights, cache, logits, banned, jnp.int32(length),
-            jnp.int32(count), jnp.int32(done), key, numbers,
-        )  # fmt: skip
+        padding = _bucket(length, context) - length
+        tokens_NT = jnp.asarray(np.pad(tail, ((0, 0), (0, padding))))
+        window = Window(tokens_NT, jnp.int32(length), jnp.int32(done))
+        entries = _bucket(length + count, context)
+        state = _prefill(decoder, sampler, window, num_samples=num_samples, entries=entries)
+        out = _decode(decoder, sampler, state, jnp.int32(count))
         texts = np.repeat(texts, num_samples // texts.shape[0], axis=0)
         texts = np.concatenate([texts, np.asarray(out)[:, :count]], axis=1)
         done += count

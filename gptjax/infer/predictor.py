@@ -33,6 +33,7 @@ from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics, probes
 from gptjax.evaluate import score as score_lib
+from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate as generate_lib
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
@@ -94,7 +95,7 @@ class LoadedGPT:
     @functools.cached_property
     def _decoder(self) -> Decoder:
         """A second copy of the weights, from the first generation on: later ones begin at once."""
-        return Decoder(self.model, self.params)
+        return decoder_lib.prepare(self.model, self.params)
 
     def _make(self, attention: AttentionKind, mesh: Mesh | None = None, longest: int = 0) -> GPT:
         # The attention of the training was for its devices, not for these.

@@ -9,9 +9,9 @@ import pytest
 import small
 
 from gptjax.errors import UserError
+from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.decoder import Decoder
-from gptjax.infer.generate import Sampling
+from gptjax.infer.generate import Sampler, Sampling, Window
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 
@@ -84,6 +84,13 @@ def prompt_of(length, seed=0):
 GREEDY = Sampling(temperature=0.0)
 
 
+def sampler(temperature=1.0, top_k=0, top_p=1.0):
+    return Sampler(
+        jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.zeros(97, bool),
+        jax.random.key(0),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(0.7, 12, 0.9)])
 @pytest.mark.parametrize(
     ("length", "count", "samples"),
@@ -95,7 +102,9 @@ def test_cached_equals_uncached(setup, length, count, samples, sampling):
     banned = np.zeros(97, bool)
     banned[[0, 7, 50]] = True
     prompt = prompt_of(length, length)
-    got = generate.generate(Decoder(model, params), prompt, count, samples, sampling, 11, banned)
+    got = generate.generate(
+        decoder_lib.prepare(model, params), prompt, count, samples, sampling, 11, banned
+    )
     assert got.shape == (samples, count)
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, naive(logits, prompt, count, samples, sampling, 11, banned))
@@ -115,7 +124,7 @@ def test_window_start_is_its_rule():
 
 def test_prompts_of_a_bucket_and_any_sampling_share_one_compilation(setup):
     model, params, _ = setup
-    decoder, none = Decoder(model, params), np.zeros(97, bool)
+    decoder, none = decoder_lib.prepare(model, params), np.zeros(97, bool)
 
     def run(length, count, sampling, seed):
         generate.generate(decoder, prompt_of(length), count, 2, sampling, seed, none)
@@ -145,15 +154,21 @@ def test_buckets_hold_what_they_must_with_little_waste():
 def test_samples_of_a_prompt_get_its_cache(setup, prompts):
     """As many rows as samples, a row's copies side by side, heads of a row together."""
     model, params, _ = setup
-    weights = Decoder(model, params).weights
+    decoder = decoder_lib.prepare(model, params)
     rows = np.stack([prompt_of(16, seed) for seed in range(prompts)])
-    none = np.zeros(97, bool)
-    cache, logits = generate._prefill(model, weights, rows, 9, none, 2 * prompts, 16)
-    alone = [generate._prefill(model, weights, row[None], 9, none, 1, 16) for row in rows]
+
+    def prefill(rows, samples):
+        window = Window(jnp.asarray(rows), jnp.int32(9), jnp.int32(0))
+        return generate._prefill(decoder, sampler(), window, num_samples=samples, entries=16)
+
+    together = prefill(rows, 2 * prompts)
+    alone = [prefill(row[None], 1) for row in rows]
     for sample in range(2 * prompts):
-        own_cache, own_logits = alone[sample // 2]
-        np.testing.assert_allclose(logits[sample], own_logits[0], rtol=1e-5, atol=1e-6)
-        for layer, own in zip(cache, own_cache, strict=True):
+        own_state = alone[sample // 2]
+        np.testing.assert_allclose(
+            together.logits_NV[sample], own_state.logits_NV[0], rtol=1e-5, atol=1e-6
+        )
+        for layer, own in zip(together.cache, own_state.cache, strict=True):
             heads = layer["key"].reshape(2 * prompts, *own["key"].shape)[sample]
             np.testing.assert_allclose(heads, own["key"], rtol=1e-5, atol=1e-6)
 
@@ -163,7 +178,7 @@ def test_bfloat16_generates_what_its_logits_say():
     model = GPT(small.config(context_length=CONTEXT, dtype="bfloat16"))
     params = small.params(model, seed=4)
     got = generate.generate(
-        Decoder(model, params), prompt_of(5), 12, 1, GREEDY, 0, np.zeros(97, bool)
+        decoder_lib.prepare(model, params), prompt_of(5), 12, 1, GREEDY, 0, np.zeros(97, bool)
     )
     tokens = np.concatenate([prompt_of(5), got[0]])[None]
     ones, positions = np.ones_like(tokens), np.arange(17, dtype=np.int32)[None]
@@ -181,11 +196,7 @@ def test_filters_equal_their_definition(temperature, top_k, top_p):
     logits = 3 * rng.normal(size=(4, 97)).astype(np.float32)
     logits[:, :5] = -np.inf  # banned
     logits[1, 20] = 40.0  # nearly all the probability
-    got = np.asarray(
-        generate.filtered(
-            jnp.asarray(logits), jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p)
-        )
-    )
+    got = np.asarray(generate.filtered(jnp.asarray(logits), sampler(temperature, top_k, top_p)))
     want = filter_by_hand(logits, temperature, top_k, top_p)
     np.testing.assert_array_equal(np.isfinite(got), np.isfinite(want))
     np.testing.assert_allclose(got[np.isfinite(got)], want[np.isfinite(want)], rtol=1e-6)
@@ -194,13 +205,13 @@ def test_filters_equal_their_definition(temperature, top_k, top_p):
 def test_top_p_1_keeps_every_token_of_a_large_vocabulary():
     """Float32 sums of 40,478 probabilities pass 1 before the end: the tail must stay."""
     logits = 4 * np.random.default_rng(0).normal(size=(3, 40478)).astype(np.float32)
-    got = generate.filtered(jnp.asarray(logits), jnp.float32(1), jnp.int32(0), jnp.float32(1))
+    got = generate.filtered(jnp.asarray(logits), sampler())
     assert np.isfinite(got).all()
 
 
 def test_ties_at_the_edge_share_their_fate():
     logits = jnp.array([[2.0, 1.0, 1.0, 0.0]])
-    got = generate.filtered(logits, jnp.float32(1), jnp.int32(2), jnp.float32(1))
+    got = generate.filtered(logits, sampler(top_k=2))
     np.testing.assert_array_equal(np.isfinite(got), [[True, True, True, False]])
 
 
@@ -208,7 +219,9 @@ def test_top_k_1_is_greedy(setup):
     model, params, _ = setup
     none = np.zeros(97, bool)
     one, greedy = (
-        generate.generate(Decoder(model, params), prompt_of(9), 12, 1, sampling, 5, none)
+        generate.generate(
+            decoder_lib.prepare(model, params), prompt_of(9), 12, 1, sampling, 5, none
+        )
         for sampling in (Sampling(1.3, top_k=1), GREEDY)
     )
     np.testing.assert_array_equal(one, greedy)
@@ -218,7 +231,7 @@ def test_draws_follow_the_probabilities():
     """20,000 draws of 4 tokens: each share within 5 standard deviations."""
     logits = np.log([0.5, 0.3, 0.15, 0.05]).astype(np.float32)
     rows = jnp.tile(logits, (20_000, 1))
-    drawn = generate.draw(rows, jax.random.key(0), jnp.float32(1), jnp.int32(0), jnp.float32(1))
+    drawn = generate.draw(rows, jax.random.key(0), sampler())
     p = np.exp(logits)
     share = np.bincount(drawn, minlength=4) / 20_000
     assert (np.abs(share - p) < 5 * np.sqrt(p * (1 - p) / 20_000)).all()
