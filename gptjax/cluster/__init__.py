@@ -1,1 +1,1 @@
-"""Several processes of one run: start-up, agreement, and the request to stop."""
+"""The processes of a run: their start, their communication, and the request to stop."""

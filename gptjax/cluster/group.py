@@ -1,8 +1,9 @@
-"""The running processes, by their connections to process 0: agreement, and their ends.
+"""The group of running processes: exchanged values, the agreed stop, and lost processes.
 
-JAX ends a process (SIGABRT, a stack trace) when another is lost, and says nothing to Python. Here a
-process that ends closes its connection, however it ends, and one that hangs stops beating. No step
-of a training waits here.
+If a process is lost, then JAX aborts the others (SIGABRT and a stack trace) without an exception in
+Python. Here each process has a connection to process 0. A process that ends closes it, however it
+ends, and one that hangs sends no heartbeats, so the others can name it in one line. The steps of a
+training do not wait for these messages.
 """
 
 import os
@@ -14,32 +15,43 @@ from typing import Any
 from gptjax.cluster.rendezvous import LOST, Link, Message
 from gptjax.io.console import tell
 
-# Time to end by itself for a process that learns that another has ended.
+# Time that a process has to end by itself when another one has ended with an error.
 _GRACE_SECONDS = 5.0
-# Process 0 goes last: the others need its services until they have ended.
+# Time that process 0 waits for the ends of the others, which need JAX's services in it until then.
 _LAST_SECONDS = 30.0
-# How often a process that waits for others says so.
+# Time between two messages that tell the user for whom a process waits.
 _PATIENCE_SECONDS = 60.0
 
 
 class Group:
-    """The running processes: exchanges values, agrees on when to stop, and notices who is lost."""
+    """The running processes of a run, seen from one of them."""
 
     def __init__(self, index: int, hosts: list[str], links: dict[int, Link], silence: float):
-        """Args: this process; host of each; links of process 0 to all, of others to 0; silence."""
+        """Starts the threads that read the links and send heartbeats.
+
+        Args:
+          index: of this process.
+          hosts: the host of each process.
+          links: in process 0 to all others by index; in another process to process 0.
+          silence: seconds without a message after which a process counts as lost.
+        """
         self.index, self.hosts, self.count = index, hosts, len(hosts)
         self._links = links
         self._change = threading.Condition(threading.RLock())
-        # Of the gatherings: how many this process has begun, what has come of each, and all of it.
-        self._gatherings = 0
-        self._put: dict[int, dict[int, Any]] = {}
-        self._results: dict[int, list[Any]] = {}
+        # `gather`: the number of its calls in this process; in process 0 the values that have come,
+        # by call and process; and the complete values by call.
+        self._rounds = 0
+        self._received: dict[int, dict[int, Any]] = {}
+        self._complete: dict[int, list[Any]] = {}
+        # The processes that have ended, and whether this one ends, or ends because of another.
         self._left: set[int] = set()
         self._ending = self._following = False
-        # Of the agreement to stop: calls so far, those of each process, the call that says yes.
-        self._calls, self._asked, self._held = 0, False, False
-        self._calls_of: dict[int, int] = {}
-        self._stop_at: int | None = None
+        # `synchronised_stop`: the number of calls of the function in this process; whether this
+        # process has a request to stop; whether calls wait for the decision of process 0; in
+        # process 0 the number of calls of each process; and the call that is the first to be true.
+        self._calls, self._asked, self._undecided = 0, False, False
+        self._calls_by_process: dict[int, int] = {}
+        self._stop_at_call: int | None = None
         for peer, link in links.items():
             self._thread(self._listen, peer, link)
         self._thread(self._beat, min(5.0, silence / 4))
@@ -58,14 +70,14 @@ class Group:
             self._send({"kind": "beat"})
 
     def _send(self, message: Message) -> None:
-        """To process 0, or from it to all."""
+        """Sends to process 0, or from process 0 to all others."""
         for link in self._links.values():
             link.send(message)
 
     def _listen(self, peer: int, link: Link) -> None:
         for message in link.messages():
             with self._change:
-                self._take(peer, message)
+                self._receive(peer, message)
                 self._change.notify_all()
         with self._change:
             over = self._ending or self._following or peer in self._left
@@ -74,52 +86,52 @@ class Group:
         if not over:
             self._lose(peer)
 
-    def _take(self, peer: int, message: Message) -> None:
+    def _receive(self, peer: int, message: Message) -> None:
         kind, value = message.get("kind"), message.get("value")  # type: str | None, Any
         if kind == "put":
             self._collect(peer, message["number"], value)
         elif kind == "all":
-            self._results[message["number"]] = value
+            self._complete[message["number"]] = value
         elif kind == "lost":
             self._lose(int(value))
         elif kind == "bye":
             self._left.add(peer)
-            self._after(peer, *value)
+            self._end_after(peer, *value)
         elif kind == "after":
-            self._after(*value)
+            self._end_after(*value)
         else:
-            self._take_stop(peer, kind, value)
+            self._receive_stop(peer, kind, value)
 
     def _collect(self, peer: int, number: int, value: Any) -> None:
-        """In process 0: hands out the values when the last has come."""
-        values = self._put.setdefault(number, {})
+        """Stores a value in process 0; when the last has come, sends all of them to the others."""
+        values = self._received.setdefault(number, {})
         values[peer] = value
         if len(values) == self.count:
-            self._results[number] = [values[index] for index in range(self.count)]
-            del self._put[number]
-            self._send({"kind": "all", "number": number, "value": self._results[number]})
+            self._complete[number] = [values[index] for index in range(self.count)]
+            del self._received[number]
+            self._send({"kind": "all", "number": number, "value": self._complete[number]})
 
     def gather(self, what: str, value: Any) -> list[Any]:
-        """Returns the value (plain, for JSON) of every process; waits for all of them.
+        """Returns the values of all processes in order, and waits until all have called it.
 
         Args:
-          what: is being compared; said on stderr while it waits for long.
-          value: of this process.
+          what: describes the values, in the message to the user while it waits for long.
+          value: of this process, a plain value for JSON.
 
         Raises:
-          RuntimeError: another process is at something else.
+          RuntimeError: another process gathers something else.
         """
         with self._change:
-            number, self._gatherings = self._gatherings, self._gatherings + 1
+            number, self._rounds = self._rounds, self._rounds + 1
             if self.index == 0:
                 self._collect(0, number, [what, value])
             else:
                 self._send({"kind": "put", "number": number, "value": [what, value]})
             start = time.monotonic()
-            while not self._change.wait_for(lambda: number in self._results, _PATIENCE_SECONDS):
+            while not self._change.wait_for(lambda: number in self._complete, _PATIENCE_SECONDS):
                 waited = time.monotonic() - start
                 tell(f"{what}: waiting for {self._whom(number)} for {waited:.0f} s")
-            found = self._results.pop(number)
+            found = self._complete.pop(number)
         for index, (other, _) in enumerate(found):
             if other != what:
                 raise RuntimeError(f"{self.name(index)} is at {other!r}, this one at {what!r}")
@@ -128,33 +140,35 @@ class Group:
     def _whom(self, number: int) -> str:
         if self.index:
             return "the other processes"
-        here = self._put.get(number, {})
+        here = self._received.get(number, {})
         return ", ".join(self.name(index) for index in range(self.count) if index not in here)
 
-    def _take_stop(self, peer: int, kind: str | None, value: Any) -> None:
-        if kind == "stop" and not self._calls_of:
-            self._calls_of[0] = self._calls
-            self._held = True
+    def _receive_stop(self, peer: int, kind: str | None, value: Any) -> None:
+        if kind == "stop" and not self._calls_by_process:
+            self._calls_by_process[0] = self._calls
+            self._undecided = True
             self._send({"kind": "calls?"})
-        elif kind == "calls?":  # and go no further before process 0 has decided
-            self._held = True
+        elif kind == "calls?":  # calls of the function wait until process 0 has decided
+            self._undecided = True
             self._send({"kind": "calls", "value": self._calls})
         elif kind == "calls":
-            self._calls_of[peer] = value
+            self._calls_by_process[peer] = value
         elif kind == "stop at":
-            self._stop_at, self._held = value, False
-        if self._held and self.index == 0 and len(self._calls_of.keys() | self._left) == self.count:
-            self._stop_at, self._held = max(self._calls_of.values()) + 1, False
-            self._send({"kind": "stop at", "value": self._stop_at})
+            self._stop_at_call, self._undecided = value, False
+        known = self._calls_by_process.keys() | self._left
+        if self._undecided and self.index == 0 and len(known) == self.count:
+            self._stop_at_call, self._undecided = max(self._calls_by_process.values()) + 1, False
+            self._send({"kind": "stop at", "value": self._stop_at_call})
 
     def synchronised_stop(self, asked: Callable[[], bool]) -> Callable[[], bool]:
         """Returns a function that becomes true at the same call in all processes.
 
-        All have to call it equally often. It costs a lock until one is asked to stop; then the
-        calls so far are compared, and all stop at the next one after the furthest.
+        All processes have to call it equally often. Until a process has a request to stop, a call
+        takes no more than a lock. Then process 0 compares the numbers of calls, and the function
+        becomes true at the call after the largest of them.
 
         Args:
-          asked: whether this process was asked to stop.
+          asked: returns whether this process has a request to stop.
         """
 
         def stop() -> bool:
@@ -163,15 +177,15 @@ class Group:
                 if not self._asked and asked():
                     self._asked = True
                     if self.index == 0:
-                        # This call is not answered yet: it may be the one.
+                        # This call has not returned yet, so it may become the true one.
                         self._calls -= 1
-                        self._take_stop(0, "stop", None)
+                        self._receive_stop(0, "stop", None)
                         self._calls += 1
                     else:
                         self._send({"kind": "stop"})
-                while self._held:
+                while self._undecided:
                     self._change.wait()
-                return self._stop_at is not None and self._calls >= self._stop_at
+                return self._stop_at_call is not None and self._calls >= self._stop_at_call
 
         return stop
 
@@ -182,8 +196,8 @@ class Group:
             "in all processes continues at the last checkpoint", LOST,
         )  # fmt: skip
 
-    def _after(self, peer: int, code: int, text: str) -> None:
-        """Follows a process that has ended with an exit code, unless this one does so by itself."""
+    def _end_after(self, peer: int, code: int, text: str) -> None:
+        """Ends this process some seconds after another ended with an error, by the same code."""
         if not code:
             return
         self._following = True
@@ -198,13 +212,13 @@ class Group:
         self._thread(follow)
 
     def _end(self, text: str, code: int) -> None:
-        with self._change:  # one thread, one line
+        with self._change:  # no second thread may print a line before the exit
             self._ending = True
             tell(f"error: {text}")
             os._exit(code)
 
     def leave(self, code: int, text: str = "") -> None:
-        """Tells the others how this process ends, and in process 0 waits for their ends."""
+        """Tells the others this process's exit code and why; process 0 waits until they end."""
         self._ending = True
         self._send({"kind": "bye", "value": [code, text]})
         if self.index == 0:
@@ -212,8 +226,8 @@ class Group:
                 self._change.wait_for(lambda: len(self._left) == self.count - 1, _LAST_SECONDS)
 
     def wait_for_news(self) -> None:
-        """After a failure that another process may have caused: waits until that is known.
+        """Waits after an error that the loss of another process may have caused.
 
-        Where one was lost this process ends here.
+        If one was lost, then this process ends here, with a line that names it.
         """
         time.sleep(_GRACE_SECONDS + 1)

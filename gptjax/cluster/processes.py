@@ -1,8 +1,9 @@
-"""Several processes: start-up, agreement, and their ends.
+"""The processes of a run: their start, values they exchange, and their end.
 
-`jax.distributed` joins the devices and carries the arrays. Its own cluster detection (TPU VMs, GKE,
-Slurm, Open MPI) tells who we are; `group` calls the roll before and watches after. With one process
-everything here is nothing: functions return what they were given.
+`jax.distributed` joins the devices and transfers arrays, and its cluster detection (TPU VMs, GKE,
+Slurm, Open MPI) finds the number and index of this process. `rendezvous` checks that all processes
+have started, before `jax.distributed` does; `group` notices lost ones. In a run of one process the
+functions here return their argument's value at once.
 """
 
 import contextlib
@@ -23,11 +24,12 @@ from gptjax import __version__
 from gptjax.cluster.group import Group
 from gptjax.cluster.rendezvous import host_rendezvous, join_rendezvous, reject_all
 from gptjax.errors import ProcessLost, UserError, require
-from gptjax.io import remote
+from gptjax.io import files, remote
 
 _FLAGS = "`coordinator_address`, `num_processes` and `process_id`"
-# Above our own: JAX ends a process without a word.
+# JAX notices a silent process this much later than `group`: it would abort without a message.
 _JAX_LATER = 60
+# Time that a network disk has to show a new file to all hosts.
 _SEEN_SECONDS = 10.0
 _TOKEN = ".seen-by-all"
 
@@ -36,36 +38,39 @@ _group: Group | None = None
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The flags of `launch.py`."""
+    """The options of the command line that describe the processes of a run."""
 
     coordinator_address: str = ""
     num_processes: int | None = None
     process_id: int | None = None
     initialization_timeout: int = 300
-    """Seconds for all processes to come up."""
+    """Seconds that all processes have to start."""
     heartbeat_timeout: int = 100
     """Seconds of silence after which a process counts as lost."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Which process of how many this is, and where process 0 listens."""
+    """The index of this process and where it finds process 0."""
 
     address: str
+    """HOST:PORT of process 0."""
     count: int
+    """Number of processes."""
     index: int
     explicit: bool
+    """Whether the options gave it, instead of JAX's cluster detection."""
 
 
 def place(options: Options) -> Place | None:
-    """Returns the place of this process, by the flags or the environment; None: it is alone.
+    """Returns the place of this process by its options or its environment; None if it is alone.
 
     Raises:
-      ProcessLost: the environment names a machine of process 0 that did not come up.
-      UserError: some of the flags without the others, or values that cannot be.
+      ProcessLost: the host of process 0 is not known by its name in time.
+      UserError: wrong options, or some of them without the others.
     """
     given = (options.coordinator_address or None, options.num_processes, options.process_id)
-    if given == (None, 1, None):  # switches the detection off
+    if given == (None, 1, None):  # the way to switch the detection off
         return None
     if given == (None, None, None):
         return _detect(options.initialization_timeout)
@@ -84,17 +89,17 @@ def place(options: Options) -> Place | None:
 
 
 def _detect(timeout: int) -> Place | None:
-    """What the environment says, where it says that there are several processes."""
+    """Returns the place by JAX's cluster detection; None if it finds fewer than two processes."""
     env = os.environ
     slurm = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
     mpi = int(env.get("OMPI_COMM_WORLD_SIZE") or 1)
     pods = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    # An interactive shell of Slurm, and a pod that is no part of a job, are alone.
+    # JAX takes an interactive shell of Slurm, or any pod, for a part of a job: not so here.
     hidden = [] if slurm > 1 else ["slurm"]
     hidden += [] if mpi > 1 else ["ompi"]
     hidden += [] if pods else ["k8s"]
 
-    from jax._src import clusters  # nothing public tells without also starting
+    from jax._src import clusters  # the public function starts the run as well
 
     kinds = [
         kind for kind in clusters.ClusterEnv._cluster_types
@@ -115,7 +120,7 @@ def _detect(timeout: int) -> Place | None:
     address, port = env.get("JAX_COORDINATOR_ADDRESS"), env.get("JAX_COORDINATOR_PORT")
     try:
         address = address or kind.get_coordinator_address(timeout, port)
-    except RuntimeError as error:  # its name is not known yet: the machine did not come up
+    except RuntimeError as error:  # the name of a host that has not started is not known
         raise ProcessLost(f"process 0 of {count} was not found in {timeout} s ({error})") from error
     return Place(address, count, kind.get_process_id(), False)
 
@@ -125,7 +130,7 @@ def _kind(kind: Any) -> str:
 
 
 def _code() -> str:
-    """Hash of the sources of gptjax."""
+    """Returns a hash of the sources of gptjax."""
     digest = hashlib.blake2b(digest_size=8)
     root = pathlib.Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
@@ -134,11 +139,17 @@ def _code() -> str:
 
 
 def start(options: Options, mode: str = "train") -> None:
-    """Joins the processes of this run, if there are several. Before JAX's first computation.
+    """Joins the processes of this run, if there are several.
+
+    It has to be called before JAX's first computation.
+
+    Args:
+      options: of the command line.
+      mode: of the command line; all but "train" run in one process.
 
     Raises:
-      ProcessLost: a process did not come up.
-      UserError: wrong flags, or a process of another version.
+      ProcessLost: a process did not start.
+      UserError: wrong options, or a process with another version of gptjax or JAX.
     """
     global _group
     here = place(options)
@@ -173,7 +184,7 @@ def start(options: Options, mode: str = "train") -> None:
         link, answer = join_rendezvous(here.address, here.index, here.count, facts, wait, silence)
         links = {0: link}
     _group = Group(here.index, answer["hosts"], links, silence)
-    # Its handler of SIGTERM would take the place of ours.
+    # JAX's preemption service would replace our handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -188,7 +199,7 @@ def _hosts(everyone: list[dict[str, Any]]) -> list[str]:
 
 
 def _port_after(port: int) -> int:
-    """The next port, which a firewall may be told of; where it is taken, a free one."""
+    """Returns the next port, which firewalls can open beforehand; if it is taken, a free port."""
     for candidate in (port + 1, 0):
         with contextlib.suppress(OSError, OverflowError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -208,20 +219,30 @@ def is_main() -> bool:
 
 
 def gather(what: str, value: Any) -> list[Any]:
-    """Returns the value (plain, for JSON) of each process; every process has to call it.
+    """Returns the values of all processes in order. All processes have to call it.
 
-    `what` names it where one process waits for long, or is at something else.
+    Args:
+      what: describes the values, in messages about a process that is late or does something else.
+      value: of this process, a plain value for JSON.
     """
     return [value] if _group is None else _group.gather(what, value)
 
 
 def barrier(what: str) -> None:
-    """Waits until every process is here."""
+    """Waits until all processes have called it; `what` describes the point in messages."""
     gather(what, None)
 
 
 def broadcast(what: str, read: Callable[[], Any]) -> Any:
-    """Returns what `read` returns in process 0 (plain, for JSON); its `UserError` in all."""
+    """Calls `read` in process 0, and returns its result in all processes.
+
+    Args:
+      what: describes the result in messages.
+      read: returns a plain value for JSON.
+
+    Raises:
+      UserError: raised by `read`; in all processes.
+    """
     if _group is None:
         return read()
     found, problem = None, None
@@ -236,10 +257,17 @@ def broadcast(what: str, read: Callable[[], Any]) -> Any:
 
 
 def run_everywhere(what: str, run: Callable[[], Any]) -> Any:
-    """Returns `run()`; where it fails in one process it fails in all, so that none waits for ever.
+    """Calls `run` in each process, and returns its result; an error in one is raised in all.
+
+    So no process waits for one that has failed.
+
+    Args:
+      what: describes the call in messages.
+      run: may raise any `Exception`.
 
     Raises:
-      The error of this process, or a `RuntimeError` that names the process that failed.
+      Exception: that of `run` in this process.
+      RuntimeError: `run` failed in another process, which the text names.
     """
     if _group is None:
         return run()
@@ -258,10 +286,14 @@ def run_everywhere(what: str, run: Callable[[], Any]) -> Any:
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
-    """Compares what has to be equal in all processes: name -> a plain value, or a dict of them.
+    """Requires that all processes call it with equal facts.
+
+    Args:
+      facts: name -> a plain value for JSON, or a dictionary of such values.
 
     Raises:
-      UserError: in all of them, with the first process that differs from process 0, and in what.
+      UserError: in all processes. It names the first process that differs from process 0, and the
+        facts in which it differs.
     """
     everyone = gather(" and ".join(facts), dict(facts))
     if _group is not None:
@@ -270,15 +302,15 @@ def require_same(facts: Mapping[str, Any]) -> None:
 
 
 def wait_until_same(what: str, read: Callable[[], Any], again: Callable[[], None]) -> None:
-    """Waits until `read` returns the same (plain, for JSON) in all processes.
+    """Waits until `read` returns the same value in all processes.
 
     Args:
-      what: is read.
-      read: returns it.
-      again: makes `read` look again, where the processes differ.
+      what: describes the value in messages.
+      read: returns a plain value for JSON.
+      again: makes the next `read` return a new value; called while the processes differ.
 
     Raises:
-      UserError: in all of them, if they still differ after some seconds.
+      UserError: in all processes, if they still differ after some seconds.
     """
     for left in range(int(_SEEN_SECONDS), -1, -1):
         everyone = gather(what, read())
@@ -301,13 +333,13 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _shown(name: str) -> str:
-    """The name of a fact in a message; fields of the configuration in backquotes."""
+    """Returns the name of a fact for messages: fields of the configuration in backquotes."""
     field = name.removeprefix("config.")
     return name if field == name else f"`{field}`"
 
 
 def _different(everyone: list[dict[str, Any]], names: list[str]) -> str:
-    """What the first process that differs from process 0 differs in, "" if none does."""
+    """Returns a message about the first process that differs from process 0, or ""."""
     first = _flat(everyone[0])
     for index, values in enumerate(map(_flat, everyone)):
         wrong = [name for name in first | values if first.get(name) != values.get(name)]
@@ -325,14 +357,15 @@ def _different(everyone: list[dict[str, Any]], names: list[str]) -> str:
 
 
 def require_shared(folder: str) -> None:
-    """Raises `UserError` in all processes if one does not see what process 0 writes in a folder.
+    """Raises `UserError` in all processes if one does not see what process 0 writes to a folder.
 
-    Folders that look alike, each on its own host's disk, would do until a checkpoint is restored.
+    Folders of the same path on each host's own disk are no shared folder: the run would train, and
+    could not restore a checkpoint.
     """
     if _group is None:
         return
     path = remote.absolute(folder) / _TOKEN
-    token = broadcast("the workdir", lambda: _write(path, secrets.token_hex(8)))
+    token = broadcast("the workdir", lambda: _write_token(path))
     end = time.monotonic() + _SEEN_SECONDS  # network disks show new files late
     while not (seen := _reads(path, token)) and time.monotonic() < end:
         time.sleep(0.1)
@@ -347,16 +380,10 @@ def require_shared(folder: str) -> None:
         )
 
 
-def _write(path: epath.Path, text: str) -> str:
-    try:
-        path.write_text(text)
-    except OSError as error:
-        path.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; free space, fix its permissions, or "
-            "choose another `workdir`"
-        ) from error
-    return text
+def _write_token(path: epath.Path) -> str:
+    token = secrets.token_hex(8)
+    files.write_atomically(path, token.encode())
+    return token
 
 
 def _reads(path: epath.Path, text: str) -> bool:
@@ -366,23 +393,23 @@ def _reads(path: epath.Path, text: str) -> bool:
 
 
 def synchronised_stop(asked: Callable[[], bool]) -> Callable[[], bool]:
-    """Returns `asked` so that it becomes true at the same call in all processes."""
+    """Returns a function like `asked` that becomes true at the same call in all processes."""
     return asked if _group is None else _group.synchronised_stop(asked)
 
 
 def wait_for_news() -> None:
-    """After an error that another process may have caused; ends this one if so."""
+    """Waits after an error; if the loss of another process caused it, this one ends here."""
     if _group is not None:
         _group.wait_for_news()
 
 
 def leave(code: int, text: str = "") -> None:
-    """Ends a process of several with an exit code, and tells the others; alone it does nothing."""
+    """Ends this process, and tells the others its exit code and why. Alone, it does nothing."""
     if _group is None:
         return
     _group.leave(code, text)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # Not through Python's end: JAX would wait there for processes that may be gone.
+    # JAX waits at the end of Python for the other processes, which may be gone.
     os._exit(code)

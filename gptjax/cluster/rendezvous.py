@@ -1,8 +1,8 @@
-"""The roll call of the processes of a run: one TCP connection each to process 0.
+"""The rendezvous of the processes of a run: each opens one TCP connection to process 0.
 
-JAX ends a process (SIGABRT, a stack trace) when another does not come up, and says nothing to
-Python. So the processes first call the roll here, on the coordinator's address; `group` keeps the
-connections. Messages are lines of JSON, none of them ever executed.
+If a process does not start, then JAX aborts the others (SIGABRT and a stack trace) without an
+exception in Python. The processes therefore meet here first, at the coordinator's address, where a
+missing one can be named in one line. `group` keeps the connections. Messages are lines of JSON.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from typing import Any
 from gptjax.errors import ProcessLost, UserError
 
 LOST = 1
-"""Exit code of a process that ends because another was lost."""
-# For the first words of a connection.
+"""Exit code of a process that ends because another one was lost."""
+# Time that a new connection has for its first message.
 _HELLO_SECONDS = 10.0
-# For process 0 to say that the roll call is over.
+# Time that process 0 has for its answer, after the time to wait for all processes.
 _ANSWER_SECONDS = 10.0
-# A stray connection may not fill the memory.
-_LONGEST = 1 << 24
+# Largest message in bytes, so that a foreign program cannot fill the memory.
+_MAX_MESSAGE = 1 << 24
 
 Message = dict[str, Any]
 
@@ -33,21 +33,21 @@ class Link:
     """A connection to another process."""
 
     def __init__(self, connection: socket.socket, timeout: float):
-        """Args: connection; timeout, seconds without a message after which it counts as lost."""
+        """Args: connection; timeout, seconds without a message after which `read` gives up."""
         connection.settimeout(timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._lock = connection, threading.Lock()
         self._lines = connection.makefile("rb")
 
     def send(self, message: Message) -> None:
-        """Sends a message; a broken connection shows where it is read."""
+        """Sends a message. A broken connection is no error here: the reading thread notices it."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> Message | None:
-        """Returns the next message, or None where no more will come."""
+        """Returns the next message; None if the connection has ended or is silent for too long."""
         with contextlib.suppress(OSError, ValueError):
-            message = json.loads(self._lines.readline(_LONGEST))
+            message = json.loads(self._lines.readline(_MAX_MESSAGE))
             return message if isinstance(message, dict) else None
         return None
 
@@ -57,7 +57,7 @@ class Link:
             yield message
 
     def ended(self) -> bool:
-        """Returns whether the other side has closed the connection. Nothing unread may be left."""
+        """Returns whether the other side has closed the connection and all was read."""
         try:
             readable = select.select([self._socket], [], [], 0)[0]
             return bool(readable) and not self._socket.recv(1, socket.MSG_PEEK)
@@ -73,18 +73,21 @@ class Link:
 def host_rendezvous(
     address: str, count: int, facts: Message, timeout: float, silence: float
 ) -> tuple[dict[int, Link], list[Message]]:
-    """In process 0: waits for the others; returns their links, and the facts of all processes.
+    """Waits in process 0 for the other processes.
 
     Args:
-      address: "host:port" to listen at.
-      count: of processes.
-      facts: of this process, with "host".
+      address: "HOST:PORT"; process 0 listens at this port.
+      count: number of processes, with this one.
+      facts: what the processes tell each other about themselves, with the key "host".
       timeout: seconds to wait for the others.
-      silence: seconds after which a silent process counts as lost.
+      silence: seconds without a message after which a process counts as lost.
+
+    Returns:
+      The links to the other processes by their index, and the facts of all processes in order.
 
     Raises:
       ProcessLost: names the processes that did not come.
-      UserError: it cannot listen there, or a process was started with other numbers.
+      UserError: the port cannot be used, or a process was started with other numbers.
     """
     port = int(address.rpartition(":")[2])
     end = time.monotonic() + timeout
@@ -92,7 +95,7 @@ def host_rendezvous(
     found = {0: facts}
     problem, hellos = "", queue.SimpleQueue[tuple[Link, Message]]()
     try:
-        # Of both families where the system has both.
+        # IPv6 sockets accept IPv4 too, on systems that have both.
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         server = socket.create_server(
             ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=count
@@ -122,7 +125,7 @@ def host_rendezvous(
 
 
 def reject_all(links: dict[int, Link], problem: str, code: int = 2) -> None:
-    """In process 0: answers the roll call with a problem, and the exit code that goes with it."""
+    """Tells the processes that have come so far why the run does not start, and an exit code."""
     for link in links.values():
         link.send({"problem": problem, "code": code})
 
@@ -133,7 +136,7 @@ def _greet(
     hellos: "queue.SimpleQueue[tuple[Link, Message]]",
     over: threading.Event,
 ) -> None:
-    """Accepts connections until the roll call is over; strangers keep none of us waiting."""
+    """Accepts connections until `over` is set, each in a thread: a silent one delays no other."""
 
     def listen(connection: socket.socket) -> None:
         link = Link(connection, _HELLO_SECONDS)
@@ -142,7 +145,7 @@ def _greet(
             connection.settimeout(silence)
             hellos.put((link, hello))
         else:
-            link.close()  # not one of us
+            link.close()  # a foreign program
 
     server.settimeout(0.1)
     with server:
@@ -154,7 +157,7 @@ def _greet(
 def _admit(
     link: Link, hello: Message, count: int, links: dict[int, Link], found: dict[int, Message]
 ) -> str:
-    """Takes one more process in; returns what is wrong with it."""
+    """Adds a process to `links` and `found`; returns what is wrong with it, or ""."""
     index, facts, theirs = hello["process_id"], hello["facts"], hello.get("num_processes")
     host, problem = facts.get("host", "?"), ""
     if theirs != count or not 0 <= index < count:
@@ -176,13 +179,19 @@ def _admit(
 def join_rendezvous(
     address: str, index: int, count: int, facts: Message, timeout: float, silence: float
 ) -> tuple[Link, Message]:
-    """In the others: tells process 0 that this one is up; returns the link and its answer.
+    """Connects a process other than 0 to process 0, and waits for its answer.
 
-    Arguments as in `host_rendezvous`; `index` is this process.
+    Args:
+      address: "HOST:PORT" of process 0.
+      index: of this process.
+      count, facts, timeout, silence: as in `host_rendezvous`.
+
+    Returns:
+      The link to process 0, and the message that it sends to all when they have come.
 
     Raises:
-      ProcessLost: process 0 did not come up or has ended, or another process did not come up.
-      UserError: what is wrong with the address, or with one of the processes.
+      ProcessLost: process 0 did not start or has ended, or another process did not come.
+      UserError: the address is wrong, or a process was started in another way than process 0.
     """
     host, _, port = address.rpartition(":")
     end = time.monotonic() + timeout
@@ -195,14 +204,14 @@ def join_rendezvous(
             raise UserError(
                 f"`coordinator_address`={address}: {host} is no name of a host ({error})"
             ) from error
-        except OSError as error:  # it may come up later
+        except OSError as error:  # process 0 may start later
             if time.monotonic() > end:
                 raise ProcessLost(
                     f"process 0 of {count} did not come up at `coordinator_address`={address} "
                     f"within {timeout:g} s ({error.strerror or error})"
                 ) from error
             time.sleep(min(0.2, timeout / 10))
-    # Process 0, which may have come up last, decides when it is too late, and says who is missing.
+    # Process 0 may have started last. It decides when it is too late, and names who is missing.
     link = Link(connection, timeout + _ANSWER_SECONDS)
     link.send({"process_id": index, "num_processes": count, "facts": facts})
     answer = link.read()

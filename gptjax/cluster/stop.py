@@ -1,18 +1,19 @@
-"""Being asked to stop: a signal is noted, and obeyed between two steps."""
+"""The request to stop: a signal sets a flag, which the training reads between two steps."""
 
 import signal
 import types
 
 from gptjax.io.console import tell
 
-# A scheduler's, Ctrl-C's, and a closed terminal's.
+# Sent by a scheduler, by Ctrl-C, and by a terminal that closes.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """While entered, the first of the signals sets the flag; a second one acts as usual.
+    """A context manager that turns the first signal to stop into a flag.
 
-    One that is ignored (Ctrl-C in a background job of a script, SIGHUP under nohup) stays so.
+    A second signal has its usual effect. A signal that the process ignores stays ignored: Ctrl-C in
+    a background job, SIGHUP under nohup.
     """
 
     def __init__(self) -> None:
@@ -20,7 +21,7 @@ class StopRequest:
         self._previous: dict[int, object] = {}
 
     def __call__(self) -> bool:
-        """Returns whether the process was asked to stop."""
+        """Returns whether a signal to stop has arrived."""
         return self._requested
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:

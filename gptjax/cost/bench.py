@@ -1,6 +1,7 @@
-"""What an experiment would run, timed on this machine: its train step, generation, or its input.
+"""Times the train step, the generation or the input pipeline of an experiment on this machine.
 
-Steps and generation run on synthetic tokens, so no data is needed; input is the experiment's own.
+Train steps and generation use synthetic tokens, so they need no data. The input pipeline reads the
+experiment's own data.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from gptjax.batch import Batch
 from gptjax.config import schema, validation
 from gptjax.config.schema import BenchKind, Experiment, MeshConfig, Stage
 from gptjax.cost import step_spec
-from gptjax.cost.step_spec import Plan
+from gptjax.cost.step_spec import StepSpec
 from gptjax.errors import require
 from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
@@ -32,25 +33,26 @@ from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
 
 PROMPT_TOKENS = 16
-# Timed where the number is left to us; batches of input are cheap, and one alone tells little.
+# Timed runs unless the user gives a number. A batch of input takes little time, so more of them.
 _STEPS: dict[str, int] = {BenchKind.TRAIN: 10, BenchKind.GENERATE: 10, BenchKind.INPUT: 100}
-# The first runs touch their memory for the first time.
+# Runs that are not timed: the first ones are slower, because the system maps their memory.
 _WARMUP: dict[str, int] = {BenchKind.TRAIN: 2, BenchKind.GENERATE: 1, BenchKind.INPUT: 8}
-# No folder of a run: the tokenizer is that of the experiment, not of what lies around.
+# In place of a workdir: a tokenizer of an earlier run is not to be used.
 _NO_WORKDIR = os.devnull
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is timed."""
+    """What to time, and how often."""
 
     what: str = BenchKind.TRAIN
     stage: str = Stage.PRETRAIN
     steps: int = 0
-    """Steps, calls or batches that are timed, after the warm-up; 0: 10 (100 batches of input)."""
+    """Timed runs (steps, calls or batches) after the warm-up. 0 means 10, and 100 for input."""
     max_new_tokens: int = 100
-    """Of a call of `generate`."""
+    """New tokens in a call of `generate`."""
     num_samples: int = 1
+    """Texts in a call of `generate`."""
 
     def __post_init__(self) -> None:
         kinds = tuple(BenchKind)
@@ -69,7 +71,7 @@ class Request:
 
     @property
     def timed(self) -> int:
-        """How many are timed."""
+        """The number of timed runs."""
         return self.steps or _STEPS[self.what]
 
 
@@ -77,9 +79,9 @@ def run(experiment: Experiment, request: Request, output: str = "") -> dict[str,
     """Times what the request asks for; prints and returns the report.
 
     Args:
-      experiment: the configuration; only `input` opens the data that it names.
+      experiment: the configuration. Only the request `input` opens the data that it names.
       request: what to time.
-      output: a file that gets the report too.
+      output: a file that the report is written to as well; "" means none.
 
     Raises:
       UserError: a configuration that does not fit this machine's devices, or wrong data.
@@ -101,20 +103,20 @@ def run(experiment: Experiment, request: Request, output: str = "") -> dict[str,
     return report
 
 
-def sequence_length(plan: Plan) -> int:
-    """Returns the tokens of each sequence of a synthetic batch: as long as they may be."""
-    length = plan.batch.tokens.shape[1]
-    candidates = 1 if plan.batch.extract is None else plan.batch.extract.shape[2]
-    return min(plan.model.config.context_length, length // candidates)
+def sequence_length(spec: StepSpec) -> int:
+    """Returns the length of the sequences in a synthetic batch, the longest one possible."""
+    length = spec.batch.tokens.shape[1]
+    candidates = 1 if spec.batch.extract is None else spec.batch.extract.shape[2]
+    return min(spec.model.config.context_length, length // candidates)
 
 
-def synthetic_batch(plan: Plan) -> Batch:
-    """Returns a host batch of the plan's shapes: rows of random tokens, filled with examples."""
+def synthetic_batch(spec: StepSpec) -> Batch:
+    """Returns a batch of random tokens with the shapes of `spec`, filled with examples."""
     rng = np.random.default_rng(0)
-    (rows, length), part = plan.batch.tokens.shape, sequence_length(plan)
+    (rows, length), part = spec.batch.tokens.shape, sequence_length(spec)
     index, sequences, examples = np.arange(length), length // part, 0
-    if plan.batch.extract is not None:
-        _, slots, candidates = plan.batch.extract.shape
+    if spec.batch.extract is not None:
+        _, slots, candidates = spec.batch.extract.shape
         examples = min(slots, sequences // candidates)
         sequences = examples * candidates
     filled = index < sequences * part
@@ -122,42 +124,43 @@ def synthetic_batch(plan: Plan) -> Batch:
     def every_row(row: np.ndarray, dtype: Any = np.int32) -> np.ndarray:
         return np.tile((row * filled).astype(dtype), (rows, 1))
 
-    tokens = rng.integers(plan.model.config.vocab_size, size=(rows, length))
+    tokens = rng.integers(spec.model.config.vocab_size, size=(rows, length))
     batch = Batch(
         (tokens * filled).astype(np.int32), every_row(index // part + 1), every_row(index % part),
         every_row(0 * index), every_row(index % part < part - 1, np.float32),
     )  # fmt: skip
-    if plan.batch.extract is None:
+    if spec.batch.extract is None:
         return batch
     mask = np.tile(np.arange(slots) < examples, (rows, 1)).astype(np.float32)
     extract = (np.arange(slots * candidates).reshape(slots, candidates) + 1) * part - 1
-    labels = rng.integers(max(plan.model.num_outputs, candidates), size=(rows, slots))
+    labels = rng.integers(max(spec.model.num_outputs, candidates), size=(rows, slots))
     return batch.replace(  # type: ignore[attr-defined]
         extract=(extract * mask[..., None]).astype(np.int32),
         candidate_mask=np.repeat(mask[..., None], candidates, axis=2),
         example_mask=mask,
-        labels=labels.astype(plan.batch.labels.dtype),
+        labels=labels.astype(spec.batch.labels.dtype),
     )
 
 
-def model_flops_per_token(plan: Plan) -> float:
-    """Returns the operations of training on one token, as `gptjax.model.flops` counts them.
+def model_flops_per_token(spec: StepSpec) -> float:
+    """Returns the floating-point operations of training on one token, by `gptjax.model.flops`.
 
-    The task head's few are left out; so is the LM head where the LM loss has no weight.
+    Those of the task head are few and left out, and those of the LM head if the LM loss has no
+    weight.
     """
-    config = plan.model.config
-    counted = flops.train_flops_per_token(config, sequence_length(plan))
-    if not plan.objective.lm_weight:
+    config = spec.model.config
+    counted = flops.train_flops_per_token(config, sequence_length(spec))
+    if not spec.objective.lm_weight:
         counted -= 3 * 2 * config.width * config.vocab_size
     return counted
 
 
 @contextlib.contextmanager
-def _nothing_kept() -> Iterator[None]:
-    """Without the persistent cache: how long a compilation takes, not how long a file's reading."""
+def _without_compilation_cache() -> Iterator[None]:
+    """Switches JAX's persistent cache off, so that a compilation is timed, and not a file read."""
     kept = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    compilation_cache.reset_cache()  # JAX reads the setting once, unless the cache is reset
     try:
         yield
     finally:
@@ -165,17 +168,17 @@ def _nothing_kept() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
-def _compile(plan: Plan, mesh: Mesh) -> tuple[Callable[..., Any], float]:
-    """The compiled train step, and the seconds that tracing and compiling it took."""
+def _compile(spec: StepSpec, mesh: Mesh) -> tuple[Callable[..., Any], float]:
+    """Returns the compiled train step, and the seconds of tracing and compilation."""
     start = time.perf_counter()
-    with _nothing_kept():
-        lowered = step_spec.lower(plan, mesh, step_spec.abstract_state(plan, mesh))
+    with _without_compilation_cache():
+        lowered = step_spec.lower(spec, mesh, step_spec.abstract_state(spec, mesh))
         compiled = lowered.compile()
     return compiled, time.perf_counter() - start
 
 
 def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
-    """Seconds of each timed run, each waited for; the warm-up's are left out."""
+    """Returns the seconds of each timed run, from its call until its results are computed."""
     seconds = []
     for _ in range(_WARMUP[request.what] + request.timed):
         start = time.perf_counter()
@@ -185,16 +188,16 @@ def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
 
 
 def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
-    """Train steps one by one, each with the batch's way to the devices."""
+    """Times train steps, with the transfer of the batch to the devices."""
     experiment = step_spec.validated(experiment, request.stage)
     mesh = mesh_lib.make_mesh(experiment.mesh)
-    plan = step_spec.build(experiment, request.stage, mesh)
-    batch = synthetic_batch(plan)
+    spec = step_spec.build(experiment, request.stage, mesh)
+    batch = synthetic_batch(spec)
     rows, length = batch.tokens.shape
     console.say(f"{request.stage}: compiling the step of {rows} x {length} tokens")
-    compiled, compile_seconds = _compile(plan, mesh)
+    compiled, compile_seconds = _compile(spec, mesh)
     console.say(f"compiled in {compile_seconds:.1f} s; timing {request.timed} steps")
-    train_state = step_spec.new_state(plan, mesh)
+    train_state = step_spec.new_state(spec, mesh)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(train_state.params))
 
     def step() -> Any:
@@ -204,28 +207,28 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
         return train_state, output
 
     seconds = _times(step, request)
-    peak = _peak_memory()  # before the ceiling's matrices
+    peak = _peak_memory()  # before `_speed` allocates large matrices
     tokens = int((batch.segment_ids > 0).sum())
     return {
         "stage": request.stage,
-        **_model(plan, mesh),
+        **_model(spec, mesh),
         "parameters": parameters,
         "batch": {"rows": rows, "row_length": length, "tokens": tokens,
-                  "sequence_length": sequence_length(plan),
-                  "accumulation": plan.optimizer.accumulation},
-        "optimizer": schema.to_dict(plan.optimizer),
-        **_speed(seconds, tokens, model_flops_per_token(plan) * tokens, plan, mesh),
+                  "sequence_length": sequence_length(spec),
+                  "accumulation": spec.optimizer.accumulation},
+        "optimizer": schema.to_dict(spec.optimizer),
+        **_speed(seconds, tokens, model_flops_per_token(spec) * tokens, spec, mesh),
         "compile_seconds": compile_seconds,
         **peak,
     }  # fmt: skip
 
 
 def _speed(
-    seconds: np.ndarray, tokens: int, operations: float, plan: Plan, mesh: Mesh
+    seconds: np.ndarray, tokens: int, operations: float, spec: StepSpec, mesh: Mesh
 ) -> dict[str, Any]:
-    """Speed by the median step, and its share of what this machine's products reach."""
-    median, dtype = float(np.median(seconds)), plan.model.config.dtype
-    # Virtual CPU devices share the cores that one device's products already use in full.
+    """Returns the speed by the median step, and its ratio to this machine's fastest products."""
+    median, dtype = float(np.median(seconds)), spec.model.config.dtype
+    # Virtual CPU devices share the cores, and the products of one device use all of them.
     devices = 1 if mesh_lib.platform(mesh) == "cpu" else mesh.size
     ceiling = flops.matmul_ceiling(dtype) * devices
     return {
@@ -243,11 +246,11 @@ def _speed(
     }
 
 
-def _model(plan: Plan, mesh: Mesh) -> dict[str, Any]:
+def _model(spec: StepSpec, mesh: Mesh) -> dict[str, Any]:
     return {
-        "model": schema.to_dict(plan.model.config),
-        "vocab_size": plan.model.config.vocab_size,
-        "assumed": plan.assumed,
+        "model": schema.to_dict(spec.model.config),
+        "vocab_size": spec.model.config.vocab_size,
+        "assumed": spec.assumed,
         "mesh": dict(mesh.shape),
         "devices": mesh.size,
         "device_kind": mesh.devices.flat[0].device_kind,
@@ -255,7 +258,10 @@ def _model(plan: Plan, mesh: Mesh) -> dict[str, Any]:
 
 
 def _peak_memory() -> dict[str, Any]:
-    """Bytes of the fullest device, or of this process where devices do not say (null: nor it)."""
+    """Returns the peak memory of the fullest device in bytes.
+
+    On devices without this figure it is the peak of this process; None if that is unknown too.
+    """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
     if peaks:
@@ -269,16 +275,16 @@ def _peak_memory() -> dict[str, Any]:
 
 
 def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
-    """Whole calls of `generate` on the first device, as a loaded checkpoint makes them."""
+    """Times calls of `generate` on the first device, as a loaded checkpoint makes them."""
     stage = request.stage
-    if getattr(experiment, stage) is None:  # either has the same decoder
+    if getattr(experiment, stage) is None:  # both stages have the same decoder
         stage = next(name for name in step_spec.STAGES if name != stage)
     experiment = step_spec.validated(experiment, stage)
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.local_devices()[:1])
-    plan = step_spec.build(experiment, stage, mesh)
-    vocabulary = plan.model.config.vocab_size
-    params = jax.jit(lambda key: gpt.init_params(plan.model, key))(jax.random.key(0))
-    decoder = decoder_lib.prepare(plan.model, params)
+    spec = step_spec.build(experiment, stage, mesh)
+    vocabulary = spec.model.config.vocab_size
+    params = jax.jit(lambda key: gpt.init_params(spec.model, key))(jax.random.key(0))
+    decoder = decoder_lib.prepare(spec.model, params)
     prompt = np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS, dtype=np.int32)
 
     def call(tokens: int) -> np.ndarray:
@@ -293,7 +299,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     seconds = _times(lambda: call(request.max_new_tokens), request)
     median = float(np.median(seconds))
     return {
-        **_model(plan, mesh),
+        **_model(spec, mesh),
         "prompt_tokens": PROMPT_TOKENS,
         "max_new_tokens": request.max_new_tokens,
         "num_samples": request.num_samples,
@@ -307,7 +313,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
 
 
 def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
-    """Batches as the training loop gets them, with nothing else to wait for."""
+    """Times the batches of the training loop, with no training beside them."""
     experiment = validation.validate(experiment)
     require(
         getattr(experiment, request.stage),
@@ -325,7 +331,7 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     batches = stage.batches.iterate(0, warmup + request.timed)
     first = next(batches)
     first_seconds = time.perf_counter() - begun
-    # More than are prefetched: those that lie ready would make it look faster than it is.
+    # The warm-up takes all batches that were prefetched: they would cost no time.
     for _ in range(warmup - 1):
         next(batches)
     begun, tokens = time.perf_counter(), 0

@@ -1,6 +1,6 @@
-"""Compiles the train step of an experiment for machines that are not there, and says what it costs.
+"""Compiles the train step of an experiment for any machine, and reports what the step costs.
 
-No accelerator is needed and no data is read: the step, its state and its batch are abstract.
+Neither an accelerator nor data is needed: state and batch are shapes without values.
 """
 
 import contextlib
@@ -22,20 +22,21 @@ from gptjax.config.schema import Experiment
 from gptjax.cost import hardware, step_spec
 from gptjax.cost.hlo import collectives, parse, peak_memory
 from gptjax.cost.hlo import flops as flops_lib
-from gptjax.cost.step_spec import Plan
+from gptjax.cost.step_spec import StepSpec
 from gptjax.errors import UserError, brief, require
 from gptjax.io import console
 from gptjax.model import flops
 
 EXAMPLES = "v5e:4x4, 2xv5e:16x16 (two slices), v6e:2x2, v4:2x2x1, v5p:2x2x2, cpu:8"
 
-# libtpu asks a cloud machine's metadata server what it runs on, and waits where there is none.
+# Settings of libtpu. Without them it asks the metadata server of a cloud machine for its type, and
+# waits long where there is no such server.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # It only compiles: a training on this machine may hold the chips meanwhile.
+    # Nothing runs on the chips of this machine, so that a training may use them meanwhile.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
@@ -46,23 +47,24 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
-class Machine:
-    """What is compiled for."""
+class Target:
+    """The machine to compile for."""
 
     topology: str
     devices: list[Any]
     chip: hardware.Chip | None
-    """Published figures; None: a CPU."""
+    """Published figures of the devices; None for a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """The compiled step; or None, and why the compiler refused it for want of memory."""
+class CompileResult:
+    """The compiled step, or the compiler's message that it needs too much memory."""
 
     compiled: jax.stages.Compiled | None
     seconds: float
-    held: dict[str, Any] | None
-    """The buffers of the peak, from `buffers.largest`."""
+    """Time of tracing and compilation."""
+    peak_buffers: dict[str, Any] | None
+    """The buffers in memory at the peak, from `peak_memory.largest`."""
     refusal: str = ""
 
 
@@ -70,55 +72,60 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
     """Compiles the train step of a stage for a topology; prints and returns the report.
 
     Args:
-      experiment: the configuration; files of text and data sets that it names are not opened.
+      experiment: the configuration. The data that it names is not opened.
       topology: "v5e:4x4", "2xv5e:4x4" (two slices), "cpu:8", ...
       stage: pretrain or finetune.
-      output: a file that gets the report too.
+      output: a file that the report is written to as well; "" means none.
 
     Raises:
-      UserError: an unknown topology, no libtpu, or a configuration that does not fit it.
+      UserError: an unknown topology, no libtpu, or a configuration that does not suit the devices.
     """
     experiment = step_spec.validated(experiment, stage)
-    found = report(experiment, machine(topology), stage)
+    found = report(experiment, target_of(topology), stage)
     for line in summary(found):
         console.say(line)
     console.print_json(found, output)
     return found
 
 
-def machine(topology: str) -> Machine:
-    """Returns the devices of a topology and their chip, as `devices_of`."""
-    return Machine(topology, *devices_of(topology))
+def target_of(topology: str) -> Target:
+    """Returns the machine of a topology. Errors as in `devices_of`."""
+    return Target(topology, *devices_of(topology))
 
 
-def report(experiment: Experiment, target: Machine, stage: str) -> dict[str, Any]:
-    """Returns what the train step of a stage of a validated experiment costs."""
+def report(experiment: Experiment, target: Target, stage: str) -> dict[str, Any]:
+    """Returns the report of the train step of a stage; the experiment comes from `validated`."""
     mesh = mesh_lib.make_mesh(experiment.mesh, target.devices)
-    plan = step_spec.build(experiment, stage, mesh)
-    rows, length = plan.batch.tokens.shape
+    spec = step_spec.build(experiment, stage, mesh)
+    rows, length = spec.batch.tokens.shape
     kind = target.devices[0].device_kind
     console.say(f"{target.topology}: {mesh.size} x {kind}, {stage}, {rows} x {length} tokens")
-    state_like = step_spec.abstract_state(plan, mesh)
-    outcome = _compile(plan, state_like, mesh)
-    console.say(f"compiled in {outcome.seconds:.1f} s" if outcome.compiled else outcome.refusal)
+    state_like = step_spec.abstract_state(spec, mesh)
+    result = _compile(spec, state_like, mesh)
+    console.say(f"compiled in {result.seconds:.1f} s" if result.compiled else result.refusal)
     return {
         "topology": target.topology,
         "devices": mesh.size,
         "device_kind": kind,
         "mesh": dict(mesh.shape),
         "stage": stage,
-        "model": schema.to_dict(plan.model.config),
-        "vocab_size": plan.model.config.vocab_size,
+        "model": schema.to_dict(spec.model.config),
+        "vocab_size": spec.model.config.vocab_size,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(state_like.params)),
         "batch": {"rows": rows, "row_length": length, "tokens": rows * length},
-        "assumed": plan.assumed,
-        **_costs(plan, state_like, outcome, mesh, target.chip),
-        "compile_seconds": outcome.seconds,
+        "assumed": spec.assumed,
+        **_costs(spec, state_like, result, mesh, target.chip),
+        "compile_seconds": result.seconds,
     }
 
 
 def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
-    """Returns the largest buffers and collectives of a report, and its estimates, as lines."""
+    """Returns the main facts of a report as lines of text.
+
+    Args:
+      found: from `report`.
+      lines: number of the largest buffers, and of the collectives, that are listed.
+    """
     peak = found["peak_memory_bytes_per_device"]
     fits = {True: "fits", False: "does not fit", None: "of a CPU"}[found["fits"]]
     text = [f"memory of a device: {peak / 2**30:.2f} GiB ({fits})" if peak else fits]
@@ -140,14 +147,14 @@ def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
 
 
 def devices_of(topology: str) -> tuple[list[Any], hardware.Chip | None]:
-    """Returns the devices of a topology, and their published figures (None: a CPU).
+    """Returns the devices of a topology, and their published figures (None for a CPU).
 
     Raises:
       UserError: libtpu is missing, or does not know the topology.
     """
     many, kind, sizes = re.findall(r"^(?:(\d+)x)?([^:]*):?(.*)", topology)[0]
     wanted = f"`topology`={topology}: must be like {EXAMPLES}"
-    # The devices of this machine are not used: they may be busy.
+    # JAX may not take the accelerators of this machine: others may use them.
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu" and not many:
         require(sizes.isdecimal() and 0 < int(sizes) <= _MOST_CPUS, wanted)
@@ -169,31 +176,31 @@ def devices_of(topology: str) -> tuple[list[Any], hardware.Chip | None]:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    # A host holds 2 x 2 chips of a larger slice; a smaller one is a part of a host.
+    # In a slice of 2 x 2 chips or more, each host has 2 x 2. A smaller slice is part of one host.
     bounds = [min(2, int(size)) for size in sizes.split("x")[:2]] + [1]
     options: dict[str, Any] = {"chips_per_host_bounds": bounds}
     if slices > 1:
         options["num_slices"] = slices
     if kind == "v4":
-        options["chip_config_name"] = "megacore"  # the two cores of a chip as one device
+        options["chip_config_name"] = "megacore"  # one device for the two cores of a chip
     try:
         found = topologies.get_topology_desc(f"{kind}:{sizes}", "tpu", **options)
-    except Exception as error:  # JaxRuntimeError, and what a broken libtpu may raise
+    except Exception as error:  # JaxRuntimeError, and any error of a broken libtpu
         raise UserError(f"{wanted} ({brief(error)})") from error
     return found.devices, hardware.CHIPS[kind]
 
 
 def _cpus(count: int) -> list[Any]:
-    with contextlib.suppress(RuntimeError):  # JAX runs already: it has what it has
+    with contextlib.suppress(RuntimeError):  # the number is fixed once JAX has started
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")[:count]
     require(len(devices) == count, f"`topology`=cpu:{count}: JAX runs with {len(devices)} devices")
     return devices
 
 
-def _compile(plan: Plan, state_like: Any, mesh: Mesh) -> Outcome:
+def _compile(spec: StepSpec, state_like: Any, mesh: Mesh) -> CompileResult:
     start = time.perf_counter()
-    lowered = step_spec.lower(plan, mesh, state_like)
+    lowered = step_spec.lower(spec, mesh, state_like)
     with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
@@ -201,37 +208,37 @@ def _compile(plan: Plan, state_like: Any, mesh: Mesh) -> Outcome:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             refusal, seconds = str(error).splitlines()[0], time.perf_counter() - start
-            return Outcome(None, seconds, peak_memory.largest(folder), refusal)
+            return CompileResult(None, seconds, peak_memory.largest(folder), refusal)
         seconds = time.perf_counter() - start
-        return Outcome(compiled, seconds, peak_memory.largest(folder))
+        return CompileResult(compiled, seconds, peak_memory.largest(folder))
 
 
 def _costs(
-    plan: Plan, state_like: Any, outcome: Outcome, mesh: Mesh, chip: hardware.Chip | None
+    spec: StepSpec, state_like: Any, result: CompileResult, mesh: Mesh, chip: hardware.Chip | None
 ) -> dict[str, Any]:
-    """The part of the report that depends on what was compiled."""
-    rows, length = plan.batch.tokens.shape
-    model_flops = flops.train_flops_per_token(plan.model.config, length) * rows * length / mesh.size
-    largest = outcome.held or {"bytes": None, "largest": None}
+    """Returns the part of the report that depends on the compiled program."""
+    rows, length = spec.batch.tokens.shape
+    model_flops = flops.train_flops_per_token(spec.model.config, length) * rows * length / mesh.size
+    largest = result.peak_buffers or {"bytes": None, "largest": None}
     costs = {"model_flops_per_device": model_flops, "largest_buffers": largest["largest"]}
-    if outcome.compiled is None:
-        # No program, so no figures of one: what the compiler says of its needs, and what is given.
-        held = _held(state_like) + _held(plan.batch)
+    if result.compiled is None:
+        # Without a program there are the size of the arguments and the compiler's message alone.
+        arguments = _bytes_per_device(state_like) + _bytes_per_device(spec.batch)
         return (
             costs
-            | dict.fromkeys(_OF_A_PROGRAM)
+            | dict.fromkeys(_PROGRAM_FIGURES)
             | {
                 "peak_memory_bytes_per_device": largest["bytes"]
-                or _required(outcome.refusal, held),
-                "memory": {"arguments": held, "buffers_at_peak": largest["bytes"]},
-                "refused": outcome.refusal,
+                or _bytes_required(result.refusal, arguments),
+                "memory": {"arguments": arguments, "buffers_at_peak": largest["bytes"]},
+                "refused": result.refusal,
                 "fits": False,
             }
         )
-    module = parse.parse(outcome.compiled.as_text() or "")
+    module = parse.parse(result.compiled.as_text() or "")
     found, traffic = flops_lib.flops(module), flops_lib.memory_bytes(module)
-    analysis = outcome.compiled.cost_analysis() or {}
-    memory = _memory(outcome.compiled)
+    analysis = result.compiled.cost_analysis() or {}
+    memory = _memory(result.compiled)
     peak = memory["arguments"] + memory["outputs"] - memory["aliased"]
     peak += memory["temporaries"] + memory["code"]
     sent, devices = collectives.find(module), mesh_lib.slice_devices(mesh)
@@ -243,7 +250,7 @@ def _costs(
         "flops_per_device": found,
         "bytes_per_device": traffic,
         "loops_counted_once": module.unknown_loops(),
-        "xla_cost_analysis": {  # its own sums, which count the body of every loop once
+        "xla_cost_analysis": {  # XLA's own sums count the body of a loop once
             "flops_loops_once": analysis.get("flops"),
             "bytes_loops_once": analysis.get("bytes accessed"),
         },
@@ -251,12 +258,13 @@ def _costs(
         "memory": memory | {"buffers_at_peak": largest["bytes"]},
         "fits": None if chip is None else peak <= chip.memory_bytes,
         "collectives": collectives.totals(sent),
-        "communication": collectives.listed(module, sent, devices, chip),
+        "communication": collectives.entries(module, sent, devices, chip),
         **_estimates(chip, roof, communication, model_flops, rows * length),
     }
 
 
-_OF_A_PROGRAM = (
+# Entries of the report that are None if the compiler refused the program.
+_PROGRAM_FIGURES = (
     "flops_per_device", "bytes_per_device", "collectives", "communication", "step_seconds",
     "tokens_per_second", "mfu",
 )  # fmt: skip
@@ -269,7 +277,7 @@ def _estimates(
     model_flops: float,
     tokens: int,
 ) -> dict[str, Any]:
-    """Step time, speed and MFU by the roofline; null for a CPU, which has no published figures."""
+    """Returns step time, speed and MFU by the roofline; None each for a CPU."""
     if chip is None or roof is None:
         return dict.fromkeys(("step_seconds", "tokens_per_second", "mfu"))
     return {
@@ -289,7 +297,7 @@ def _estimates(
 
 
 def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Bytes of one device by their use, from XLA's buffer assignment."""
+    """Returns the bytes of one device by their use, from XLA's buffer assignment."""
     stats: Any = compiled.memory_analysis()
     return {
         "arguments": stats.argument_size_in_bytes,
@@ -300,26 +308,26 @@ def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
     }
 
 
-def _held(tree: Any) -> int:
-    """Bytes of one device's part of abstract arrays."""
+def _bytes_per_device(tree: Any) -> int:
+    """Returns the bytes that one device has of a tree of sharded arrays."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
 
 
-def _required(refusal: str, held: int) -> int | None:
-    """Bytes that a refused program needs, as libtpu's message says; None where it does not.
+def _bytes_required(refusal: str, arguments: int) -> int | None:
+    """Returns the bytes that a refused program needs, read from libtpu's message; None if unknown.
 
     Args:
-      refusal: the message.
-      held: bytes of the arguments, which one of its two forms leaves out.
+      refusal: the message, which has one of two forms.
+      arguments: bytes of the arguments, which one of the forms does not include.
 
-    >>> _required("the total memory required for HLO temporaries (1.50G) exceeds", 2**30)
+    >>> _bytes_required("the total memory required for HLO temporaries (1.50G) exceeds", 2**30)
     2684354560
     """
     found = re.search(r"(temporaries \(|Used )([\d.]+)([KMGT]?)", refusal)
     if not found:
         return None
     size = int(float(found[2]) * _UNITS[found[3]])
-    return size if found[1] == "Used " else held + size
+    return size if found[1] == "Used " else arguments + size

@@ -1,6 +1,7 @@
-"""The train step of an experiment as shapes alone: what `--mode=compile` and `bench` compile.
+"""The train step of an experiment, with shapes in place of arrays, for modes `compile` and `bench`.
 
-No data is read; what a training would learn from its data is assumed, and said.
+No data is read. Facts that a training finds in its data, such as the number of classes, are
+assumed, and the report lists them.
 """
 
 import dataclasses
@@ -39,26 +40,28 @@ from gptjax.train import stages
 from gptjax.train import step as step_lib
 
 STAGES = (Stage.PRETRAIN, Stage.FINETUNE)
+"""The stages that differ in their train step."""
 
-# Entries of the authors' encoder_bpe_40000.json.
+# Number of entries in the authors' encoder_bpe_40000.json.
 _GPT1_VOCABULARY = 40478
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is compiled, and what was assumed of the data that was not read."""
+class StepSpec:
+    """All that decides the program of a train step."""
 
     model: GPT
     objective: Objective
     optimizer: OptimizerConfig
     total_steps: int
     batch: Batch
-    """Of `jax.ShapeDtypeStruct`."""
+    """A batch of `jax.ShapeDtypeStruct`."""
     assumed: dict[str, str]
+    """Name of a fact that only the data could tell -> the assumption."""
 
 
 def validated(experiment: Experiment, stage: str) -> Experiment:
-    """Returns a checked copy with this stage alone; data that is not read need not be named."""
+    """Returns a checked copy of the experiment with this stage alone; its data may be missing."""
     config = getattr(experiment, stage)
     require(config, f"`stage`={stage}: the experiment has no {stage} part")
     files = config.train_files if stage == Stage.PRETRAIN else config.train_file
@@ -73,10 +76,10 @@ def validated(experiment: Experiment, stage: str) -> Experiment:
 
 
 def vocabulary(experiment: Experiment) -> tuple[int, str]:
-    """Returns the vocabulary size that a training would have, and where it is from.
+    """Returns the vocabulary size that a training would have, and the source of this number.
 
     Raises:
-      UserError: only the text can tell (a tokenizer of characters).
+      UserError: it depends on the text, as for a tokenizer of characters.
     """
     config, special = experiment.tokenizer, len(tokenizer.SPECIALS)
     if experiment.model.vocab_size:
@@ -92,8 +95,8 @@ def vocabulary(experiment: Experiment) -> tuple[int, str]:
     return config.vocab_size + special, "tokenizer.vocab_size and four special tokens"
 
 
-def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
-    """Returns the plan of a stage of a validated experiment on a mesh."""
+def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
+    """Returns the step of a stage; the experiment comes from `validated`."""
     assumed: dict[str, str] = {}
     model = experiment.model
     if experiment.init_from:
@@ -108,28 +111,28 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> Plan:
         assert config is not None
         rows, length = stages.pretrain_shape(config, model, mesh)
         batch = _abstract_batch(rows, length, mesh)
-        return Plan(gpt.make_model(model, None, mesh), Objective(), config.optimizer,
+        return StepSpec(gpt.make_model(model, None, mesh), Objective(), config.optimizer,
                     _total_steps(config.steps, config.optimizer), batch, assumed)  # fmt: skip
     assert experiment.finetune is not None
-    return _finetune_plan(experiment.finetune, model, mesh, assumed)
+    return _finetune_spec(experiment.finetune, model, mesh, assumed)
 
 
 def _total_steps(steps_given: int, optimizer: OptimizerConfig) -> int:
-    # A constant of the schedule, no more: any number above the warm-up compiles to the same step.
+    # A constant in the schedule: any number above the warm-up compiles to the same program.
     return steps_given or 2 * optimizer.warmup_steps + 1000
 
 
-def _finetune_plan(
+def _finetune_spec(
     config: FinetuneConfig, model: ModelConfig, mesh: Mesh, assumed: dict[str, str]
-) -> Plan:
-    """Fine-tuning without its data: the largest batch that the configuration allows."""
-    spec = splits.task_spec(config)
-    if spec.kind.has_classes:
-        spec = dataclasses.replace(spec, labels=("no", "yes"))
+) -> StepSpec:
+    """Returns the step of a fine-tuning, with the largest batch that the configuration allows."""
+    task = splits.task_spec(config)
+    if task.kind.has_classes:
+        task = dataclasses.replace(task, labels=("no", "yes"))
         assumed["labels"] = "two classes"
-    candidates, context = spec.num_candidates, model.context_length
+    candidates, context = task.num_candidates, model.context_length
     if config.head == Head.FLATTEN:
-        spec = dataclasses.replace(spec, flatten=context)
+        task = dataclasses.replace(task, flatten=context)
     length = config.row_length or candidates * context
     divisor = mesh_lib.batch_divisor(mesh) * config.optimizer.accumulation
     rows = math.ceil(config.batch_size / divisor) * divisor
@@ -137,13 +140,13 @@ def _finetune_plan(
         f"a row of {length} tokens for each of {config.batch_size} examples: as if all were as "
         "long as they may be; packing makes fewer rows of shorter ones"
     )
-    # As `packing.Packer` does of rows that one example fills.
+    # `packing.Packer` makes such rows where one example fills a row.
     shape = (rows, min(config.batch_size, 4), candidates)
-    labels = np.float32 if spec.kind is TaskKind.REGRESSION else np.int32
+    labels = np.float32 if task.kind is TaskKind.REGRESSION else np.int32
     batch = _abstract_batch(rows, length, mesh, shape, labels)
-    objective = Objective(spec.kind, config.lm_weight, config.task_weight)
-    return Plan(
-        gpt.make_model(model, spec, mesh), objective, config.optimizer,
+    objective = Objective(task.kind, config.lm_weight, config.task_weight)
+    return StepSpec(
+        gpt.make_model(model, task, mesh), objective, config.optimizer,
         _total_steps(config.steps, config.optimizer), batch, assumed,
     )  # fmt: skip
 
@@ -155,7 +158,7 @@ def _abstract_batch(
     examples: tuple[int, int, int] | None = None,
     labels: Any = np.int32,
 ) -> Batch:
-    """The types of `gptjax.batch.Batch`, rows over the mesh; `examples` is (B, E, C)."""
+    """Returns a batch of shapes, its rows divided over the mesh; `examples` is (B, E, C)."""
     place = mesh_lib.batch_sharding(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -173,40 +176,40 @@ def _abstract_batch(
     )
 
 
-def _birth(plan: Plan) -> Callable[[jax.Array], state.TrainState]:
-    """Returns what makes the training state of a key."""
-    optimizer = optimizer_lib.build(plan.optimizer, plan.total_steps)
+def _initial_state(spec: StepSpec) -> Callable[[jax.Array], state.TrainState]:
+    """Returns a function that makes the training state from a random key."""
+    optimizer = optimizer_lib.build(spec.optimizer, spec.total_steps)
 
     def make(key: jax.Array) -> state.TrainState:
-        return state.create(gpt.init_params(plan.model, key), optimizer)
+        return state.create(gpt.init_params(spec.model, key), optimizer)
 
     return make
 
 
-def abstract_state(plan: Plan, mesh: Mesh) -> Any:
+def abstract_state(spec: StepSpec, mesh: Mesh) -> Any:
     """Returns the shapes and shardings of the training state, a `TrainState`."""
-    return state.abstract(_birth(plan), mesh, jax.eval_shape(lambda: jax.random.key(0)))
+    return state.abstract(_initial_state(spec), mesh, jax.eval_shape(lambda: jax.random.key(0)))
 
 
-def new_state(plan: Plan, mesh: Mesh) -> state.TrainState:
+def new_state(spec: StepSpec, mesh: Mesh) -> state.TrainState:
     """Returns a training state with random weights."""
-    return state.born_sharded(_birth(plan), mesh, jax.random.key(0))
+    return state.born_sharded(_initial_state(spec), mesh, jax.random.key(0))
 
 
-def lower(plan: Plan, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
-    """Returns the train step of (state, batch, seed), traced.
+def lower(spec: StepSpec, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
+    """Returns the traced train step, a function of (state, batch, seed).
 
     Args:
-      plan: from `build`.
-      mesh: the plan's.
+      spec: from `build`.
+      mesh: the mesh that `build` got.
       state_like: from `abstract_state`.
     """
     step = step_lib.jit_train_step(
         mesh,
-        model=plan.model,
-        objective=plan.objective,
-        optimizer=optimizer_lib.build(plan.optimizer, plan.total_steps),
-        micro=plan.optimizer.accumulation,
+        model=spec.model,
+        objective=spec.objective,
+        optimizer=optimizer_lib.build(spec.optimizer, spec.total_steps),
+        micro=spec.optimizer.accumulation,
     )
     seed = jax.ShapeDtypeStruct((), np.uint32)
-    return step.lower(state_like, plan.batch, seed)  # type: ignore[attr-defined]
+    return step.lower(state_like, spec.batch, seed)  # type: ignore[attr-defined]

@@ -1,6 +1,7 @@
-"""Which batch, recomputation and mesh suit a machine: compiles the choices, ranks those that fit.
+"""Compiles the train step with several batch sizes, meshes and kinds of remat, and ranks them.
 
-Everything is an estimate of the compiled program (see `cost.compile`); no accelerator is needed.
+The ranking is an estimate from the compiled programs (see `cost.compile`). No accelerator is
+needed.
 """
 
 import dataclasses
@@ -17,12 +18,12 @@ from gptjax.errors import UserError, brief, require
 from gptjax.io import console
 
 BATCHES = (1, 2, 4)
-"""Multiples of the experiment's own batch."""
+"""Multiples of the experiment's own batch size."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """One thing to try."""
+    """A batch size, a mesh and a kind of remat to compile."""
 
     batch_size: int
     mesh: tuple[int, int, int]
@@ -30,7 +31,7 @@ class Choice:
     remat: str
 
     def needs_less(self, other: "Choice") -> bool:
-        """Takes less memory than another that differs in the batch alone."""
+        """Returns whether it differs from `other` in a smaller batch alone."""
         same = (self.mesh, self.remat) == (other.mesh, other.remat)
         return same and self.batch_size < other.batch_size
 
@@ -45,9 +46,14 @@ class Choice:
 def meshes(
     given: tuple[int, int, int], devices: int, slices: int = 1
 ) -> list[tuple[int, int, int]]:
-    """Returns the experiment's own mesh and others of as many devices, the simplest first.
+    """Returns the experiment's own mesh and others of the same number of devices, simplest first.
 
-    Of several slices, fsdp and tensor lie within one.
+    With several slices, the axes fsdp and tensor stay within a slice.
+
+    Args:
+      given: sizes of data, fsdp and tensor; data may be -1, for all devices left.
+      devices: their number.
+      slices: number of slices that the devices belong to.
 
     >>> meshes((1, 4, 1), 4)
     [(1, 4, 1), (4, 1, 1), (1, 2, 2)]
@@ -66,9 +72,9 @@ def meshes(
 
 
 def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -> Iterator[Choice]:
-    """Yields what is tried, in order: small batches first, over all meshes and recomputations.
+    """Yields the choices in the order of their compilation: small batches first.
 
-    A batch is rounded up to rows that all devices share.
+    A batch size is rounded up to a multiple of devices times accumulation.
     """
     config = getattr(experiment, stage)
     sizes = (experiment.mesh.data, experiment.mesh.fsdp, experiment.mesh.tensor)
@@ -82,8 +88,8 @@ def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -
                 yield Choice(batch, mesh, remat)
 
 
-def changed(experiment: Experiment, stage: str, choice: Choice) -> Experiment:
-    """Returns a validated copy of a validated experiment with the choice's fields."""
+def with_choice(experiment: Experiment, stage: str, choice: Choice) -> Experiment:
+    """Returns a validated copy of the experiment with the fields of a choice."""
     config = dataclasses.replace(getattr(experiment, stage), batch_size=choice.batch_size)
     data, fsdp, tensor = choice.mesh
     copy = dataclasses.replace(
@@ -102,22 +108,22 @@ def run(
 
     Args:
       experiment: the configuration to start from.
-      topology: of TPUs; a CPU has no published figures to rank by.
+      topology: a topology of TPUs. A CPU has no published figures to rank by.
       stage: pretrain or finetune.
-      limit: compilations at most.
-      output: a file that gets the report too.
+      limit: the largest number of compilations.
+      output: a file that the report is written to as well; "" means none.
 
     Raises:
-      UserError: as `aot.run`; a topology of CPUs, or a limit below 1.
+      UserError: as in `compile.run`, for a topology of CPUs, or for a limit below 1.
     """
     require(limit > 0, f"`sweep_limit`={limit}: must be at least 1")
     experiment = step_spec.validated(experiment, stage)
-    target = compile.machine(topology)
+    target = compile.target_of(topology)
     require(
         target.chip,
         f"`topology`={topology}: a CPU has no published figures to rank by; `sweep` takes a TPU's",
     )
-    # What cannot be a mesh of these devices ends here, in one line.
+    # Raises a `UserError` if the experiment's mesh does not suit these devices.
     mesh = mesh_lib.make_mesh(experiment.mesh, target.devices)
     slices = mesh.size // len(mesh_lib.slice_devices(mesh))
     wanted = list(choices(experiment, stage, mesh.size, slices))
@@ -139,15 +145,21 @@ def run(
 
 
 def _try_all(
-    experiment: Experiment, target: compile.Machine, stage: str, wanted: list[Choice], limit: int
+    experiment: Experiment, target: compile.Target, stage: str, wanted: list[Choice], limit: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Returns the entries of what was tried or need not be; how many compilations."""
+    """Returns the entries of the choices, and the number of compilations.
+
+    A choice is not compiled if one with a smaller batch needs too much memory already, or after
+    `limit` compilations; the latter have no entry.
+    """
     tried: list[tuple[Choice, dict[str, Any]]] = []
     compiled = 0
     for choice in wanted:
         small = next((c for c, e in tried if _too_large(e) and c.needs_less(choice)), None)
         if small is not None:
-            tried.append((choice, _unfit(choice, f"batch {small.batch_size} does not fit already")))
+            tried.append(
+                (choice, _not_fitting(choice, f"batch {small.batch_size} does not fit already"))
+            )
         elif compiled < limit:
             compiled += 1
             console.say(f"{compiled} of at most {min(limit, len(wanted))}: {choice}")
@@ -160,7 +172,7 @@ def _too_large(entry: dict[str, Any]) -> bool:
     return not entry["fits"] and entry["peak_memory_bytes_per_device"] is not None
 
 
-def _unfit(choice: Choice, reason: str) -> dict[str, Any]:
+def _not_fitting(choice: Choice, reason: str) -> dict[str, Any]:
     entry = {
         "batch_size": choice.batch_size,
         "mesh": dict(zip(mesh_lib.AXES, choice.mesh, strict=True)),
@@ -173,21 +185,21 @@ def _unfit(choice: Choice, reason: str) -> dict[str, Any]:
 
 
 def _try(
-    experiment: Experiment, target: compile.Machine, stage: str, choice: Choice
+    experiment: Experiment, target: compile.Target, stage: str, choice: Choice
 ) -> dict[str, Any]:
-    """The entry of a choice: what it costs, or why it cannot be."""
+    """Returns the entry of a choice: its costs, or why it is impossible."""
     try:
-        found = compile.report(changed(experiment, stage, choice), target, stage)
-    except UserError as error:  # heads that a mesh does not divide
-        return _unfit(choice, str(error))
-    except jax.errors.JaxRuntimeError as error:  # a program that this compiler cannot make
-        return _unfit(choice, brief(error))
-    entry = _unfit(choice, found.get("refused", ""))
+        found = compile.report(with_choice(experiment, stage, choice), target, stage)
+    except UserError as error:  # for example heads that a mesh does not divide
+        return _not_fitting(choice, str(error))
+    except jax.errors.JaxRuntimeError as error:  # the compiler fails, for reasons of its own
+        return _not_fitting(choice, brief(error))
+    entry = _not_fitting(choice, found.get("refused", ""))
     return entry | {name: found[name] for name in entry if name in found and name != "mesh"}
 
 
 def rank(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the entries, those that fit first, by tokens a second."""
+    """Returns the entries by tokens per second; those that do not fit come last."""
     return sorted(entries, key=lambda e: (not e["fits"], -(e["tokens_per_second"] or 0)))
 
 

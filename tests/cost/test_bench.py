@@ -104,7 +104,7 @@ def test_input_is_the_data_of_the_experiment(stage, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def planned(**values) -> step_spec.Plan:
+def planned(**values) -> step_spec.StepSpec:
     experiment = Experiment(model=MODEL, mesh=MeshConfig(), finetune=FinetuneConfig(**values))
     return step_spec.build(step_spec.validated(experiment, "finetune"), "finetune", small.mesh(4))
 

@@ -216,6 +216,6 @@ def test_the_summary_names_buffers_and_communication():
 
 def test_a_refused_program_says_what_it_needs():
     text = "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (20.81G) exceeds"
-    assert compile._required(text, 10) == int(20.81 * 2**30) + 10
-    assert compile._required("Used 512.5M of 15.75G hbm", 10) == int(512.5 * 2**20)
-    assert compile._required("something else", 10) is None
+    assert compile._bytes_required(text, 10) == int(20.81 * 2**30) + 10
+    assert compile._bytes_required("Used 512.5M of 15.75G hbm", 10) == int(512.5 * 2**20)
+    assert compile._bytes_required("something else", 10) is None

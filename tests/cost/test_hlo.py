@@ -167,7 +167,7 @@ def test_what_runs_beside_communication_is_seen_and_pieces_count_once():
     }
     # The innermost line of the package, not of the library that it calls.
     assert module.source(found[0].instruction) == "model.py:7"
-    entries = collectives.listed(module, found, [None] * 2, None)
+    entries = collectives.entries(module, found, [None] * 2, None)
     assert {entry["seconds"] for entry in entries} == {None}
     assert [entry["devices"] for entry in entries] == [2, 2, 2]
 
@@ -224,7 +224,7 @@ def test_what_is_sent_between_slices_is_a_collective():
         "dcn-all-reduce": {"count": 1, "bytes": 16},
         "dcn-all-gather": {"count": 1, "bytes": 32},
     }
-    entries = collectives.listed(module, found, [Place(0, 0)] * 4, None)
+    entries = collectives.entries(module, found, [Place(0, 0)] * 4, None)
     assert {entry["collective"]: entry["devices"] for entry in entries} == {
         "dcn-all-reduce": 4, "dcn-all-gather": 2,
     }  # fmt: skip

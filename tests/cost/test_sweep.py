@@ -38,7 +38,7 @@ def test_every_choice_is_a_batch_and_a_mesh_of_these_devices(devices):
 def test_the_experiments_own_mesh_comes_first():
     found = list(sweep.choices(experiment(data=2, fsdp=-1, tensor=2), "pretrain", 16))
     assert found[0].mesh == (2, 4, 2)
-    changed = sweep.changed(experiment(), "pretrain", found[0])
+    changed = sweep.with_choice(experiment(), "pretrain", found[0])
     assert (changed.mesh.fsdp, changed.model.remat) == (4, "none")
     assert changed.pretrain.batch_size == 16
 
@@ -52,8 +52,8 @@ def test_the_ranking_has_what_fits_first_by_tokens_a_second():
 
 def on(chip: hardware.Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     """One device of this machine, as if it were the chip."""
-    machine = compile.Machine("v5e:1x1", jax.devices()[:1], chip)
-    monkeypatch.setattr(compile, "machine", lambda topology: machine)
+    target = compile.Target("v5e:1x1", jax.devices()[:1], chip)
+    monkeypatch.setattr(compile, "target_of", lambda topology: target)
 
 
 def test_choices_are_compiled_ranked_and_counted(monkeypatch, capsys):

@@ -65,7 +65,7 @@ def test_what_a_tpu_cannot_hold_is_said():
     assert found["step_seconds"] is None
     # The message of libtpu has the same sum, to two decimals of GiB, arguments included or not.
     total = found["memory"]["buffers_at_peak"]
-    said = compile._required(found["refused"], 0)
+    said = compile._bytes_required(found["refused"], 0)
     assert total == pytest.approx(said, rel=0.01)
     largest = found["largest_buffers"][0]
     assert largest["bytes"] * largest["count"] > total / 20

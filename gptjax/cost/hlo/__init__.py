@@ -1,1 +1,1 @@
-"""Reads the programs that XLA has compiled: operations, communication, memory."""
+"""Reads programs that XLA has compiled: operations, communication, memory."""

@@ -1,13 +1,14 @@
-"""What a compiled program sends between devices, how long that takes, and what hides it.
+"""The communication of a compiled program: what it sends, its least time, and its overlap.
 
-A collective runs beside computation where the program starts it, computes, and then waits for it:
-by a pair of instructions (`all-gather-start`, `all-gather-done`), or, on a TPU, by a fusion that
-starts it (`AsyncCollectiveStart`), others that each do a piece of it beside their own work, and one
-that ends it. All other collectives stop the device until they are done.
+A collective overlaps computation if the program starts it, computes, and then waits for it. There
+are two forms: a pair of instructions (`all-gather-start`, `all-gather-done`), and on a TPU a fusion
+that starts the collective (`AsyncCollectiveStart`), fusions that each transfer a piece of it beside
+computing, and one that ends it. During any other collective the device waits.
 
-Between TPU slices, a program sends to its host and receives from it (`send`, `recv`), with what the
-hosts are to do of it as an attribute; it stands here as one collective, `dcn-all-reduce` for an
-all-reduce. The collectives of a slice before and after it are instructions of their own.
+Between TPU slices, a program sends to its host and receives from it (`send`, `recv`). An attribute
+of these instructions tells the hosts the operation, such as an all-reduce. Here it counts as one
+collective, `dcn-all-reduce`. The collectives within a slice before and after it are separate
+instructions.
 """
 
 import dataclasses
@@ -22,7 +23,7 @@ from gptjax.cost.hlo import flops
 from gptjax.cost.hlo.parse import Computation, Instruction, Module
 
 DCN = "dcn-"
-"""In front of the kind of a collective between slices, over the data-centre network."""
+"""Prefix of the kind of a collective between slices, over the data-centre network."""
 
 _TRANSFER = {
     "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
@@ -30,7 +31,7 @@ _TRANSFER = {
 }  # fmt: skip
 _MEMBERS = "_xla_megascale_target"
 _START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
-# They wait, move or name: no work that hides communication.
+# Instructions that take no computing time, so that no communication overlaps them.
 _IDLE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done",
@@ -40,19 +41,19 @@ _IDLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective, where it stands, and what stands between its start and its end."""
+    """A collective of a computation, and the instructions between its start and its end."""
 
     instruction: Instruction
     kind: str
     bytes: int
-    """What a device puts in, of an all-gather what it gets out."""
+    """Size of a device's input, or of its output in an all-gather."""
     times: int
-    """Runs a step."""
+    """Executions in a step."""
     computation: str
     window: range
-    """Places in the computation between start and end; empty: the device waits."""
+    """Indices of the instructions between start and end; empty if the device waits."""
     overlaps: bool
-    """Some of them compute."""
+    """Whether some of these instructions compute."""
 
 
 def find(module: Module) -> list[Collective]:
@@ -69,7 +70,7 @@ def _kind(each: Instruction) -> str:
 
 
 def _attribute(each: Instruction, name: str) -> str:
-    """What `name="..."` or `name={{...}}` says."""
+    """Returns the text of an attribute, which is `name="..."` or `name={{...}}`."""
     braces = r"\{(?:[^{}]|\{[^{}]*\})*\}"
     found = re.search(rf'\b{name}=(?:"([^"]*)"|({braces}))', each.attributes)
     return (found[1] or found[2]) if found else ""
@@ -79,7 +80,7 @@ def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
     computation = module.computations[name]
     order = list(computation.values())
 
-    def made(each: Instruction, inside: Computation, start: int, end: int | None) -> Collective:
+    def describe(each: Instruction, inside: Computation, start: int, end: int | None) -> Collective:
         window = range(start + 1, end or start + 1)
         busy = any(_computes(order[place]) for place in window)
         size = _size(each, inside)
@@ -87,12 +88,12 @@ def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
 
     for place, each in enumerate(order):
         if _kind(each).startswith(DCN):
-            yield made(each, computation, place, _received(order, place))
+            yield describe(each, computation, place, _end_of_exchange(order, place))
         elif _kind(each):
-            end = _done(order, place) if each.opcode.endswith("-start") else None
-            yield made(each, computation, place, end)
+            end = _end_of_start(order, place) if each.opcode.endswith("-start") else None
+            yield describe(each, computation, place, end)
         elif each.opcode == "while":
-            count = module.trips(each, computation) or 1
+            count = module.trip_count(each, computation) or 1
             yield from _walk(module, each.called("body")[0], times * count)
         elif each.opcode in ("conditional", "call"):
             for inner in each.called("branch_computations", "true_computation", "false_computation",
@@ -103,9 +104,11 @@ def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
             if collective is None:
                 continue
             if each.opcode == "async-start":
-                yield made(collective, inside, place, _done(order, place))
+                yield describe(collective, inside, place, _end_of_start(order, place))
             elif _target(inside, _START):
-                yield made(collective, inside, place, _last_piece(module, order, place, collective))
+                yield describe(
+                    collective, inside, place, _last_piece(module, order, place, collective)
+                )
 
 
 def _target(inside: Computation, target: str) -> bool:
@@ -113,13 +116,13 @@ def _target(inside: Computation, target: str) -> bool:
 
 
 def _fused(module: Module, each: Instruction) -> tuple[Computation, Instruction | None]:
-    """The computation of a fusion, and the collective in it."""
+    """Returns the computation of a fusion, and the collective in it."""
     inside = module.computations[each.called("calls")[0]]
     return inside, next((inner for inner in inside.values() if _kind(inner)), None)
 
 
-def _done(order: list[Instruction], start: int) -> int:
-    """Where what starts at a place ends: at the instruction that takes its result."""
+def _end_of_start(order: list[Instruction], start: int) -> int:
+    """Returns the index of the instruction that ends an asynchronous one: it takes its result."""
     name = order[start].name
     ends = ("-done", "-update")
     following = enumerate(order[start + 1 :], start + 1)
@@ -127,27 +130,27 @@ def _done(order: list[Instruction], start: int) -> int:
                  if name in each.operands and each.opcode.endswith(ends)), start + 1)  # fmt: skip
 
 
-def _received(order: list[Instruction], send: int) -> int:
-    """Where what other slices answer to a `send` has come."""
-    return _done(order, order.index(_answer(order, order[send])))
+def _end_of_exchange(order: list[Instruction], send: int) -> int:
+    """Returns the index of the instruction that ends the exchange with other slices."""
+    return _end_of_start(order, order.index(_matching_recv(order, order[send])))
 
 
-def _answer(order: Iterable[Instruction], send: Instruction) -> Instruction:
-    """The `recv` that belongs to a `send`."""
+def _matching_recv(order: Iterable[Instruction], send: Instruction) -> Instruction:
+    """Returns the `recv` that belongs to a `send`."""
     name = _attribute(send, "_xla_host_transfer_rendezvous")
     return next(each for each in order if each.opcode == "recv"
                 and _attribute(each, "_xla_host_transfer_rendezvous") == name)  # fmt: skip
 
 
 def _last_piece(module: Module, order: list[Instruction], start: int, first: Instruction) -> int:
-    """Where the last fusion with a piece of a collective stands: they share its channel."""
+    """Returns the index of the last fusion with a piece of a collective, by the shared channel."""
     channel = re.search(r"channel_id=\d+\b", first.attributes)
     last = start + 1
     for place in range(start + 1, len(order)):
         if channel and order[place].opcode == "fusion":
             inside, piece = _fused(module, order[place])
             if piece is not None and f"{channel[0]}," in f"{piece.attributes},":
-                # The fusion that ends it computes nothing of its own; one with a piece does.
+                # The fusion that ends it computes nothing; one with a piece does compute.
                 last = place + (not _target(inside, _DONE))
     return last
 
@@ -159,18 +162,18 @@ def _computes(each: Instruction) -> bool:
 
 def _size(each: Instruction, computation: Computation) -> int:
     if _kind(each) == DCN + "all-gather":
-        return _answer(computation.values(), each).shapes[0].bytes
+        return _matching_recv(computation.values(), each).shapes[0].bytes
     operands = [computation[name] for name in each.operands if name in computation]
     size = sum(shape.bytes for operand in operands for shape in operand.shapes)
     if _kind(each) == "all-gather":
-        # Of the asynchronous form the result is (what goes in, what comes out).
+        # The result of the asynchronous form is the tuple (input, output).
         started = each.opcode.endswith("-start")
         size = sum(shape.bytes for shape in each.shapes) - (size if started else 0)
     return size
 
 
 def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
-    """Returns name -> {"count", "bytes"} of a step, per device."""
+    """Returns kind -> {"count", "bytes"} of a step on one device."""
     sums: dict[str, dict[str, int]] = {}
     for each in found:
         entry = sums.setdefault(each.kind, {"count": 0, "bytes": 0})
@@ -180,7 +183,7 @@ def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
 
 
 def group(attributes: str) -> tuple[int, ...]:
-    """Returns the first group of devices in the attributes of a collective; () is all of them.
+    """Returns the first group of devices in the attributes of a collective; () means all devices.
 
     >>> group("replica_groups={{0,2},{1,3}}")
     (0, 2)
@@ -214,7 +217,7 @@ def group(attributes: str) -> tuple[int, ...]:
 
 
 def slices(target: str) -> int:
-    """Returns how many slices the groups of `_xla_megascale_target` span.
+    """Returns the number of slices of a group, from the text of `_xla_megascale_target`.
 
     >>> slices("{1,2,3,4}x{0:3}"), slices("{{100000,300000},{100001,300001}}")
     (4, 2)
@@ -226,12 +229,12 @@ def slices(target: str) -> int:
 
 
 def seconds(each: Collective, devices: Sequence[Any], chip: hardware.Chip) -> float:
-    """Returns the least time of one run of a collective, by `gptjax.cost.hardware`.
+    """Returns the least time of one execution of a collective, by `gptjax.cost.hardware`.
 
     Args:
       each: the collective.
-      devices: of a slice, in the order in which the program counts them.
-      chip: what they are.
+      devices: the devices of a slice, in the program's order.
+      chip: the kind of the devices.
     """
     if each.kind.startswith(DCN):
         count = slices(_attribute(each.instruction, _MEMBERS))
@@ -245,10 +248,10 @@ def seconds(each: Collective, devices: Sequence[Any], chip: hardware.Chip) -> fl
 def exposed_seconds(
     module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: hardware.Chip
 ) -> tuple[float, float]:
-    """Returns the time of all collectives of a step, and the part that no computation hides.
+    """Returns the time of all collectives of a step, and the part that overlaps no computation.
 
-    In each computation (the body of a loop), what lies in the windows hides as much as it takes by
-    the roofline, once.
+    The instructions in the windows take their time by the roofline. In each computation (such as
+    the body of a loop), this time is subtracted once from that of the overlapping collectives.
     """
     total = exposed = 0.0
     for name in dict.fromkeys(each.computation for each in found):
@@ -260,7 +263,7 @@ def exposed_seconds(
         order = list(module.computations[name].values())
         hidden = sum(
             hardware.roofline(
-                chip, *flops.work(module, order[place], module.computations[name])
+                chip, *flops.flops_and_bytes(module, order[place], module.computations[name])
             ).step_seconds
             for place in places
             if _computes(order[place])
@@ -270,11 +273,11 @@ def exposed_seconds(
     return total, exposed
 
 
-def listed(
+def entries(
     module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: hardware.Chip | None
 ) -> list[dict[str, Any]]:
-    """Returns one entry for all that is alike, the most bytes first, for the report."""
-    entries: dict[tuple[Any, ...], dict[str, Any]] = {}
+    """Returns the entries of the report: one for equal collectives, the most bytes first."""
+    merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for each in found:
         instruction = each.instruction
         members = group(instruction.attributes)
@@ -291,18 +294,18 @@ def listed(
             entry["devices"] = 2
         elif each.kind.startswith(DCN):
             entry["devices"] = slices(_attribute(instruction, _MEMBERS))
-        same = entries.setdefault(tuple(entry.values()), entry | {"count": 0, "seconds": 0.0})
+        same = merged.setdefault(tuple(entry.values()), entry | {"count": 0, "seconds": 0.0})
         same["count"] += each.times
         if chip is not None:
             same["seconds"] += each.times * seconds(each, devices, chip)
-    for entry in entries.values():
+    for entry in merged.values():
         if chip is None:
             entry["seconds"] = None
-    return sorted(entries.values(), key=lambda entry: -entry["count"] * entry["bytes"])
+    return sorted(merged.values(), key=lambda entry: -entry["count"] * entry["bytes"])
 
 
 def summary(entry: Mapping[str, Any]) -> str:
-    """Returns an entry of `listed` as a line of text."""
+    """Returns an entry as a line of text."""
     kind = "overlaps compute" if entry["overlaps_compute"] else "waits"
     return (
         f"{entry['count'] * entry['bytes'] / 1e6:10.1f} MB  {entry['collective']} x "

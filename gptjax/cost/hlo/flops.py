@@ -1,17 +1,17 @@
-"""What a compiled program costs a device: operations and memory traffic."""
+"""The operations and the memory traffic of a compiled program on one device."""
 
 import re
 
 import numpy as np
 
-from gptjax.cost.hlo.parse import Computation, Instruction, Module, Run, Shape
+from gptjax.cost.hlo.parse import Computation, Execution, Instruction, Module, Shape
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 
-# They name values, or place them, and move none. (A loop's body moves what it moves.)
+# Instructions that read and write no memory themselves. (The body of a loop is counted by itself.)
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota",
@@ -21,33 +21,37 @@ _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 def flops(module: Module) -> int:
-    """Returns the operations of all matrix products of a step, two a multiply-add.
+    """Returns the operations of all matrix products of a step; a multiply-add counts as two.
 
-    Elementwise work is not counted; of a custom kernel, what it says of itself (Pallas's
+    Elementwise operations do not count. A custom kernel counts by its own estimate (Pallas's
     `cost_estimate`).
     """
-    return sum(_product_flops(run) * run.times for run in module.runs())
+    return sum(_product_flops(execution) * execution.times for execution in module.executions())
 
 
-def work(module: Module, each: Instruction, computation: Computation) -> tuple[int, int]:
-    """Returns operations and bytes of one instruction of a computation, and of all that it runs."""
-    runs = list(module.runs_of(each, computation))
+def flops_and_bytes(module: Module, each: Instruction, computation: Computation) -> tuple[int, int]:
+    """Returns operations and memory traffic of an instruction and of all that it calls."""
+    executions = list(module.executions_of(each, computation))
     return (
-        sum(_product_flops(run) * run.times for run in runs),
-        sum(_traffic(run, module) * run.times for run in runs if not run.fused),
+        sum(_product_flops(execution) * execution.times for execution in executions),
+        sum(
+            _traffic(execution, module) * execution.times
+            for execution in executions
+            if not execution.fused
+        ),
     )
 
 
-def _product_flops(run: Run) -> int:
-    if run.instruction.opcode == "dot":
-        left = run.operand_shapes()[0]
-        contracted = run.instruction.numbers("lhs_contracting_dims")
+def _product_flops(execution: Execution) -> int:
+    if execution.instruction.opcode == "dot":
+        left = execution.operand_shapes()[0]
+        contracted = execution.instruction.numbers("lhs_contracting_dims")
         depth = int(np.prod([left.dims[axis] for axis in contracted], dtype=np.int64))
-        return 2 * run.instruction.shapes[0].elements * depth
-    if run.instruction.opcode == "convolution":
-        return _convolution_flops(run.instruction, *run.operand_shapes()[:2])
-    if run.instruction.opcode == "custom-call":
-        said = re.search(r'"cost_estimate":\{"flops":"?(\d+)', run.instruction.attributes)
+        return 2 * execution.instruction.shapes[0].elements * depth
+    if execution.instruction.opcode == "convolution":
+        return _convolution_flops(execution.instruction, *execution.operand_shapes()[:2])
+    if execution.instruction.opcode == "custom-call":
+        said = re.search(r'"cost_estimate":\{"flops":"?(\d+)', execution.instruction.attributes)
         return int(said[1]) if said else 0
     return 0
 
@@ -58,9 +62,10 @@ def _window(attributes: str) -> dict[str, str]:
 
 
 def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> int:
-    """As `HloCostAnalysis::HandleConvolution`: padding and the holes of a dilation do no work.
+    """Returns the operations of a convolution, as `HloCostAnalysis::HandleConvolution` does.
 
-    A TPU's products are convolutions whose windows stand for batch or contracted dimensions.
+    Padding and the holes of a dilation do not count. On a TPU all matrix products are convolutions,
+    whose windows are batch or contracted dimensions.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
@@ -96,40 +101,47 @@ def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> i
 def memory_bytes(module: Module) -> int:
     """Returns the bytes that a step reads from and writes to the main memory of a device.
 
-    Every instruction reads its operands and writes its results, a fusion as a whole; slices read
-    what they take, updates in place write what they put; what XLA keeps in a memory of its own on
-    the chip (a layout's S(1)) costs nothing. An estimate: caches are not modelled.
+    Each instruction reads its operands and writes its results; a fusion counts as one instruction.
+    A slice reads only its part of the operand, and an update in place writes only the update.
+    Values that XLA keeps in memory on the chip (S(1) in a layout) do not count. This is an
+    estimate: caches are not modelled.
     """
-    return sum(_traffic(run, module) * run.times for run in module.runs() if not run.fused)
+    return sum(
+        _traffic(execution, module) * execution.times
+        for execution in module.executions()
+        if not execution.fused
+    )
 
 
-def _traffic(run: Run, module: Module) -> int:
-    each = run.instruction
+def _traffic(execution: Execution, module: Module) -> int:
+    each = execution.instruction
     target = re.search(r'custom_call_target="([^"]*)"', each.attributes)
     if each.opcode in _FREE or (target and target[1] in _FREE_CALLS):
         return 0
     if each.opcode.endswith("-done"):
         return sum(shape.bytes for shape in each.shapes if shape.space == 0)
-    if each.opcode == "slice-start":  # ((source), slice, context): its `done` counts the write
+    # The result of a slice-start is ((source), slice, context). Its slice-done counts the write.
+    if each.opcode == "slice-start":
         source, part = each.shapes[:2]
         return part.bytes if source.space == 0 else 0
     reads = [
-        _read(each, i, operand, module)
+        _bytes_read(each, i, operand, module)
         for i, name in enumerate(each.operands)
-        if (operand := run.computation.get(name)) is not None
+        if (operand := execution.computation.get(name)) is not None
     ]
-    if each.opcode.endswith("-start") or each.opcode in ("send", "recv"):  # what ends it writes
+    # The instruction that ends an asynchronous operation counts the write.
+    if each.opcode.endswith("-start") or each.opcode in ("send", "recv"):
         return sum(reads)
-    return sum(reads) + _written(each, run.computation, module)
+    return sum(reads) + _bytes_written(each, execution.computation, module)
 
 
-def _main_memory(instruction: Instruction) -> int:
+def _result_bytes(instruction: Instruction) -> int:
     return sum(shape.bytes for shape in instruction.shapes if shape.space == 0)
 
 
-def _read(user: Instruction, place: int, operand: Instruction, module: Module) -> int:
-    """Bytes of its operand number `place` that an instruction reads."""
-    whole = _main_memory(operand)
+def _bytes_read(user: Instruction, place: int, operand: Instruction, module: Module) -> int:
+    """Returns the bytes that an instruction reads of its operand number `place`."""
+    whole = _result_bytes(operand)
     if user.opcode in _SLICES and place == 0:
         return min(whole, user.shapes[0].bytes)
     if user.opcode == "dynamic-update-slice" and place == 0:
@@ -141,50 +153,50 @@ def _read(user: Instruction, place: int, operand: Instruction, module: Module) -
         each.name for each in inside.values()
         if each.opcode == "parameter" and each.operands == (str(place),)
     )  # fmt: skip
-    return min(whole, _read_inside(parameter, inside, module))
+    return min(whole, _bytes_read_inside(parameter, inside, module))
 
 
-def _read_inside(name: str, inside: Computation, module: Module) -> int:
-    """Bytes that a fusion reads of one of its parameters (or a bitcast of it)."""
+def _bytes_read_inside(name: str, inside: Computation, module: Module) -> int:
+    """Returns the bytes that a fusion reads of one of its parameters (or of a bitcast of it)."""
     total = 0
     for user in inside.values():
         for place, operand in enumerate(user.operands):
             if operand != name:
                 continue
             if user.opcode == "bitcast":
-                total += _read_inside(user.name, inside, module)
+                total += _bytes_read_inside(user.name, inside, module)
             elif user.opcode == "tuple" or user.opcode in COLLECTIVES:
-                total += 0  # handed through; a piece of a collective, which its start counts
+                total += 0  # passed on unread; the start of a collective counts all its pieces
             elif user.opcode in _SLICES and place == 0:
                 total += user.shapes[0].bytes
             elif user.opcode == "dynamic-update-slice" and place == 0:
                 total += 0
             elif user.opcode == "fusion":
-                total += _read(user, place, inside[name], module)
+                total += _bytes_read(user, place, inside[name], module)
             else:
                 total += sum(shape.bytes for shape in inside[name].shapes)
     return total
 
 
-def _written(each: Instruction, computation: Computation, module: Module) -> int:
+def _bytes_written(each: Instruction, computation: Computation, module: Module) -> int:
     if each.opcode == "dynamic-update-slice":
         update = computation[each.operands[1]]
         return sum(shape.bytes for shape in update.shapes) if each.shapes[0].space == 0 else 0
     if each.opcode != "fusion":
-        return _main_memory(each)
+        return _result_bytes(each)
     inside = module.computations[each.called("calls")[0]]
     root = next(inner for inner in inside.values() if inner.root)
     leaves = [inside[name] for name in root.operands] if root.opcode == "tuple" else [root]
     if len(leaves) != len(each.shapes):
-        return _main_memory(each)
+        return _result_bytes(each)
     total = 0
     for leaf, shape in zip(leaves, each.shapes, strict=True):
         while leaf.opcode == "bitcast" and leaf.operands[0] in inside:
             leaf = inside[leaf.operands[0]]
         if leaf.opcode == "parameter" or leaf.opcode in COLLECTIVES:
-            continue  # handed through; or a piece of what its start counts
+            continue  # passed on unwritten; the start of a collective counts all its pieces
         if leaf.opcode == "fusion" and shape.space == 0 and len(leaf.shapes) == 1:
-            total += _written(leaf, inside, module)
+            total += _bytes_written(leaf, inside, module)
         elif leaf.opcode == "dynamic-update-slice" and shape.space == 0:
             total += min(shape.bytes, sum(s.bytes for s in inside[leaf.operands[1]].shapes))
         elif shape.space == 0:

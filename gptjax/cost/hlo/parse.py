@@ -1,8 +1,8 @@
-"""Reads the text of a compiled XLA program: what it computes, moves and sends, loops included.
+"""Reads the text of a compiled XLA program (HLO) into computations and instructions.
 
-XLA's own cost analysis counts the body of a loop once (`HloCostAnalysis::HandleWhile`), and a scan
-over layers is a loop. Here every instruction counts as often as it runs. All sizes are those of one
-device: a compiled program is what one device runs.
+It also finds how often a step executes each instruction. XLA's own cost analysis counts the body of
+a loop once (`HloCostAnalysis::HandleWhile`), and a scan over layers is a loop. All sizes are those
+of one device, because each device executes the same program on its part of the data.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import pathlib
 import re
 from collections.abc import Iterator, Mapping
 
-# Where the sources of gptjax are.
+# Folder of the sources of gptjax.
 _PACKAGE = str(pathlib.Path(__file__).parents[2]) + os.sep
 _BITS = {
     "pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "f16": 16, "bf16": 16,
@@ -23,7 +23,7 @@ _SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%?([\w.\-]+)$")
-# Tables in front of a program, a line each: 3 "model.py"; 7 {file_name_id=3 ... line=90 ...}.
+# Lines of the tables before a program, as in: 3 "model.py"; 7 {file_name_id=3 ... line=90 ...}.
 _FILE_NAME = re.compile(r'^(\d+) "(.*)"$')
 _LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
 _FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
@@ -31,7 +31,7 @@ _FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """An array: element type, dimensions, memory space (0 is the main memory, HBM on a TPU)."""
+    """Element type, dimensions and memory space of an array; space 0 is the main memory (HBM)."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -44,7 +44,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """Size without the padding of a layout; 0 of what is no array (a token)."""
+        """Size without the padding of the layout; 0 for types that are no arrays, as tokens."""
         return math.ceil(self.elements * _BITS.get(self.dtype, 0) / 8)
 
 
@@ -54,15 +54,17 @@ class Instruction:
 
     name: str
     shapes: tuple[Shape, ...]
-    """One, or the leaves of a tuple."""
+    """The shape of the result, or of each leaf if it is a tuple."""
     opcode: str
     operands: tuple[str, ...]
-    """Names, or what stands between the parentheses of a constant or parameter."""
+    """Names of the operands; for a constant its value, for a parameter its number."""
     attributes: str
+    """The rest of the line."""
     root: bool
+    """Whether it is the result of its computation."""
 
     def called(self, *names: str) -> list[str]:
-        """The computations under these attributes: calls, to_apply, body, ..."""
+        """Returns the names of the computations in these attributes (calls, to_apply, body)."""
         pattern = rf"\b(?:{'|'.join(names)})=(?:%?([\w.\-]+)|\{{([^}}]*)\}})"
         found = []
         for one, many in re.findall(pattern, self.attributes):
@@ -71,12 +73,12 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """What JAX called it: jit(step)/jvp(GPT.hidden)/.../ffn_in/dot_general."""
+        """JAX's name of the operation, as jit(step)/jvp(GPT.hidden)/.../ffn_in/dot_general."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found[1].replace("\\'", "'") if found else ""
 
     def numbers(self, name: str) -> tuple[int, ...]:
-        """The list of an attribute: (1, 2) of `name={1,2}`."""
+        """Returns the numbers of an attribute: (1, 2) for `name={1,2}`."""
         found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
         return tuple(int(part) for part in found[1].split(",") if part) if found else ()
 
@@ -86,23 +88,23 @@ Computation = dict[str, Instruction]
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """An instruction, where it stands, and how often a step runs it."""
+class Execution:
+    """An instruction of a computation, and how often a step executes it."""
 
     instruction: Instruction
     computation: Computation
     times: int
     fused: bool
-    """Inside a fusion: its values never reach memory."""
+    """Whether it is inside a fusion, where no value is written to memory."""
 
     def operand_shapes(self) -> list[Shape]:
-        """Shapes of the operands, those of a tuple one by one."""
+        """Returns the shapes of the operands; a tuple counts as its leaves."""
         found = (self.computation.get(name) for name in self.instruction.operands)
         return [shape for each in found if each is not None for shape in each.shapes]
 
 
 def _closing(text: str, start: int) -> int:
-    """Where the parenthesis at `start` is closed."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(text, start):
         depth += 1 if match[0] == "(" else -1
@@ -121,7 +123,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 
 def _split(text: str) -> list[str]:
-    """Splits at the commas that stand in no bracket."""
+    """Splits at the commas outside of brackets."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -139,7 +141,7 @@ def _instruction(line: str) -> Instruction | None:
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     opening = rest.index("(", end)
     closing = _closing(rest, opening)
-    # An operand may be written with its shape in front.
+    # The shape of an operand may precede its name.
     names = (_NAME.search(part) for part in _split(rest[opening + 1 : closing]))
     return Instruction(
         name, _shapes(rest[:end]), rest[end:opening].strip(),
@@ -155,13 +157,13 @@ class Module:
     computations: Mapping[str, Computation]
     entry: str
     frames: Mapping[int, str] = dataclasses.field(default_factory=dict)
-    """Number of a stack frame -> "model.py:90"."""
+    """Number of a stack frame -> its source line, as "model.py:90"."""
 
-    def trips(self, loop: Instruction, computation: Computation) -> int | None:
-        """How often a loop runs; None where the text does not say.
+    def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
+        """Returns the number of iterations of a loop; None if it is unknown.
 
-        XLA writes it down (`known_trip_count`) for CPUs and GPUs. For a TPU it is read from the
-        condition, counter < limit: a loop of JAX's scan counts by one.
+        For CPUs and GPUs, XLA writes it as `known_trip_count`. For TPUs it follows from the
+        condition, counter < limit: loops of JAX's scan count by one.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -182,52 +184,54 @@ class Module:
         return int(limit.operands[0]) - int(start.operands[0])
 
     def source(self, instruction: Instruction) -> str:
-        """Where the sources ask for it, "model.py:90": the innermost line of this package."""
+        """Returns the source line, as "model.py:90": the innermost stack frame in gptjax, or ""."""
         frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
         if frame:
             return self.frames.get(int(frame[1]), "")
         file = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes)
         return f"{os.path.basename(file[1])}:{file[2]}" if file else ""
 
-    def runs(self) -> Iterator[Run]:
-        """Yields every instruction that is run, loops' bodies once with their count in `times`."""
-        yield from self._runs(self.entry, 1, False)
+    def executions(self) -> Iterator[Execution]:
+        """Yields all instructions that a step executes, each once with its number of executions."""
+        yield from self._executions(self.entry, 1, False)
 
-    def _runs(self, name: str, times: int, fused: bool) -> Iterator[Run]:
+    def _executions(self, name: str, times: int, fused: bool) -> Iterator[Execution]:
         computation = self.computations[name]
         for each in computation.values():
-            yield from self.runs_of(each, computation, times, fused)
+            yield from self.executions_of(each, computation, times, fused)
 
-    def runs_of(
+    def executions_of(
         self, each: Instruction, computation: Computation, times: int = 1, fused: bool = False
-    ) -> Iterator[Run]:
-        """Yields an instruction of a computation, and every one that it runs."""
-        yield Run(each, computation, times, fused)
+    ) -> Iterator[Execution]:
+        """Yields an instruction of a computation, and all instructions that it calls."""
+        yield Execution(each, computation, times, fused)
         if each.opcode == "while":
             body = each.called("body")[0]
-            yield from self._runs(body, times * (self.trips(each, computation) or 1), fused)
+            yield from self._executions(
+                body, times * (self.trip_count(each, computation) or 1), fused
+            )
         elif each.opcode == "conditional":
-            # As if every branch were taken: an upper bound.
+            # An upper bound: all branches count.
             for branch in each.called("branch_computations", "true_computation",
                                       "false_computation"):  # fmt: skip
-                yield from self._runs(branch, times, fused)
+                yield from self._executions(branch, times, fused)
         elif each.opcode in ("fusion", "call", "async-start"):
             inside = fused or each.opcode == "fusion"
             for inner in each.called("calls", "to_apply"):
-                yield from self._runs(inner, times, inside)
+                yield from self._executions(inner, times, inside)
 
     def unknown_loops(self) -> list[str]:
-        """Names of the loops whose trip count is not known: their bodies count once."""
+        """Returns the names of loops of unknown trip count; their bodies count once."""
         return [
-            run.instruction.name
-            for run in self.runs()
-            if run.instruction.opcode == "while"
-            and self.trips(run.instruction, run.computation) is None
+            each.instruction.name
+            for each in self.executions()
+            if each.instruction.opcode == "while"
+            and self.trip_count(each.instruction, each.computation) is None
         ]
 
 
 def _frames(lines: list[str]) -> dict[int, str]:
-    """Reads the tables of files, locations and stack frames."""
+    """Returns number of a stack frame -> its source line, from the tables before the program."""
     files: dict[int, str] = {}
     places: dict[int, tuple[str, str]] = {}
     frames: dict[int, tuple[int, int]] = {}
@@ -243,7 +247,8 @@ def _frames(lines: list[str]) -> dict[int, str]:
             frames[int(found[1])] = (int(found[2]), int(found[3]))
         elif section == "StackFrames" and line.startswith(("%", "ENTRY")):
             break
-    # A frame of its own parent: the text counts parents from 1, where 1 is none.
+    # In some versions of XLA, parent_frame_id is the parent's number plus 1. There, frame 1 seems to
+    # be its own parent: its parent_frame_id of 1 means none.
     shift = 1 if any(number == parent for number, (_, parent) in frames.items()) else 0
 
     def place(number: int) -> str:

@@ -1,8 +1,8 @@
-"""The largest buffers of a program at its peak of memory, from what XLA writes of its assignment.
+"""The largest buffers at the moment of a program's peak memory, from XLA's buffer assignment.
 
-With the compiler option `xla_dump_to` XLA leaves, for CPUs and TPUs alike and also where it then
-refuses a program for want of memory, three texts that belong together: the program, where each of
-its values lies, and from which instruction to which it is needed.
+With the compiler option `xla_dump_to`, XLA writes three texts: the program, the memory address of
+each value (the buffer assignment), and the first and last instruction that needs it (the live
+ranges). It does so for CPUs and TPUs, and also for a program that it refuses for lack of memory.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ _VALUE = re.compile(
     r"^ value: <\d+ ([\w.\-]+)(\{[\d,]*\})?.*? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$"
 )
 _RANGE = re.compile(r"^    ([\w.\-]+\{[\d,]*\}):(\d+)-(\d+)$")
-# Of the values in one place, these do not say what it is for.
+# Several values share a buffer in turn. The ones of these opcodes do not tell its purpose.
 _CARRIERS = (
     "parameter", "while", "conditional", "tuple", "get-tuple-element", "custom-call", "broadcast",
     "copy", "copy-start", "copy-done", "bitcast", "call",
@@ -28,6 +28,8 @@ _CARRIERS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Value:
+    """A value of the program, its address and size in bytes, and its live range."""
+
     name: str
     allocation: int
     offset: int
@@ -38,17 +40,19 @@ class _Value:
 
 
 def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
-    """Returns the main memory's buffers at the peak; None where the folder has no such texts.
-
-    {"bytes": of all buffers at the peak, "largest": [{"name", "opcode", "shape", "bytes" (of one),
-    "count", "argument" (of the step; else temporary), "op_name", "source"}, ...]}, those alike in
-    one entry, the most bytes first.
+    """Returns the buffers in main memory at the peak; None if the folder lacks the texts.
 
     Args:
-      folder: of `xla_dump_to`.
-      limit: entries at most.
+      folder: the folder of `xla_dump_to`.
+      limit: the largest number of entries.
+
+    Returns:
+      {"bytes": sum of all buffers, "largest": entries}. An entry is {"name", "opcode", "shape",
+      "bytes", "count", "argument", "op_name", "source"}: "count" buffers of "bytes" each that are
+      equal in the rest. "argument" is true for arguments and results of the step, and false for
+      temporary buffers. The entries with the most bytes come first.
     """
-    # The step's, not that of a small helper.
+    # The largest file belongs to the step; others belong to small helper programs.
     files = glob.glob(os.path.join(glob.escape(folder), f"*{_ASSIGNMENT}"))
     if not files:
         return None
@@ -60,7 +64,7 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
         with open(path, encoding="utf-8", errors="replace") as file:
             texts.append(file.read())
     module = parse.parse(texts[0])
-    held, values = _read(texts[1], texts[2])
+    arguments, values = _read(texts[1], texts[2])
     now = _peak(values)
     instructions = {
         each.name: each for inside in module.computations.values() for each in inside.values()
@@ -71,15 +75,15 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
     entries: dict[tuple[Any, ...], dict[str, Any]] = {}
     total = 0
     for (allocation, _, size), here in places.items():
-        argument = allocation in held
+        argument = allocation in arguments
         now_here = [value for value in here if value.first <= now <= value.last]
-        if not (now_here or argument) or (argument and size < held[allocation]):
+        if not (now_here or argument) or (argument and size < arguments[allocation]):
             continue
-        # What a loop hands on is best named by what writes into it, wherever that stands.
+        # For a buffer that a loop passes on, the most telling value is an update of it.
         shapes = {value.shape for value in now_here}
         writers = [v for v in here if "dynamic-update-slice" in v.name and v.shape in shapes]
         entry = _entry(module, instructions, writers or now_here or here, argument)
-        same = entries.setdefault(_alike(entry), entry | {"count": 0})
+        same = entries.setdefault(_key(entry), entry | {"count": 0})
         same["count"] += 1
         total += size
     ranked = sorted(entries.values(), key=lambda entry: -entry["bytes"] * entry["count"])
@@ -87,13 +91,14 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
 
 
 def _read(ranges: str, assignment: str) -> tuple[dict[int, int], list[_Value]]:
-    """Returns the sizes of the allocations of arguments and results, held throughout; all values.
+    """Returns the allocations of arguments and results (number -> size), and all values.
 
-    Only those of the main memory: a TPU's others have a color.
+    These allocations live as long as the program. Only main memory counts: in XLA's text,
+    allocations in other memories of a TPU have a color.
     """
     live = {found[1]: (int(found[2]), int(found[3]))
             for line in ranges.splitlines() if (found := _RANGE.match(line))}  # fmt: skip
-    held: dict[int, int] = {}
+    arguments: dict[int, int] = {}
     values = []
     allocation = -1
     for line in assignment.splitlines():
@@ -102,7 +107,7 @@ def _read(ranges: str, assignment: str) -> tuple[dict[int, int], list[_Value]]:
             other = "color" in kind or "thread-local" in kind or "constant" in kind
             allocation = -1 if other else int(found[1])
             if not other and ("parameter" in kind or "live-out" in kind):
-                held[allocation] = int(found[2])
+                arguments[allocation] = int(found[2])
         elif allocation >= 0 and (found := _VALUE.match(line)):
             name, index = found[1], found[2] or "{}"
             first, last = live.get(name + index, (1, 0))
@@ -110,11 +115,11 @@ def _read(ranges: str, assignment: str) -> tuple[dict[int, int], list[_Value]]:
             values.append(
                 _Value(name, allocation, int(found[4]), int(found[3]), shape, first, last)
             )
-    return held, values
+    return arguments, values
 
 
 def _peak(values: list[_Value]) -> int:
-    """The place in the schedule where the values take the most memory, each place of it once."""
+    """Returns the position in the schedule at which live values occupy the most memory."""
     best, most = 0, -1
     starts = sorted({value.first for value in values if value.first <= value.last})
     large = [value for value in values if value.size >= 2**10]
@@ -142,10 +147,10 @@ def _entry(
 ) -> dict[str, Any]:
     known = [v for v in here if v.name in instructions]
     if argument:
-        told = [v for v in known if instructions[v.name].opcode == "parameter"]
+        named = [v for v in known if instructions[v.name].opcode == "parameter"]
     else:
-        told = [v for v in known if instructions[v.name].opcode not in _CARRIERS]
-    value = (told or known or here)[0]
+        named = [v for v in known if instructions[v.name].opcode not in _CARRIERS]
+    value = (named or known or here)[0]
     instruction = instructions.get(value.name)
     return {
         "name": value.name,
@@ -158,13 +163,13 @@ def _entry(
     }
 
 
-def _alike(entry: dict[str, Any]) -> tuple[Any, ...]:
+def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
     names = () if entry["argument"] else (entry["opcode"], entry["op_name"], entry["source"])
     return (entry["argument"], entry["shape"], entry["bytes"], *names)
 
 
 def summary(entry: dict[str, Any]) -> str:
-    """Returns an entry of `largest` as a line of text."""
+    """Returns an entry as a line of text."""
     place = f"{entry['op_name']} {entry['source']}".strip()
     return (
         f"{entry['bytes'] * entry['count'] / 2**20:10.1f} MiB  {entry['count']} x {entry['shape']} "
