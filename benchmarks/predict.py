@@ -55,14 +55,15 @@ def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
     from gptjax.interop import arrays as arrays_lib
     from gptjax.interop import convert, huggingface
     from gptjax.model import gpt as gpt_lib
+    from gptjax.parameters import TASK_HEAD_KERNEL
 
     config = sizes.model_config(sizes.Size(**spec["model"]), "float32")
     task = TaskSpec(TaskKind.CLASSIFICATION, "text", labels=("0", "1"))
     model = gpt_lib.make_model(config, task)
     arrays = arrays_lib.flatten(gpt_lib.init_params(model, jax.random.key(0)))
     # Last states have a norm of sqrt(width): logits that differ from text to text.
-    arrays[arrays_lib.KERNEL] = np.random.default_rng(0).normal(
-        size=arrays[arrays_lib.KERNEL].shape
+    arrays[TASK_HEAD_KERNEL] = np.random.default_rng(0).normal(
+        size=arrays[TASK_HEAD_KERNEL].shape
     ).astype(np.float32) / np.sqrt(config.width)  # fmt: skip
     tokenizer = tokenizer_lib.load(spec["tokenizer"])
     theirs, ours = folder / "transformers", folder / "ours"

@@ -1,4 +1,10 @@
-"""The mesh, and one table of rules that says how every array is laid out on it."""
+"""The mesh of devices, and the layout of parameters, training states and batches on it.
+
+The axes of the mesh: `data` (each device has its own rows of a batch and a copy of the parameters),
+`fsdp` (its own rows, and a part of the parameters), `tensor` (the same rows, and a part of every
+layer's computation). Which axis of a parameter is sharded over which mesh axis is written in the
+table of `gptjax.parameters`.
+"""
 
 import contextlib
 import math
@@ -13,36 +19,29 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gptjax import parameters
 from gptjax.batch import Batch
 from gptjax.config.schema import MeshConfig
 from gptjax.errors import require
 
+Params = dict[str, Any]
+"""The parameter tree: nested dictionaries whose leaves are arrays."""
+
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-
-# Path of an array (the optimizer's copies end in the parameter's own path) -> its axes' mesh axes.
-_RULES: tuple[tuple[str, P], ...] = (
-    ("token_embedding", P("tensor", "fsdp")),
-    ("(position|segment)_embedding", P()),
-    ("lm_head/kernel", P("tensor", "fsdp")),
-    ("lm_head/bias", P("tensor")),
-    ("qkv/kernel", P(None, "fsdp", None, "tensor", None)),
-    ("qkv/bias", P(None, None, "tensor", None)),
-    ("attention/out/kernel", P(None, "tensor", None, "fsdp")),
-    ("ffn_in/kernel", P(None, "fsdp", "tensor")),
-    ("ffn_in/bias", P(None, "tensor")),
-    ("ffn_out/kernel", P(None, "tensor", "fsdp")),
-    ("", P()),
-)
+"""The mesh axes over which the rows of a batch are sharded."""
 
 
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh ('data', 'fsdp', 'tensor'); a size of -1 takes the devices that are left.
+    """Returns the mesh with the axes `AXES`.
 
-    Devices of several TPU slices are laid out so that the data axis goes over the slices.
+    Args:
+      config: the size of each axis; -1 stands for the number of devices that the others leave.
+      devices: the devices of the mesh; None: all devices of JAX. If they belong to several TPU
+        slices, the data axis goes across the slices.
 
     Raises:
-      UserError: the sizes do not fit the devices.
+      UserError: the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.tensor]
@@ -63,7 +62,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     outer = _over_slices(sizes, len({_slice(device) for device in devices}))
     inner = [size // share for size, share in zip(sizes, outer, strict=True)]
-    # An axis may be a part of a torus's axis: 4 x 4 chips are 2 x 4 x 2 too.
+    # A mesh axis may be a part of an axis of the chips' torus, so that 4 x 4 chips make a mesh of
+    # 2 x 4 x 2.
     if outer == [1, 1, 1]:
         grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     else:
@@ -74,21 +74,29 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def _slice(device: jax.Device) -> int:
+    """Returns the number of the device's TPU slice; 0 for other devices."""
     return getattr(device, "slice_index", 0)
 
 
 def slice_devices(mesh: Mesh) -> list[jax.Device]:
-    """Returns the devices of the first slice, as a program counts them: in the mesh's order."""
+    """Returns the devices of the first TPU slice, in the order of the mesh."""
     devices = list(mesh.devices.flat)
     return [device for device in devices if _slice(device) == _slice(devices[0])]
 
 
 def _over_slices(sizes: list[int], slices: int) -> list[int]:
-    """Returns how many parts of each axis lie in different slices.
+    """Returns the number of parts into which the slices divide each axis.
 
-    Between slices is a data centre's network, a hundred times slower than the links of one. The
-    data axis needs it least: it sums gradients once a step. Where the axis is too short for the
-    slices, fsdp takes the rest.
+    Slices are connected by the network of the data centre, which is a hundred times slower than
+    the links inside a slice. The data axis communicates least, one sum of the gradients a step, so
+    that it goes across the slices. If it is too short for all of them, fsdp goes across the rest.
+
+    Args:
+      sizes: of the three axes.
+      slices: how many slices there are.
+
+    Raises:
+      UserError: the data and fsdp axes cannot be divided among the slices.
 
     >>> _over_slices([8, 4, 1], 2), _over_slices([2, 8, 1], 4)
     ([2, 1, 1], [2, 2, 1])
@@ -103,85 +111,104 @@ def _over_slices(sizes: list[int], slices: int) -> list[int]:
     return [data, rest, 1]
 
 
-def several(mesh: Mesh | None) -> TypeGuard[Mesh]:
-    """Returns whether there is more than one device."""
+def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
+    """Returns whether the mesh has more than one device, so that arrays are sharded."""
     return mesh is not None and mesh.size > 1
 
 
 def platform(mesh: Mesh | None) -> str:
-    """Returns what the devices are: cpu, gpu or tpu; without a mesh, JAX's first device."""
+    """Returns "cpu", "gpu" or "tpu": the platform of the mesh, or of JAX's default device."""
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
 def compute_capability(mesh: Mesh | None) -> float:
-    """Returns what an NVIDIA GPU of the mesh is (7.5 Turing, 8.0 Ampere, 9.0 Hopper); else 0."""
+    """Returns the compute capability of NVIDIA GPUs (8.0 for Ampere); 0 for other devices.
+
+    Args:
+      mesh: of equal devices; None: JAX's first device.
+    """
     device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
     found = re.fullmatch(r"\d+\.\d+", str(getattr(device, "compute_capability", "")))
     return float(found[0]) if found else 0.0
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """Returns what the number of rows of a batch must be a multiple of."""
+    """Returns the number of devices along the batch axes: it must divide the rows of a batch."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def _path(path: tuple[Any, ...]) -> str:
+    """Returns the keys, field names and indices of a tree path, joined by slashes."""
     return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
 
-def _rule(name: str) -> P:
-    return next(spec for pattern, spec in _RULES if re.search(pattern, name))
+def _divisible(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns the layout without the mesh axes that do not divide their array axis.
 
-
-def _fit(spec: P, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Drops the mesh axes that do not divide their dimension (a vocabulary of odd size)."""
-    entries = [
-        axis if axis is not None and shape[i] % mesh.shape[axis] == 0 else None
-        for i, axis in enumerate(spec)
-    ]
+    An odd vocabulary size, for example, cannot be sharded over two devices.
+    """
+    entries = (
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape, strict=False)
+    )
     return P(*entries)
 
 
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
-    """Returns a NamedSharding for every array (or shape) of a state or parameter tree."""
+    """Returns the sharding of every array of a parameter tree or training state.
 
-    def rule(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        spec = _rule(_path(path))
-        return NamedSharding(mesh, _fit(spec, leaf.shape, mesh) if leaf.ndim >= len(spec) else P())
-
-    return jax.tree_util.tree_map_with_path(rule, tree)
-
-
-def parameter_spec(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Returns the layout of a parameter, of a single layer where layers are stacked.
+    Arrays whose path does not end in that of a parameter (the step, counters) are replicated.
 
     Args:
-      name: its path, "blocks/attention/qkv/kernel".
-      shape: of the parameter, without the axis of the layers.
-      mesh: the devices. Axes of one device are left out, as are those that do not divide.
+      tree: of arrays, or of anything with a shape.
+      mesh: the devices.
 
     Returns:
-      An entry for each axis.
+      The same tree with a NamedSharding for each array.
     """
-    spec = tuple(_rule(name))
-    spec = spec[1:] if len(spec) > len(shape) else spec
-    spec = spec + (None,) * (len(shape) - len(spec))
-    wide = (axis if axis is not None and mesh.shape[axis] > 1 else None for axis in spec)
-    return _fit(P(*wide), shape, mesh)
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        parameter = parameters.find(_path(path))
+        axes = parameter.mesh_axes if parameter else ()
+        if parameter and axes and parameter.stacked:
+            axes = (None, *axes)
+        fits = len(axes) <= leaf.ndim
+        return NamedSharding(mesh, _divisible(axes, leaf.shape, mesh) if fits else P())
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Returns the layout of a parameter of a single layer, as `state_sharding` stores it.
+
+    Args:
+      path: of the parameter, such as "blocks/attention/qkv/kernel".
+      shape: of the parameter, without the axis of the layers.
+      mesh: the devices.
+
+    Returns:
+      One entry for each array axis; None where the mesh axis has one device or does not divide the
+      array axis.
+    """
+    parameter = parameters.find(path)
+    axes = parameter.mesh_axes if parameter else ()
+    axes = axes + (None,) * (len(shape) - len(axes))
+    axes = tuple(axis if axis is not None and mesh.shape[axis] > 1 else None for axis in axes)
+    return _divisible(axes, shape, mesh)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data and fsdp axes."""
+    """Returns the sharding of a batch: its rows over the data and fsdp axes."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same on every device."""
+    """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Returns bool [rows]: which rows of a batch lie on devices of this process."""
+    """Returns bool [rows]: which rows of a batch the devices of this process hold."""
     found = np.zeros(rows, bool)
     for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
         found[index] = True
@@ -189,7 +216,10 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """Places a batch on the mesh, each device its rows; those of other processes are not read."""
+    """Copies to each device its rows of a batch.
+
+    The rows of other processes' devices are not read.
+    """
     sharding = batch_sharding(mesh)
 
     def place(array: np.ndarray) -> jax.Array:
@@ -199,9 +229,9 @@ def to_devices(batch: Batch, mesh: Mesh) -> Batch:
 
 
 def describe_machine() -> str:
-    """Returns what a measurement was made on: "2 x Intel(R) Xeon(R) ..., jax 0.10.2".
+    """Returns the hardware and versions of a measurement: "2 x Intel(R) Xeon(R) ..., jax 0.10.2".
 
-    With what the C library was told about its memory, by the launcher or by the user.
+    On a CPU the settings of the C library's memory allocator are included.
     """
     device = jax.devices()[0]
     count, kind = jax.device_count(), device.device_kind
@@ -214,6 +244,3 @@ def describe_machine() -> str:
         f"{count} x {kind}, Python {host_platform.python_version()}, jax {jax.__version__}"
         f"{memory and f', GLIBC_TUNABLES={memory}'}"
     )
-
-
-Params = dict[str, Any]

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.mesh import Params
+from gptjax.parameters import BLOCKS
 
 
 @flax.struct.dataclass
@@ -79,7 +80,7 @@ def keep_layers(params: Params, fresh: Params, count: int) -> Params:
         layer = jnp.arange(ours.shape[0]).reshape(-1, *[1] * (ours.ndim - 1))
         return jnp.where(layer < count, ours, new)
 
-    return {**params, "blocks": jax.tree.map(choose, params["blocks"], fresh["blocks"])}
+    return {**params, BLOCKS: jax.tree.map(choose, params[BLOCKS], fresh[BLOCKS])}
 
 
 def _flatten(params: Params, skip: tuple[str, ...]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import small
 
 from gptjax.interop import arrays, huggingface
 from gptjax.interop.arrays import Arrays, Weights
+from gptjax.parameters import TASK_HEAD_BIAS, TASK_HEAD_KERNEL, TOKEN_EMBEDDING
 
 GOLDEN = pathlib.Path(__file__).with_name("golden") / "double_heads.npz"
 LM_WEIGHT = 0.5
@@ -73,15 +74,15 @@ def double_heads(weights: Weights, task: small.Task) -> Arrays:
 def _by_our_names(gradients: Arrays, weights_: Weights) -> Arrays:
     """Gradients by transformers' names, stacked like our parameters."""
     ours: dict[str, Any] = {
-        huggingface._ours(name.removeprefix("transformer.")): array
+        huggingface.our_name(name.removeprefix("transformer.")): array
         for name, array in gradients.items()
     }
     output = ours.pop("lm_head.weight", None)  # tied: torch names the one parameter after either
     if output is not None:
-        ours[arrays.TOKENS] = output
+        ours[TOKEN_EMBEDDING] = output
     head = {
-        arrays.KERNEL: ours.pop("multiple_choice_head.summary.weight").T,
-        arrays.BIAS: ours.pop("multiple_choice_head.summary.bias"),
+        TASK_HEAD_KERNEL: ours.pop("multiple_choice_head.summary.weight").T,
+        TASK_HEAD_BIAS: ours.pop("multiple_choice_head.summary.bias"),
     }
     return arrays.stack_layers(ours, weights_.model, "gradients") | head
 

@@ -22,7 +22,7 @@ from gptjax.data.tokens import tokenizer
 from gptjax.model import gpt
 from gptjax.model import objective as objective_lib
 from gptjax.model.gpt import GPT
-from gptjax.ops import attention
+from gptjax.ops.attention import plain
 from gptjax.train import step as step_lib
 
 WORDS = "the cat sat on a mat while some dogs ran far away from home and then came back again"
@@ -235,8 +235,8 @@ def outputs_by_hash_seed(code, seeds):
     }  # fmt: skip
 
 
-def attend(q_BTHK, k_BSHK, v_BSHK, visible_BTS, *dropout):
-    """`attention.attend` of [B, T, H, K]."""
+def attend(q_BTHK, k_BSHK, v_BSHK, visible_BTS, dropout_key=None):
+    """`plain.attend` of [B, T, H, K]."""
     heads_first = (jnp.moveaxis(x, 2, 1) for x in (q_BTHK, k_BSHK, v_BSHK))
-    y_BHTK = attention.attend(*heads_first, visible_BTS[:, None], *dropout)
+    y_BHTK = plain.attend(*heads_first, visible_BTS[:, None], dropout_key)
     return jnp.moveaxis(y_BHTK, 1, 2)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gptjax.batch import Batch
+from gptjax.batch import Batch, TokenType
 from gptjax.data.tasks import Examples
 
 # Row lengths are multiples of this.
@@ -241,11 +241,12 @@ def _place(
         batch.tokens[b, span] = tokens
         batch.segment_ids[b, span] = cursor.segment
         batch.positions[b, span] = np.arange(length)
-        batch.token_types[b, start + examples.second_start[sequence] : start + length] = 1
+        second = start + examples.second_start[sequence]
+        batch.token_types[b, second : start + length] = TokenType.SECOND_TEXT
         end = length
         if examples.padding_start is not None:
             end = int(examples.padding_start[sequence])
-            batch.token_types[b, start + end : start + length] = 2
+            batch.token_types[b, start + end : start + length] = TokenType.PADDING
         batch.lm_weights[b, start : start + end - 1] = 1 / (end - 1) if sequence_means else 1.0
         batch.extract[b, e, c] = start + length - 1
         batch.candidate_mask[b, e, c] = 1.0

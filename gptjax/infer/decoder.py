@@ -1,11 +1,10 @@
 """The decoder's weights, prepared for the generation of one token at a time.
 
 The time to generate a token is the time to read all weights from memory: the arithmetic is small.
-Before the first token the weights are therefore cast to the compute dtype, split into layers, and
-transposed, which is the layout that a CPU reads fastest.
+Before the first token the weights are therefore converted to the layout that is read fastest,
+`gptjax.model.gpt.KernelLayout.DECODING`.
 
-Letters of shapes: N sequences, T tokens, D width, V vocabulary, S cache entries, H heads, K width
-of a head.
+Letters of shapes, besides those of `gptjax.batch`: N sequences.
 """
 
 import functools
@@ -16,9 +15,10 @@ import jax.numpy as jnp
 
 from gptjax import mesh
 from gptjax.mesh import Params
-from gptjax.model.gpt import GPT, Layers, run
+from gptjax.model.gpt import GPT, decoding_layers, run
 from gptjax.ops import matmul
 from gptjax.ops.attention import Cache
+from gptjax.parameters import PARAMETERS, Role
 
 Array = jax.Array
 Caches = tuple[Cache, ...]
@@ -32,14 +32,14 @@ class Decoder:
     Attributes:
       model: its task head is not used.
       embeddings: the embedding tables by their parameter names, float32.
-      layers: the variables of each block, kernels transposed and in the compute dtype.
+      layers: the parameters of each block, from `gptjax.model.gpt.decoding_layers`.
       lm_rows_VD: the kernel of the LM head, in the compute dtype.
       lm_bias_V: the bias of the LM head, float32; None where the head has none.
     """
 
     model: GPT = flax.struct.field(pytree_node=False)
     embeddings: Params
-    layers: Layers
+    layers: tuple[Params, ...]
     lm_rows_VD: Array
     lm_bias_V: Array | None
 
@@ -66,7 +66,7 @@ class Decoder:
 
     def lm_logits(self, x_NTD: Array) -> Array:
         """Returns the logits of the token after each state, float32 [N, T, V]."""
-        logits_NTV = matmul.times_transposed(x_NTD, self.lm_rows_VD, 1)
+        logits_NTV = matmul.matmul_transposed(x_NTD, self.lm_rows_VD, 1)
         return logits_NTV if self.lm_bias_V is None else logits_NTV + self.lm_bias_V[None, None]
 
 
@@ -78,27 +78,12 @@ def prepare(model: GPT, params: Params) -> Decoder:
       model: with or without a task head.
       params: the parameters of the model.
     """
-    layers = []
-    for index in range(model.config.num_layers):
-        own, prepared = _layer(params["blocks"], index, model.config.dtype)
-        layers.append({"params": own, "prepared": prepared})
-    rows, bias_V = run(model, params, method="lm_projection")
-    embeddings = {name: value for name, value in params.items() if name.endswith("_embedding")}
-    rows_VD = rows[: model.config.vocab_size].astype(model.config.dtype)
-    return Decoder(model, embeddings, tuple(layers), rows_VD, bias_V)
-
-
-def _layer(tree: Params, index: int, dtype: str) -> tuple[Params, Params]:
-    """Returns one layer's parameters without the kernels, and its kernels for `model.Linear`."""
-    params: Params = {}
-    prepared: Params = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            params[name], prepared[name] = _layer(value, index, dtype)
-        elif name == "kernel":
-            num_inputs = value.ndim - tree["bias"].ndim
-            to = range(-num_inputs, 0)
-            prepared[name] = jnp.moveaxis(value[index].astype(dtype), range(num_inputs), to)
-        else:
-            params[name] = value[index]
-    return params, prepared
+    layers = decoding_layers(params, model.config)
+    head = run(model, params, method="lm_projection")
+    embeddings = {
+        path: params[path]
+        for path, parameter in PARAMETERS.items()
+        if parameter.role == Role.EMBEDDING and path in params
+    }
+    rows_VD = head.table_VD[: model.config.vocab_size].astype(model.config.dtype)
+    return Decoder(model, embeddings, layers, rows_VD, head.bias_V)

@@ -88,7 +88,7 @@ class LoadedGPT:
         # The kernels share the rows between the devices, which needs enough of them.
         return self._make(AttentionKind.PLAIN if self.mesh.size > 1 else AttentionKind.AUTO)
 
-    def _batched(self, longest: int = 0) -> GPT:
+    def _batched(self, longest: int | None = None) -> GPT:
         """The same for batches whose rows the devices share."""
         return self._make(AttentionKind.AUTO, self.mesh, longest)
 
@@ -97,7 +97,9 @@ class LoadedGPT:
         """A second copy of the weights, from the first generation on: later ones begin at once."""
         return decoder_lib.prepare(self.model, self.params)
 
-    def _make(self, attention: AttentionKind, mesh: Mesh | None = None, longest: int = 0) -> GPT:
+    def _make(
+        self, attention: AttentionKind, mesh: Mesh | None = None, longest: int | None = None
+    ) -> GPT:
         # The attention of the training was for its devices, not for these.
         config = dataclasses.replace(self.config, attention=attention)
         return gpt.make_model(config, self.task, mesh, longest)
@@ -248,7 +250,7 @@ class LoadedGPT:
         assert found is not None
         return found
 
-    def _step(self, objective: Objective, longest: int = 0) -> Callable[..., Any]:
+    def _step(self, objective: Objective, longest: int | None = None) -> Callable[..., Any]:
         return score_lib.jit_eval_step(self.mesh, self._batched(longest), objective)
 
     def _run(self, examples: Examples, objective: Objective) -> score_lib.Outputs:

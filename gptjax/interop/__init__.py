@@ -1,1 +1,1 @@
-"""Weights in the formats of others: OpenAI's release and Hugging Face folders."""
+"""Weights in other formats: OpenAI's release and Hugging Face's folders."""

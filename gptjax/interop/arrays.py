@@ -1,9 +1,10 @@
-"""Weights that travel: what `openai.py` and `huggingface.py` share.
+"""A model as named arrays: what the formats of OpenAI and of Hugging Face have in common.
 
-Both formats hold the arrays that we hold, but one of each kind a layer where ours are stacked, and
-with heads, q, k and v side by side in one matrix. What a format has no place for (special tokens, a
-task head, the task) lies in side files, `gptjax.json` and `gptjax.safetensors`, so that reading
-back what was written gives every bit. No pickle is ever read.
+Both formats store the same numbers as our checkpoints, but every layer by itself, where our arrays
+hold all layers; and the heads, and query, key and value, are side by side in one matrix. What a
+format has no place for (special tokens, a task head, the description of the task) goes into two
+files beside it, `gptjax.json` and `gptjax.safetensors`. So reading what was written gives back
+every bit. No pickle is ever read.
 """
 
 import dataclasses
@@ -17,31 +18,35 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import traverse_util
 
+from gptjax import parameters
 from gptjax.config import schema
 from gptjax.config.schema import ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
 from gptjax.errors import UserError, brief, require
 from gptjax.io.files import read_json
+from gptjax.parameters import (
+    POSITION_EMBEDDING,
+    TASK_HEAD_BIAS,
+    TASK_HEAD_KERNEL,
+    TOKEN_EMBEDDING,
+    Parameter,
+    Role,
+)
 
 Arrays = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
 
-TOKENS, POSITIONS = "token_embedding", "position_embedding"
-KERNEL, BIAS = "task_head/kernel", "task_head/bias"
-# The arrays of a block, in the order of OpenAI's release.
-BLOCK = (
-    "attention/qkv/kernel", "attention/qkv/bias", "attention/out/kernel", "attention/out/bias",
-    "norm1/scale", "norm1/bias", "ffn_in/kernel", "ffn_in/bias", "ffn_out/kernel", "ffn_out/bias",
-    "norm2/scale", "norm2/bias",
-)  # fmt: skip
-_SIDE, _SIDE_ARRAYS = "gptjax.json", "gptjax.safetensors"
+_SIDE_FILE, _SIDE_ARRAYS_FILE = "gptjax.json", "gptjax.safetensors"
+
+BLOCK_PARAMETERS = parameters.in_openai_order(stacked=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """A model without its training."""
+    """A model with its tokenizer and task, without the state of its training."""
 
     model: ModelConfig
     arrays: Arrays
@@ -50,14 +55,20 @@ class Weights:
     task: TaskSpec | None = None
 
     @property
-    def own_rows(self) -> int:
-        """Rows of the token embedding before those of the special tokens."""
+    def num_ordinary_tokens(self) -> int:
+        """Number of tokens before the special tokens."""
         return len(self.tokenizer) - len(SPECIALS)
+
+    @property
+    def task_head(self) -> Arrays:
+        """The arrays of the task head; empty if there is none."""
+        names = (TASK_HEAD_KERNEL, TASK_HEAD_BIAS)
+        return {name: self.arrays[name] for name in names if name in self.arrays}
 
 
 @dataclasses.dataclass(frozen=True)
-class Side:
-    """What a format has no place for."""
+class SideFiles:
+    """The contents of the two files beside those of the format."""
 
     model: ModelConfig
     tokenizer: Tokenizer
@@ -65,91 +76,97 @@ class Side:
     arrays: Arrays
 
 
-def flatten(params: Mapping[str, Any], prefix: str = "") -> Arrays:
-    """Nested parameters -> arrays by path."""
-    found: Arrays = {}
-    for name, value in params.items():
-        if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{name}/")
-        else:
-            found[prefix + name] = np.asarray(value, np.float32)
-    return found
+def flatten(params: Mapping[str, Any]) -> Arrays:
+    """Returns the arrays of a parameter tree by path, float32."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return {path: np.asarray(array, np.float32) for path, array in flat.items()}
 
 
 def unflatten(arrays: Arrays) -> dict[str, Any]:
-    """Arrays by path -> nested parameters."""
-    params: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *folders, name = path.split("/")
-        place = params
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[name] = array
-    return params
+    """Returns the parameter tree of arrays by path."""
+    return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def _stacked_shapes(model: ModelConfig) -> Shapes:
-    """Our shapes of the arrays of all blocks, by name in a block."""
-    width, ffn, heads = model.width, model.hidden_ffn_width, (model.num_heads, model.head_width)
-    special = {
-        "attention/qkv/kernel": (width, 3, *heads),
-        "attention/qkv/bias": (3, *heads),
-        "attention/out/kernel": (*heads, width),
-        "ffn_in/kernel": (width, ffn),
-        "ffn_in/bias": (ffn,),
-        "ffn_out/kernel": (ffn, width),
-    }
-    return {name: (model.num_layers, *special.get(name, (width,))) for name in BLOCK}
+def _layer_shape(parameter: Parameter, model: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of a parameter of a block, without the axis of the layers."""
+    sizes = {
+        "D": model.width, "F": model.hidden_ffn_width, "3": 3, "H": model.num_heads,
+        "K": model.head_width,
+    }  # fmt: skip
+    return tuple(sizes[letter] for letter in parameter.shape)
 
 
-def _as_matrix(name: str, array: np.ndarray) -> np.ndarray:
-    """One block's array as [inputs, outputs] or [outputs]: heads, q, k and v side by side."""
-    if name.endswith("out/kernel"):
+def _as_matrix(parameter: Parameter, array: np.ndarray) -> np.ndarray:
+    """Returns a layer's array as [inputs, outputs] or [outputs].
+
+    Heads, and query, key and value, are joined to one axis.
+    """
+    if parameter.role != Role.KERNEL:
+        return array.reshape(-1)
+    if parameter.shape.endswith("D"):
         return array.reshape(-1, array.shape[-1])
-    return array.reshape(array.shape[0], -1) if name.endswith("kernel") else array.reshape(-1)
+    return array.reshape(array.shape[0], -1)
 
 
 def split_layers(weights: Weights) -> Arrays:
-    """Returns both embeddings, and "LAYER/name" matrices and vectors of every block."""
-    found = {name: weights.arrays[name] for name in (POSITIONS, TOKENS)}
+    """Returns the model's arrays, one for each layer, in the order of OpenAI's release.
+
+    Returns:
+      Both embeddings by their path; and for each layer "LAYER/PATH", where PATH is that in a block,
+      as matrices [inputs, outputs] and vectors.
+    """
+    found = {name: weights.arrays[name] for name in (POSITION_EMBEDDING, TOKEN_EMBEDDING)}
     for layer in range(weights.model.num_layers):
-        for name in BLOCK:
-            array = weights.arrays[f"blocks/{name}"][layer]
-            found[f"{layer}/{name}"] = _as_matrix(name, array)
+        for parameter in BLOCK_PARAMETERS:
+            array = weights.arrays[parameter.path][layer]
+            found[f"{layer}/{parameter.path_in_block}"] = _as_matrix(parameter, array)
     return found
 
 
 def stack_layers(found: Arrays, model: ModelConfig, where: str) -> Arrays:
-    """The inverse of `split_layers`.
+    """Returns arrays by path in our parameter tree: the inverse of `split_layers`.
+
+    Args:
+      found: what `split_layers` returns.
+      model: the sizes that the arrays must have.
+      where: name of the arrays' source in error messages.
 
     Raises:
-      UserError: names every missing, extra and mis-shaped array, and one that is not finite.
+      UserError: an array is missing, not expected, of another shape, or not finite.
     """
-    there = len({name.partition("/")[0] for name in found} - {POSITIONS, TOKENS})
+    embeddings = (TOKEN_EMBEDDING, POSITION_EMBEDDING)
+    layers = len({name.partition("/")[0] for name in found} - set(embeddings))
     require(
-        model.num_layers <= there,
-        f"{where}: the configuration has {model.num_layers} layers, the weights {there}",
+        model.num_layers <= layers,
+        f"{where}: the configuration has {model.num_layers} layers, the weights {layers}",
     )
-    ours = _stacked_shapes(model)
     wanted: Shapes = {
-        POSITIONS: (model.context_length, model.width),
-        TOKENS: (model.vocab_size, model.width),
+        POSITION_EMBEDDING: (model.context_length, model.width),
+        TOKEN_EMBEDDING: (model.vocab_size, model.width),
     }
+    shapes = {parameter: _layer_shape(parameter, model) for parameter in BLOCK_PARAMETERS}
     for layer in range(model.num_layers):
-        for name, shape in ours.items():
-            wanted[f"{layer}/{name}"] = _as_matrix(name, np.broadcast_to(0.0, shape[1:])).shape
+        for parameter, shape in shapes.items():
+            matrix = _as_matrix(parameter, np.broadcast_to(0.0, shape))
+            wanted[f"{layer}/{parameter.path_in_block}"] = matrix.shape
     require_shapes({name: array.shape for name, array in found.items()}, wanted, where)
     for name, array in found.items():
         require(np.isfinite(array).all(), f"{where}: {name} has values that are not finite")
-    arrays = {name: found[name] for name in (TOKENS, POSITIONS)}
-    for name, shape in ours.items():
-        layers = [found[f"{layer}/{name}"] for layer in range(model.num_layers)]
-        arrays[f"blocks/{name}"] = np.stack(layers).reshape(shape)
+    arrays = {name: found[name] for name in embeddings}
+    for parameter, shape in shapes.items():
+        of_layers = [
+            found[f"{layer}/{parameter.path_in_block}"] for layer in range(model.num_layers)
+        ]
+        arrays[parameter.path] = np.stack(of_layers).reshape(model.num_layers, *shape)
     return arrays
 
 
 def require_shapes(found: Shapes, wanted: Shapes, where: str) -> None:
-    """Names every missing, extra and mis-shaped array."""
+    """Checks the names and shapes of arrays.
+
+    Raises:
+      UserError: it names every array that is missing, not expected, or of another shape.
+    """
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"extra {name}" for name in found if name not in wanted]
     problems += [
@@ -161,7 +178,11 @@ def require_shapes(found: Shapes, wanted: Shapes, where: str) -> None:
 
 
 def require_plain(model: ModelConfig) -> None:
-    """Refuses what GPT-1's formats cannot say."""
+    """Checks that the formats of GPT-1 have a place for everything in the model.
+
+    Raises:
+      UserError: they have none.
+    """
     require(
         not model.segment_types,
         "`mode`=export: the model has a segment embedding; the format has no place for it",
@@ -178,22 +199,37 @@ def require_plain(model: ModelConfig) -> None:
     )
 
 
-def with_specials(tokens: np.ndarray, tokenizer: Tokenizer, where: str) -> np.ndarray:
-    """Adds rows drawn from N(0, 0.02) for our special tokens to an embedding that has none."""
-    own = len(tokenizer) - len(SPECIALS)
+def add_special_tokens(embedding: np.ndarray, tokenizer: Tokenizer, where: str) -> np.ndarray:
+    """Adds rows for our special tokens to a token embedding that has none.
+
+    The rows are drawn from N(0, 0.02) with a fixed seed.
+
+    Args:
+      embedding: float32 [V, D], the ordinary tokens.
+      tokenizer: of the model, with the special tokens.
+      where: name of the embedding's source in error messages.
+
+    Raises:
+      UserError: the embedding and the tokenizer do not have the same number of ordinary tokens.
+    """
+    ordinary = len(tokenizer) - len(SPECIALS)
     require(
-        len(tokens) == own,
-        f"{where}: the token embedding has {len(tokens)} rows, the vocabulary {own} tokens; give "
-        "the vocabulary that the weights were trained with",
+        len(embedding) == ordinary,
+        f"{where}: the token embedding has {len(embedding)} rows, the vocabulary {ordinary} "
+        "tokens; give the vocabulary that the weights were trained with",
     )
-    drawn = np.random.default_rng(0).normal(0.0, 0.02, (len(SPECIALS), tokens.shape[1]))
-    return np.concatenate([tokens, drawn.astype(np.float32)])
+    drawn = np.random.default_rng(0).normal(0.0, 0.02, (len(SPECIALS), embedding.shape[1]))
+    return np.concatenate([embedding, drawn.astype(np.float32)])
 
 
 def read_safetensors(path: pathlib.Path) -> Arrays:
-    """Reads the arrays of a file as float32; a broken one is a `UserError`."""
+    """Reads the arrays of a file as float32.
+
+    Raises:
+      UserError: the file is damaged, or has arrays of integers or of values that are not finite.
+    """
     try:
-        # As JAX arrays: NumPy alone has no bfloat16.
+        # Read as JAX arrays, because NumPy has no bfloat16.
         with safetensors.safe_open(path, framework="flax") as file:
             names = file.keys()
             found = {name: file.get_tensor(name) for name in names}
@@ -209,32 +245,49 @@ def read_safetensors(path: pathlib.Path) -> Arrays:
 
 
 def _digest(files: Sequence[pathlib.Path]) -> str:
+    """Returns a hash of the contents of the files."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def write_side(weights: Weights, files: Sequence[pathlib.Path], extra: Arrays) -> None:
-    """Writes the side files beside the `files` that hold the other arrays."""
+def write_side_files(weights: Weights, files: Sequence[pathlib.Path], extra: Arrays) -> None:
+    """Writes the side files.
+
+    Args:
+      weights: the model.
+      files: the format's files with the other arrays, which are in the same folder.
+      extra: the arrays that the format has no place for.
+    """
     folder = files[0].parent
-    task = weights.task and dataclasses.asdict(weights.task)
-    side = {
+    values = {
         "model": dataclasses.asdict(weights.model),
-        "task": task,
+        "task": weights.task and dataclasses.asdict(weights.task),
         "tokenizer": weights.tokenizer.to_json(),
-        # Whoever writes other weights into the folder leaves side files that are not theirs.
+        # Another program may replace the format's files and leave the side files as they are.
+        # With the hash a reader notices that they no longer belong together.
         "weights_sha256": _digest(files),
     }
-    (folder / _SIDE).write_text(json.dumps(side, indent=2), encoding="utf-8")
+    (folder / _SIDE_FILE).write_text(json.dumps(values, indent=2), encoding="utf-8")
     arrays = {name: np.ascontiguousarray(array) for name, array in extra.items()}
-    safetensors.numpy.save_file(arrays, folder / _SIDE_ARRAYS)
+    safetensors.numpy.save_file(arrays, folder / _SIDE_ARRAYS_FILE)
 
 
-def read_side(files: Sequence[pathlib.Path]) -> Side | None:
-    """Returns what lies beside `files`; None where nothing does, or what is of other weights."""
+def read_side_files(files: Sequence[pathlib.Path]) -> SideFiles | None:
+    """Reads the side files.
+
+    Args:
+      files: the format's files with the other arrays.
+
+    Returns:
+      Their contents; None if there are none, or if they belong to other weights.
+
+    Raises:
+      UserError: they are damaged.
+    """
     folder = files[0].parent
-    path = folder / _SIDE
+    path = folder / _SIDE_FILE
     if not path.exists():
         return None
     values = read_json(path)
@@ -246,4 +299,4 @@ def read_side(files: Sequence[pathlib.Path]) -> Side | None:
         task = TaskSpec.from_dict(values["task"]) if values["task"] else None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: is not what gptjax wrote ({error!r}); remove it") from error
-    return Side(model, tokenizer, task, read_safetensors(folder / _SIDE_ARRAYS))
+    return SideFiles(model, tokenizer, task, read_safetensors(folder / _SIDE_ARRAYS_FILE))

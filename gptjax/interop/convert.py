@@ -1,4 +1,4 @@
-"""The modes `import` and `export`: weights of others become checkpoints, and checkpoints theirs."""
+"""The modes `import` and `export`: weights in another format to a checkpoint, and back."""
 
 import os
 import pathlib
@@ -42,7 +42,11 @@ FORMATS: dict[str, types.ModuleType] = {
 
 @contextmanager
 def _new_folder(path: str) -> Iterator[pathlib.Path]:
-    """A folder to fill, put at `path` when it is whole; one that holds something is refused."""
+    """Yields a temporary folder, which becomes `path` when the `with` block ends without an error.
+
+    Raises:
+      UserError: `path` exists and is not an empty folder, or is not on this machine.
+    """
     require(path, "`output`: give the folder to write")
     require(not remote.is_remote(path), f"`output`={path}: must be a folder of this machine")
     target = pathlib.Path(os.path.abspath(path))
@@ -54,14 +58,14 @@ def _new_folder(path: str) -> Iterator[pathlib.Path]:
         try:
             yield place
             _open_to_readers(place)
-            place.replace(target)  # an empty folder at the target is replaced
+            place.replace(target)  # the target may be an empty folder
         except BaseException:
             shutil.rmtree(place, ignore_errors=True)
             raise
 
 
 def _open_to_readers(folder: pathlib.Path) -> None:
-    """Gives a temporary folder and its files, made for their owner alone, the usual rights."""
+    """Gives a folder and its files the usual permissions; those of temporary files are stricter."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (folder, *folder.rglob("*")):
@@ -71,16 +75,20 @@ def _open_to_readers(folder: pathlib.Path) -> None:
 def import_weights(
     input_path: str, output_path: str, form: str, words: str = Words.EXACT
 ) -> list[str]:
-    """Makes a workdir, for all other modes, of the weights in a folder.
+    """Writes weights in another format as a workdir, which all other modes can read.
 
     Args:
-      input_path: the folder.
+      input_path: the folder with the weights.
       output_path: the workdir, which must not exist yet.
       form: one of `FORMATS`.
-      words: as in `TokenizerConfig.words`; what `export_weights` wrote knows its own.
+      words: as in `TokenizerConfig.words`. What `export_weights` wrote has its own tokenizer, for
+        which this does not matter.
 
     Returns:
-      Lines for the user.
+      Lines to print for the user.
+
+    Raises:
+      UserError: a folder is wrong, or the weights cannot be read.
     """
     require(words in tuple(Words), f"`tokenizer.words`={words}: must be {' or '.join(Words)}")
     require(input_path, "`input`: give the folder with the weights")
@@ -97,18 +105,20 @@ def import_weights(
 
 
 def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
+    """Reads a folder; every error is a `UserError`."""
     try:
         found = FORMATS[form].read(folder, words == Words.EXACT)
         validation.validate_model(found.model)
         return found
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Files of others can be wrong in more ways than can be asked for one by one.
+        # Files of other programs can be wrong in too many ways to check each of them.
         raise UserError(
             f"`input`={folder}: cannot be read as `format`={form} ({brief(error)})"
         ) from error
 
 
 def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
+    """Writes the weights as a checkpoint; `where` is the input's name in error messages."""
     model = gpt.make_model(found.model, found.task)
     like = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
     try:
@@ -143,12 +153,15 @@ def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
     """Writes a checkpoint in another format.
 
     Args:
-      input_path: a workdir, a stage or a step of it.
-      output_path: the folder, which must not exist yet.
+      input_path: a workdir, or a stage or a step in it.
+      output_path: the folder to write, which must not exist yet.
       form: one of `FORMATS`.
 
     Returns:
-      Lines for the user.
+      Lines to print for the user.
+
+    Raises:
+      UserError: a folder is wrong, or the format has no place for a part of the model.
     """
     require(input_path, "`input`: give the `workdir` of a finished training")
     checkpoint = open_checkpoint(input_path, "input")

@@ -1,8 +1,10 @@
-"""Folders of Hugging Face's `openai-gpt` model: config.json, model.safetensors, tokenizer.
+"""Folders of Hugging Face's `openai-gpt` models: config.json, model.safetensors, a tokenizer.
 
-OpenAIGPTModel, OpenAIGPTLMHeadModel      the decoder
-OpenAIGPTDoubleHeadsModel                 and the head of a multiple choice
-OpenAIGPTForSequenceClassification        and that of a classification or entailment
+The class of transformers that a folder is for depends on its task head:
+
+OpenAIGPTModel, OpenAIGPTLMHeadModel      none
+OpenAIGPTDoubleHeadsModel                 that of a multiple choice
+OpenAIGPTForSequenceClassification        that of a classification or entailment
 """
 
 import dataclasses
@@ -27,49 +29,64 @@ from gptjax.data.tokens.tokenizer import (
 )
 from gptjax.errors import UserError, require
 from gptjax.interop import arrays as arrays_lib
-from gptjax.interop.arrays import BIAS, BLOCK, KERNEL, POSITIONS, TOKENS, Arrays, Weights
+from gptjax.interop.arrays import Arrays, Weights
 from gptjax.io import files as files_lib
+from gptjax.parameters import PARAMETERS, TASK_HEAD_BIAS, TASK_HEAD_KERNEL, TOKEN_EMBEDDING
 
-_THEIRS = (
-    "attn.c_attn.weight", "attn.c_attn.bias", "attn.c_proj.weight", "attn.c_proj.bias",
-    "ln_1.weight", "ln_1.bias", "mlp.c_fc.weight", "mlp.c_fc.bias", "mlp.c_proj.weight",
-    "mlp.c_proj.bias", "ln_2.weight", "ln_2.bias",
-)  # fmt: skip
-_EMBEDDINGS = {"tokens_embed.weight": TOKENS, "positions_embed.weight": POSITIONS}
+
+def _our_names(stacked: bool) -> dict[str, str]:
+    """Returns their names -> ours, of the parameters of a block or of the others."""
+    return {
+        parameter.huggingface: parameter.path_in_block
+        for parameter in PARAMETERS.values()
+        if parameter.huggingface is not None and parameter.stacked == stacked
+    }
+
+
+_OURS, _OURS_IN_BLOCK = _our_names(stacked=False), _our_names(stacked=True)
 _PREFIX, _LM_HEAD, _SCORE = "transformer.", "lm_head.weight", "score.weight"
 _CHOICE = "multiple_choice_head.summary"
+# Their names of activation functions -> ours.
 _ACTIVATIONS = {"gelu": Activation.GELU_TANH, "relu": Activation.RELU}
 _FILE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-# Masks and position numbers that older versions saved along.
+# Masks and position numbers, which older versions of transformers saved too.
 _CONSTANTS = re.compile(r"(h\.\d+\.attn\.bias|position_ids)$")
 
 
-def _ours(name: str) -> str:
-    """Their name of an array -> "LAYER/name", an embedding, or itself where it is neither."""
+def our_name(name: str) -> str:
+    """Returns the name in `arrays.split_layers` of an array of theirs.
+
+    An array that is not in the decoder keeps its name.
+
+    Args:
+      name: without "transformer.".
+    """
     found = re.fullmatch(r"h\.(\d+)\.(.+)", name)
-    if found and found[2] in _THEIRS:
-        return f"{int(found[1])}/{BLOCK[_THEIRS.index(found[2])]}"
-    return _EMBEDDINGS.get(name, name)
+    if found and found[2] in _OURS_IN_BLOCK:
+        return f"{int(found[1])}/{_OURS_IN_BLOCK[found[2]]}"
+    return _OURS.get(name, name)
 
 
-def _their(name: str) -> str:
-    layer, _, rest = name.partition("/")
+def _their_name(name: str) -> str:
+    """Returns their name of an array of `arrays.split_layers`."""
+    layer, _, path = name.partition("/")
     if layer.isdigit():
-        return f"{_PREFIX}h.{layer}.{_THEIRS[BLOCK.index(rest)]}"
-    return _PREFIX + next(theirs for theirs, ours in _EMBEDDINGS.items() if ours == name)
+        found = next(theirs for theirs, ours in _OURS_IN_BLOCK.items() if ours == path)
+        return f"{_PREFIX}h.{layer}.{found}"
+    return _PREFIX + next(theirs for theirs, ours in _OURS.items() if ours == name)
 
 
 def read(folder: pathlib.Path, exact: bool = True) -> Weights:
-    """Reads a folder that `save_pretrained`, or `write`, wrote.
+    """Reads a folder that `save_pretrained` or `write` wrote.
 
     Args:
-      folder: where it lies.
-      exact: cut text into words as GPT-1's authors did (`data/words.py`), where the folder does not
-        hold a tokenizer of ours.
+      folder: with the files.
+      exact: split text into words as GPT-1's authors did, with ftfy and spaCy, unless the folder
+        has one of our tokenizers.
 
     Raises:
-      UserError: a missing or damaged file, arrays that do not fit, an output layer that is not
-        the token embedding.
+      UserError: a file is missing or damaged, the arrays do not fit the model, or the output layer
+        is not the token embedding.
     """
     values = files_lib.read_json(folder / "config.json")
     files = _files(folder)
@@ -77,33 +94,36 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     for path in files:
         found |= arrays_lib.read_safetensors(path)
     arrays = {
-        _ours(name.removeprefix(_PREFIX)): array
+        our_name(name.removeprefix(_PREFIX)): array
         for name, array in found.items()
         if not _CONSTANTS.search(name)
     }
     _untie(arrays, folder)
-    side = arrays_lib.read_side(files)
-    if side or not _is_ours(folder):
-        # The side files have the head whole; another's read a token that ours will not end in.
+    side = arrays_lib.read_side_files(files)
+    if side or not _has_our_tokens(folder):
+        # The side files have the task head with its bias. A head of other people reads the state at
+        # a token that is not our extract token, so that it cannot be used.
         arrays = {
             name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
         }
     if side:
         stacked = arrays_lib.stack_layers(arrays, side.model, str(folder))
         return Weights(side.model, stacked | side.arrays, side.tokenizer, side.task)
-    model = _config(values, folder)
+    model = _model_config(values, folder)
     tokenizer = _tokenizer(folder, exact)
-    head, task = _head(arrays, values, folder)
-    if not _is_ours(folder):
-        require(TOKENS in arrays, f"{folder}: missing tokens_embed.weight")
-        arrays[TOKENS] = arrays_lib.with_specials(arrays[TOKENS], tokenizer, str(folder))
-    model = dataclasses.replace(model, vocab_size=len(arrays.get(TOKENS, ())))
-    return Weights(
-        model, arrays_lib.stack_layers(arrays, model, str(folder)) | head, tokenizer, task
-    )
+    head, task = _pop_head(arrays, values, folder)
+    if not _has_our_tokens(folder):
+        require(TOKEN_EMBEDDING in arrays, f"{folder}: missing tokens_embed.weight")
+        arrays[TOKEN_EMBEDDING] = arrays_lib.add_special_tokens(
+            arrays[TOKEN_EMBEDDING], tokenizer, str(folder)
+        )
+    model = dataclasses.replace(model, vocab_size=len(arrays.get(TOKEN_EMBEDDING, ())))
+    stacked = arrays_lib.stack_layers(arrays, model, str(folder))
+    return Weights(model, stacked | head, tokenizer, task)
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files with the arrays: one, or several that an index lists."""
     if (folder / _FILE).exists():
         return [folder / _FILE]
     if (folder / _INDEX).exists():
@@ -121,18 +141,22 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 
 
 def _untie(arrays: Arrays, folder: pathlib.Path) -> None:
-    """Takes the output layer away: it is the token embedding, saved once or twice."""
+    """Removes the output layer, which is the token embedding under another name.
+
+    A folder may have either of the two, or both.
+    """
     output = arrays.pop(_LM_HEAD, None)
     if output is None:
         return
-    tokens = arrays.setdefault(TOKENS, output)
+    tokens = arrays.setdefault(TOKEN_EMBEDDING, output)
     require(
         np.array_equal(tokens, output),
         f"{folder}: {_LM_HEAD} is not the token embedding; an output layer of its own is not GPT-1",
     )
 
 
-def _config(values: Any, folder: pathlib.Path) -> ModelConfig:
+def _model_config(values: Any, folder: pathlib.Path) -> ModelConfig:
+    """Returns the sizes in config.json; the vocabulary size is that of the arrays."""
     where = folder / "config.json"
     require(
         isinstance(values, dict) and values.get("model_type") == "openai-gpt",
@@ -143,26 +167,26 @@ def _config(values: Any, folder: pathlib.Path) -> ModelConfig:
         activation in _ACTIVATIONS,
         f"{where}: afn is {activation!r}; it must be one of {', '.join(_ACTIVATIONS)}",
     )
-    usual = ModelConfig()
+    defaults = ModelConfig()
     return ModelConfig(
-        context_length=values.get("n_positions", usual.context_length),
-        num_layers=values.get("n_layer", usual.num_layers),
-        width=values.get("n_embd", usual.width),
-        num_heads=values.get("n_head", usual.num_heads),
+        context_length=values.get("n_positions", defaults.context_length),
+        num_layers=values.get("n_layer", defaults.num_layers),
+        width=values.get("n_embd", defaults.width),
+        num_heads=values.get("n_head", defaults.num_heads),
         activation=_ACTIVATIONS[activation],
-        embedding_dropout=values.get("embd_pdrop", usual.embedding_dropout),
-        attention_dropout=values.get("attn_pdrop", usual.attention_dropout),
-        residual_dropout=values.get("resid_pdrop", usual.residual_dropout),
-        head_dropout=values.get("summary_first_dropout", usual.head_dropout),
-        init_std=values.get("initializer_range", usual.init_std),
-        layer_norm_epsilon=values.get("layer_norm_epsilon", usual.layer_norm_epsilon),
+        embedding_dropout=values.get("embd_pdrop", defaults.embedding_dropout),
+        attention_dropout=values.get("attn_pdrop", defaults.attention_dropout),
+        residual_dropout=values.get("resid_pdrop", defaults.residual_dropout),
+        head_dropout=values.get("summary_first_dropout", defaults.head_dropout),
+        init_std=values.get("initializer_range", defaults.init_std),
+        layer_norm_epsilon=values.get("layer_norm_epsilon", defaults.layer_norm_epsilon),
     )
 
 
 def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
-    """Ours where `tokenizer.json` has our special tokens, else GPT-1's with its vocabulary."""
+    """Returns the tokenizer: ours if we wrote it, else GPT-1's with the folder's vocabulary."""
     path = folder / "tokenizer.json"
-    if path.exists() and _is_ours(folder):
+    if path.exists() and _has_our_tokens(folder):
         return tokenizer_lib.load(path)
     vocabulary, merges = folder / "vocab.json", folder / "merges.txt"
     if vocabulary.exists() and merges.exists():
@@ -171,16 +195,21 @@ def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
     return tokenizer_lib.from_huggingface(files_lib.read_json(path), str(path), exact)
 
 
-def _is_ours(folder: pathlib.Path) -> bool:
-    """Whether its tokenizer has our special tokens."""
+def _has_our_tokens(folder: pathlib.Path) -> bool:
+    """Returns whether the folder's tokenizer has our special tokens."""
     path = folder / "tokenizer.json"
     added = folder / "added_tokens.json"
     texts = [file.read_text(encoding="utf-8") for file in (path, added) if file.exists()]
     return any(f'"{EXTRACT}"' in text for text in texts)
 
 
-def _head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays, TaskSpec | None]:
-    """Takes the task head away. Their folders say nothing of columns: they get our usual names."""
+def _pop_head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays, TaskSpec | None]:
+    """Removes the task head from the arrays.
+
+    Returns:
+      The head's arrays under our names, and its task. The columns of the task have our default
+      names, because these folders do not have any.
+    """
     score = arrays.pop(_SCORE, None)
     if score is not None:
         names = values.get("id2label") or {}
@@ -192,51 +221,68 @@ def _head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays, Ta
         )
         no_bias = np.zeros(len(score), np.float32)
         task = TaskSpec(TaskKind.CLASSIFICATION, "text", labels=labels)
-        return {KERNEL: score.T, BIAS: no_bias}, task
+        return {TASK_HEAD_KERNEL: score.T, TASK_HEAD_BIAS: no_bias}, task
     kernel, bias = (arrays.pop(f"{_CHOICE}.{part}", None) for part in ("weight", "bias"))
     if kernel is None or bias is None:
         return {}, None
     choices = ("choice1", "choice2")
     task = TaskSpec(TaskKind.MULTIPLE_CHOICE, "text", choices=choices, labels=("0", "1"))
-    return {KERNEL: kernel.T, BIAS: bias}, task
+    return {TASK_HEAD_KERNEL: kernel.T, TASK_HEAD_BIAS: bias}, task
 
 
 def write(weights: Weights, folder: pathlib.Path) -> str:
-    """Writes a folder for `from_pretrained`; returns the name of the class that reads all of it."""
-    model = weights.model
-    arrays_lib.require_plain(model)
-    arrays = {_their(name): array for name, array in arrays_lib.split_layers(weights).items()}
-    extra = {name: weights.arrays[name] for name in (KERNEL, BIAS) if name in weights.arrays}
+    """Writes a folder for `from_pretrained`.
+
+    Args:
+      weights: the model.
+      folder: that exists.
+
+    Returns:
+      The name of the class of transformers that reads all of it.
+
+    Raises:
+      UserError: the format has no place for a part of the model.
+    """
+    arrays_lib.require_plain(weights.model)
+    arrays = {_their_name(name): array for name, array in arrays_lib.split_layers(weights).items()}
+    head = weights.task_head
     kind = weights.task.kind if weights.task else None
     architecture = "OpenAIGPTLMHeadModel"
     if kind == TaskKind.MULTIPLE_CHOICE:
         architecture = "OpenAIGPTDoubleHeadsModel"
-        arrays[f"{_CHOICE}.weight"], arrays[f"{_CHOICE}.bias"] = extra[KERNEL].T, extra[BIAS]
-        # This class ties the embedding to the output layer, the others the other way round.
-        arrays[_LM_HEAD] = weights.arrays[TOKENS]
+        arrays[f"{_CHOICE}.weight"] = head[TASK_HEAD_KERNEL].T
+        arrays[f"{_CHOICE}.bias"] = head[TASK_HEAD_BIAS]
+        # This class reads the output layer and sets the token embedding to it; the other classes
+        # read the token embedding.
+        arrays[_LM_HEAD] = weights.arrays[TOKEN_EMBEDDING]
     elif kind and kind.is_single_sequence:
         architecture = "OpenAIGPTForSequenceClassification"
-        arrays[_SCORE] = _score(weights)
+        arrays[_SCORE] = _kernel_with_bias(weights)
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     safetensors.numpy.save_file(contiguous, folder / _FILE, metadata={"format": "pt"})
     values = _their_config(weights, architecture)
     (folder / "config.json").write_text(json.dumps(values, indent=2), encoding="utf-8")
     _write_tokenizer(weights, folder)
-    arrays_lib.write_side(weights, [folder / _FILE], extra)
+    arrays_lib.write_side_files(weights, [folder / _FILE], head)
     return architecture
 
 
-def _score(weights: Weights) -> np.ndarray:
-    """The head's kernel [O, D], its bias folded in: their head has none.
+def _kernel_with_bias(weights: Weights) -> np.ndarray:
+    """Returns a kernel [O, D] that gives the head's logits without its bias: their head has none.
 
-    The last layer norm gives h = g * n + b with sum(n) = 0, so that sum(h / g) = sum(b / g) =: c
-    whatever the text: adding bias / (c g) to the kernel adds the bias to the logits.
+    The last layer norm returns h = g * n + b, where the sum of n is 0. So the sum of h / g is that
+    of b / g for every text. Call it c: adding bias / (c g) to the kernel adds the bias to the
+    logits.
+
+    Raises:
+      UserError: c is too small, so that the rounding of h would change the logits.
     """
-    kernel, bias = weights.arrays[KERNEL], weights.arrays[BIAS].astype(np.float64)
+    kernel = weights.arrays[TASK_HEAD_KERNEL]
+    bias = weights.arrays[TASK_HEAD_BIAS].astype(np.float64)
     gain, shift = (weights.arrays[f"blocks/norm2/{name}"][-1] for name in ("scale", "bias"))
     gain = gain.astype(np.float64)
     constant = (shift / gain).sum()
-    # What rounding of h costs: about as much as 1 / c is large against 1 / g.
+    # An estimate of the error of the logits from the float32 rounding of h.
     noise = np.abs(1 / gain).max() * np.abs(bias).max() * 1e-7 / max(abs(constant), 1e-30)
     require(
         noise < 1e-4 or not bias.any(),
@@ -248,6 +294,7 @@ def _score(weights: Weights) -> np.ndarray:
 
 
 def _their_config(weights: Weights, architecture: str) -> dict[str, Any]:
+    """Returns the contents of config.json."""
     model, tokenizer = weights.model, weights.tokenizer
     values: dict[str, Any] = {
         "model_type": "openai-gpt", "architectures": [architecture],
@@ -268,7 +315,10 @@ def _their_config(weights: Weights, architecture: str) -> dict[str, Any]:
 
 
 def _write_tokenizer(weights: Weights, folder: pathlib.Path) -> None:
-    """Writes `tokenizer.json`, or where that cannot cut text as ours does, the pair for theirs."""
+    """Writes `tokenizer.json`, or for exact words the files of `OpenAIGPTTokenizer`.
+
+    A `tokenizer.json` cannot describe how ftfy and spaCy split text into words.
+    """
     tokenizer = weights.tokenizer
     files = {"tokenizer.json": tokenizer.to_json()}
     kind = "PreTrainedTokenizerFast"
@@ -285,7 +335,7 @@ def _write_tokenizer(weights: Weights, folder: pathlib.Path) -> None:
         "tokenizer_class": kind, "model_max_length": weights.model.context_length,
         "unk_token": UNKNOWN, "bos_token": START, "sep_token": DELIMITER, "cls_token": EXTRACT,
         "pad_token": PADDING,
-        # As here: a text that spells a special token is text.
+        # As in our tokenizer, the name of a special token inside of a text is ordinary text.
         "split_special_tokens": True,
     }  # fmt: skip
     files["tokenizer_config.json"] = json.dumps(values, indent=2)

@@ -1,1 +1,1 @@
-"""The decoder, its losses, and the count of its operations."""
+"""The decoder, its losses and objective, and the number of its floating-point operations."""

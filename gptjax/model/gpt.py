@@ -1,14 +1,12 @@
 """GPT-1 as pure Flax modules: the only file that knows Flax's module system.
 
-Letters of shapes: B rows, T tokens, D width, H heads, K width of a head, F width of the
-feed-forward layer, V vocabulary, L layers, E examples of a row, C candidates of an example,
-S cache entries, O outputs of the task head.
-
-The decoder is post-LN: x = norm(x + dropout(sublayer(x))), without a final layer norm
-(Radford et al. 2018, section 3.1 and 4.1).
+The letters of shapes are those of `gptjax.batch`. The decoder is post-LN:
+x = norm(x + dropout(sublayer(x))), without a final layer norm (Radford et al. 2018, sections 3.1
+and 4.1).
 """
 
 import dataclasses
+import enum
 from typing import Any
 
 import flax.linen as nn
@@ -18,75 +16,114 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
-from gptjax.config.schema import (
-    Dtype,
-    ModelConfig,
-    Remat,
-    TaskSpec,
-)
+from gptjax.batch import TokenType
+from gptjax.config.schema import Dtype, ModelConfig, Remat, TaskSpec
 from gptjax.mesh import Params
-from gptjax.ops import activations, attention, dropout, matmul, sharded
+from gptjax.ops import activations, attention, dropout, matmul
 from gptjax.ops.attention import Cache
+from gptjax.ops.attention.inputs import HIDDEN_KEY, AttentionInputs
+from gptjax.ops.cross_entropy import LMHeadWeights
+from gptjax.ops.dropout import DropoutKey
+from gptjax.ops.sharded import ShardedOps
+from gptjax.parameters import BLOCKS
 
 Array = jax.Array
-# Segment ids [B, T] of the queries and of the keys.
-Ids = tuple[Array, Array]
-# Flax variables of each block.
-Layers = tuple[dict[str, Params], ...]
 
-# What `remat=dots` keeps: results of products, in the compute dtype.
-_PRODUCT = "product"
+# Name of the arrays that `remat=dots` stores: the results of matrix products.
+_MATMUL_RESULT = "matmul_result"
+
+
+class KernelLayout(enum.Enum):
+    """How a `Linear` layer stores its kernel."""
+
+    TRAINING = "training"
+    """As the parameter "kernel", float32 [*inputs, *features]; cast to the compute dtype at each
+    use."""
+    DECODING = "decoding"
+    """As the parameter "transposed_kernel", [*features, *inputs] in the compute dtype. Generation
+    reads every weight once for each token and does little more, so that a cast at each use would
+    cost about as much as the product; and a CPU reads a transposed kernel fastest. Parameters in
+    this layout come from `decoding_layers`."""
+
+
+def decoding_layers(params: Params, config: ModelConfig) -> tuple[Params, ...]:
+    """Returns the parameters of each block with its kernels in `KernelLayout.DECODING`.
+
+    Args:
+      params: of the whole model, as `init_params` returns them.
+      config: of the model.
+    """
+    return tuple(
+        _decoding_layer(params[BLOCKS], layer, config.dtype) for layer in range(config.num_layers)
+    )
+
+
+def _decoding_layer(stacked: Params, layer: int, dtype: str) -> Params:
+    params: Params = {}
+    for name, value in stacked.items():
+        if isinstance(value, dict):
+            params[name] = _decoding_layer(value, layer, dtype)
+        elif name == "kernel":
+            # The bias has the axes of the features (and, as the kernel, that of the layers).
+            inputs = value.ndim - stacked["bias"].ndim
+            kernel = value[layer].astype(dtype)
+            params["transposed_kernel"] = jnp.moveaxis(kernel, range(inputs), range(-inputs, 0))
+        else:
+            params[name] = value[layer]
+    return params
 
 
 def _like(x: Array, y: Array) -> Array:
-    """Gives `x` leading axes of size 1, so that it broadcasts to `y` explicitly."""
+    """Gives `x` leading axes of size 1, so that it has as many axes as `y`."""
     return x.reshape((1,) * (y.ndim - x.ndim) + x.shape)
 
 
 class Dropout(nn.Module):
-    """Dropout by counter hash (see `gptjax.ops.dropout`)."""
+    """Dropout with the masks of `gptjax.ops.dropout`."""
 
     rate: float
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """Returns `x` with elements dropped, or `x` itself where deterministic."""
+        """Returns `x` with elements dropped, or `x` itself if `deterministic` is True."""
         if deterministic or self.rate == 0:
             return x
-        words = dropout.key_words(self.make_rng("dropout"))
-        return dropout.dropout(x, words, self.rate)
+        bits = dropout.key_bits(self.make_rng("dropout"))
+        return dropout.dropout(x, DropoutKey(bits, self.rate))
 
 
 class Linear(nn.Module):
-    """x @ kernel + bias over the last `inputs` axes of x, to the axes `features`.
+    """x kernel + bias, over the last `inputs` axes of x; the result has the axes `features`.
 
-    The kernel is float32 and cast to `dtype` for the product, which accumulates in float32.
+    The matrix product is in the compute dtype and is summed in float32.
     """
 
     features: tuple[int, ...]
     inputs: int
     config: ModelConfig
-    mesh: Mesh | None = None
+    ops: ShardedOps
+    layout: KernelLayout = KernelLayout.TRAINING
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Returns [..., *features] in the compute dtype."""
         x = x.astype(self.config.dtype)
-        if self.has_variable("prepared", "kernel"):  # see `gptjax.infer.decoder`
-            transposed: Array = self.get_variable("prepared", "kernel")
-            y = matmul.times_transposed(x, transposed, len(self.features))
+        shape = x.shape[x.ndim - self.inputs :]
+        init = nn.initializers.normal(self.config.init_std)
+        # The kernel before the bias: the keys of Flax, and so the initial values that belong to a
+        # seed, depend on the order in which a module creates its parameters.
+        if self.layout == KernelLayout.DECODING:
+            kernel = self.param("transposed_kernel", init, self.features + shape)
+            y = matmul.matmul_transposed(x, kernel, len(self.features))
         else:
-            shape = x.shape[x.ndim - self.inputs :] + self.features
-            kernel = self.param("kernel", nn.initializers.normal(self.config.init_std), shape)
-            name = "/".join((*self.path, "kernel"))
-            y = sharded.linear(x, kernel, self.inputs, self.mesh, name)
-        # After the kernel: Flax's keys, and so a seed's initial values, count the parameters.
+            kernel = self.param("kernel", init, shape + self.features)
+            y = self.ops.linear(x, kernel, self.inputs, "/".join((*self.path, "kernel")))
         bias = self.param("bias", nn.initializers.zeros, self.features)
-        return checkpoint_name((y + _like(bias, y)).astype(x.dtype), _PRODUCT)
+        return checkpoint_name((y + _like(bias, y)).astype(x.dtype), _MATMUL_RESULT)
 
 
 class LayerNorm(nn.Module):
-    """Layer norm in float32, epsilon inside the square root."""
+    """Layer norm, computed in float32, with epsilon inside of the square root."""
 
     config: ModelConfig
 
@@ -103,105 +140,134 @@ class LayerNorm(nn.Module):
 
 
 class LMHead(nn.Module):
-    """The kernel [V, D] and the bias [V] of an LM head that is not tied to the token embedding."""
+    """An LM head that is not tied to the token embedding: a kernel [V, D] and a bias [V]."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self) -> tuple[Array, Array]:
-        """Returns both, float32."""
+    def __call__(self) -> LMHeadWeights:
+        """Returns the weights."""
         init = nn.initializers.normal(self.config.init_std)
         kernel = self.param("kernel", init, (self.config.vocab_size, self.config.width))
-        return kernel, self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
+        bias = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
+        return LMHeadWeights(kernel, bias)
 
 
 class Attention(nn.Module):
-    """Masked multi-head self-attention: of whole sequences, or of new tokens to a cache."""
+    """Masked multi-head self-attention, of whole sequences or of new tokens to a cache."""
 
     config: ModelConfig
-    mesh: Mesh | None = None
-    longest: int = 0
+    ops: ShardedOps
+    max_sequence_length: int | None = None
+    layout: KernelLayout = KernelLayout.TRAINING
 
     @nn.compact
     def __call__(
         self,
         x_BTD: Array,
-        ids: Ids | None,
+        ids: tuple[Array, Array] | None,
         deterministic: bool,
         cache: Cache | None = None,
         offset: Array | int = 0,
     ) -> tuple[Array, Cache | None]:
-        """Returns the output [B, T, D] and the cache with these keys and values written in."""
+        """Computes the layer; see `Block` for the arguments and the results."""
         config = self.config
-        heads, width = config.num_heads, config.head_width
-        qkv_BT3HK = Linear((3, heads, width), 1, config, self.mesh, name="qkv")(x_BTD)
-        q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
+        qkv = Linear(
+            (3, config.num_heads, config.head_width), 1, config, self.ops, self.layout, name="qkv"
+        )
+        q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv(x_BTD), 3, axis=2))
         if cache is not None:
             y_BTHK, cache = attention.cached(q_BTHK, k_BTHK, v_BTHK, cache, offset)
         else:
             assert ids is not None
-            y_BTHK = self._causal(q_BTHK, k_BTHK, v_BTHK, ids, deterministic)
-        return Linear((config.width,), 2, config, self.mesh, name="out")(y_BTHK), cache
+            inputs = AttentionInputs(q_BTHK, k_BTHK, v_BTHK, *ids)
+            y_BTHK = self._causal(inputs, deterministic)
+        out = Linear((config.width,), 2, config, self.ops, self.layout, name="out")
+        return out(y_BTHK), cache
 
-    def _causal(self, q: Array, k: Array, v: Array, ids: Ids, deterministic: bool) -> Array:
-        config, mesh = self.config, self.mesh
-        rate, words = 0.0 if deterministic else config.attention_dropout, None
+    def _causal(self, inputs: AttentionInputs, deterministic: bool) -> Array:
+        config, mesh = self.config, self.ops.mesh
+        rate = 0.0 if deterministic else config.attention_dropout
+        key = None
         if rate > 0:
-            words = dropout.key_words(self.make_rng("dropout"))
+            key = DropoutKey(dropout.key_bits(self.make_rng("dropout")), rate)
         kind = attention.choose(
-            config.attention, mesh_lib.platform(mesh), config.dtype, rate, q.shape[1],
-            config.head_width, mesh_lib.compute_capability(mesh),
+            config.attention, self.ops.platform, mesh_lib.compute_capability(mesh),
+            inputs.q_BTHK, rate,
         )  # fmt: skip
-        far = self.longest or config.context_length
-        return attention.causal(q, k, v, *ids, rate, words, kind=kind, mesh=mesh, longest=far)
+        longest = self.max_sequence_length or config.context_length
+        return attention.causal(inputs, key, kind=kind, mesh=mesh, max_sequence_length=longest)
 
 
 class Block(nn.Module):
-    """One decoder block: attention and feed-forward, each with dropout, residual and layer norm."""
+    """One decoder block: attention and feed-forward layer, each with dropout, residual, norm."""
 
     config: ModelConfig
-    mesh: Mesh | None = None
-    longest: int = 0
+    ops: ShardedOps
+    max_sequence_length: int | None = None
+    layout: KernelLayout = KernelLayout.TRAINING
 
     @nn.compact
     def __call__(
         self,
         x_BTD: Array,
-        ids: Ids | None,
+        ids: tuple[Array, Array] | None,
         deterministic: bool,
         cache: Cache | None = None,
         offset: Array | int = 0,
     ) -> tuple[Array, Cache | None]:
-        """Returns the next [B, T, D] and the updated cache."""
+        """Computes the block for whole sequences, or with a cache for new tokens.
+
+        Args:
+          x_BTD: states of the tokens, in the compute dtype.
+          ids: `query_ids_BT` and `key_ids_BT` of `AttentionInputs`; not used with a cache.
+          deterministic: no dropout; else the rng "dropout" is needed.
+          cache: keys and values of the tokens before these; None: these are whole sequences.
+          offset: position of the first of the new tokens.
+
+        Returns:
+          The next states [B, T, D], and the cache with the keys and values of these tokens.
+        """
         config = self.config
-        y_BTD, cache = Attention(config, self.mesh, self.longest, name="attention")(
-            x_BTD, ids, deterministic, cache, offset
-        )
+
+        def linear(features: int, name: str) -> Linear:
+            return Linear((features,), 1, config, self.ops, self.layout, name=name)
+
+        layer = Attention(config, self.ops, self.max_sequence_length, self.layout, name="attention")
+        y_BTD, cache = layer(x_BTD, ids, deterministic, cache, offset)
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
         x_BTD = LayerNorm(config, name="norm1")(x_BTD + y_BTD)
-        h_BTF = Linear((config.hidden_ffn_width,), 1, config, self.mesh, name="ffn_in")(x_BTD)
+        h_BTF = linear(config.hidden_ffn_width, "ffn_in")(x_BTD)
         h_BTF = activations.FUNCTIONS[config.activation](h_BTF)
-        y_BTD = Linear((config.width,), 1, config, self.mesh, name="ffn_out")(h_BTF)
+        y_BTD = linear(config.width, "ffn_out")(h_BTF)
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
         return LayerNorm(config, name="norm2")(x_BTD + y_BTD), cache
 
 
 class GPT(nn.Module):
-    """The decoder with its LM head and, where `num_outputs` is not 0, a linear task head."""
+    """The decoder with its LM head and, if `num_outputs` is not 0, a linear task head."""
 
     config: ModelConfig
     num_outputs: int = 0
+    """Of the task head; 0: the model has none."""
     sum_candidates: bool = False
-    """Similarity and regression: the states of an example's candidates are summed."""
-    flatten: int = 0
-    """The task head reads the last so many states of a sequence, flattened; 0: the last one."""
+    """The states of an example's candidates are added up (similarity and regression)."""
+    head_length: int | None = None
+    """The task head reads the last states of a sequence, this many, flattened to one vector; None:
+    it reads the last state."""
     mesh: Mesh | None = None
-    """The devices that it runs on; None: JAX's first one. It decides how, not what is computed."""
-    longest: int = 0
-    """No sequence has more tokens; 0: the context length. It too decides how alone."""
+    """The devices; None: JAX's default device. It does not change what is computed."""
+    max_sequence_length: int | None = None
+    """No sequence has more tokens; None: the context length. It makes attention faster and does not
+    change what is computed."""
+
+    @property
+    def ops(self) -> ShardedOps:
+        """The operations on the devices of the mesh."""
+        return ShardedOps(self.mesh)
 
     def setup(self) -> None:
-        """Declares the parameters; every block's are stacked on a leading axis of size L."""
+        """Declares the parameters; those of the blocks are stacked on a leading axis of size L."""
         config = self.config
         init = nn.initializers.normal(config.init_std)
         self.token_embedding = self.param(
@@ -219,12 +285,13 @@ class GPT(nn.Module):
         self.embedding_dropout = Dropout(config.embedding_dropout)
         block = Block
         if config.remat != Remat.NONE:
-            kept = jax.checkpoint_policies.save_only_these_names(_PRODUCT)
-            policy = kept if config.remat == Remat.DOTS else None
+            names = jax.checkpoint_policies.save_only_these_names(_MATMUL_RESULT)
+            policy = names if config.remat == Remat.DOTS else None
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
-        # Written out, forward and backward pass become one program that XLA keeps all values of.
-        whole = mesh_lib.platform(self.mesh) == "cpu" and config.remat == Remat.NONE
-        unroll = config.unroll or (config.num_layers if whole else 1)
+        # On a CPU all layers are unrolled, which is faster. Not with remat: in an unrolled program
+        # XLA finds that the recomputed values are equal to the first ones and keeps those.
+        unroll_all = self.ops.platform == "cpu" and config.remat == Remat.NONE
+        unroll = config.unroll or (config.num_layers if unroll_all else 1)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -232,26 +299,32 @@ class GPT(nn.Module):
             in_axes=(nn.broadcast, nn.broadcast),
             length=config.num_layers,
             unroll=min(unroll, config.num_layers),
-        )(config, self.mesh, self.longest)
+        )(config, self.ops, self.max_sequence_length)
         if self.num_outputs:
             self.head_dropout = Dropout(config.head_dropout)
-            inputs = 2 if self.flatten else 1
-            self.task_head = Linear((self.num_outputs,), inputs, _float32(config), self.mesh)
+            inputs = 1 if self.head_length is None else 2
+            # In float32, because the outputs are few and are used as they are.
+            float32 = dataclasses.replace(config, dtype=Dtype.FLOAT32)
+            self.task_head = Linear((self.num_outputs,), inputs, float32, self.ops)
 
     def _one_matrix(self, deterministic: bool) -> tuple[Array, Array]:
-        """The rows of the tokens and of the positions, dropped as the one matrix that they are.
+        """Returns both embeddings, with the dropout that `ModelConfig.one_matrix` applies to them.
 
-        The mask depends on the dropout key alone: embedding and LM head get the same one.
+        The mask depends on the dropout key alone, so that all calls with one key return the same.
         """
-        rows = jnp.concatenate([self.token_embedding, self.position_embedding])
-        rows = self.embedding_dropout(rows, deterministic)
-        return rows[: self.config.vocab_size], rows[self.config.vocab_size :]
+        table = jnp.concatenate([self.token_embedding, self.position_embedding])
+        table = self.embedding_dropout(table, deterministic)
+        return table[: self.config.vocab_size], table[self.config.vocab_size :]
 
-    def copies(self, deterministic: bool = True) -> Array:
-        """Returns `parallel.copies` of the token embedding, or of the one matrix, dropped."""
+    def replicated_table(self, deterministic: bool = True) -> Array:
+        """Returns the table that embeds tokens, by `ShardedOps.replicate_table`.
+
+        It is the token embedding; with `one_matrix` the positions follow the tokens, and dropout is
+        applied. Only for several devices.
+        """
         if self.config.one_matrix:
-            return sharded.copies(jnp.concatenate(self._one_matrix(deterministic)), self.mesh)
-        return sharded.copies(self.token_embedding, self.mesh)
+            return self.ops.replicate_table(jnp.concatenate(self._one_matrix(deterministic)))
+        return self.ops.replicate_table(self.token_embedding)
 
     def _embed(
         self,
@@ -259,15 +332,15 @@ class GPT(nn.Module):
         positions_BT: Array,
         token_types_BT: Array | None,
         deterministic: bool,
-        copies: Array | None = None,
+        replicated_table: Array | None = None,
     ) -> Array:
-        """Token + position (+ segment), dropout: [B, T, D] in the compute dtype."""
+        """Returns the sum of the embeddings, with dropout: [B, T, D] in the compute dtype."""
         config, positions_TD = self.config, self.position_embedding
-        if copies is not None:
-            x_BTD = sharded.lookup(copies, tokens_BT, self.mesh)
+        if replicated_table is not None:
+            x_BTD = self.ops.lookup(replicated_table, tokens_BT)
             if config.one_matrix:
-                at_BT = config.vocab_size + positions_BT
-                x_BTD = x_BTD + sharded.lookup(copies, at_BT, self.mesh)
+                rows_BT = config.vocab_size + positions_BT
+                x_BTD = x_BTD + self.ops.lookup(replicated_table, rows_BT)
             else:
                 x_BTD = x_BTD + positions_TD[positions_BT]
         else:
@@ -289,81 +362,103 @@ class GPT(nn.Module):
         positions_BT: Array,
         token_types_BT: Array | None = None,
         deterministic: bool = True,
-        copies: Array | None = None,
+        replicated_table: Array | None = None,
     ) -> Array:
-        """Returns the last block's states [B, T, D] in the compute dtype.
+        """Returns the states after the last block, [B, T, D] in the compute dtype.
 
         Args:
           tokens_BT, segment_ids_BT, positions_BT, token_types_BT: as in `gptjax.batch.Batch`.
-          deterministic: no dropout; else the rng `dropout` is needed.
-          copies: what `copies` returns, where others use it too.
+          deterministic: no dropout; else the rng "dropout" is needed.
+          replicated_table: what the method of that name returns, if the LM head uses it too; None:
+            it is computed here where there are several devices.
         """
-        if copies is None and mesh_lib.several(self.mesh):
-            copies = self.copies(deterministic)
-        x_BTD = self._embed(tokens_BT, positions_BT, token_types_BT, deterministic, copies)
+        if replicated_table is None and self.ops.is_sharded:
+            replicated_table = self.replicated_table(deterministic)
+        x_BTD = self._embed(
+            tokens_BT, positions_BT, token_types_BT, deterministic, replicated_table
+        )
         key_ids_BT = segment_ids_BT
-        if self.config.segment_types == 3 and token_types_BT is not None:
-            # Padding inside a sequence sees the texts before it, and is seen by nothing.
-            key_ids_BT = jnp.where(token_types_BT == 2, -1, key_ids_BT)
-        ids = (segment_ids_BT, key_ids_BT)
-        x_BTD, _ = self.blocks(x_BTD, ids, deterministic)
+        if self.config.segment_types > TokenType.PADDING and token_types_BT is not None:
+            # Padding inside of a sequence sees the tokens before it, and no query sees it.
+            is_padding_BT = token_types_BT == TokenType.PADDING
+            key_ids_BT = jnp.where(is_padding_BT, HIDDEN_KEY, key_ids_BT)
+        x_BTD, _ = self.blocks(x_BTD, (segment_ids_BT, key_ids_BT), deterministic)
         return x_BTD
 
     def decode(
-        self, tokens_BT: Array, layers: Layers, cache: tuple[Cache, ...], offset: Array
+        self,
+        tokens_BT: Array,
+        layers: tuple[Params, ...],
+        cache: tuple[Cache, ...],
+        offset: Array,
     ) -> tuple[Array, tuple[Cache, ...]]:
-        """Runs T further tokens of B sequences against the cache (dropout off).
+        """Computes the states of new tokens from a cache of those before them, without dropout.
 
         Args:
-          tokens_BT: the tokens at positions offset..offset + T - 1 (cut to the context length).
-          layers: the variables of each block, from `gptjax.infer.decoder`.
-          cache: of each layer, from `decoding.new_cache`, filled up to `offset`.
+          tokens_BT: the tokens at positions offset, offset + 1, ..., offset + T - 1. Tokens after
+            the context length get the last position.
+          layers: the parameters of each block, from `decoding_layers`.
+          cache: of each layer, filled up to position offset - 1.
           offset: int32 scalar.
 
         Returns:
-          The states [B, T, D] and the cache filled up to offset + T.
+          The states [B, T, D], and the cache filled up to position offset + T - 1.
         """
         positions_T = offset + jnp.arange(tokens_BT.shape[1])
         positions_T = jnp.minimum(positions_T, self.config.context_length - 1)
         x_BTD = self._embed(tokens_BT, positions_T[None], jnp.zeros_like(tokens_BT), True)
-        block = Block(self.config, self.mesh, parent=None)
+        block = Block(self.config, self.ops, layout=KernelLayout.DECODING, parent=None)
         filled: list[Any] = []
-        for variables, old in zip(layers, cache, strict=True):
-            x_BTD, new = block.apply(variables, x_BTD, None, True, old, offset)
+        for params, old in zip(layers, cache, strict=True):
+            x_BTD, new = block.apply({"params": params}, x_BTD, None, True, old, offset)
             filled.append(new)
         return x_BTD, tuple(filled)
 
-    def lm_projection(self, deterministic: bool = True) -> tuple[Array, Array | None]:
-        """Returns the LM head's rows, float32 [V, D] or [V + T, D] (one matrix), and its bias [V].
+    def lm_projection(
+        self, deterministic: bool = True, replicated_table: Array | None = None
+    ) -> LMHeadWeights:
+        """Returns the weights of the LM head.
 
-        Tied (the bias is None) or not; with the key of `hidden`, one matrix is dropped as there.
+        If the head is tied, its table is the token embedding and it has no bias. With `one_matrix`
+        the positions follow the tokens, and the dropout is that of `hidden` with the same key.
+
+        Args:
+          deterministic: no dropout; else the rng "dropout" is needed.
+          replicated_table: as in `hidden`; for a tied head.
         """
         if not self.config.tied:
             return self.lm_head()
+        table = self.token_embedding
         if self.config.one_matrix:
-            return jnp.concatenate(self._one_matrix(deterministic)), None
-        return self.token_embedding, None
+            table = jnp.concatenate(self._one_matrix(deterministic))
+        return LMHeadWeights(table, None, replicated_table)
 
     def lm_logits(self, x_BTD: Array) -> Array:
-        """Returns float32 [B, T, V]: the states times the LM head's rows (of tokens), + bias."""
-        rows, bias = self.lm_projection()
-        rows = rows[: self.config.vocab_size].astype(self.config.dtype)
-        logits_BTV = sharded.logits(x_BTD, rows, self.mesh)
-        return logits_BTV if bias is None else logits_BTV + _like(bias, logits_BTV)
+        """Returns the logits of the tokens, float32 [B, T, V]."""
+        head = self.lm_projection()
+        table = head.table_VD[: self.config.vocab_size].astype(self.config.dtype)
+        logits_BTV = self.ops.logits(x_BTD, table)
+        return logits_BTV if head.bias_V is None else logits_BTV + _like(head.bias_V, logits_BTV)
 
     def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:
-        """Returns float32 outputs of the task head on the states at the extract tokens.
+        """Returns the outputs of the task head for the states at the extract tokens, float32.
 
-        [B, E, O] for classification and entailment (C = 1) and for summed candidates, but where
-        O = 1 [B, E, C]: a score per answer of a multiple choice; C = 1 in a regression (summed).
+        Args:
+          x_BTD: from `hidden`.
+          extract_BEC: as in `gptjax.batch.Batch`.
+          deterministic: no dropout; else the rng "dropout" is needed.
+
+        Returns:
+          [B, E, O]; if O is 1, [B, E, C]: a score of each candidate of a multiple choice, or with
+          C = 1 the number that a regression predicts.
         """
-        steps = jnp.arange(1 - max(self.flatten, 1), 1).reshape(1, 1, 1, -1)
+        steps = jnp.arange(1 - (self.head_length or 1), 1).reshape(1, 1, 1, -1)
         index_BECS = extract_BEC[..., None] + steps
-        # An empty slot has no sequence that ends where `extract` says.
+        # In a slot without an example `extract` is 0, and the places before it would be negative.
         index = jnp.maximum(index_BECS, 0).reshape(x_BTD.shape[0], -1, 1)
         x_BECSD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
         x_BECSD = x_BECSD.reshape(*index_BECS.shape, -1)
-        if not self.flatten:
+        if self.head_length is None:
             x_BECSD = x_BECSD[:, :, :, 0]
         if self.sum_candidates:
             x_BECSD = x_BECSD.sum(axis=2, keepdims=True)
@@ -375,7 +470,7 @@ class GPT(nn.Module):
         return y_BECO[..., 0] if self.num_outputs == 1 else y_BECO[:, :, 0]
 
     def __call__(self, tokens_BT: Array) -> Array:
-        """Touches every parameter: what `init` traces. Returns the states [B, T, D]."""
+        """Uses every parameter once, so that `init` creates it. Returns the states [B, T, D]."""
         self.lm_projection()
         ones = jnp.ones_like(tokens_BT)
         x_BTD = self.hidden(tokens_BT, ones, jnp.zeros_like(tokens_BT), jnp.zeros_like(tokens_BT))
@@ -384,35 +479,46 @@ class GPT(nn.Module):
         return x_BTD
 
 
-def _float32(config: ModelConfig) -> ModelConfig:
-    """The same configuration computing in float32: the task head's few outputs stay exact."""
-    return dataclasses.replace(config, dtype=Dtype.FLOAT32)
-
-
 def run(model: GPT, params: Params, *args: Any, method: str, key: Array | None = None) -> Any:
-    """Calls a method of the model: `model.method(*args)` with `params`, `key` for its dropout."""
+    """Returns `model.METHOD(*args)`.
+
+    Args:
+      model: the module.
+      params: its parameters.
+      *args: of the method.
+      method: name of the method.
+      key: for its dropout; None: it uses none.
+    """
     rngs = {} if key is None else {"dropout": key}
     return model.apply({"params": params}, *args, method=method, rngs=rngs)
 
 
 def init_params(model: GPT, key: Array) -> Params:
     """Returns the parameter tree: N(0, init_std) weights, zero biases, unit gains."""
-    # One row cannot be shared by devices; the parameters are the same.
+    # Without the mesh, because several devices cannot share the single row that `init` runs on.
     alone = model.clone(mesh=None)
-    return alone.init(key, jnp.zeros((1, max(2, model.flatten)), jnp.int32))["params"]
+    return alone.init(key, jnp.zeros((1, max(2, model.head_length or 0)), jnp.int32))["params"]
 
 
 def make_model(
-    config: ModelConfig, spec: TaskSpec | None, mesh: Mesh | None = None, longest: int = 0
+    config: ModelConfig,
+    spec: TaskSpec | None,
+    mesh: Mesh | None = None,
+    max_sequence_length: int | None = None,
 ) -> GPT:
     """Returns the model with the head that the task needs.
 
     Args:
       config: of the model.
-      spec: the task, or None.
+      spec: the task; None: the model has no task head.
       mesh: the devices.
-      longest: see `GPT.longest`.
+      max_sequence_length: as `GPT.max_sequence_length`.
     """
+    model = GPT(config, mesh=mesh, max_sequence_length=max_sequence_length)
     if spec is None:
-        return GPT(config, mesh=mesh, longest=longest)
-    return GPT(config, spec.num_outputs, spec.kind.sums_candidates, spec.flatten, mesh, longest)
+        return model
+    return model.clone(
+        num_outputs=spec.num_outputs,
+        sum_candidates=spec.kind.sums_candidates,
+        head_length=spec.flatten or None,
+    )

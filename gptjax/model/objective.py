@@ -7,7 +7,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gptjax import mesh
 from gptjax.batch import Batch
 from gptjax.config.schema import TaskKind
 from gptjax.mesh import Params
@@ -18,10 +17,13 @@ from gptjax.model.losses import Sum
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: the LM loss alone, or task_weight * task + lm_weight * LM."""
+    """What training minimises: lm_weight * LM loss, plus task_weight * task loss if there is one.
+
+    Both losses are means: over the predicted tokens, and over the examples.
+    """
 
     kind: TaskKind | None = None
-    """The task's kind; None in pretraining."""
+    """The kind of the task; None in pretraining, which has none."""
     lm_weight: float = 1.0
     task_weight: float = 1.0
 
@@ -33,7 +35,7 @@ class Objective:
 
 @flax.struct.dataclass
 class Losses:
-    """Sums of one batch. `task` has weight 0 in pretraining."""
+    """The loss sums of a batch. In pretraining `task` has the weight 0."""
 
     lm: Sum
     task: Sum
@@ -43,14 +45,20 @@ class Losses:
 
 
 def weights(batch: Batch) -> Losses:
-    """Returns the weights of a batch's losses, with zero totals."""
+    """Returns the weights of a batch's losses; the totals are 0."""
     zero = jnp.float32(0)
     task = zero if batch.example_mask is None else batch.example_mask.sum()
     return Losses(Sum(zero, batch.lm_weights.sum()), Sum(zero, task))
 
 
 def joint(objective: Objective, sums: Losses, weight: Losses) -> jax.Array:
-    """Returns the objective of the sums, each divided by its weight of the whole batch."""
+    """Returns the objective of loss sums, a scalar.
+
+    Args:
+      objective: the weights of the losses.
+      sums: of a batch, or of a part of it. The objectives of all parts add up to that of the batch.
+      weight: from `weights`, of the whole batch.
+    """
 
     def mean(part: Sum, whole: Sum) -> jax.Array:
         return part.total / jnp.maximum(whole.weight, 1e-9)
@@ -65,19 +73,30 @@ def forward(
     batch: Batch,
     key: jax.Array | None = None,
 ) -> tuple[Losses, jax.Array | None]:
-    """Returns the loss sums of a batch and the task logits; dropout only with a key."""
-    deterministic, copies = key is None, None
-    if model.config.tied and mesh.several(model.mesh):
-        # For both uses, so that its gradient is added up over the devices once.
-        copies = run(model, params, deterministic, method="copies", key=key)
+    """Runs the model on a batch.
+
+    Args:
+      model: the module.
+      objective: a loss whose weight is 0 in it is not computed.
+      params: of the model.
+      batch: the data.
+      key: of the dropout; None: no dropout.
+
+    Returns:
+      The loss sums, and the logits of the task (None in pretraining).
+    """
+    deterministic, table = key is None, None
+    if model.config.tied and model.ops.is_sharded:
+        # One table for both of its uses, so that its gradient is summed over the devices once.
+        table = run(model, params, deterministic, method="replicated_table", key=key)
     x_BTD = run(
         model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
-        deterministic, copies, method="hidden", key=key,
+        deterministic, table, method="hidden", key=key,
     )  # fmt: skip
     sums = weights(batch)
     if objective.lm_weight:
-        rows, bias = run(model, params, deterministic, method="lm_projection", key=key)
-        sums = Losses(losses.lm_loss(x_BTD, rows, batch, bias, model.mesh, copies), sums.task)
+        head = run(model, params, deterministic, table, method="lm_projection", key=key)
+        sums = Losses(losses.lm_loss(x_BTD, head, batch, model.ops), sums.task)
     if not objective.kind:
         return sums, None
     logits = run(model, params, x_BTD, batch.extract, deterministic, method="task_logits", key=key)
@@ -85,7 +104,7 @@ def forward(
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] -> [count, B / count, ...]; rows stay on the device that holds them."""
+    """[B, ...] -> [count, B / count, ...]; all rows stay on their devices."""
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
@@ -96,10 +115,15 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 def gradients(
     model: GPT, objective: Objective, params: Params, batch: Batch, key: jax.Array, micro: int
 ) -> tuple[Params, Losses]:
-    """Returns the gradient of the joint loss and the loss sums, over `micro` micro-batches.
+    """Returns the gradient of the objective and the loss sums.
 
-    Every micro-batch is divided by the weights of the whole batch, so that their gradients add up
-    to the gradient of one large batch, however unevenly the padding falls.
+    The losses of a micro-batch are divided by the weights of the whole batch. So the gradients of
+    the micro-batches add up to that of the batch, whatever share of it each of them has.
+
+    Args:
+      model, objective, params, batch: as for `forward`.
+      key: of the dropout.
+      micro: number of micro-batches, which are computed one after the other.
     """
     whole = weights(batch)
 
@@ -111,7 +135,9 @@ def gradients(
     if micro == 1:
         return grad(params, batch, key)
 
-    def add(carry: tuple[Params, Losses], xs: tuple[Batch, jax.Array]):
+    def add(
+        carry: tuple[Params, Losses], xs: tuple[Batch, jax.Array]
+    ) -> tuple[tuple[Params, Losses], None]:
         part, i = xs
         new = grad(params, part, jax.random.fold_in(key, i))
         return jax.tree.map(jnp.add, carry, new), None

@@ -1,1 +1,1 @@
-"""The operations that the model is made of, each for every kind of device."""
+"""The operations that the model consists of, for CPUs, GPUs and TPUs."""

@@ -1,7 +1,7 @@
-"""Activations of the feed-forward layer, computed in float32 and returned in the dtype of x.
+"""Activation functions of the feed-forward layer, computed in float32, returned in the dtype of x.
 
-Their backward passes compute what they need again from x: that takes less time and memory than
-keeping what the forward pass computed.
+The backward pass of GELU computes its intermediate values again from x: that takes less time and
+memory than storing them.
 """
 
 import math
@@ -14,6 +14,7 @@ from gptjax.config.schema import Activation
 
 Array = jax.Array
 
+# The tanh form of GELU is x / 2 * (1 + tanh(_SLOPE * (x + _CUBIC * x^3))).
 _SLOPE = math.sqrt(2 / math.pi)
 _CUBIC = 0.044715
 
@@ -34,7 +35,8 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
-    # By hand: half the time of what JAX derives. Without the barrier XLA keeps the forward tanh.
+    # Twice as fast as the gradient that JAX derives. Without the barrier XLA would store the tanh
+    # of the forward pass instead of computing it again.
     y = jax.lax.optimization_barrier(x).astype(jnp.float32)
     tanh = _tanh(y)
     slope = _SLOPE * (1 + 3 * _CUBIC * y * y)

@@ -8,6 +8,7 @@ import optax
 
 from gptjax.config.schema import Algorithm, OptimizerConfig, Schedule
 from gptjax.errors import require
+from gptjax.parameters import PARAMETERS
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -99,15 +100,14 @@ def openai_adam(config: OptimizerConfig, total_steps: int) -> optax.GradientTran
     return optax.GradientTransformation(init, update)
 
 
-# Parameters of one dimension; those of the blocks carry a leading layers axis besides, and some
-# biases a heads axis, so that the rule is a name and not a number of dimensions.
-_NOT_DECAYED = ("bias", "scale")
-
-
 def decay_mask(params: optax.Params) -> optax.Params:
-    """Returns True for the arrays that weight decay applies to: all but biases and gains."""
+    """Returns True for the arrays that weight decay applies to: embeddings and kernels.
+
+    Raises:
+      KeyError: an array is not in the table of `gptjax.parameters`.
+    """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in _NOT_DECAYED, params
+        lambda path, _: PARAMETERS["/".join(part.key for part in path)].decayed, params
     )
 
 

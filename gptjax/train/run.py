@@ -32,6 +32,7 @@ from gptjax.io import files
 from gptjax.io.remote import exists, is_folder, require_workdir
 from gptjax.mesh import Params
 from gptjax.model import flops, gpt
+from gptjax.parameters import TASK_HEAD
 from gptjax.state import TrainState
 from gptjax.train import log as log_lib
 from gptjax.train import optimizer as optimizer_lib
@@ -320,7 +321,7 @@ def _begin(
     fresh = state.born_sharded(make, mesh, key)
     if pretrained is None:
         return fresh
-    params = state.merge_params(pretrained(), fresh.params, ("task_head",))
+    params = state.merge_params(pretrained(), fresh.params, (TASK_HEAD,))
     if transfer != "all":
         params = state.keep_layers(params, fresh.params, int(transfer))
     return fresh.replace(params=params)

@@ -302,7 +302,7 @@ def finetune(
     epoch = _epoch_steps(config, len(train))
     total = config.steps or math.ceil(config.epochs * epoch)
     longest = max(each.longest for each in examples.values())
-    model = make_model(model_config, spec, mesh, longest)
+    model = make_model(model_config, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     eval_step = score_lib.jit_eval_step(mesh, model, objective)
 

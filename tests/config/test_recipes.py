@@ -86,8 +86,9 @@ def test_original_drops_the_matrix_once_for_the_embedding_and_the_lm_head():
     """With the dropped rows as parameters, and no dropout, all is the same."""
     kind = "multiple_choice"
     _, _, model, params, batch, _ = original(kind, embedding_dropout=0.4)
-    rows, bias = gpt.run(model, params, False, method="lm_projection", key=KEY)
-    assert bias is None
+    head = gpt.run(model, params, False, method="lm_projection", key=KEY)
+    assert head.bias_V is None
+    rows = head.table_VD
     whole = np.concatenate([params["token_embedding"], params["position_embedding"]])
     ratio = np.asarray(rows) / whole
     assert set(np.unique(np.round(ratio, 4))) == {0.0, np.float32(1.6667)}

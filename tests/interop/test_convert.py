@@ -11,13 +11,14 @@ import safetensors.numpy
 import small
 
 import gptjax
-from gptjax.config.schema import ModelConfig, TaskSpec
+from gptjax.config.schema import TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.interop import arrays as arrays_lib
 from gptjax.interop import convert, huggingface, openai
-from gptjax.interop.arrays import BIAS, KERNEL, TOKENS, Weights
+from gptjax.interop.arrays import Weights
 from gptjax.model import gpt
+from gptjax.parameters import TASK_HEAD_BIAS, TASK_HEAD_KERNEL, TOKEN_EMBEDDING
 
 TASKS = {
     "none": None,
@@ -80,7 +81,7 @@ def test_transformers_reads_what_was_written(tmp_path, task):
     )
     assert not any(loading.values()), loading
     model.eval()
-    ids = np.random.default_rng(0).integers(0, written.own_rows, (3, 12))
+    ids = np.random.default_rng(0).integers(0, written.num_ordinary_tokens, (3, 12))
     with torch.no_grad():
         found = model(torch.tensor(ids)[None] if task == "multiple_choice" else torch.tensor(ids))
     lm, scores = logits(written, ids)
@@ -117,10 +118,10 @@ def test_what_transformers_saves_is_read(tmp_path, task):
     )
     found = huggingface.read(tmp_path / "theirs")
     for name, array in written.arrays.items():
-        if task == "classification" and name in (KERNEL, BIAS):
+        if task == "classification" and name in (TASK_HEAD_KERNEL, TASK_HEAD_BIAS):
             continue
         assert np.array_equal(found.arrays[name], array), name
-    ids = np.random.default_rng(0).integers(0, written.own_rows, (3, 12))
+    ids = np.random.default_rng(0).integers(0, written.num_ordinary_tokens, (3, 12))
     for ours, theirs in zip(logits(written, ids), logits(found, ids), strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
@@ -135,7 +136,7 @@ def test_other_weights_in_the_folder_make_its_side_files_void(tmp_path):
     arrays["multiple_choice_head.summary.bias"] += 1
     safetensors.numpy.save_file(arrays, path)
     found = huggingface.read(tmp_path)
-    assert np.array_equal(found.arrays[BIAS], arrays["multiple_choice_head.summary.bias"])
+    assert np.array_equal(found.arrays[TASK_HEAD_BIAS], arrays["multiple_choice_head.summary.bias"])
     assert found.task.choices == ("choice1", "choice2")
 
 
@@ -167,12 +168,12 @@ def test_the_release_and_its_special_tokens(tmp_path):
     written = release(tmp_path)
     assert openai.read(tmp_path).tokenizer.exact
     found = openai.read(tmp_path, exact=False)
-    own = written.own_rows
-    assert len(found.arrays[TOKENS]) == own + 4
+    own = written.num_ordinary_tokens
+    assert len(found.arrays[TOKEN_EMBEDDING]) == own + 4
     for name, array in written.arrays.items():
-        rows = slice(own) if name == TOKENS else slice(None)
+        rows = slice(own) if name == TOKEN_EMBEDDING else slice(None)
         assert np.array_equal(found.arrays[name][rows], array[rows]), name
-    drawn = found.arrays[TOKENS][own:]
+    drawn = found.arrays[TOKEN_EMBEDDING][own:]
     assert 0.015 < drawn.std() < 0.025
     assert found.model.num_heads == 1
     text = "the cat sat"
@@ -188,15 +189,7 @@ def test_the_release_has_openais_shapes(tmp_path):
         [1, 24, 72], [72], [1, 24, 24], [24], [24], [24], [1, 24, 96], [96], [1, 96, 24], [24],
         [24], [24],
     ]  # fmt: skip
-    assert shapes == [[32, 24], [make().own_rows, 24], *layer, *layer]
-
-
-def test_gpt1_itself_has_its_number_of_parameters():
-    """116,534,784, of the sizes of the release."""
-    model = ModelConfig(vocab_size=40478)
-    shapes = arrays_lib._stacked_shapes(model)
-    total = sum(int(np.prod(shape)) for shape in shapes.values())
-    assert total + (40478 + 512) * 768 == 116_534_784
+    assert shapes == [[32, 24], [make().num_ordinary_tokens, 24], *layer, *layer]
 
 
 def edit(path: pathlib.Path, change) -> None:
@@ -328,12 +321,12 @@ def test_what_a_format_cannot_say_is_refused(tmp_path):
 
 def test_a_bias_that_cannot_be_folded_is_refused(tmp_path):
     found = make(TASKS["classification"])
-    for name in ("blocks/norm2/bias", BIAS):
+    for name in ("blocks/norm2/bias", TASK_HEAD_BIAS):
         found.arrays[name] = found.arrays[name].copy()
     found.arrays["blocks/norm2/bias"][-1] = 0
     with pytest.raises(UserError, match="bias"):
         huggingface.write(found, tmp_path)
-    found.arrays[BIAS][:] = 0
+    found.arrays[TASK_HEAD_BIAS][:] = 0
     assert huggingface.write(found, tmp_path) == "OpenAIGPTForSequenceClassification"
 
 
@@ -411,7 +404,9 @@ def test_a_head_that_is_no_classifier_of_ours_is_refused(tmp_path, change):
 def test_a_head_without_our_special_tokens_is_left(tmp_path):
     """The token it was trained to read is not ours."""
     found = make(TASKS["classification"])
-    plain = found.arrays | {TOKENS: found.arrays[TOKENS][: found.own_rows]}
+    plain = found.arrays | {
+        TOKEN_EMBEDDING: found.arrays[TOKEN_EMBEDDING][: found.num_ordinary_tokens]
+    }
     huggingface.write(Weights(found.model, plain, found.tokenizer, found.task), tmp_path)
     for name in ("gptjax.json", "tokenizer.json"):
         (tmp_path / name).unlink()
@@ -420,5 +415,5 @@ def test_a_head_without_our_special_tokens_is_left(tmp_path):
     (tmp_path / "merges.txt").write_text("\n".join(pair[1]))
     read = huggingface.read(tmp_path)
     assert read.task is None
-    assert KERNEL not in read.arrays
-    assert len(read.arrays[TOKENS]) == found.own_rows + 4
+    assert TASK_HEAD_KERNEL not in read.arrays
+    assert len(read.arrays[TOKEN_EMBEDDING]) == found.num_ordinary_tokens + 4

@@ -9,6 +9,7 @@ from gptjax.config.schema import ModelConfig
 from gptjax.data import loader
 from gptjax.model import flops, gpt, losses
 from gptjax.model.gpt import GPT
+from gptjax.ops.cross_entropy import LMHeadWeights
 
 
 def test_tiny_model_by_hand():
@@ -56,7 +57,8 @@ def test_xla_counts_the_same(train):
         x = gpt.run(
             model, params, batch.tokens, batch.segment_ids, batch.positions, method="hidden"
         )
-        return losses.lm_loss(x, params["token_embedding"], batch).total
+        head = LMHeadWeights(params["token_embedding"])
+        return losses.lm_loss(x, head, batch, model.ops).total
 
     run = jax.value_and_grad(loss) if train else loss
     counted = small.fast_jit(run).lower(shapes).compile().cost_analysis()["flops"]

@@ -1,6 +1,5 @@
 """Attention against float64 NumPy, its masks against their definitions, and what it hides."""
 
-import functools
 import types
 
 import jax
@@ -14,6 +13,9 @@ from gptjax.config.schema import MeshConfig
 from gptjax.errors import UserError
 from gptjax.ops import attention, dropout
 from gptjax.ops.attention import blocked as blocked_lib
+from gptjax.ops.attention import plain
+from gptjax.ops.attention.inputs import AttentionInputs
+from gptjax.ops.dropout import DropoutKey
 
 
 def by_hand(q, k, v, visible):
@@ -37,6 +39,10 @@ def draw(shape_q=(2, 7, 3, 5), keys=9, seed=0):
     visible = rng.random((B, shape_q[1], keys)) < 0.5
     visible[..., 0] = True  # every query sees at least one key
     return q, k, v, visible
+
+
+def dropout_key(seed, rate):
+    return DropoutKey(dropout.key_bits(jax.random.key(seed)), rate)
 
 
 def test_attend_equals_the_formula():
@@ -64,14 +70,14 @@ def test_bfloat16_rounds_inputs_and_weights_only():
 def test_causal_segments_is_its_definition():
     rng = np.random.default_rng(0)
     segments = rng.integers(0, 4, (3, 11)).astype(np.int32)
-    got = np.asarray(attention.causal_segments(jnp.asarray(segments)))
+    got = np.asarray(plain.causal_segments(jnp.asarray(segments), jnp.asarray(segments)))
     for b, t, s in np.ndindex(3, 11, 11):
         assert got[b, t, s] == (s <= t and segments[b, t] == segments[b, s])
     assert got.any(-1).all(), "a query that sees nothing has no softmax"
 
 
 def test_causal_cached_is_its_definition():
-    got = np.asarray(attention.causal_cached(jnp.array([0, 3, 7]), 6))
+    got = np.asarray(plain.causal_cached(jnp.array([0, 3, 7]), 6))
     assert got.shape == (1, 3, 6)
     for t, position in enumerate((0, 3, 7)):
         np.testing.assert_array_equal(got[0, t], np.arange(6) <= position)
@@ -101,16 +107,16 @@ def test_large_scores_stay_finite():
 def test_dropout_drops_whole_weights_after_the_softmax(rate):
     """With the mask known: softmax, times mask / (1 - rate), times v. Weights do not sum to 1."""
     q, k, v, visible = draw(seed=4)
-    words = dropout.key_words(jax.random.key(5))
-    got = small.attend(q, k, v, visible, rate, words)
-    kept_BHTS = np.asarray(dropout.keep(words, (2, 3, 7, 9), rate))
+    key = dropout_key(5, rate)
+    got = small.attend(q, k, v, visible, key)
+    kept_BHTS = np.asarray(dropout.keep(key, (2, 3, 7, 9)))
     scores = np.einsum("BTHK,BSHK->BHTS", q, k, dtype=np.float64) / np.sqrt(5)
     scores = np.where(visible[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights = weights / weights.sum(-1, keepdims=True) * kept_BHTS / (1 - rate)
     np.testing.assert_allclose(got, np.einsum("BHTS,BSHK->BTHK", weights, v), atol=5e-6)
     np.testing.assert_array_equal(
-        small.attend(q, k, v, visible, 0.0, words), small.attend(q, k, v, visible)
+        small.attend(q, k, v, visible, dropout_key(5, 0.0)), small.attend(q, k, v, visible)
     )
 
 
@@ -136,16 +142,16 @@ def cases(batch, length, heads, width, dtype, seed=0):
     return qkvg, ids, key_ids
 
 
-def value_and_gradients(kind, qkvg, ids, key_ids, rate, words, mesh=None, longest=0):
-    def run(q, k, v, g):
-        function = functools.partial(
-            attention.causal, query_ids_BT=ids, key_ids_BT=key_ids, rate=rate, words=words,
-            kind=kind, mesh=mesh, longest=longest,
-        )  # fmt: skip
-        y, back = jax.vjp(lambda *qkv: function(*qkv), q, k, v)
+def value_and_gradients(kind, qkvg, ids, key_ids, key=None, mesh=None, longest=None):
+    def run(q, k, v, g, key):
+        def function(q, k, v):
+            inputs = AttentionInputs(q, k, v, ids, key_ids)
+            return attention.causal(inputs, key, kind=kind, mesh=mesh, max_sequence_length=longest)
+
+        y, back = jax.vjp(function, q, k, v)
         return y, *back(g)
 
-    return jax.jit(run)(*qkvg)
+    return jax.jit(run)(*qkvg, key)
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])
@@ -153,13 +159,13 @@ def value_and_gradients(kind, qkvg, ids, key_ids, rate, words, mesh=None, longes
     ("batch", "length", "heads", "width"), [(3, 7, 2, 5), (2, 128, 3, 16), (2, 300, 2, 8)]
 )
 def test_blocked_equals_plain_in_value_and_gradient(batch, length, heads, width, rate, monkeypatch):
-    """float32: summation order alone, also where a batch is computed in several groups of rows."""
+    """float32: summation order alone, also where a batch is computed in several groups."""
     qkvg, ids, key_ids = cases(batch, length, heads, width, "float32")
-    words = dropout.key_words(jax.random.key(1)) if rate else None
-    want = value_and_gradients("plain", qkvg, ids, key_ids, rate, words)
+    key = dropout_key(1, rate) if rate else None
+    want = value_and_gradients("plain", qkvg, ids, key_ids, key)
     for scores in (2**20, 1):
-        monkeypatch.setattr(blocked_lib, "_SCORES", scores)
-        got = value_and_gradients("blocked", qkvg, ids, key_ids, rate, words)
+        monkeypatch.setattr(blocked_lib, "_MAX_SCORES", scores)
+        got = value_and_gradients("blocked", qkvg, ids, key_ids, key)
         for one, other in zip(got, want, strict=True):
             assert one.dtype == other.dtype
             # 3e-6 of the largest: sums of up to 300 float32 products.
@@ -186,8 +192,8 @@ def short_segments(rng, batch, length, longest):
 @pytest.mark.parametrize(("length", "longest"), [(257, 64), (500, 65), (700, 150), (384, 1)])
 def test_blocks_meet_only_keys_in_reach(length, longest, rate, dtype, scores, monkeypatch):
     """All but what padding computes: value and gradient, with the dropout mask of the whole."""
-    monkeypatch.setattr(blocked_lib, "_SCORES", scores)
-    assert blocked_lib._Cut.of(length, longest).before
+    monkeypatch.setattr(blocked_lib, "_MAX_SCORES", scores)
+    assert blocked_lib._Tiling.choose(length, longest).lookback
     rng = np.random.default_rng(length)
     ids = short_segments(rng, 2, length, longest)
     (q, k, v, g), _, _ = cases(2, length, 3, 8, dtype)
@@ -195,10 +201,10 @@ def test_blocks_meet_only_keys_in_reach(length, longest, rate, dtype, scores, mo
     key_ids = np.where(hidden, -1, ids)
     real = ids[..., None, None] > 0
     g = jnp.where(real, g, 0)
-    words = dropout.key_words(jax.random.key(1)) if rate else None
+    key = dropout_key(1, rate) if rate else None
     wide = [x.astype(jnp.float32) for x in (q, k, v, g)]
-    want = value_and_gradients("plain", wide, ids, key_ids, rate, words)
-    got = value_and_gradients("blocked", (q, k, v, g), ids, key_ids, rate, words, None, longest)
+    want = value_and_gradients("plain", wide, ids, key_ids, key)
+    got = value_and_gradients("blocked", (q, k, v, g), ids, key_ids, key, None, longest)
     bound = {"float32": 3e-6, "bfloat16": 2**-6}[dtype]
     for one, other in zip(got, want, strict=True):
         assert one.dtype == q.dtype
@@ -207,39 +213,44 @@ def test_blocks_meet_only_keys_in_reach(length, longest, rate, dtype, scores, mo
         assert error <= bound * max(1, np.abs(other).max())
 
 
-def test_rows_are_cut_where_that_saves_half():
-    assert blocked_lib._Cut.of(512, 512) == blocked_lib._Cut(512, 512, 0)
-    assert blocked_lib._Cut.of(1720, 140) == blocked_lib._Cut(1720, 64, 192)
-    assert blocked_lib._Cut.of(384, 60) == blocked_lib._Cut(384, 64, 64)
-    assert blocked_lib._Cut.of(200, 60) == blocked_lib._Cut(200, 200, 0)
+@pytest.mark.parametrize(
+    ("length", "longest", "windows"),
+    [(512, 512, False), (1720, 140, True), (384, 60, True), (200, 60, False)],
+)
+def test_windows_hold_every_visible_key_in_half_of_the_scores(length, longest, windows):
+    """Whole rows compute half of the scores; windows are for rows where they compute fewer."""
+    tiling = blocked_lib._Tiling.choose(length, longest)
+    assert bool(tiling.lookback) == windows
+    if windows:
+        assert tiling.lookback >= longest - 1
+        keys = tiling.lookback + tiling.queries
+        assert tiling.tiles_per_row * tiling.queries * keys < length**2 / 2
 
 
 def test_blocked_in_bfloat16_is_as_near_to_float64_as_plain():
     qkvg, ids, key_ids = cases(2, 160, 2, 32, "bfloat16")
-    words = dropout.key_words(jax.random.key(2))
-    exact = value_and_gradients(
-        "plain", [x.astype(jnp.float32) for x in qkvg], ids, key_ids, 0.1, words
+    key = dropout_key(2, 0.1)
+    exact = value_and_gradients("plain", [x.astype(jnp.float32) for x in qkvg], ids, key_ids, key)
+    in_plain, blocked = (
+        value_and_gradients(kind, qkvg, ids, key_ids, key) for kind in ("plain", "blocked")
     )
-    plain, blocked = (
-        value_and_gradients(kind, qkvg, ids, key_ids, 0.1, words) for kind in ("plain", "blocked")
-    )
-    for want, one, other in zip(exact, plain, blocked, strict=True):
+    for want, one, other in zip(exact, in_plain, blocked, strict=True):
         errors = [np.sqrt(np.square(np.asarray(x, np.float32) - want).mean()) for x in (one, other)]
         # The gradient of the scores is rounded for its products: half as much again at most.
         assert errors[1] <= 1.6 * errors[0]
 
 
-@pytest.mark.parametrize(("length", "longest"), [(130, 0), (260, 40)])
+@pytest.mark.parametrize(("length", "longest"), [(130, None), (260, 40)])
 def test_blocked_on_a_mesh_equals_one_device(length, longest):
     qkvg, ids, key_ids = cases(4, length, 2, 16, "float32")
     if longest:
         ids = key_ids = short_segments(np.random.default_rng(0), 4, length, longest)
-    words = dropout.key_words(jax.random.key(3))
-    want = value_and_gradients("blocked", qkvg, ids, key_ids, 0.3, words, None, longest)
+    key = dropout_key(3, 0.3)
+    want = value_and_gradients("blocked", qkvg, ids, key_ids, key, None, longest)
     for sizes in ((2, 1, 2), (2, 2, 1), (1, 4, 1), (1, 2, 2)):
         config = MeshConfig(**dict(zip(mesh_lib.AXES, sizes, strict=True)))
         mesh = mesh_lib.make_mesh(config, jax.devices()[:4])
-        got = value_and_gradients("blocked", qkvg, ids, key_ids, 0.3, words, mesh, longest)
+        got = value_and_gradients("blocked", qkvg, ids, key_ids, key, mesh, longest)
         for one, other in zip(got, want, strict=True):
             assert np.abs(one - other).max() <= 3e-6 * np.abs(other).max()
 
@@ -250,8 +261,9 @@ def test_blocked_keeps_no_square_array_of_a_whole_sequence():
 
     def run(q, k, v, g):
         y, back = jax.vjp(
-            lambda *qkv: attention.causal(*qkv, ids, key_ids, kind="blocked"), q, k, v
-        )
+            lambda *qkv: attention.causal(AttentionInputs(*qkv, ids, key_ids), kind="blocked"),
+            q, k, v,
+        )  # fmt: skip
         return y, *back(g)
 
     text = jax.jit(run).lower(*qkvg).as_text()
@@ -262,9 +274,15 @@ def test_blocked_keeps_no_square_array_of_a_whole_sequence():
 def test_what_cudnn_is_asked_for_is_the_same_attention():
     """By the implementation of `jax.nn.dot_product_attention` that runs here."""
     (q, k, v, _), ids, key_ids = cases(2, 33, 2, 8, "float32")
-    got = attention._cudnn(q, k, v, ids, key_ids, implementation="xla")
-    want = attention.causal(q, k, v, ids, key_ids, kind="plain")
+    inputs = AttentionInputs(q, k, v, ids, key_ids)
+    got = attention.cudnn(inputs, implementation="xla")
+    want = attention.causal(inputs, kind="plain")
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+def queries(dtype, length=128, width=64):
+    """Of 2 rows and 3 heads: only their shape and dtype."""
+    return jax.ShapeDtypeStruct((2, length, 3, width), dtype)
 
 
 @pytest.mark.parametrize(
@@ -282,7 +300,7 @@ def test_what_cudnn_is_asked_for_is_the_same_attention():
     ],
 )
 def test_auto_is_the_one_for_the_platform(kind, platform, dtype, rate, expected):
-    assert attention.choose(kind, platform, dtype, rate, 128, 64, 9.0) == expected
+    assert attention.choose(kind, platform, 9.0, queries(dtype), rate) == expected
 
 
 @pytest.mark.parametrize(
@@ -290,10 +308,10 @@ def test_auto_is_the_one_for_the_platform(kind, platform, dtype, rate, expected)
     [(511, 64, 9.0), (512, 20, 9.0), (512, 136, 9.0), (512, 64, 7.5)],
 )
 def test_what_cudnn_does_not_take_is_left_to_the_plain_way(length, width, capability):
-    shape = (length, width, capability)
-    assert attention.choose("auto", "gpu", "bfloat16", 0.0, *shape) == "plain"
+    q = queries("bfloat16", length, width)
+    assert attention.choose("auto", "gpu", capability, q, 0.0) == "plain"
     with pytest.raises(UserError, match=r"^`model.attention`=cudnn: .*use auto$"):
-        attention.choose("cudnn", "gpu", "bfloat16", 0.0, *shape)
+        attention.choose("cudnn", "gpu", capability, q, 0.0)
 
 
 def test_compute_capability():
@@ -320,11 +338,12 @@ def test_compute_capability():
 )
 def test_a_kernel_that_cannot_do_it_is_one_line(kind, platform, dtype, rate):
     with pytest.raises(UserError, match=f"^`model.attention`={kind}: .*use auto$"):
-        attention.choose(kind, platform, dtype, rate, 128, 64, 9.0)
+        attention.choose(kind, platform, 9.0, queries(dtype), rate)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 2, 4), (2, 0, 2, 4)])
 def test_nothing_in_nothing_out(shape):
     q, ids = jnp.zeros(shape), jnp.zeros(shape[:2], jnp.int32)
     for kind in ("plain", "blocked"):
-        assert attention.causal(q, q, q, ids, ids, kind=kind).shape == shape
+        inputs = AttentionInputs(q, q, q, ids, ids)
+        assert attention.causal(inputs, kind=kind).shape == shape

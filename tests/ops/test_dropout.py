@@ -12,19 +12,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gptjax.ops import dropout
+from gptjax.ops.dropout import DropoutKey
 
 SHAPES = [(100_003,), (64, 768), (4, 3, 65, 65), (2, 128, 1, 96)]
 
 
-def words(seed):
-    return dropout.key_words(jax.random.key(seed))
+def key(seed, rate):
+    return DropoutKey(dropout.key_bits(jax.random.key(seed)), rate)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rate", [0.01, 0.1, 0.5, 0.9])
 def test_the_share_of_kept_elements_is_binomial(shape, rate):
     for seed in range(3):
-        kept = np.asarray(dropout.keep(words(seed), shape, rate))
+        kept = np.asarray(dropout.keep(key(seed, rate), shape))
         sigma = np.sqrt(rate * (1 - rate) / kept.size)
         assert abs(kept.mean() - (1 - rate)) < 5 * sigma
         # And so along every axis: no row or column is special.
@@ -44,11 +45,11 @@ def correlation_in_sigmas(a, b, rate):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_masks_of_different_keys_are_independent(rate):
-    """Random keys, as `key_words` makes them, and keys that have their second word in common."""
+    """Random keys, as `key_bits` makes them, and keys that have their second number in common."""
     shape = (64, 1024)
-    keys = [np.asarray(words(i)) for i in range(8)]
-    keys += [np.array([k[0], keys[0][1]], np.uint32) for k in keys[1:3]]
-    masks = [np.asarray(dropout.keep(jnp.asarray(k), shape, rate)) for k in keys]
+    bits = [np.asarray(key(i, rate).bits) for i in range(8)]
+    bits += [np.array([one[0], bits[0][1]], np.uint32) for one in bits[1:3]]
+    masks = [np.asarray(dropout.keep(DropoutKey(jnp.asarray(one), rate), shape)) for one in bits]
     for i, a in enumerate(masks):
         for b in masks[:i]:
             assert correlation_in_sigmas(a, b, rate) < 5
@@ -57,7 +58,7 @@ def test_masks_of_different_keys_are_independent(rate):
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_elements_near_each_other_are_independent(rate):
     """Along a row, to the next row, and at powers of two, where a weak mixer shows."""
-    flat = np.asarray(dropout.keep(words(3), (512, 768), rate)).ravel()
+    flat = np.asarray(dropout.keep(key(3, rate), (512, 768))).ravel()
     for lag in (1, 2, 3, 4, 7, 8, 16, 64, 256, 767, 768, 769, 1024, 4096, 65536):
         assert correlation_in_sigmas(flat[lag:], flat[:-lag], rate) < 5, lag
 
@@ -65,8 +66,8 @@ def test_elements_near_each_other_are_independent(rate):
 def test_each_element_is_binomial_over_keys():
     """So is each pair of neighbours: no element is tied to the key's or the index's bits."""
     rate, count = 0.1, 4000
-    keys = jax.vmap(dropout.key_words)(jax.random.split(jax.random.key(0), count))
-    masks = np.asarray(jax.vmap(lambda k: dropout.keep(k, (16, 48), rate))(keys))
+    bits = jax.vmap(dropout.key_bits)(jax.random.split(jax.random.key(0), count))
+    masks = np.asarray(jax.vmap(lambda b: dropout.keep(DropoutKey(b, rate), (16, 48)))(bits))
     sigma = np.sqrt(rate * (1 - rate) / count)
     assert np.abs(masks.mean(0) - (1 - rate)).max() < 5 * sigma
     both = (masks[:, :, 1:] & masks[:, :, :-1]).mean(0)
@@ -80,15 +81,15 @@ def test_each_element_is_binomial_over_keys():
 
 
 def test_rate_0_keeps_everything():
-    assert np.asarray(dropout.keep(words(0), (1000,), 0.0)).all()
+    assert np.asarray(dropout.keep(key(0, 0.0), (1000,))).all()
 
 
 def test_keep_at_is_a_part_of_the_mask():
     """A block of it, by the indices of its elements."""
-    kept = np.asarray(dropout.keep(words(2), (3, 40, 50), 0.4))
+    kept = np.asarray(dropout.keep(key(2, 0.4), (3, 40, 50)))
     index = (np.arange(3)[:, None, None] * 40 + np.arange(10, 30)[:, None]) * 50 + np.arange(7, 33)
-    key = tuple(words(2))
-    got = dropout.keep_at(jnp.asarray(index, jnp.uint32), key, 0.4)
+    bits = tuple(key(2, 0.4).bits)
+    got = dropout.keep_at(jnp.asarray(index, jnp.uint32), bits, 0.4)
     np.testing.assert_array_equal(got, kept[:, 10:30, 7:33])
 
 
@@ -96,8 +97,8 @@ def test_keep_at_is_a_part_of_the_mask():
 def test_forward_and_gradient_use_one_mask(dtype):
     rate, shape = 0.3, (33, 17)
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
-    kept = np.asarray(dropout.keep(words(1), shape, rate))
-    y, pull = jax.vjp(lambda x: dropout.dropout(x, words(1), rate), x)
+    kept = np.asarray(dropout.keep(key(1, rate), shape))
+    y, pull = jax.vjp(lambda x: dropout.dropout(x, key(1, rate)), x)
     assert y.dtype == x.dtype
     scaled = np.where(kept, np.asarray(x, np.float64) / (1 - rate), 0)
     eps = float(jnp.finfo(dtype).eps)
@@ -107,9 +108,9 @@ def test_forward_and_gradient_use_one_mask(dtype):
 
 
 def test_the_expectation_is_the_input():
-    keys = jax.vmap(dropout.key_words)(jax.random.split(jax.random.key(1), 4000))
+    bits = jax.vmap(dropout.key_bits)(jax.random.split(jax.random.key(1), 4000))
     x = jnp.linspace(-2, 3, 101)
-    mean = np.asarray(jax.vmap(lambda k: dropout.dropout(x, k, 0.2))(keys)).mean(0)
+    mean = np.asarray(jax.vmap(lambda b: dropout.dropout(x, DropoutKey(b, 0.2)))(bits)).mean(0)
     assert (np.abs(mean - x) <= 5 * np.abs(x) * np.sqrt(0.2 / 0.8 / 4000) + 1e-6).all()
 
 
@@ -117,9 +118,9 @@ def test_the_expectation_is_the_input():
 def test_jit_and_sharding_draw_the_same_mask(spec):
     mesh = small.mesh(2, 2, 2)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 6, 10)), jnp.float32)
-    expected = dropout.dropout(x, words(9), 0.4)
+    expected = dropout.dropout(x, key(9, 0.4))
     place = NamedSharding(mesh, spec)
-    run = jax.jit(lambda x, w: dropout.dropout(x, w, 0.4), out_shardings=place)
-    got = run(jax.device_put(x, place), words(9))
+    run = jax.jit(dropout.dropout, out_shardings=place)
+    got = run(jax.device_put(x, place), key(9, 0.4))
     assert got.sharding.is_equivalent_to(place, 3)
     np.testing.assert_array_equal(got, expected)

@@ -18,10 +18,13 @@ from jax.sharding import PartitionSpec as P
 from gptjax import mesh as mesh_lib
 from gptjax.config.schema import MeshConfig
 from gptjax.cost import compile
-from gptjax.ops import attention, dropout
+from gptjax.ops import dropout
 from gptjax.ops.attention import flash as flash_lib
+from gptjax.ops.attention import plain as plain_lib
+from gptjax.ops.attention.inputs import AttentionInputs
+from gptjax.ops.dropout import DropoutKey
 
-WORDS = np.array([0x9ABCDEF1, 0x80000003], np.uint32)
+BITS = np.array([0x9ABCDEF1, 0x80000003], np.uint32)
 # Rounding alone, of the largest value: both sum in float32 (2^-24 = 6e-8 each rounding), up to 160
 # terms in different orders, and exp turns the scores' rounding (scores up to about 10) into
 # 10 * 6e-8.
@@ -63,24 +66,24 @@ def pulled(attend):
 
 @functools.cache
 def flash(rate=0.1, block=32, mesh=None):
-    """(q, k, v, g, query_ids, key_ids, words) -> y, dq, dk, dv. Cached, for compiling is slow."""
+    """(q, k, v, g, query_ids, key_ids, bits) -> y, dq, dk, dv. Cached, for compiling is slow."""
 
-    def attend(q, k, v, query_ids, key_ids, words):
-        return flash_lib.flash(
-            q, k, v, query_ids, key_ids, rate, words, mesh=mesh, interpret=True, block=block
-        )
+    def attend(q, k, v, query_ids, key_ids, bits):
+        inputs = AttentionInputs(q, k, v, query_ids, key_ids)
+        key = None if bits is None else DropoutKey(bits, rate)
+        return flash_lib.flash(inputs, key, mesh=mesh, interpret=True, block=block)
 
     return small.fast_jit(pulled(attend))
 
 
 @functools.cache
 def plain(rate=0.1):
-    def attend(q, k, v, see, words):
-        return small.attend(q, k, v, see, rate, words)
+    def attend(q, k, v, see, bits):
+        return small.attend(q, k, v, see, DropoutKey(bits, rate))
 
     run = small.fast_jit(pulled(attend))
-    return lambda q, k, v, g, query_ids, key_ids, words: run(
-        q, k, v, g, visible(query_ids, key_ids), words
+    return lambda q, k, v, g, query_ids, key_ids, bits: run(
+        q, k, v, g, visible(query_ids, key_ids), bits
     )
 
 
@@ -116,29 +119,29 @@ CASES = [
 def test_values_and_gradients_are_those_of_the_plain_attention(length, width, block, rate):
     """With segments, padding in the rows, rows that do not fill their blocks, and one mask."""
     inputs, ids = draw(T=length, K=width), packed_ids(2, length)
-    got = flash(rate, block)(*inputs, ids, ids, WORDS)
-    small.assert_trees_close(got, plain(rate)(*inputs, ids, ids, WORDS), FLOAT32)
+    got = flash(rate, block)(*inputs, ids, ids, BITS)
+    small.assert_trees_close(got, plain(rate)(*inputs, ids, ids, BITS), FLOAT32)
 
 
 def test_without_a_key_nothing_is_dropped():
     inputs, ids = draw(), packed_ids(2, 96)
     got = flash(0.3)(*inputs, ids, ids, None)
-    small.assert_trees_close(got, plain(0.0)(*inputs, ids, ids, WORDS), FLOAT32)
+    small.assert_trees_close(got, plain(0.0)(*inputs, ids, ids, BITS), FLOAT32)
 
 
 def test_float32_against_float64():
     inputs, ids = draw(seed=1), packed_ids(2, 96)
-    kept = np.asarray(dropout.keep(jnp.asarray(WORDS), (2, 2, 96, 96), 0.1))
+    kept = np.asarray(dropout.keep(DropoutKey(jnp.asarray(BITS), 0.1), (2, 2, 96, 96)))
     exact = by_hand(*inputs, visible(ids, ids), kept, 0.1)
-    small.assert_trees_close(flash()(*inputs, ids, ids, WORDS), exact, FLOAT32)
+    small.assert_trees_close(flash()(*inputs, ids, ids, BITS), exact, FLOAT32)
 
 
 def test_ids_need_not_be_in_order():
     """Segments that are scattered over the row: blocks are skipped by the range of their ids."""
     inputs, ids = draw(), np.random.default_rng(3).integers(-3, 3, (2, 96)).astype(np.int32)
     ids[0, 32:64] = 7
-    got = flash()(*inputs, ids, ids, WORDS)
-    small.assert_trees_close(got, plain()(*inputs, ids, ids, WORDS), FLOAT32)
+    got = flash()(*inputs, ids, ids, BITS)
+    small.assert_trees_close(got, plain()(*inputs, ids, ids, BITS), FLOAT32)
 
 
 def test_a_key_hidden_from_all_has_no_weight_and_no_gradient():
@@ -147,13 +150,13 @@ def test_a_key_hidden_from_all_has_no_weight_and_no_gradient():
     key_ids, hidden = ids.copy(), [5, 6, 32, 64]
     key_ids[:, hidden] = -1
     q, k, v, g = draw()
-    y, dq, dk, dv = flash()(q, k, v, g, ids, key_ids, WORDS)
-    expected = plain()(q, k, v, g, ids, key_ids, WORDS)
+    y, dq, dk, dv = flash()(q, k, v, g, ids, key_ids, BITS)
+    expected = plain()(q, k, v, g, ids, key_ids, BITS)
     small.assert_trees_close((y, dq, dk, dv), expected, FLOAT32)
     assert not np.any(dk[:, hidden])
     assert not np.any(dv[:, hidden])
     huge_k, huge_v = k.at[:, hidden].set(1e18), v.at[:, hidden].set(-1e30)
-    got = flash()(q, huge_k, huge_v, g, ids, key_ids, WORDS)[0]
+    got = flash()(q, huge_k, huge_v, g, ids, key_ids, BITS)[0]
     np.testing.assert_array_equal(got, y)
 
 
@@ -161,7 +164,7 @@ def test_a_query_that_sees_nothing_gets_0_and_no_gradient():
     inputs, ids = draw(), np.ones((2, 96), np.int32)
     key_ids = ids.copy()
     key_ids[:, :40] = -1
-    results = flash()(*inputs, ids, key_ids, WORDS)
+    results = flash()(*inputs, ids, key_ids, BITS)
     assert all(np.isfinite(x).all() for x in results)
     for x in results[:2]:
         assert not np.any(x[:, :40])
@@ -172,12 +175,12 @@ def test_blocks_of_other_segments_are_not_read():
     """NaN in a block reaches all who multiply by it, be it with weight 0."""
     ids = np.repeat(np.array([[1, 2, 3]] * 2, np.int32), 32, 1)
     inputs = draw()
-    expected = flash()(*inputs, ids, ids, WORDS)
+    expected = flash()(*inputs, ids, ids, BITS)
     for start in (0, 32, 64):
         spoilt = slice(start, start + 32)
         others = np.ones(96, bool)
         others[spoilt] = False
-        results = flash()(*(x.at[:, spoilt].set(jnp.nan) for x in inputs), ids, ids, WORDS)
+        results = flash()(*(x.at[:, spoilt].set(jnp.nan) for x in inputs), ids, ids, BITS)
         for got, want in zip(results, expected, strict=True):
             np.testing.assert_array_equal(got[:, others], want[:, others])
             assert np.isnan(got[:, spoilt]).all()
@@ -187,13 +190,13 @@ def test_blocks_above_the_diagonal_are_not_read():
     """Keys of the last block are nothing to earlier queries; the first queries to later keys."""
     ids = np.ones((2, 96), np.int32)
     q, k, v, g = draw()
-    y, dq, dk, dv = flash()(q, k, v, g, ids, ids, WORDS)
+    y, dq, dk, dv = flash()(q, k, v, g, ids, ids, BITS)
     late_k, late_v = (x.at[:, 64:].set(jnp.nan) for x in (k, v))
-    results = flash()(q, late_k, late_v, g, ids, ids, WORDS)
+    results = flash()(q, late_k, late_v, g, ids, ids, BITS)
     for got, want in zip(results[:2], (y, dq), strict=True):
         np.testing.assert_array_equal(got[:, :64], want[:, :64])
         assert np.isnan(got[:, 64:]).all()
-    results = flash()(q.at[:, :32].set(jnp.nan), k, v, g, ids, ids, WORDS)
+    results = flash()(q.at[:, :32].set(jnp.nan), k, v, g, ids, ids, BITS)
     for got, want in zip(results[2:], (dk, dv), strict=True):
         np.testing.assert_array_equal(got[:, 32:], want[:, 32:])
         assert np.isnan(got[:, :32]).any()
@@ -205,8 +208,8 @@ def test_the_dropout_mask_is_that_of_keep_bit_for_bit(length, block, rate):
     H, ids = 3, np.ones((2, length), np.int32)
     zeros = jnp.zeros((2, length, H, length))
     identity = zeros + jnp.eye(length)[None, :, None, :]
-    y, _, _, dv = flash(rate, block)(zeros, zeros, identity, identity, ids, ids, WORDS)
-    kept = np.asarray(dropout.keep(jnp.asarray(WORDS), (2, H, length, length), rate))
+    y, _, _, dv = flash(rate, block)(zeros, zeros, identity, identity, ids, ids, BITS)
+    kept = np.asarray(dropout.keep(DropoutKey(jnp.asarray(BITS), rate), (2, H, length, length)))
     expected = kept & np.tril(np.ones((length, length), bool))
     np.testing.assert_array_equal(np.moveaxis(y, 1, 2) > 0, expected)
     np.testing.assert_array_equal(np.moveaxis(dv, 1, 3) > 0, expected)
@@ -224,10 +227,10 @@ def test_bfloat16_is_as_exact_as_the_plain_attention():
     """
     T, rate = 130, 0.2
     inputs, ids = draw(T=T, K=64, dtype="bfloat16"), packed_ids(2, T)
-    kept = np.asarray(dropout.keep(jnp.asarray(WORDS), (2, 2, T, T), rate))
+    kept = np.asarray(dropout.keep(DropoutKey(jnp.asarray(BITS), rate), (2, 2, T, T)))
     exact = by_hand(*inputs, visible(ids, ids), kept, rate)
-    got = flash(rate, None)(*inputs, ids, ids, WORDS)
-    want = plain(rate)(*inputs, ids, ids, WORDS)
+    got = flash(rate, None)(*inputs, ids, ids, BITS)
+    want = plain(rate)(*inputs, ids, ids, BITS)
     for x, usual, y, ratio in zip(got, want, exact, (1.05, 1.6, 1.6, 1.05), strict=True):
         assert x.dtype == jnp.bfloat16
         error, error_usual = (
@@ -245,9 +248,12 @@ def test_no_array_has_the_size_of_all_scores():
         types = re.findall(r"\w\[([0-9,]+)\]", str(jax.make_jaxpr(pulled(attend))(x, x, x, x)))
         return max(math.prod(map(int, shape.split(","))) for shape in types)
 
-    assert largest(lambda q, k, v: flash_lib.flash(q, k, v, ids, ids, 0.1, WORDS)) == 256 * 256
+    def flash(q, k, v):
+        return flash_lib.flash(AttentionInputs(q, k, v, ids, ids), DropoutKey(BITS, 0.1))
+
+    assert largest(flash) == 256 * 256
     see = jnp.ones((1, 4096, 4096), bool)
-    assert largest(lambda q, k, v: small.attend(q, k, v, see, 0.1, WORDS)) == 4096**2
+    assert largest(lambda q, k, v: small.attend(q, k, v, see, DropoutKey(BITS, 0.1))) == 4096**2
 
 
 @pytest.mark.parametrize(
@@ -261,14 +267,14 @@ def test_a_mesh_computes_what_one_device_computes(sizes, heads):
     inputs, ids = draw(B=4, T=40, H=heads), packed_ids(4, 40)
     key_ids = ids.copy()
     key_ids[:, 1:4] = np.where(ids[:, 1:4] == 1, -1, ids[:, 1:4])
-    expected = flash(0.3, 16)(*inputs, ids, key_ids, WORDS)
+    expected = flash(0.3, 16)(*inputs, ids, key_ids, BITS)
     place = NamedSharding(mesh, P(("data", "fsdp"), None, "tensor" if heads % 2 == 0 else None))
     placed = [jax.device_put(x, place) for x in inputs]
-    got = flash(0.3, 16, mesh)(*placed, ids, key_ids, WORDS)
+    got = flash(0.3, 16, mesh)(*placed, ids, key_ids, BITS)
     assert all(x.sharding.is_equivalent_to(place, 4) for x in got)
     small.assert_trees_close(got, expected, FLOAT32)
-    small.assert_trees_close(got, plain(0.3)(*inputs, ids, key_ids, WORDS), FLOAT32)
-    other = flash(0.3, 16)(*inputs, ids, key_ids, WORDS + 1)
+    small.assert_trees_close(got, plain(0.3)(*inputs, ids, key_ids, BITS), FLOAT32)
+    other = flash(0.3, 16)(*inputs, ids, key_ids, BITS + 1)
     assert np.abs(other[0] - np.asarray(got[0])).max() > 0.1, "the comparison is about masks"
 
 
@@ -288,16 +294,16 @@ def chips():
 
 
 def compiled(function, heads, rows, whole, backward):
-    """Of `function(q, k, v, ids, words)` for bfloat16 [32, 512, 12, 64] in these layouts."""
+    """Of `function(q, k, v, ids, bits)` for bfloat16 [32, 512, 12, 64] in these layouts."""
     x = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16, sharding=heads)
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
-    words = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
+    bits = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
 
-    def run(q, k, v, g, ids, words):
-        attend = functools.partial(function, ids=ids, words=words)
+    def run(q, k, v, g, ids, bits):
+        attend = functools.partial(function, ids=ids, bits=bits)
         return jax.vjp(attend, q, k, v)[1](g) if backward else attend(q, k, v)
 
-    return jax.jit(run).lower(x, x, x, x, ids, words).compile()
+    return jax.jit(run).lower(x, x, x, x, ids, bits).compile()
 
 
 @pytest.mark.tpu
@@ -306,11 +312,12 @@ def test_it_compiles_for_a_v5e_and_needs_no_square_memory(chips, backward):
     """Temporary memory: the kernels' is less than q alone; the plain attention's holds scores."""
     place = SingleDeviceSharding(chips[0])
 
-    def kernel(q, k, v, ids, words):
-        return flash_lib.flash(q, k, v, ids, ids, 0.1, words)
+    def kernel(q, k, v, ids, bits):
+        return flash_lib.flash(AttentionInputs(q, k, v, ids, ids), DropoutKey(bits, 0.1))
 
-    def usual(q, k, v, ids, words):
-        return small.attend(q, k, v, attention.causal_segments(ids), 0.1, words)
+    def usual(q, k, v, ids, bits):
+        see = plain_lib.causal_segments(ids, ids)
+        return small.attend(q, k, v, see, DropoutKey(bits, 0.1))
 
     used = {}
     for function in (kernel, usual):
@@ -326,8 +333,9 @@ def test_it_compiles_for_a_v5e_and_needs_no_square_memory(chips, backward):
 def test_it_compiles_for_a_mesh_of_v5es_without_communication(chips, backward):
     mesh = mesh_lib.make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), chips)
 
-    def kernel(q, k, v, ids, words):
-        return flash_lib.flash(q, k, v, ids, ids, 0.1, words, mesh=mesh)
+    def kernel(q, k, v, ids, bits):
+        inputs = AttentionInputs(q, k, v, ids, ids)
+        return flash_lib.flash(inputs, DropoutKey(bits, 0.1), mesh=mesh)
 
     specs = P(mesh_lib.BATCH_AXES, None, "tensor"), P(mesh_lib.BATCH_AXES), P()
     program = compiled(kernel, *(NamedSharding(mesh, spec) for spec in specs), backward)

@@ -62,11 +62,11 @@ def test_linear_and_its_gradients_are_their_formulas(leading, inputs, features, 
 def test_other_platforms_compute_the_same(monkeypatch):
     """What GPUs and TPUs are given, run here: the products without a transpose in memory."""
     x, kernel, g = draw((2, 3), (2, 4), (8,), "float32")
-    here = matmul.weight_gradient(x, g, 2), matmul.times_transposed(g, kernel, 2)
+    here = matmul.weight_gradient(x, g, 2), matmul.matmul_transposed(g, kernel, 2)
     monkeypatch.setattr(
         jax.lax, "platform_dependent", lambda *args, default, **kwargs: default(*args)
     )
-    there = matmul.weight_gradient(x, g, 2), matmul.times_transposed(g, kernel, 2)
+    there = matmul.weight_gradient(x, g, 2), matmul.matmul_transposed(g, kernel, 2)
     for one, other in zip(here, there, strict=True):
         assert one.shape == other.shape
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
@@ -80,7 +80,7 @@ def test_few_rows_times_a_transposed_kernel(leading, dtype):
     x, kernel = (
         jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*leading, 2, 8), (3, 5, 2, 8))
     )
-    y = matmul.times_transposed(x, kernel, 2)
+    y = matmul.matmul_transposed(x, kernel, 2)
     assert y.dtype == jnp.float32
     want = np.einsum("...ik,abik->...ab", *(np.asarray(a, np.float64) for a in (x, kernel)))
     assert y.shape == want.shape

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.model import losses
-from gptjax.ops import sharded
+from gptjax.ops.cross_entropy import LMHeadWeights
+from gptjax.ops.sharded import ShardedOps
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 LAYERS, WIDTH, LENGTH, VOCABULARY, ROWS = 3, 16, 16, 96, 8
@@ -25,10 +26,10 @@ LAYERS, WIDTH, LENGTH, VOCABULARY, ROWS = 3, 16, 16, 96, 8
 @pytest.mark.parametrize(
     ("name", "inputs", "shape"),
     [
-        ("ffn_in/kernel", 1, (16, 32)),
-        ("ffn_out/kernel", 1, (32, 16)),
-        ("attention/out/kernel", 2, (4, 4, 16)),
-        ("qkv/kernel", 1, (16, 3, 3, 8)),  # three heads: tensor does not divide them
+        ("blocks/ffn_in/kernel", 1, (16, 32)),
+        ("blocks/ffn_out/kernel", 1, (32, 16)),
+        ("blocks/attention/out/kernel", 2, (4, 4, 16)),
+        ("blocks/attention/qkv/kernel", 1, (16, 3, 3, 8)),  # tensor does not divide three heads
         ("task_head/kernel", 1, (16, 3)),
     ],
     ids=["ffn_in", "ffn_out", "out", "qkv, 3 heads", "head"],
@@ -55,7 +56,7 @@ def test_a_product_and_its_gradients_are_those_of_one_device(name, inputs, shape
 
     @small.fast_jit
     def run(x, kernel, g):
-        y, back = jax.vjp(lambda x, k: sharded.linear(x, k, inputs, mesh, name), x, kernel)
+        y, back = jax.vjp(lambda x, k: ShardedOps(mesh).linear(x, k, inputs, name), x, kernel)
         return y, *back(g.astype(y.dtype))
 
     got = run(x, kernel, g)
@@ -69,7 +70,7 @@ def test_a_product_and_its_gradients_are_those_of_one_device(name, inputs, shape
 @pytest.mark.parametrize("vocabulary", [97, 96], ids=["odd", "even"])
 @pytest.mark.parametrize("bias", [False, True], ids=["tied", "bias"])
 def test_the_table_s_gradient_of_both_uses_is_that_of_one_device(vocabulary, sizes, bias):
-    """A look-up and the LM loss of one table; of 97 rows tensor cuts copies, padded, alone."""
+    """A look-up and the LM loss of one table, with 97 rows also where it must be padded."""
     rng = np.random.default_rng(1)
     table = jnp.asarray(rng.normal(size=(vocabulary, 16)), jnp.float32)
     offset = jnp.asarray(rng.normal(size=vocabulary), jnp.float32) if bias else None
@@ -79,9 +80,10 @@ def test_the_table_s_gradient_of_both_uses_is_that_of_one_device(vocabulary, siz
     batch = Batch(tokens, tokens, tokens, tokens, weights)
 
     def loss(table, offset, mesh=None):
-        copies = None if mesh is None else sharded.copies(table, mesh)
-        x = table[tokens] if mesh is None else sharded.lookup(copies, tokens, mesh)
-        return losses.lm_loss(jnp.tanh(x), table, batch, offset, mesh, copies).total
+        ops = ShardedOps(mesh)
+        copies = None if mesh is None else ops.replicate_table(table)
+        x = table[tokens] if mesh is None else ops.lookup(copies, tokens)
+        return losses.lm_loss(jnp.tanh(x), LMHeadWeights(table, offset, copies), batch, ops).total
 
     arguments = (0, 1) if bias else (0,)
     expected = jax.value_and_grad(loss, arguments)(table, offset)
@@ -99,7 +101,7 @@ def test_logits_of_a_mesh_are_those_of_one_device():
     x, table = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((8, 3, 16), (97, 16)))
     for sizes in MESHES:
         mesh = small.mesh(*sizes)
-        got = small.fast_jit(lambda x, t, mesh=mesh: sharded.logits(x, t, mesh))(x, table)
+        got = small.fast_jit(ShardedOps(mesh).logits)(x, table)
         small.assert_trees_close(got, x @ table.T, 2e-6)
 
 

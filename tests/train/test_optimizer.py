@@ -99,7 +99,7 @@ def numpy_adam(params, gradients, config, total):
             mean = first[name] / (1 - config.beta1 ** (step + 1))
             square = second[name] / (1 - config.beta2 ** (step + 1))
             update = mean / (np.sqrt(square) + config.epsilon)
-            if name == "kernel":
+            if name.endswith("kernel"):
                 update = update + config.weight_decay * value
             params[name] = value - rate(step, config, total) * update
     return params
@@ -107,7 +107,7 @@ def numpy_adam(params, gradients, config, total):
 
 def problem(steps, scale=1.0):
     rng = np.random.default_rng(0)
-    shapes = {"kernel": (3, 4), "bias": (4,), "scale": (4,)}
+    shapes = {"lm_head/kernel": (3, 4), "lm_head/bias": (4,), "blocks/norm1/scale": (4,)}
     params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     gradients = [
         {name: (scale * rng.normal(size=s)).astype(np.float32) for name, s in shapes.items()}
@@ -216,7 +216,9 @@ def test_twenty_steps_of_the_authors_adam(name, changes):
     )
     expected, _ = assert_twenty_steps_are_those_of(numpy_openai_adam, config)
     other = numpy_adam(*problem(20), config, 25)
-    assert np.abs(other["kernel"] - expected["kernel"]).max() > 1e-4, "and not those of AdamW"
+    assert np.abs(other["lm_head/kernel"] - expected["lm_head/kernel"]).max() > 1e-4, (
+        "and not those of AdamW"
+    )
     rates = [float(optimizer_lib.schedule(config, 25)(step)) for step in range(25)]
     closed = [openai_rate(step, config, 25) for step in range(25)]
     np.testing.assert_allclose(rates, closed, rtol=1e-5, atol=1e-9)
@@ -252,7 +254,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(clip_norm):
     straight, _ = run(before, gradients[4:], state)
     for bad in (np.nan, np.inf, -np.inf):
         poisoned = {name: gradient.copy() for name, gradient in gradients[0].items()}
-        poisoned["bias"][2] = bad
+        poisoned["lm_head/bias"][2] = bad
         after, skipped = run(before, [poisoned] * 3, state)
         jax.tree.map(np.testing.assert_array_equal, before, after)
         jax.tree.map(np.testing.assert_array_equal, state.inner_state, skipped.inner_state)
@@ -265,10 +267,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(clip_norm):
 
 def test_gradients_whose_squares_overflow_are_skipped_too():
     optimizer = optimizer_lib.build(OptimizerConfig(), 10)
-    params = {"kernel": jnp.ones(3)}
+    params = {"lm_head/kernel": jnp.ones(3)}
     state = optimizer.init(params)
-    updates, after = optimizer.update({"kernel": jnp.full(3, 1e30)}, state, params)
-    np.testing.assert_array_equal(updates["kernel"], 0)
+    updates, after = optimizer.update({"lm_head/kernel": jnp.full(3, 1e30)}, state, params)
+    np.testing.assert_array_equal(updates["lm_head/kernel"], 0)
     assert int(after.notfinite_count) == 1
     np.testing.assert_array_equal(
         jax.tree.leaves(after.inner_state)[0], jax.tree.leaves(state.inner_state)[0]

@@ -167,8 +167,11 @@ def test_the_longest_sequence_is_that_of_any_split(tokenizer, split):
     stage = finetune(tokenizer, data=data)
     spec = TaskSpec("classification", "text", labels=("no", "yes", "maybe"))
     found = tasks.encode(spec, {"text": [long], "label": ["no"]}, tokenizer, 1000, "x")
-    assert stage.model.longest == min(len(found.tokens[0]), stage.model.config.context_length)
-    assert stage.model.longest > finetune(tokenizer).model.longest
+    assert stage.model.max_sequence_length == min(
+        len(found.tokens[0]), stage.model.config.context_length
+    )
+    shorter = finetune(tokenizer)
+    assert stage.model.max_sequence_length > shorter.model.max_sequence_length
 
 
 def test_floors_are_the_majority_answer(tokenizer):

@@ -1,4 +1,4 @@
-"""Attention kernels on a mesh: each device runs its own rows and heads."""
+"""Attention kernels on a mesh: each device computes its own rows and heads."""
 
 from collections.abc import Callable
 
@@ -7,41 +7,38 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from gptjax.mesh import BATCH_AXES, several
+from gptjax.mesh import BATCH_AXES, is_sharded
+from gptjax.ops.attention.inputs import AttentionInputs
+from gptjax.ops.dropout import DropoutKey
+
+Kernel = Callable[[AttentionInputs, DropoutKey, jax.Array], jax.Array]
 
 
 def shard_over_batch_and_heads(
-    kernel: Callable[..., jax.Array],
-    mesh: Mesh | None,
-    q_BTHK: jax.Array,
-    k_BTHK: jax.Array,
-    v_BTHK: jax.Array,
-    query_ids_BT: jax.Array,
-    key_ids_BT: jax.Array,
-    words: jax.Array | None,
+    kernel: Kernel, mesh: Mesh | None, inputs: AttentionInputs, dropout_key: DropoutKey | None
 ) -> jax.Array:
-    """Returns the attention [B, T, H, K], each device running the kernel on its rows and heads.
+    """Returns the attention [B, T, H, K], for which each device runs the kernel on its own part.
 
-    XLA cannot cut up a kernel, or a loop over rows, by itself. Rows lie over the axes data and
-    fsdp, whose product must divide B; heads over tensor, or on every device of it where it does not
-    divide H.
+    XLA cannot divide a kernel, or a loop over rows, between devices by itself. The rows are sharded
+    over `data` and `fsdp`, whose product must divide B. The heads are sharded over `tensor`; if
+    that does not divide H, each of its devices computes all heads.
 
     Args:
-      kernel: a function of the arrays below and of uint32 [B, H], b * H + h in the whole array,
-        of which a device has a part.
-      mesh: of a jit whose arrays are sharded; None: one device.
-      q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT: the whole arrays.
-      words: uint32 [2], for all devices the same; None: zeros.
+      kernel: computes [B, T, H, K] from the inputs, the dropout key (of rate 0 if there is no
+        dropout) and heads_BH, uint32: b * H + h of each row and head in the whole arrays.
+      mesh: the devices; None: a single one.
+      inputs: the whole arrays.
+      dropout_key: the same on all devices; None: no dropout.
     """
-    batch, _, heads, _ = q_BTHK.shape
-    words = jnp.zeros(2, jnp.uint32) if words is None else words
+    batch, _, heads, _ = inputs.q_BTHK.shape
+    if dropout_key is None:
+        dropout_key = DropoutKey(jnp.zeros(2, jnp.uint32), 0.0)
     heads_BH = jnp.arange(batch * heads, dtype=jnp.uint32).reshape(batch, heads)
-    if several(mesh):
+    if is_sharded(mesh):
         tensor = "tensor" if heads % mesh.shape["tensor"] == 0 else None
         x, ids = P(BATCH_AXES, None, tensor), P(BATCH_AXES)
-        # Kernels do not say over which axes their results vary, so that there is nothing to check.
-        kernel = jax.shard_map(
-            kernel, mesh=mesh, in_specs=(x, x, x, ids, ids, P(), P(BATCH_AXES, tensor)),
-            out_specs=x, check_vma=False,
-        )  # fmt: skip
-    return kernel(q_BTHK, k_BTHK, v_BTHK, query_ids_BT, key_ids_BT, words, heads_BH)
+        specs = (AttentionInputs(x, x, x, ids, ids), P(), P(BATCH_AXES, tensor))
+        # Pallas kernels do not declare over which mesh axes their results vary, so that
+        # `shard_map` could not check it.
+        kernel = jax.shard_map(kernel, mesh=mesh, in_specs=specs, out_specs=x, check_vma=False)
+    return kernel(inputs, dropout_key, heads_BH)

@@ -1,0 +1,216 @@
+"""The language model's cross-entropy, computed piece by piece along the sequence.
+
+A vocabulary of 40,000 makes the logits of a batch larger than everything else in the memory. So
+only the logits of one piece exist at a time. This file has the computation of one device;
+`gptjax.ops.sharded` runs it on several.
+"""
+
+import functools
+import math
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from gptjax.ops import matmul
+
+Array = jax.Array
+
+# The most logits of a piece, 128 MiB of float32. Smaller pieces re-read and re-write the float32
+# gradient of the table once for each piece, which on accelerators is limited by the speed of their
+# memory. A CPU prefers half of it, because of its caches.
+_MAX_LOGITS = 2**25
+_MAX_LOGITS_ON_CPU = 2**24
+
+
+@flax.struct.dataclass
+class LMHeadWeights:
+    """The weights of the LM head: the logits are x table^T + bias."""
+
+    table_VD: Array
+    """float32; more rows than there are tokens if the softmax covers other outputs too."""
+    bias_V: Array | None = None
+    """float32; rounded to the dtype of the matrix products. None: no bias."""
+    replicated_NVD: Array | None = None
+    """The table as `ShardedOps.replicate_table` returns it, if that has been computed already."""
+
+
+def max_logits(platform: str) -> int:
+    """Returns how many logits a device computes at a time."""
+    return _MAX_LOGITS_ON_CPU if platform == "cpu" else _MAX_LOGITS
+
+
+def num_pieces(rows: int, length: int, vocab_size: int, limit: int) -> int:
+    """Returns the smallest divisor of `length` whose pieces have at most `limit` logits.
+
+    If even pieces of a single token have more, the result is `length`.
+    """
+    wanted = min(length, math.ceil(rows * length * vocab_size / limit))
+    return next(n for n in range(wanted, length + 1) if length % n == 0)
+
+
+def _split(x: Array, pieces: int) -> Array:
+    """[B, T, ...] -> [pieces, B, T / pieces, ...]; the rows stay on their devices."""
+    rows, length = x.shape[:2]
+    return jnp.moveaxis(x.reshape(rows, pieces, length // pieces, *x.shape[2:]), 1, 0)
+
+
+def _piece_loss(
+    x_BTD: Array,
+    table_VD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    vocab_size: int | None,
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """Computes the loss of a piece of the sequence.
+
+    Args:
+      x_BTD, targets_BT, weights_BT: the piece.
+      table_VD: the table, or this device's rows of it.
+      vocab_size: number of rows of the whole table where the devices along the axis `tensor` have
+        some of its rows each, which may include rows of padding; None: `table_VD` is the table.
+
+    Returns:
+      The loss, and for its gradient: exp(logits - largest) [B, T, V], its sum over the whole
+      vocabulary [B, T], and the one-hot targets, bool [B, T, V].
+    """
+    logits_BTV = matmul.matmul_transposed(x_BTD, table_VD, 1)
+    logits_BTV = jax.lax.optimization_barrier(logits_BTV)
+    ids_V = jnp.arange(table_VD.shape[0], dtype=jnp.int32)
+    if vocab_size is not None:
+        ids_V += jax.lax.axis_index("tensor") * table_VD.shape[0]
+        is_token = (ids_V < vocab_size)[None, None]
+        logits_BTV = jnp.where(is_token, logits_BTV, jnp.finfo(jnp.float32).min)
+    largest_BT1 = logits_BTV.max(axis=-1, keepdims=True)
+    if vocab_size is not None:
+        largest_BT1 = jax.lax.pmax(largest_BT1, "tensor")
+    one_hot_BTV = targets_BT[..., None] == ids_V[None, None]
+    if vocab_size is not None:
+        picked_BT = jnp.where(one_hot_BTV, logits_BTV, 0).sum(-1)
+    else:
+        picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
+    # The barrier makes XLA compute the exponentials once, and not again inside of both matrix
+    # products of the gradient: on a CPU they take half of the time here.
+    exp_BTV = jax.lax.optimization_barrier(jnp.exp(logits_BTV - largest_BT1))
+    sum_BT = exp_BTV.sum(axis=-1)
+    if vocab_size is not None:
+        sum_BT, picked_BT = jax.lax.psum((sum_BT, picked_BT), "tensor")
+    lse_BT = largest_BT1[..., 0] + jnp.log(sum_BT)
+    return ((lse_BT - picked_BT) * weights_BT).sum(), (exp_BTV, sum_BT, one_hot_BTV)
+
+
+def _cast_table(table_VD: Array, dtype: jnp.dtype) -> Array:
+    """Returns the table in the dtype of the matrix products; the barrier makes XLA store it."""
+    return jax.lax.optimization_barrier(table_VD.astype(dtype))
+
+
+def total_loss(
+    x_BTD: Array,
+    table_VD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    pieces: int,
+    vocab_size: int | None = None,
+) -> Array:
+    """Returns the loss of `cross_entropy`, without its gradient.
+
+    `vocab_size` is that of `_piece_loss`.
+    """
+    cast_VD = _cast_table(table_VD, x_BTD.dtype)
+
+    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
+        x, targets, weights = piece
+        return total + _piece_loss(x, cast_VD, targets, weights, vocab_size)[0], None
+
+    split = tuple(_split(a, pieces) for a in (x_BTD, targets_BT, weights_BT))
+    return jax.lax.scan(add, jnp.float32(0), split)[0]
+
+
+def total_loss_and_gradients(
+    x_BTD: Array,
+    table_VD: Array,
+    targets_BT: Array,
+    weights_BT: Array,
+    pieces: int,
+    vocab_size: int | None = None,
+) -> tuple[Array, Array, Array]:
+    """Returns the loss, the gradient of x [B, T, D], and that of the table, float32 [D, V]."""
+    dtype = x_BTD.dtype
+    cast_VD = _cast_table(table_VD, dtype)
+
+    def add(
+        carry: tuple[Array, Array], piece: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array], Array]:
+        total, d_table_DV = carry
+        x, targets, weights = piece
+        loss, (exp, sum_exp, one_hot) = _piece_loss(x, cast_VD, targets, weights, vocab_size)
+        d_logits = exp * (weights / sum_exp)[..., None] - one_hot * weights[..., None]
+        d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
+        d_x = jnp.einsum("BTV,VD->BTD", d_logits, cast_VD, preferred_element_type=jnp.float32)
+        # As [D, V]: then the product transposes x, which is smaller than d_logits.
+        d_table_DV += matmul.weight_gradient(x, d_logits, 1)
+        return (total + loss, d_table_DV), d_x.astype(dtype)
+
+    split = tuple(_split(a, pieces) for a in (x_BTD, targets_BT, weights_BT))
+    start = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))
+    (total, d_table_DV), d_x = jax.lax.scan(add, start, split)
+    return total, jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_table_DV
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def cross_entropy(
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, pieces: int
+) -> Array:
+    """Returns the sum over b and t of weight * -log softmax(x table^T)[target], a float32 scalar.
+
+    When it is differentiated, the forward pass computes the gradients too, while it has the logits:
+    three matrix products a piece, none of them repeated.
+
+    Args:
+      x_BTD: states, in the dtype of the matrix products.
+      table_VD: float32; its gradient is float32 and is not rounded to that dtype.
+      targets_BT: int32, the tokens to predict.
+      weights_BT: float32, 0 where nothing is predicted; has no gradient.
+      pieces: into which the sequence is divided, from `num_pieces`.
+    """
+    return total_loss(x_BTD, table_VD, targets_BT, weights_BT, pieces)
+
+
+def _forward(
+    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, pieces: int
+) -> tuple[Array, tuple[Array, Array]]:
+    total, d_x_BTD, d_table_DV = total_loss_and_gradients(
+        x_BTD, table_VD, targets_BT, weights_BT, pieces
+    )
+    return total, (d_x_BTD, d_table_DV)
+
+
+def _backward(
+    pieces: int, residuals: tuple[Array, Array], g: Array
+) -> tuple[Array, Array, None, None]:
+    d_x_BTD, d_table_DV = residuals
+    return (d_x_BTD * g).astype(d_x_BTD.dtype), (d_table_DV * g).T, None, None
+
+
+cross_entropy.defvjp(_forward, _backward)
+
+
+def add_bias_column(x_BTD: Array, table: Array, bias_V: Array | None) -> tuple[Array, Array]:
+    """Makes the bias one more column of the table, and 1 one more element of each state.
+
+    With that the losses here need no gradient of a bias.
+
+    Args:
+      x_BTD: states.
+      table: [V, D], or a replicated table [N, V', D].
+      bias_V: None: nothing is changed.
+    """
+    if bias_V is None:
+        return x_BTD, table
+    column_VD = bias_V[:, None]
+    if table.ndim == 3:
+        # A replicated table has V' rows, those after the first V are padding.
+        column_VD = jnp.pad(column_VD, ((0, table.shape[1] - len(bias_V)), (0, 0)))[None]
+        column_VD = jnp.broadcast_to(column_VD, (*table.shape[:2], 1))
+    table = jnp.concatenate([table, column_VD], axis=-1)
+    return jnp.concatenate([x_BTD, jnp.ones_like(x_BTD[..., :1])], axis=-1), table
