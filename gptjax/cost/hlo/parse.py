@@ -247,8 +247,8 @@ def _frames(lines: list[str]) -> dict[int, str]:
             frames[int(found[1])] = (int(found[2]), int(found[3]))
         elif section == "StackFrames" and line.startswith(("%", "ENTRY")):
             break
-    # In some versions of XLA, parent_frame_id is the parent's number plus 1. Then frame 1 seems to
-    # be its own parent: its parent_frame_id of 1 means none.
+    # In some versions of XLA, parent_frame_id is the parent's number plus 1. There, frame 1 seems
+    # to be its own parent: its parent_frame_id of 1 means none.
     shift = 1 if any(number == parent for number, (_, parent) in frames.items()) else 0
 
     def place(number: int) -> str:
