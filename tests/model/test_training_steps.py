@@ -1,8 +1,8 @@
 """Three training steps of a tiny model against float64 NumPy, and against numbers written down.
 
-The reference takes its gradients by the complex step: the imaginary part of loss(p + ih) / h is the
-derivative, without the rounding of a difference. Adam, clipping, weight decay and the schedule are
-their formulas. Nothing of it is gptjax's code.
+The reference computes gradients by complex steps: the imaginary part of loss(p + ih) / h is the
+derivative, and no difference of losses is rounded. Adam, clipping, weight decay and the schedule
+are written as their formulas. The reference uses no code of gptjax.
 """
 
 import math
@@ -22,8 +22,8 @@ from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import step as step_lib
 
 STEPS, TOTAL = 3, 10
-# Epsilon is far above the rounding of the gradients: else Adam's first updates would be their sign,
-# also of those that are 0 but for rounding.
+# Epsilon is far above the rounding errors of gradients. With a tiny epsilon Adam's first update
+# would be the sign of each gradient, even of gradients that are 0 apart from rounding errors.
 CONFIG = OptimizerConfig(
     learning_rate=0.02, schedule="linear", warmup_steps=2, epsilon=1e-2, weight_decay=0.1,
     beta1=0.9, beta2=0.98, clip_norm=0.5,
@@ -35,7 +35,7 @@ LABELS = [1, 0, 2, 1]
 
 
 def problem():
-    """The model, its parameters, and a packed batch."""
+    """Returns the model, its parameters, and a packed batch."""
     config = small.config(vocab_size=11, context_length=6, width=4, num_heads=2)
     spec = TaskSpec(TaskKind.CLASSIFICATION, "text", labels=("a", "b", "c"))
     model = gpt.make_model(config, spec)
@@ -60,7 +60,7 @@ def problem():
 
 
 def joint(params):
-    """Task loss, LM loss and their weighted sum, by the reference."""
+    """Returns the reference's task loss, LM loss, and their weighted sum."""
     examples = [
         ([(np.array(tokens), None)], label) for tokens, label in zip(TOKENS, LABELS, strict=True)
     ]
@@ -69,7 +69,7 @@ def joint(params):
 
 
 def gradients(params):
-    """Of the joint loss, in every element."""
+    """Returns the gradient of the reference's joint loss."""
     leaves, tree = jax.tree.flatten(reference.cast(params, np.complex128))
     found = []
     for leaf in leaves:
@@ -88,7 +88,7 @@ def norm(tree):
 
 @pytest.fixture(scope="module")
 def expected():
-    """Losses and gradient norm before each step, and the parameters after the last."""
+    """Returns losses and gradient norms before each step, and the parameters after the last."""
     _, params, _ = problem()
     params = reference.cast(params)
     m, v = (jax.tree.map(np.zeros_like, params) for _ in range(2))
@@ -101,7 +101,7 @@ def expected():
         g = jax.tree.map(lambda x, scale=scale: x * scale, g)
         m = jax.tree.map(lambda m, g: CONFIG.beta1 * m + (1 - CONFIG.beta1) * g, m, g)
         v = jax.tree.map(lambda v, g: CONFIG.beta2 * v + (1 - CONFIG.beta2) * g * g, v, g)
-        # Up to the peak in the warm-up's two steps, then in eight steps down to 0.
+        # The rate rises to the peak in two warm-up steps, then falls to 0 in eight steps.
         rate = CONFIG.learning_rate * min((step + 1) / 2, 1 - (step - 2) / 8)
 
         def update(path, p, m, v, rate=rate, t=step + 1):
@@ -115,11 +115,11 @@ def expected():
 
 
 def test_three_steps_are_those_of_the_reference(expected):
-    """Losses to float32 rounding; of the parameters what has been added to them, in float32 too.
+    """Compares losses, gradient norms, and the change of each parameter in all three steps.
 
-    What is added is about 0.04, on parameters of about 1: a float32 sum rounds it to 2^-24 / 0.04,
-    1.5e-6 of it, three times. A gradient is good to 2e-5 of the largest of its array (test_gpt.py),
-    and small elements of it are about as large as epsilon: 1e-4 of the largest change is asked.
+    A parameter of about 1 changes by about 0.04, so that float32 sums round the change by 2^-24 /
+    0.04 = 1.5e-6 of it in each step. The gradients are exact to 2e-5 of the largest of their array
+    (test_gpt.py). The tolerance of 1e-4 covers both.
     """
     model, start, batch = problem()
     optimizer = optimizer_lib.build(CONFIG, TOTAL)
@@ -145,7 +145,7 @@ def test_three_steps_are_those_of_the_reference(expected):
 
 
 def test_the_reference_gives_the_numbers_written_down(expected):
-    """A golden step: a change of formulas on both sides would pass the test above, and not this."""
+    """If reference and model changed in the same way, only this test would notice."""
     losses, norms, params = expected
     task, lm, joint = np.transpose(losses)
     np.testing.assert_allclose(task, [1.244631239569, 1.099984429316, 0.876619451994], rtol=1e-9)
