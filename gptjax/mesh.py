@@ -189,9 +189,11 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     Returns:
       One entry for each array axis; None where the mesh axis has one device or does not divide the
       array axis.
+
+    Raises:
+      KeyError: there is no such parameter.
     """
-    parameter = parameters.find(path)
-    axes = parameter.mesh_axes if parameter else ()
+    axes = parameters.PARAMETERS[path].mesh_axes
     axes = axes + (None,) * (len(shape) - len(axes))
     axes = tuple(axis if axis is not None and mesh.shape[axis] > 1 else None for axis in axes)
     return _divisible(axes, shape, mesh)

@@ -19,7 +19,7 @@ TASK_HEAD_BIAS = "task_head/bias"
 
 
 class Role(enum.StrEnum):
-    """What a parameter is used for."""
+    """The use of a parameter."""
 
     EMBEDDING = "embedding"
     """A table of vectors, one for each id."""

@@ -1,4 +1,4 @@
-"""Eight devices compute what one computes, and every array lies where the table says."""
+"""Eight devices compute what one computes, and every array has the layout of the table."""
 
 import dataclasses
 
@@ -22,8 +22,8 @@ from gptjax.train import optimizer as optimizer_lib
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
 
-# What each array of the 117M model is promised to be cut along: the contracting or output axes of
-# the matrices over fsdp, heads and the wide axes over tensor; vectors of the width are whole.
+# The layout of each array of the 117M model: of a matrix one axis is sharded over fsdp, and the
+# heads or the wide axis over tensor; vectors of the model's width are not sharded.
 PROMISED = {
     "token_embedding": ("tensor", "fsdp"),
     "position_embedding": (None, None),
@@ -57,7 +57,7 @@ def names(tree):
 
 @pytest.fixture(scope="module")
 def large():
-    """Shapes of the 117M model's training state."""
+    """Returns the shapes of the 117M model's training state."""
     model = GPT(ModelConfig(vocab_size=40478), num_outputs=3)
     optimizer = optimizer_lib.build(OptimizerConfig(), 10)
 
@@ -67,7 +67,7 @@ def large():
     return jax.eval_shape(make, jax.random.key(0))
 
 
-def test_every_array_of_the_full_size_model_lies_as_promised(large):
+def test_every_array_of_the_full_size_model_has_its_layout(large):
     places = mesh_lib.state_sharding(large, small.mesh(2, 2, 2))
     found = {
         name: full_spec(leaf, place)
@@ -79,7 +79,7 @@ def test_every_array_of_the_full_size_model_lies_as_promised(large):
     assert found == PROMISED
 
 
-def test_the_optimizer_state_lies_as_the_parameters(large):
+def test_the_optimizer_state_has_the_layout_of_the_parameters(large):
     places = mesh_lib.state_sharding(large, small.mesh(2, 2, 2))
     adam = next(
         part for part in jax.tree.leaves(places.opt_state, is_leaf=lambda x: hasattr(x, "mu"))
@@ -92,8 +92,8 @@ def test_the_optimizer_state_lies_as_the_parameters(large):
     assert adam.count.spec == P()
 
 
-def test_nearly_all_of_the_state_is_cut_by_the_number_of_devices(large):
-    """On 2 x 2 x 2 a device holds 1/4 of every matrix (data replicates)."""
+def test_nearly_all_of_the_state_is_sharded(large):
+    """On a 2 x 2 x 2 mesh a device has 1/4 of every matrix, because data does not shard them."""
     places = mesh_lib.state_sharding(large, small.mesh(2, 2, 2))
     held = sum(
         np.prod(place.shard_shape(leaf.shape), dtype=np.int64)
@@ -103,7 +103,7 @@ def test_nearly_all_of_the_state_is_cut_by_the_number_of_devices(large):
 
 
 def test_axes_that_do_not_divide_are_dropped(large):
-    """40,478 = 2 * 37 * 547 rows are not cut in 4, 12 heads are not cut in 8; the rest is kept."""
+    """40,478 rows are not a multiple of 4, and 12 heads are not a multiple of 8."""
 
     def spec(mesh, name):
         places = mesh_lib.state_sharding(large.params, mesh)
@@ -134,8 +134,8 @@ def test_a_mesh_takes_the_devices_that_are_left():
         mesh_lib.make_mesh(MeshConfig(data=2, fsdp=2), devices)
 
 
-def test_between_slices_lies_the_data_axis():
-    """Before fsdp, and tensor never."""
+def test_the_data_axis_goes_across_slices():
+    """fsdp follows if data is too short; tensor never goes across slices."""
     assert mesh_lib._over_slices([8, 4, 1], 2) == [2, 1, 1]
     assert mesh_lib._over_slices([4, 4, 4], 4) == [4, 1, 1]
     assert mesh_lib._over_slices([2, 8, 1], 4) == [2, 2, 1]
@@ -146,7 +146,7 @@ def test_between_slices_lies_the_data_axis():
 
 @pytest.fixture(scope="module")
 def two_slices():
-    """Twice 16 v5e that are not there."""
+    """Returns descriptions of two slices of 16 v5e."""
     from jax.experimental import topologies
 
     with pytest.MonkeyPatch.context() as patch:
@@ -163,7 +163,7 @@ def two_slices():
     ids=str,
 )
 def test_a_mesh_of_two_slices(two_slices, sizes, across):
-    """Along one axis half of the devices are in each slice; along the others all are in one."""
+    """The two halves of the axis `across` are in different slices."""
     data, fsdp, tensor = sizes
     mesh = mesh_lib.make_mesh(MeshConfig(data=data, fsdp=fsdp, tensor=tensor), two_slices)
     assert mesh.size == 32
@@ -175,7 +175,7 @@ def test_a_mesh_of_two_slices(two_slices, sizes, across):
 
 @pytest.mark.tpu
 def test_an_axis_may_be_a_part_of_a_torus_s(two_slices):
-    """4 x 4 chips are a mesh 2 x 4 x 2 too."""
+    """4 x 4 chips also make a mesh of 2 x 4 x 2."""
     one = [device for device in two_slices if device.slice_index == 0]
     mesh = mesh_lib.make_mesh(MeshConfig(data=2, fsdp=4, tensor=2), one)
     assert set(mesh.devices.flat) == set(one)
@@ -198,14 +198,15 @@ DROPOUT = {
     "embedding_dropout": 0.2, "attention_dropout": 0.3, "residual_dropout": 0.1,
     "head_dropout": 0.25,
 }  # fmt: skip
-# Epsilon far above the smallest gradients: Adam's update is then no sign, and small differences of
-# gradients stay small. No clipping, so that the moments show each array's own gradient.
+# Epsilon is far above the smallest gradients, so that a small difference of gradients remains small
+# in Adam's update. There is no clipping, so that the moments show each array's own gradient.
 ADAM = OptimizerConfig(
     learning_rate=1e-2, epsilon=1e-2, schedule="constant", weight_decay=0.1, clip_norm=0.0
 )
 
 
-# On top of `problem`'s configuration. Odd: tensor divides neither the heads nor the vocabulary.
+# Changes of the configuration in `problem`. In "odd" tensor divides neither the heads nor the
+# vocabulary.
 CHANGES = {
     "": {},
     "odd": {"vocab_size": 97, "num_heads": 1},
@@ -217,7 +218,7 @@ CHANGES = {
 
 
 def problem(kind, changes=""):
-    """(model, objective, params, batch) with dropout on; sizes that 2 * 8 and 2 x 2 x 2 divide."""
+    """Returns (model, objective, params, batch), with dropout and sizes that the meshes divide."""
     values = {"vocab_size": 98, "width": 16, "num_heads": 4} | DROPOUT | CHANGES[changes]
     config = small.config(**values)
     if not kind:
@@ -252,7 +253,7 @@ PROBLEMS = [
     scope="module", params=PROBLEMS, ids=lambda each: f"{each[0] or 'pretrain'} {each[1]}".strip()
 )
 def alone(request):
-    """The problem, and a function that takes two steps on a mesh; and its result on one device."""
+    """Returns a function that takes two steps on a mesh, and its result on one device."""
     model, objective, params, batch = problem(*request.param)
     micro, clip = (2, 0.5) if request.param[1] == "clipped, in two" else (1, 0.0)
     optimizer = optimizer_lib.build(dataclasses.replace(ADAM, clip_norm=clip), 100)
@@ -277,10 +278,10 @@ def alone(request):
 
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_a_mesh_computes_what_one_device_computes(alone, sizes):
-    """Two updates with dropout on: the masks do not depend on the mesh, or nothing would agree.
+    """Compares two updates with dropout, whose masks must not depend on the mesh.
 
-    After one step Adam's first moment is 0.1 times the gradient: it is compared as such. Float32
-    rounding in another order of sums: 2e-5 of each array's largest value.
+    After one step Adam's first moment is 0.1 times the gradient, so that the gradients are compared
+    too. The order of float32 sums depends on the mesh: the tolerance is 2e-5 of the largest value.
     """
     train, expected = alone
     got = train(small.mesh(*sizes))
@@ -290,7 +291,7 @@ def test_a_mesh_computes_what_one_device_computes(alone, sizes):
 
 
 def test_dropout_was_on(alone):
-    """The comparison above is about masks: another seed gives another loss."""
+    """The loss of the first step differs from that of the second, whose masks are others."""
     _, expected = alone
     (_, first), (_, second) = expected
     assert first.losses.lm.total != second.losses.lm.total

@@ -1,4 +1,4 @@
-"""Floating-point operations of training, counted from the model, and what a device can do."""
+"""The floating-point operations of a training step, and the most that a device can do a second."""
 
 import functools
 import time
@@ -10,10 +10,15 @@ from gptjax.config.schema import ModelConfig
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Returns the operations of forward and backward for one token of a sequence of `length`.
+    """Returns the floating-point operations of the forward and backward pass for one token.
 
-    Matrix products alone, two operations a multiply-add, backward twice the forward; attention
-    counts the keys that the causal mask leaves, (length + 1) / 2 on average; the tied LM head too.
+    Only matrix products are counted, those of the LM head included. A multiply-add is two
+    operations. The backward pass takes twice as many as the forward pass. In attention a token
+    sees (length + 1) / 2 keys on average.
+
+    Args:
+      config: of the model.
+      length: of the sequence, in tokens.
     """
     width = config.width
     projections = 4 * width * width + 2 * width * config.hidden_ffn_width
@@ -24,7 +29,12 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
 
 @functools.cache
 def matmul_ceiling(dtype: str, size: int = 1536) -> float:
-    """Returns operations per second of the best of several square products on one device."""
+    """Returns the operations per second of a square matrix product, the fastest of five.
+
+    Args:
+      dtype: of the matrices.
+      size: their number of rows.
+    """
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))
     product(a).block_until_ready()

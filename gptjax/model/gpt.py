@@ -37,13 +37,13 @@ class KernelLayout(enum.Enum):
     """How a `Linear` layer stores its kernel."""
 
     TRAINING = "training"
-    """As the parameter "kernel", float32 [*inputs, *features]; cast to the compute dtype at each
+    """The parameter "kernel", float32 [*inputs, *features], is cast to the compute dtype at each
     use."""
     DECODING = "decoding"
-    """As the parameter "transposed_kernel", [*features, *inputs] in the compute dtype. Generation
-    reads every weight once for each token and does little more, so that a cast at each use would
-    cost about as much as the product; and a CPU reads a transposed kernel fastest. Parameters in
-    this layout come from `decoding_layers`."""
+    """The parameter "transposed_kernel" is [*features, *inputs], in the compute dtype.
+
+    `decoding_layers` makes it. To generate a token mainly means to read every weight once. A cast
+    at each use would take about as long as that, and a CPU reads transposed kernels fastest."""
 
 
 def decoding_layers(params: Params, config: ModelConfig) -> tuple[Params, ...]:
@@ -249,7 +249,7 @@ class GPT(nn.Module):
 
     config: ModelConfig
     num_outputs: int = 0
-    """Of the task head; 0: the model has none."""
+    """Number of outputs of the task head; 0: the model has no task head."""
     sum_candidates: bool = False
     """The states of an example's candidates are added up (similarity and regression)."""
     head_length: int | None = None
@@ -303,7 +303,7 @@ class GPT(nn.Module):
         if self.num_outputs:
             self.head_dropout = Dropout(config.head_dropout)
             inputs = 1 if self.head_length is None else 2
-            # In float32, because the outputs are few and are used as they are.
+            # The task head computes in float32. It is small, and its outputs are the predictions.
             float32 = dataclasses.replace(config, dtype=Dtype.FLOAT32)
             self.task_head = Linear((self.num_outputs,), inputs, float32, self.ops)
 
@@ -454,7 +454,7 @@ class GPT(nn.Module):
         """
         steps = jnp.arange(1 - (self.head_length or 1), 1).reshape(1, 1, 1, -1)
         index_BECS = extract_BEC[..., None] + steps
-        # In a slot without an example `extract` is 0, and the places before it would be negative.
+        # `extract` is 0 in a slot without an example, so that earlier positions would be negative.
         index = jnp.maximum(index_BECS, 0).reshape(x_BTD.shape[0], -1, 1)
         x_BECSD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
         x_BECSD = x_BECSD.reshape(*index_BECS.shape, -1)

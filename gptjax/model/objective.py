@@ -17,7 +17,7 @@ from gptjax.model.losses import Sum
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What training minimises: lm_weight * LM loss, plus task_weight * task loss if there is one.
+    """The loss to minimise: lm_weight * LM loss, plus task_weight * task loss if there is a task.
 
     Both losses are means: over the predicted tokens, and over the examples.
     """

@@ -147,7 +147,8 @@ def total_loss_and_gradients(
         d_logits = exp * (weights / sum_exp)[..., None] - one_hot * weights[..., None]
         d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
         d_x = jnp.einsum("BTV,VD->BTD", d_logits, cast_VD, preferred_element_type=jnp.float32)
-        # As [D, V]: then the product transposes x, which is smaller than d_logits.
+        # The gradient is [D, V] and not [V, D], because this product transposes the smaller factor
+        # on a CPU, and x is smaller than d_logits.
         d_table_DV += matmul.weight_gradient(x, d_logits, 1)
         return (total + loss, d_table_DV), d_x.astype(dtype)
 

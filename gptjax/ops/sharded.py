@@ -60,7 +60,7 @@ class ShardedOps:
 
     @property
     def platform(self) -> str:
-        """Of the devices: "cpu", "gpu" or "tpu"."""
+        """The platform of the devices: "cpu", "gpu" or "tpu"."""
         return mesh_lib.platform(self.mesh)
 
     def linear(self, x: Array, kernel: Array, inputs: int, path: str) -> Array:

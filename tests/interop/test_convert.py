@@ -31,7 +31,7 @@ TASKS = {
 
 
 def make(task: TaskSpec | None = None, tokenizer=None, **changes) -> Weights:
-    """A random model that fits its tokenizer."""
+    """Returns a random model whose vocabulary is that of its tokenizer."""
     tokenizer = tokenizer or small.small_tokenizer()
     config = small.config(**({"vocab_size": len(tokenizer)} | changes))
     params = small.params(gpt.make_model(config, task))
@@ -49,7 +49,7 @@ def assert_equal(found: Weights, expected: Weights) -> None:
 
 
 def logits(found: Weights, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """Our LM logits, and those of the task head at the last token."""
+    """Returns our LM logits, and those of the task head at the last token (None without one)."""
     model, params = gpt.make_model(found.model, found.task), arrays_lib.unflatten(found.arrays)
     ids = jnp.asarray(ids)
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
@@ -64,7 +64,7 @@ def logits(found: Weights, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | No
 @pytest.mark.parametrize("form", convert.FORMATS)
 @pytest.mark.parametrize("task", TASKS)
 def test_reading_what_was_written_gives_every_bit(tmp_path, form, task):
-    # A vocabulary larger than the tokenizer's, as where it is rounded up for the hardware.
+    # The vocabulary is larger than the tokenizer's, as when it is rounded up for the hardware.
     written = make(TASKS[task], vocab_size=128, activation="relu", residual_dropout=0.25)
     convert.FORMATS[form].write(written, tmp_path)
     assert_equal(convert.FORMATS[form].read(tmp_path), written)
@@ -104,7 +104,10 @@ def test_transformers_reads_what_was_written(tmp_path, task):
 
 @pytest.mark.parametrize("task", ["none", "classification", "multiple_choice"])
 def test_what_transformers_saves_is_read(tmp_path, task):
-    """Arrays to the bit; the head of a classification, which has no bias there, with a zero one."""
+    """The arrays are equal to the bit, except for the head of a classification.
+
+    transformers has no bias there, so that it is read with a bias of 0.
+    """
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     written = make(TASKS[task])
@@ -156,7 +159,7 @@ def test_half_precision_is_read_as_it_is(tmp_path):
 
 
 def release(folder: pathlib.Path) -> Weights:
-    """A folder like OpenAI's release: no special tokens, no side files; and what it holds."""
+    """Writes a folder like OpenAI's release, without special tokens and side files."""
     written = make(width=64, num_heads=1, vocab_size=len(small.small_tokenizer()))
     openai.write(written, folder)
     for name in ("gptjax.json", "gptjax.safetensors"):
@@ -182,7 +185,7 @@ def test_the_release_and_its_special_tokens(tmp_path):
 
 
 def test_the_release_has_openais_shapes(tmp_path):
-    """The order and shapes of `params_shapes.json`, here for two layers of width 24."""
+    """The expected shapes are those of `params_shapes.json`, for two layers of width 24."""
     openai.write(make(), tmp_path)
     shapes = json.loads((tmp_path / "params_shapes.json").read_text())
     layer = [
@@ -332,7 +335,7 @@ def test_a_bias_that_cannot_be_folded_is_refused(tmp_path):
 
 @pytest.mark.parametrize("form", convert.FORMATS)
 def test_through_the_command_line(tmp_path, form):
-    """Export, import, predict: the same labels and probabilities; then training goes on from it."""
+    """An exported and imported model predicts the same, and a training can start from it."""
     flags = ("--mode=export", f"--input={runs.trained()}", f"--format={form}")
     result = runs.main(*flags, f"--output={tmp_path}/there")
     assert result.code == 0, result.err
@@ -375,7 +378,8 @@ def test_exact_words_travel_and_transformers_gets_the_pair(tmp_path):
     for token in ("_start_", "_delimiter_", "_classify_", "<pad>", "<unk>"):
         assert theirs.convert_tokens_to_ids(token) == found.tokenizer.token_id(token)
     assert theirs("the cat sat").input_ids == make().tokenizer.encode("the cat sat")
-    # Without our side files their vocabulary is read, and its words are the authors' again.
+    # Without our side files the vocabulary in their format is read, for which `exact` is the
+    # default again.
     (tmp_path / "hf" / "gptjax.json").unlink()
     assert huggingface.read(tmp_path / "hf").tokenizer.hash == found.tokenizer.hash
     result = runs.main(
@@ -402,7 +406,7 @@ def test_a_head_that_is_no_classifier_of_ours_is_refused(tmp_path, change):
 
 
 def test_a_head_without_our_special_tokens_is_left(tmp_path):
-    """The token it was trained to read is not ours."""
+    """Such a head was trained to read another token than our extract token."""
     found = make(TASKS["classification"])
     plain = found.arrays | {
         TOKEN_EMBEDDING: found.arrays[TOKEN_EMBEDDING][: found.num_ordinary_tokens]

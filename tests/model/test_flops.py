@@ -1,4 +1,4 @@
-"""The operation count against a count by hand, and against XLA's own."""
+"""The number of operations against a count by hand, and against the count of XLA."""
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from gptjax.ops.cross_entropy import LMHeadWeights
 
 
 def test_tiny_model_by_hand():
-    """L = 1, D = 4, F = 16, V = 10, T = 3: multiply-adds of each product, counted for the row."""
+    """The multiply-adds of each matrix product for a row: L = 1, D = 4, F = 16, V = 10, T = 3."""
     config = small.config(num_layers=1, width=4, num_heads=2, vocab_size=10, context_length=3)
     qkv, out = 3 * 3 * 4 * 4, 3 * 4 * 4
     ffn = 2 * 3 * 4 * 16
@@ -25,7 +25,7 @@ def test_tiny_model_by_hand():
 
 
 def test_gpt1_is_near_six_times_its_matrices():
-    """6 N operations a token, N the weights in products, plus the attention of 512 tokens."""
+    """A token takes 6 operations for each weight of a matrix, and those of the attention."""
     config = ModelConfig(vocab_size=40478)
     matrices = 12 * 12 * 768**2 + 40478 * 768
     attention = 3 * 2 * 2 * 12 * 768 * 513 / 2
@@ -35,10 +35,10 @@ def test_gpt1_is_near_six_times_its_matrices():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_xla_counts_the_same(train):
-    """One layer without loops, wide enough that products dominate.
+    """The model has one layer, no loop, and is so wide that matrix products dominate.
 
-    XLA computes all T keys of a query and counts element-wise work too: the first is put in, the
-    second is the margin of 4%.
+    XLA computes all T keys of a query, which the expected number includes here, and counts
+    element-wise operations too, which the tolerance of 4% allows for.
     """
     length = 64
     config = small.config(

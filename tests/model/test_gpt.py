@@ -1,9 +1,9 @@
-"""The model against the NumPy reference: states, logits, losses, gradients; and what it may see.
+"""The model against the NumPy reference: states, logits, losses, gradients, and masks.
 
-Tolerances. The model computes softmax, norms and logits in float32 by design (so it cannot be run
-in float64), and a float32 evaluation of 2 post-LN blocks loses a few units in the last place an
-operation. `reference.py` run in float32 shows how much: the first test holds the model to 16 times
-that, and to 2e-5 of the largest value (168 eps).
+Tolerances. The model computes softmax, norms and logits in float32 whatever its dtype, so that it
+cannot run in float64, and each operation loses a few units in the last place. `reference.py` in
+float32 shows how much. The first test allows the model 16 times that error, and 2e-5 of the largest
+value (168 eps).
 """
 
 import jax
@@ -22,7 +22,7 @@ TOLERANCE = 2e-5
 
 
 def unpacked(task):
-    """The examples as the reference wants them."""
+    """Returns the examples in the form that `reference.run` takes."""
     data, count = task.examples, task.examples.num_candidates
     result = []
     for i in range(len(data)):
@@ -36,7 +36,7 @@ def unpacked(task):
 
 
 def span(batch, row, slot, candidate):
-    """The places in a row of one sequence."""
+    """Returns the positions in a row that one sequence occupies."""
     end = batch.extract[row, slot, candidate]
     return np.flatnonzero(batch.segment_ids[row] == batch.segment_ids[row, end])
 
@@ -81,9 +81,10 @@ def test_packed_model_equals_the_reference(kind):
 def test_gradients_equal_finite_differences_of_the_reference(kind):
     """Every array, along random directions: (f(p + h d) - f(p - h d)) / 2h in float64.
 
-    With h = 1e-5 the difference itself is good to about 1e-9. A float32 gradient's scalar product
-    with a random direction is off by a few eps times its norm; the floor covers the gradients that
-    are 0 in exact arithmetic (the head's bias in a multiple choice).
+    With h = 1e-5 the difference has an error of about 1e-9. The scalar product of a float32
+    gradient and a random direction has an error of a few eps times the gradient's norm. The bound's
+    second term is for gradients that are 0 in exact arithmetic (the head's bias in a multiple
+    choice).
     """
     task = small.task(kind)
     batch, _ = small.packed(task.examples, 128, task.shape)
@@ -215,7 +216,7 @@ def test_dropout_is_a_function_of_the_key_and_is_off_without_one(with_dropout):
 
 
 def test_mean_over_keys_of_the_dropped_embedding_is_the_embedding():
-    """What enters the first block, through the model's own dropout and keys: 5 sigma."""
+    """The mean of 2,000 inputs of the first block is within 5 standard deviations of it."""
     model = GPT(small.config(num_layers=1, embedding_dropout=0.4))
     params = small.params(model)
     tokens = jnp.arange(8, dtype=jnp.int32)[None]
@@ -245,7 +246,7 @@ def test_mean_over_keys_of_the_dropped_embedding_is_the_embedding():
     ],
 )
 def test_remat_and_unroll_change_neither_loss_nor_gradients(with_dropout, remat, unroll):
-    """With the same dropout key: recomputing draws the same masks. Rounding: other fusions."""
+    """Recomputed dropout has the same masks. XLA fuses other operations, hence the tolerance."""
     task, model, batch, measure = with_dropout
     config = small.config(**DROPOUTS, remat=remat, unroll=unroll)
     other = small.measure(model.clone(config=config), task.objective)
@@ -257,7 +258,7 @@ def test_remat_and_unroll_change_neither_loss_nor_gradients(with_dropout, remat,
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_needs_less_memory(remat):
-    """As a CPU runs it by default, by XLA's own buffer assignment."""
+    """The sizes are those of XLA's buffer assignment, for a CPU's default of `unroll`."""
     ids = jnp.ones((8, 128), jnp.int32)
 
     def temporary(**changes):
@@ -274,7 +275,7 @@ def test_remat_needs_less_memory(remat):
 
 
 def test_inference_asks_for_no_dropout_of_the_attention_kernel(monkeypatch):
-    """One that has none of ours still serves a model that was trained with it."""
+    """A kernel without our dropout can therefore run a model that was trained with dropout."""
     rates, choose = [], attention.choose
     monkeypatch.setattr(
         attention, "choose", lambda *args: (rates.append(args[-1]), choose(*args))[1]
@@ -290,7 +291,7 @@ def test_inference_asks_for_no_dropout_of_the_attention_kernel(monkeypatch):
 
 
 def test_a_seed_keeps_its_initial_values():
-    """Flax's keys count the parameters of a module: in another order they would be others."""
+    """Flax's keys depend on the order in which a module creates its parameters."""
     blocks = gpt.init_params(GPT(small.config()), jax.random.key(0))["blocks"]
     drawn = (
         blocks["ffn_in"]["kernel"][0, 0, 0],
@@ -301,7 +302,10 @@ def test_a_seed_keeps_its_initial_values():
 
 
 def test_every_layer_draws_its_own_mask():
-    """Two blocks that only add a dropped 1 and normalise: with one mask a row has two values."""
+    """Each block adds a dropped vector of ones and normalises.
+
+    If both blocks dropped the same elements, a state would have two different values only.
+    """
     model = GPT(small.config(residual_dropout=0.5))
 
     def plain(path, x):
@@ -321,7 +325,7 @@ def test_every_layer_draws_its_own_mask():
 
 
 def test_the_full_size_model_has_the_released_number_of_parameters():
-    """116,534,784, counted on OpenAI's arrays, and by the formula of the architecture."""
+    """116,534,784 is the number in OpenAI's release, and follows from the architecture."""
     model = GPT(ModelConfig(vocab_size=40478))
     shapes = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
     d, f = 768, 3072
@@ -349,10 +353,11 @@ def test_initial_values_are_those_of_the_paper():
 
 
 def test_bfloat16_states_are_near_the_reference():
-    """Rounding to 8 bits at each operation: eps/2 = 2^-9 each, about 20 of them in a row a block.
+    """Each operation rounds to eps / 2 = 2^-9; a block has about 20 of them in a row.
 
-    They are independent, so they add like sqrt(40) * 2^-9 = 1.2% of a state of size 1 at 1 sigma;
-    a state's largest of thousands lies within 5 sigma, and its mean square near 1 sigma.
+    The errors are independent, so that the standard deviation of their sum is sqrt(40) * 2^-9, 1.2%
+    of a state of size 1. The root of the mean square is allowed twice that, the largest error of
+    thousands five times.
     """
     task = small.task("entailment")
     config = small.config(segment_types=2, dtype="bfloat16")

@@ -20,7 +20,7 @@ def lm_batch(tokens, weights):
 
 
 def lm_loss(x, table, batch):
-    """On one device, without a bias."""
+    """Returns the LM loss on one device, with a head without a bias."""
     return losses.lm_loss(x, LMHeadWeights(table), batch, ShardedOps())
 
 
@@ -65,7 +65,7 @@ def task_batch(labels, example_mask, candidate_mask):
 
 @pytest.mark.parametrize("kind", small.KINDS)
 def test_task_loss_is_its_formula(kind):
-    """Slots without an example count nothing, whatever they hold, NaN and infinity included."""
+    """Slots without an example do not count, even if their logits are NaN or infinite."""
     rng = np.random.default_rng(4)
     width = {"regression": 1, "multiple_choice": 3}.get(kind, 4)
     logits = rng.normal(size=(2, 5, width)).astype(np.float32)

@@ -18,7 +18,7 @@ TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def ours():
-    """Our values in the shapes of `parity.double_heads`, from packed rows."""
+    """Returns our values, computed from packed rows, in the shapes of `parity.double_heads`."""
     task = parity.task()
     data, count = task.examples, task.examples.num_candidates
     batch, index = small.packed(data, 128, task.shape)
@@ -45,13 +45,14 @@ def ours():
 
 
 def compare(ours, theirs):
-    """The worst array and its largest difference over its largest magnitude."""
+    """Compares all arrays; returns for each its largest difference over its largest value."""
     assert ours.keys() == theirs.keys()
     ratios = {}
     for name, expected in theirs.items():
         assert ours[name].shape == expected.shape, name
         if name == f"d {TASK_HEAD_BIAS}":
-            # A bias that all answers share changes no softmax: its gradient is 0, to rounding.
+            # All answers share this bias, so that the softmax does not depend on it: its gradient
+            # is 0, apart from rounding.
             assert max(abs(ours[name]), abs(expected)) < 1e-6
             continue
         ratios[name] = float(np.abs(ours[name] - expected).max() / np.abs(expected).max())
@@ -71,7 +72,7 @@ def test_transformers_itself(ours):
     pytest.importorskip("transformers")
     found = parity.double_heads(parity.weights_of(parity.task()), parity.task())
     compare(ours, found)
-    # And the golden file is what it says today.
+    # The golden file has the values that transformers computes now.
     golden = np.load(parity.GOLDEN)
     for name, array in found.items():
         np.testing.assert_allclose(

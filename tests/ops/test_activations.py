@@ -13,7 +13,7 @@ X = np.concatenate([np.linspace(-30, 30, 4001), [0.0, -1e4, 1e4, 1e-20]]).astype
 
 
 def slope(function, x):
-    """Central difference of a float64 function."""
+    """Returns the central difference of a float64 function."""
     step = 1e-6 * np.maximum(1, np.abs(x))
     return (function(x + step) - function(x - step)) / (2 * step)
 
@@ -28,7 +28,8 @@ def test_gelu_and_its_gradient_equal_the_formula():
     np.testing.assert_allclose(y, reference.gelu(x), rtol=1e-6, atol=1e-6)
     exact = slope(reference.gelu, x)
     error = np.abs(pull(jnp.ones_like(y))[0] - exact)
-    # 1 - tanh^2 cancels where |x| is about 5, and is multiplied by x^3 there: in JAX's own too.
+    # Near |x| = 5 the term 1 - tanh^2 loses digits and is multiplied by x^3, as it is in JAX's own
+    # gradient.
     jax_pull = jax.vjp(lambda x: jax.nn.gelu(x, approximate=True), jnp.asarray(X))[1]
     of_jax = np.abs(jax_pull(jnp.ones_like(y))[0] - exact)
     assert error.max() <= 1.2 * of_jax.max()

@@ -1,4 +1,4 @@
-"""Attention against float64 NumPy, its masks against their definitions, and what it hides."""
+"""Attention against float64 NumPy, and its masks against their definitions."""
 
 import types
 
@@ -19,7 +19,7 @@ from gptjax.ops.dropout import DropoutKey
 
 
 def by_hand(q, k, v, visible):
-    """Query by query, over the visible keys alone."""
+    """Returns the attention, computed for one query at a time over its visible keys."""
     y = np.zeros(q.shape)
     for b, t, h in np.ndindex(*q.shape[:3]):
         seen = np.flatnonzero(visible[b, t])
@@ -53,10 +53,10 @@ def test_attend_equals_the_formula():
 
 
 def test_bfloat16_rounds_inputs_and_weights_only():
-    """Scores and softmax stay float32: the error is that of rounding weights and output to 2^-9.
+    """Scores and softmax are float32; only weights and output are rounded, to 2^-9.
 
-    Weights sum to 1, so that it is below 2 * 2^-9 of the largest value. Scores in bfloat16 (here up
-    to 20, off by 2^-9 * 20 = 4%) would be far outside.
+    The weights sum to 1, so that the error is below 2 * 2^-9 of the largest value. Scores up to 20
+    in bfloat16 would have an error of 2^-9 * 20 = 4%, far above that.
     """
     q, k, v, visible = draw(seed=1)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in (3 * q, k, v))
@@ -105,7 +105,7 @@ def test_large_scores_stay_finite():
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_dropout_drops_whole_weights_after_the_softmax(rate):
-    """With the mask known: softmax, times mask / (1 - rate), times v. Weights do not sum to 1."""
+    """The expected value is (softmax * mask / (1 - rate)) v; the weights do not sum to 1."""
     q, k, v, visible = draw(seed=4)
     key = dropout_key(5, rate)
     got = small.attend(q, k, v, visible, key)
@@ -120,13 +120,13 @@ def test_dropout_drops_whole_weights_after_the_softmax(rate):
     )
 
 
-# `causal`, by every kind that runs here, against the plain one.
+# The following tests compare the kinds of `causal` that run here with the plain one.
 
 
 def packed_ids(rng, batch, length):
-    """Segments in order, padding (0) at the end; some keys that nobody may see.
+    """Returns the ids of queries and keys: segments in order, padding, and some hidden keys.
 
-    Never the first of a segment: every query sees at least one.
+    The first key of a segment is never hidden, so that every query sees at least one key.
     """
     ids = np.sort(rng.integers(1, 4, (batch, length)), axis=1)
     ids[0, -length // 5 :] = 0
@@ -159,7 +159,7 @@ def value_and_gradients(kind, qkvg, ids, key_ids, key=None, mesh=None, longest=N
     ("batch", "length", "heads", "width"), [(3, 7, 2, 5), (2, 128, 3, 16), (2, 300, 2, 8)]
 )
 def test_blocked_equals_plain_in_value_and_gradient(batch, length, heads, width, rate, monkeypatch):
-    """float32: summation order alone, also where a batch is computed in several groups."""
+    """Only the order of float32 sums differs, with one group of tiles and with several."""
     qkvg, ids, key_ids = cases(batch, length, heads, width, "float32")
     key = dropout_key(1, rate) if rate else None
     want = value_and_gradients("plain", qkvg, ids, key_ids, key)
@@ -168,12 +168,12 @@ def test_blocked_equals_plain_in_value_and_gradient(batch, length, heads, width,
         got = value_and_gradients("blocked", qkvg, ids, key_ids, key)
         for one, other in zip(got, want, strict=True):
             assert one.dtype == other.dtype
-            # 3e-6 of the largest: sums of up to 300 float32 products.
+            # The sums have up to 300 terms, which float32 rounds to 3e-6 of the largest value.
             assert np.abs(one - other).max() <= 3e-6 * np.abs(other).max()
 
 
 def short_segments(rng, batch, length, longest):
-    """Segment ids of sequences of 1 to `longest` tokens, the last ones of a row padding (0)."""
+    """Returns the segment ids of sequences of 1 to `longest` tokens, then padding (0)."""
     ids = np.zeros((batch, length), np.int32)
     for row in ids:
         at, segment = 0, 0
@@ -191,7 +191,7 @@ def short_segments(rng, batch, length, longest):
 @pytest.mark.parametrize("rate", [0.0, 0.2])
 @pytest.mark.parametrize(("length", "longest"), [(257, 64), (500, 65), (700, 150), (384, 1)])
 def test_blocks_meet_only_keys_in_reach(length, longest, rate, dtype, scores, monkeypatch):
-    """All but what padding computes: value and gradient, with the dropout mask of the whole."""
+    """Value and gradient are those of the plain attention, except in padding."""
     monkeypatch.setattr(blocked_lib, "_MAX_SCORES", scores)
     assert blocked_lib._Tiling.choose(length, longest).lookback
     rng = np.random.default_rng(length)
@@ -209,7 +209,7 @@ def test_blocks_meet_only_keys_in_reach(length, longest, rate, dtype, scores, mo
     for one, other in zip(got, want, strict=True):
         assert one.dtype == q.dtype
         error = np.abs(np.where(real, np.asarray(one, np.float32) - other, 0)).max()
-        # A query that sees one key alone has no gradient at all.
+        # At least 1, because all gradients are 0 where each query sees a single key.
         assert error <= bound * max(1, np.abs(other).max())
 
 
@@ -236,7 +236,7 @@ def test_blocked_in_bfloat16_is_as_near_to_float64_as_plain():
     )
     for want, one, other in zip(exact, in_plain, blocked, strict=True):
         errors = [np.sqrt(np.square(np.asarray(x, np.float32) - want).mean()) for x in (one, other)]
-        # The gradient of the scores is rounded for its products: half as much again at most.
+        # The blocked kind also rounds the gradient of the scores, which adds up to half the error.
         assert errors[1] <= 1.6 * errors[0]
 
 
@@ -256,7 +256,7 @@ def test_blocked_on_a_mesh_equals_one_device(length, longest):
 
 
 def test_blocked_keeps_no_square_array_of_a_whole_sequence():
-    """Scores of 1,024 tokens exist in blocks of 128 queries, in the gradient too."""
+    """The scores of 1,024 tokens exist in blocks of 128 queries, also in the backward pass."""
     qkvg, ids, key_ids = cases(1, 1024, 1, 8, "float32")
 
     def run(q, k, v, g):
@@ -272,7 +272,7 @@ def test_blocked_keeps_no_square_array_of_a_whole_sequence():
 
 
 def test_what_cudnn_is_asked_for_is_the_same_attention():
-    """By the implementation of `jax.nn.dot_product_attention` that runs here."""
+    """`jax.nn.dot_product_attention` computes the same with XLA, which runs on a CPU."""
     (q, k, v, _), ids, key_ids = cases(2, 33, 2, 8, "float32")
     inputs = AttentionInputs(q, k, v, ids, key_ids)
     got = attention.cudnn(inputs, implementation="xla")
@@ -281,7 +281,7 @@ def test_what_cudnn_is_asked_for_is_the_same_attention():
 
 
 def queries(dtype, length=128, width=64):
-    """Of 2 rows and 3 heads: only their shape and dtype."""
+    """Returns the shape and dtype of queries, with 2 rows and 3 heads."""
     return jax.ShapeDtypeStruct((2, length, 3, width), dtype)
 
 
@@ -315,7 +315,7 @@ def test_what_cudnn_does_not_take_is_left_to_the_plain_way(length, width, capabi
 
 
 def test_compute_capability():
-    """As CUDA's and ROCm's devices, and a CPU's, have it."""
+    """The attribute is a version on CUDA devices, another text on ROCm, and missing on CPUs."""
 
     def mesh(**attributes):
         device = types.SimpleNamespace(**attributes)

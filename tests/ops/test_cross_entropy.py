@@ -11,7 +11,7 @@ from gptjax.ops import cross_entropy
 
 
 def plain(x, table, targets, weights):
-    """All logits at once, in float32, differentiated by JAX."""
+    """Returns the loss from all logits at once; JAX derives its gradient."""
     logits = jnp.einsum("BTD,VD->BTV", x, table, preferred_element_type=jnp.float32)
     log_p = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0]
@@ -24,12 +24,11 @@ SHAPES = [(2, 12, 7, 29), (3, 15, 5, 31), (1, 7, 9, 2)]
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_in_pieces_and_gradients_equal_the_plain_ones(shape, dtype):
-    """For every number of pieces, with weights that are 0, 1 and in between, scaled from outside.
+    """Tests every number of pieces, with weights from 0 to 1 and a factor outside of the loss.
 
-    float32: summation order alone. bfloat16: the gradient of the logits is rounded before
-    its products, and sums, which JAX's plain code does not do in the same places; both are held to
-    the float64 gradient of the same (rounded) inputs, within 2 eps (rounding of d_logits, and of
-    the result) of the largest entry.
+    In float32 only the order of sums differs. In bfloat16 the gradient of the logits is rounded, in
+    other places than in JAX's gradient. So both are compared with the float64 gradient of the same
+    inputs. Two roundings, of d_logits and of the result, allow for 2 eps of the largest value.
     """
     B, T, D, V = shape
     rng = np.random.default_rng(1)
@@ -68,7 +67,7 @@ def test_loss_in_pieces_and_gradients_equal_the_plain_ones(shape, dtype):
 
 
 def test_bfloat16_loss_is_exact_for_its_inputs():
-    """Logits accumulate and stay in float32: no bfloat16 rounding of the loss itself."""
+    """Logits are summed and stored in float32, so that the loss is not rounded to bfloat16."""
     rng = np.random.default_rng(2)
     x, table = (jnp.asarray(rng.normal(size=s), jnp.bfloat16) for s in ((2, 8, 64), (50, 64)))
     targets, weights = rng.integers(50, size=(2, 8)).astype(np.int32), np.ones((2, 8), np.float32)
@@ -87,6 +86,6 @@ def test_num_pieces_divides_and_bounds_the_logits(limit):
         pieces = cross_entropy.num_pieces(rows, length, vocabulary, limit)
         assert length % pieces == 0
         assert pieces == length or rows * length // pieces * vocabulary <= limit
-        # The fewest such: every smaller divisor would be over the bound.
+        # Every smaller divisor would exceed the limit.
         for n in range(1, pieces):
             assert length % n or rows * (length // n) * vocabulary > limit

@@ -28,7 +28,7 @@ def test_the_share_of_kept_elements_is_binomial(shape, rate):
         kept = np.asarray(dropout.keep(key(seed, rate), shape))
         sigma = np.sqrt(rate * (1 - rate) / kept.size)
         assert abs(kept.mean() - (1 - rate)) < 5 * sigma
-        # And so along every axis: no row or column is special.
+        # The same holds along every axis.
         for axis in range(len(shape)):
             others = tuple(a for a in range(len(shape)) if a != axis)
             n = kept.size // shape[axis]
@@ -38,14 +38,14 @@ def test_the_share_of_kept_elements_is_binomial(shape, rate):
 
 
 def correlation_in_sigmas(a, b, rate):
-    """Of two masks, in standard deviations of that of independent ones."""
+    """Returns the correlation of two masks, divided by its deviation for independent masks."""
     a, b = (x.astype(np.float64) - (1 - rate) for x in (a, b))
     return abs((a * b).mean()) / (rate * (1 - rate)) * np.sqrt(a.size)
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_masks_of_different_keys_are_independent(rate):
-    """Random keys, as `key_bits` makes them, and keys that have their second number in common."""
+    """The keys are random ones from `key_bits`, and some that share their second number."""
     shape = (64, 1024)
     bits = [np.asarray(key(i, rate).bits) for i in range(8)]
     bits += [np.array([one[0], bits[0][1]], np.uint32) for one in bits[1:3]]
@@ -57,14 +57,17 @@ def test_masks_of_different_keys_are_independent(rate):
 
 @pytest.mark.parametrize("rate", [0.1, 0.5])
 def test_elements_near_each_other_are_independent(rate):
-    """Along a row, to the next row, and at powers of two, where a weak mixer shows."""
+    """Compares elements at small distances, one row apart, and at powers of two.
+
+    At such distances the masks of weak hash functions are correlated.
+    """
     flat = np.asarray(dropout.keep(key(3, rate), (512, 768))).ravel()
     for lag in (1, 2, 3, 4, 7, 8, 16, 64, 256, 767, 768, 769, 1024, 4096, 65536):
         assert correlation_in_sigmas(flat[lag:], flat[:-lag], rate) < 5, lag
 
 
 def test_each_element_is_binomial_over_keys():
-    """So is each pair of neighbours: no element is tied to the key's or the index's bits."""
+    """Each pair of neighbours is independent too, over 4,000 keys."""
     rate, count = 0.1, 4000
     bits = jax.vmap(dropout.key_bits)(jax.random.split(jax.random.key(0), count))
     masks = np.asarray(jax.vmap(lambda b: dropout.keep(DropoutKey(b, rate), (16, 48)))(bits))
@@ -73,7 +76,7 @@ def test_each_element_is_binomial_over_keys():
     both = (masks[:, :, 1:] & masks[:, :, :-1]).mean(0)
     p = (1 - rate) ** 2
     assert np.abs(both - p).max() < 5 * np.sqrt(p * (1 - p) / count)
-    # Kept elements of a mask, over the keys: the variance of independent draws, not more or less.
+    # The number of kept elements of a mask has the variance of independent draws.
     totals = masks.sum(axis=(1, 2))
     n = 16 * 48
     ratio = totals.var() / (n * rate * (1 - rate))
@@ -85,7 +88,7 @@ def test_rate_0_keeps_everything():
 
 
 def test_keep_at_is_a_part_of_the_mask():
-    """A block of it, by the indices of its elements."""
+    """The indices are those of a block of the array."""
     kept = np.asarray(dropout.keep(key(2, 0.4), (3, 40, 50)))
     index = (np.arange(3)[:, None, None] * 40 + np.arange(10, 30)[:, None]) * 50 + np.arange(7, 33)
     bits = tuple(key(2, 0.4).bits)

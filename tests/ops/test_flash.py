@@ -1,6 +1,6 @@
-"""The TPU kernel, interpreted, against the plain attention and float64; compiled for a v5e.
+"""The TPU kernel: interpreted, against the plain attention and float64; and compiled for a v5e.
 
-The compilation needs libtpu (`pip install -r requirements-tpu.txt`), not a TPU.
+The compilation needs libtpu (`pip install -r requirements-tpu.txt`), but no TPU.
 """
 
 import functools
@@ -25,14 +25,14 @@ from gptjax.ops.attention.inputs import AttentionInputs
 from gptjax.ops.dropout import DropoutKey
 
 BITS = np.array([0x9ABCDEF1, 0x80000003], np.uint32)
-# Rounding alone, of the largest value: both sum in float32 (2^-24 = 6e-8 each rounding), up to 160
-# terms in different orders, and exp turns the scores' rounding (scores up to about 10) into
-# 10 * 6e-8.
+# Tolerance relative to the largest value. Both sides sum up to 160 float32 terms in different
+# orders, and each rounding is 2^-24 = 6e-8. Scores are up to about 10, so that the exponential
+# turns their rounding into 10 * 6e-8.
 FLOAT32 = 3e-6
 
 
 def packed_ids(batch, length, seed=0, segments=4):
-    """Segments 1.. of random lengths one after the other, then padding of id 0."""
+    """Returns segment ids: segments 1, 2, ... of random lengths, then padding, id 0."""
     rng = np.random.default_rng(seed)
     ids = np.zeros((batch, length), np.int32)
     for row in ids:
@@ -43,19 +43,19 @@ def packed_ids(batch, length, seed=0, segments=4):
 
 
 def draw(B=2, T=96, H=2, K=16, dtype="float32", seed=0):
-    """q, k, v and the cotangent of y."""
+    """Returns random q, k, v and gradient of y."""
     rng = np.random.default_rng(seed)
     return [jnp.asarray(1.5 * rng.normal(size=(B, T, H, K)), dtype) for _ in range(4)]
 
 
 def visible(query_ids, key_ids):
-    """The definition."""
+    """Returns which keys a query sees, by the definition."""
     same = np.asarray(query_ids)[:, :, None] == np.asarray(key_ids)[:, None]
     return same & np.tril(np.ones(same.shape[1:], bool))
 
 
 def pulled(attend):
-    """From attend(q, k, v, *rest): (q, k, v, g, *rest) -> y, dq, dk, dv."""
+    """Returns a function (q, k, v, g, *rest) -> y, dq, dk, dv of `attend(q, k, v, *rest)`."""
 
     def run(q, k, v, g, *rest):
         y, pull = jax.vjp(lambda q, k, v: attend(q, k, v, *rest), q, k, v)
@@ -66,7 +66,7 @@ def pulled(attend):
 
 @functools.cache
 def flash(rate=0.1, block=32, mesh=None):
-    """(q, k, v, g, query_ids, key_ids, bits) -> y, dq, dk, dv. Cached, for compiling is slow."""
+    """Returns a jitted function (q, k, v, g, query_ids, key_ids, bits) -> y, dq, dk, dv."""
 
     def attend(q, k, v, query_ids, key_ids, bits):
         inputs = AttentionInputs(q, k, v, query_ids, key_ids)
@@ -88,7 +88,14 @@ def plain(rate=0.1):
 
 
 def by_hand(q, k, v, g, see, kept, rate):
-    """y, dq, dk, dv by the formulas, in float64. Rows of [B, T, H, K], masks [B, (H,) T, S]."""
+    """Returns y, dq, dk, dv by their formulas, in float64.
+
+    Args:
+      q, k, v, g: [B, T, H, K].
+      see: bool [B, T, S].
+      kept: bool [B, H, T, S], the dropout mask.
+      rate: of the dropout.
+    """
     q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
     scale = 1 / np.sqrt(q.shape[-1])
     s = np.where(see[:, None], np.einsum("bthk,bshk->bhts", q, k) * scale, -np.inf)
@@ -117,7 +124,7 @@ CASES = [
 
 @pytest.mark.parametrize(("length", "width", "block", "rate"), CASES)
 def test_values_and_gradients_are_those_of_the_plain_attention(length, width, block, rate):
-    """With segments, padding in the rows, rows that do not fill their blocks, and one mask."""
+    """The rows have several segments and padding, and some do not fill their blocks."""
     inputs, ids = draw(T=length, K=width), packed_ids(2, length)
     got = flash(rate, block)(*inputs, ids, ids, BITS)
     small.assert_trees_close(got, plain(rate)(*inputs, ids, ids, BITS), FLOAT32)
@@ -137,7 +144,7 @@ def test_float32_against_float64():
 
 
 def test_ids_need_not_be_in_order():
-    """Segments that are scattered over the row: blocks are skipped by the range of their ids."""
+    """The kernel skips blocks by the range of their ids, also if segments are scattered."""
     inputs, ids = draw(), np.random.default_rng(3).integers(-3, 3, (2, 96)).astype(np.int32)
     ids[0, 32:64] = 7
     got = flash()(*inputs, ids, ids, BITS)
@@ -145,7 +152,7 @@ def test_ids_need_not_be_in_order():
 
 
 def test_a_key_hidden_from_all_has_no_weight_and_no_gradient():
-    """Its own query still sees the keys before it."""
+    """The query at the place of a hidden key still sees the keys before it."""
     ids = np.repeat(np.array([[1] * 40 + [2] * 50 + [0] * 6], np.int32), 2, 0)
     key_ids, hidden = ids.copy(), [5, 6, 32, 64]
     key_ids[:, hidden] = -1
@@ -172,7 +179,7 @@ def test_a_query_that_sees_nothing_gets_0_and_no_gradient():
 
 
 def test_blocks_of_other_segments_are_not_read():
-    """NaN in a block reaches all who multiply by it, be it with weight 0."""
+    """NaN in a block would reach every result that multiplies it, even with weight 0."""
     ids = np.repeat(np.array([[1, 2, 3]] * 2, np.int32), 32, 1)
     inputs = draw()
     expected = flash()(*inputs, ids, ids, BITS)
@@ -187,7 +194,7 @@ def test_blocks_of_other_segments_are_not_read():
 
 
 def test_blocks_above_the_diagonal_are_not_read():
-    """Keys of the last block are nothing to earlier queries; the first queries to later keys."""
+    """NaN in the last keys must not reach earlier queries; in the first queries, not later keys."""
     ids = np.ones((2, 96), np.int32)
     q, k, v, g = draw()
     y, dq, dk, dv = flash()(q, k, v, g, ids, ids, BITS)
@@ -204,7 +211,7 @@ def test_blocks_above_the_diagonal_are_not_read():
 
 @pytest.mark.parametrize(("length", "block", "rate"), [(130, 128, 0.1), (96, 32, 0.6)])
 def test_the_dropout_mask_is_that_of_keep_bit_for_bit(length, block, rate):
-    """Scores 0, values the identity: y is the dropped weights; with g the identity, dv is too."""
+    """With q = k = 0 and v = g = identity, y and dv are the attention weights after dropout."""
     H, ids = 3, np.ones((2, length), np.int32)
     zeros = jnp.zeros((2, length, H, length))
     identity = zeros + jnp.eye(length)[None, :, None, :]
@@ -218,12 +225,12 @@ def test_the_dropout_mask_is_that_of_keep_bit_for_bit(length, block, rate):
 
 
 def test_bfloat16_is_as_exact_as_the_plain_attention():
-    """Root-mean-square errors against float64, of the same rounded inputs.
+    """Compares root-mean-square errors against float64, for the same rounded inputs.
 
-    y and dv round the weights once, as the plain ones do. dq and dk round dS to bfloat16 for the
-    product, which the plain ones, on a CPU, do not: two errors of one size instead of one, the
-    result's own rounding, make sqrt(2) of it, and with the weights' below 1.6. (The kernel with a
-    bfloat16 y in delta had 2.2.)
+    For y and dv the kernel rounds the weights once, as the plain attention does. For dq and dk it
+    also rounds ds to bfloat16, which the plain attention does not on a CPU. Two errors of the same
+    size instead of one are sqrt(2) times as large; with the rounding of the weights the ratio is
+    below 1.6. With a bfloat16 y in delta it would be 2.2.
     """
     T, rate = 130, 0.2
     inputs, ids = draw(T=T, K=64, dtype="bfloat16"), packed_ids(2, T)
@@ -240,11 +247,11 @@ def test_bfloat16_is_as_exact_as_the_plain_attention():
 
 
 def test_no_array_has_the_size_of_all_scores():
-    """Of T = 4,096 tokens the largest arrays are a kernel's block of scores and [T, K]."""
+    """With T = 4,096 the largest arrays are a block of scores, and [T, K]."""
     x, ids = jax.ShapeDtypeStruct((1, 4096, 1, 16), jnp.float32), np.ones((1, 4096), np.int32)
 
     def largest(attend):
-        """Over every type that the computation mentions, and the kernels in it."""
+        """Returns the size of the largest array in the jaxpr, including those in kernels."""
         types = re.findall(r"\w\[([0-9,]+)\]", str(jax.make_jaxpr(pulled(attend))(x, x, x, x)))
         return max(math.prod(map(int, shape.split(","))) for shape in types)
 
@@ -262,7 +269,7 @@ def test_no_array_has_the_size_of_all_scores():
     ids=["data", "fsdp, heads not divided"],
 )
 def test_a_mesh_computes_what_one_device_computes(sizes, heads):
-    """The same mask on all, and the same kernel for the same rows and heads."""
+    """The dropout mask does not depend on the mesh either."""
     mesh = small.mesh(*sizes)
     inputs, ids = draw(B=4, T=40, H=heads), packed_ids(4, 40)
     key_ids = ids.copy()
@@ -283,7 +290,7 @@ B, T, H, K = 32, 512, 12, 64
 
 @pytest.fixture(scope="module")
 def chips():
-    """Four v5e that are not there: enough to compile for."""
+    """Returns descriptions of four v5e, for which XLA can compile without having them."""
     from jax.experimental import topologies
 
     with pytest.MonkeyPatch.context() as patch:
@@ -294,7 +301,13 @@ def chips():
 
 
 def compiled(function, heads, rows, whole, backward):
-    """Of `function(q, k, v, ids, bits)` for bfloat16 [32, 512, 12, 64] in these layouts."""
+    """Compiles `function(q, k, v, ids, bits)` for bfloat16 [32, 512, 12, 64].
+
+    Args:
+      function: an attention.
+      heads, rows, whole: layouts of q, k and v; of ids; and of bits.
+      backward: compile the gradient instead.
+    """
     x = jax.ShapeDtypeStruct((B, T, H, K), jnp.bfloat16, sharding=heads)
     ids = jax.ShapeDtypeStruct((B, T), jnp.int32, sharding=rows)
     bits = jax.ShapeDtypeStruct((2,), jnp.uint32, sharding=whole)
@@ -309,7 +322,7 @@ def compiled(function, heads, rows, whole, backward):
 @pytest.mark.tpu
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 def test_it_compiles_for_a_v5e_and_needs_no_square_memory(chips, backward):
-    """Temporary memory: the kernels' is less than q alone; the plain attention's holds scores."""
+    """The kernel needs less temporary memory than q; the plain attention needs all scores."""
     place = SingleDeviceSharding(chips[0])
 
     def kernel(q, k, v, ids, bits):

@@ -1,4 +1,4 @@
-"""Products and their gradients against float64 NumPy, and what they are for: a CPU's kernels."""
+"""Matrix products and their gradients against float64 NumPy, and their layouts on a CPU."""
 
 import re
 
@@ -9,7 +9,8 @@ import pytest
 
 from gptjax.ops import matmul
 
-# Leading axes, inputs, features: a projection, one to heads, one from heads, a wide and a tall one.
+# Leading axes, inputs and features: of a projection, a projection to heads, a projection from
+# heads, a wide kernel, and a tall kernel.
 CASES = [
     ((6,), (4,), (5,)),
     ((2, 3), (8,), (3, 2, 4)),
@@ -33,10 +34,10 @@ def draw(leading, inputs, features, dtype):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("leading", "inputs", "features"), CASES)
 def test_linear_and_its_gradients_are_their_formulas(leading, inputs, features, dtype):
-    """To summation order in float32; d_x is rounded to the dtype of x, d_kernel never is.
+    """Only d_x is rounded to the dtype of x; y and d_kernel stay float32.
 
-    float32 sums of at most 16 products: 16 eps of the largest. bfloat16 products are exact in
-    float32.
+    The sums have at most 16 terms, which allows for 16 eps of float32 of the largest value.
+    Products of two bfloat16 numbers are exact in float32.
     """
     x, kernel, g = draw(leading, inputs, features, dtype)
     y, back = jax.vjp(lambda x, kernel: matmul.linear(x, kernel, len(inputs)), x, kernel)
@@ -60,7 +61,7 @@ def test_linear_and_its_gradients_are_their_formulas(leading, inputs, features, 
 
 
 def test_other_platforms_compute_the_same(monkeypatch):
-    """What GPUs and TPUs are given, run here: the products without a transpose in memory."""
+    """The products for GPUs and TPUs, which transpose nothing in memory, give the same."""
     x, kernel, g = draw((2, 3), (2, 4), (8,), "float32")
     here = matmul.weight_gradient(x, g, 2), matmul.matmul_transposed(g, kernel, 2)
     monkeypatch.setattr(
@@ -75,7 +76,7 @@ def test_other_platforms_compute_the_same(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("leading", [(0,), (1,), (1, 1), (3,), (4,), (1, 5)])
 def test_few_rows_times_a_transposed_kernel(leading, dtype):
-    """Rows are added to a product of few on a CPU, and are not in its result."""
+    """On a CPU a product of few rows is padded with rows, which the result does not have."""
     rng = np.random.default_rng(0)
     x, kernel = (
         jnp.asarray(rng.normal(size=shape), dtype) for shape in ((*leading, 2, 8), (3, 5, 2, 8))
@@ -93,7 +94,7 @@ def test_transposed_is_the_transpose():
 
 
 def test_a_cpu_finds_every_product_contracted_over_the_last_axis_of_its_first_factor():
-    """Else XLA falls back to its slow products: what this module is there to prevent."""
+    """For other layouts XLA has slow products only, which the module is there to avoid."""
     x, kernel, g = draw((64, 4), (128,), (256,), "bfloat16")
 
     def backward(x, kernel, g):

@@ -1,4 +1,4 @@
-"""Products and look-ups of several devices, against those of one; and what travels for them."""
+"""Operations on several devices against those on one, and the bytes that they communicate."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ LAYERS, WIDTH, LENGTH, VOCABULARY, ROWS = 3, 16, 16, 96, 8
     ids=["ffn_in", "ffn_out", "out", "qkv, 3 heads", "head"],
 )
 def test_a_product_and_its_gradients_are_those_of_one_device(name, inputs, shape, sizes, dtype):
-    """Against float64; of bfloat16 each of at most four parts of a sum is rounded, then the sum."""
+    """Compares with float64. Up to four devices round their bfloat16 part of a sum, and the sum."""
     rng = np.random.default_rng(0)
     x = rng.normal(size=(8, 5, *shape[:inputs]))
     kernel, g = rng.normal(size=shape), rng.normal(size=(8, 5, *shape[inputs:]))
@@ -70,7 +70,7 @@ def test_a_product_and_its_gradients_are_those_of_one_device(name, inputs, shape
 @pytest.mark.parametrize("vocabulary", [97, 96], ids=["odd", "even"])
 @pytest.mark.parametrize("bias", [False, True], ids=["tied", "bias"])
 def test_the_table_s_gradient_of_both_uses_is_that_of_one_device(vocabulary, sizes, bias):
-    """A look-up and the LM loss of one table, with 97 rows also where it must be padded."""
+    """A look-up and the LM loss use one table; 97 rows must be padded for an even `tensor`."""
     rng = np.random.default_rng(1)
     table = jnp.asarray(rng.normal(size=(vocabulary, 16)), jnp.float32)
     offset = jnp.asarray(rng.normal(size=vocabulary), jnp.float32) if bias else None
@@ -112,7 +112,7 @@ VECTORS = LENGTH * WIDTH + LAYERS * (3 + 1 + 4 + 1 + 4) * WIDTH
 
 @functools.cache
 def collectives(data: int, fsdp: int, tensor: int, *more: str) -> dict[str, int]:
-    """Bytes that a device sends in a step of float32, by collective; without what is tiny."""
+    """Returns the bytes that a device sends in a float32 train step, by collective."""
     result = runs.main(
         "--mode=compile", f"--topology=cpu:{data * fsdp * tensor}", *runs.TINY,
         f"--config.model.num_layers={LAYERS}", f"--config.pretrain.batch_size={ROWS}",
@@ -125,13 +125,14 @@ def collectives(data: int, fsdp: int, tensor: int, *more: str) -> dict[str, int]
     return {name: each["bytes"] for name, each in found.items()}
 
 
-TINY = 200  # bytes of the losses, the norm of the gradients and whether they are finite
+TINY = 200  # bytes of the losses, the gradient norm, and whether the gradients are finite
 
 
 def test_fsdp_gathers_weights_and_scatters_gradients_and_nothing_else():
     found = collectives(1, 8, 1)
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
-    # The blocks' in the forward and in the backward pass; the embedding's once for both its uses.
+    # The blocks' weights are gathered in the forward and in the backward pass, the embedding once
+    # for both of its uses.
     assert found["all-gather"] == 4 * (2 * BLOCKS + TABLE)
     assert found["reduce-scatter"] == 4 * (BLOCKS + TABLE)
     assert 0 <= found["all-reduce"] - 4 * VECTORS < TINY
@@ -146,7 +147,7 @@ def test_data_and_fsdp_sum_what_fsdp_has_cut():
 
 
 def test_tensor_sums_the_activations_four_times_a_layer():
-    """And three times for the table: look-ups, d_x of the loss; and of a piece its softmax."""
+    """Besides these sums there are one for look-ups, one for d_x of the loss, and the softmax."""
     found = collectives(1, 1, 2)
     assert set(found) == {"all-reduce"}
     states = 4 * ROWS * LENGTH * WIDTH
@@ -156,6 +157,6 @@ def test_tensor_sums_the_activations_four_times_a_layer():
 
 @pytest.mark.slow
 def test_full_remat_gathers_no_weight_more_often_than_none():
-    """The backward pass recomputes a layer with the weights that its gradients need anyway."""
+    """The recomputed forward pass uses the weights that are gathered for the gradients."""
     found = collectives(1, 8, 1, "--config.model.remat=full")["all-gather"]
     assert found == 4 * (2 * BLOCKS + TABLE)

@@ -62,7 +62,7 @@ class _Tiling:
         """
         windows = -(-max(1, max_sequence_length - 1) // _WINDOW_QUERIES)
         lookback = windows * _WINDOW_QUERIES
-        # In a whole row a query is multiplied with half of the keys on average.
+        # With whole rows a query is multiplied with half of the keys of its row on average.
         if 2 * (lookback + _WINDOW_QUERIES) < length:
             return cls(length, _WINDOW_QUERIES, lookback)
         return cls(length, length, 0)
@@ -121,7 +121,7 @@ class _Tiling:
           heads_BH: as in `blocked`.
         """
         start = jnp.arange(self.tiles_per_row, dtype=jnp.uint32) * jnp.uint32(self.queries)
-        # For keys before the row, which no query sees, this wraps around modulo 2^32.
+        # The difference wraps around modulo 2^32 for keys before the row, which no query sees.
         first = start * jnp.uint32(self.length) + start - jnp.uint32(self.lookback)
         index = heads_BH[:, None] * jnp.uint32(self.length**2 % 2**32) + first[None, :, None]
         return index.reshape(-1, heads_BH.shape[1])
@@ -268,7 +268,7 @@ class _Problem:
     key_ids_BT: Array
     dropout_key: DropoutKey
     heads_BH: Array
-    """As in `blocked`."""
+    """The numbers of the rows and heads, as in `blocked`."""
     max_sequence_length: int = flax.struct.field(pytree_node=False)
 
     @property

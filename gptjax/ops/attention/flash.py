@@ -46,7 +46,7 @@ class _KernelConfig:
     heads: int
     """Heads of the whole model, on all devices; the dropout mask depends on it."""
     rate: float
-    """Of the dropout; 0: no dropout."""
+    """The dropout rate; 0: no dropout."""
     block: int
     """Queries, and keys, of a block."""
     interpret: bool

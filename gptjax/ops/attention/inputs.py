@@ -1,4 +1,4 @@
-"""What every implementation of attention computes from."""
+"""The arguments that all implementations of attention share."""
 
 from typing import Any
 
@@ -7,13 +7,13 @@ import flax.struct
 # jax.Array; or for each of them its layout, or its gradient.
 Array = Any
 
-# Ids that no segment has; segments have ids from 1, and padding has id 0.
+# Ids besides those of `Batch.segment_ids`, which are 0 for padding and above 0 for segments.
 HIDDEN_KEY = -1
-"""Of a key that no query may see, such as padding inside of a sequence."""
+"""Id of a key that no query may see, such as padding inside of a sequence."""
 PADDING_KEY = -2
-"""Of keys that an implementation adds around a row."""
+"""Id of the keys that an implementation adds around a row."""
 PADDING_QUERY = -3
-"""Of queries that an implementation adds after a row; no key has the same id."""
+"""Id of the queries that an implementation adds after a row. No key has it."""
 
 
 @flax.struct.dataclass
