@@ -10,7 +10,7 @@ from absl import flags
 from benchmarks.harness import FLAGS
 from gptjax.config.schema import FinetuneConfig
 from gptjax.data import splits
-from gptjax.data.tasks import as_text
+from gptjax.data.tables.labelled import as_text
 from gptjax.data.tokens import tokenizer
 from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
 from gptjax.errors import require

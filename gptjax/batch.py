@@ -1,7 +1,7 @@
-"""The batch: the contract between data and model (several sequences to a row, every shape static).
+"""The batch: the contract between data and model.
 
-All sequences of one example are in one row, so that the task head never gathers across rows or
-devices.
+Several sequences share a row (they are packed), and all shapes are static. All sequences of one
+example are in the same row, so that the task head never gathers states across rows or devices.
 
 Letters of shapes. The name of an array ends in one letter for each of its axes: `q_BTHK` is
 [B, T, H, K]. In the whole project:
@@ -13,7 +13,8 @@ Letters of shapes. The name of an array ends in one letter for each of its axes:
   C  candidate sequences of an example    V  vocabulary
   L  layers                               O  outputs of the task head
 
-A file that needs others defines them in its docstring.
+A multiple choice has one candidate sequence for each answer, other tasks have one or two. A file
+that needs further letters defines them in its docstring.
 """
 
 import enum
@@ -21,7 +22,7 @@ from typing import Any
 
 import flax.struct
 
-# NumPy arrays on the way in, jax.Array in a step.
+# A NumPy array in the data pipeline, a jax.Array in a training step.
 Array = Any
 
 
@@ -36,23 +37,59 @@ class TokenType(enum.IntEnum):
 
 @flax.struct.dataclass
 class Batch:
-    """Packed rows. The last four fields are None in pretraining."""
+    """Packed rows. The last four fields are None in pretraining.
+
+    An example: three sequences in one row. They are three examples of a classification (C = 1). The
+    tokens 1 and 2 stand for the start token and the extract token. The fourth slot is not used, and
+    the last token of the row is padding.
+
+    >>> import numpy as np
+    >>> batch = Batch(                  # B = 1, T = 12, E = 4, C = 1
+    ...     tokens=np.array(     [[1, 7, 8, 9, 2,  1, 5, 2,  1, 6, 2,  0]]),
+    ...     segment_ids=np.array([[1, 1, 1, 1, 1,  2, 2, 2,  3, 3, 3,  0]]),
+    ...     positions=np.array(  [[0, 1, 2, 3, 4,  0, 1, 2,  0, 1, 2,  0]]),
+    ...     token_types=np.array([[0, 0, 0, 0, 0,  0, 0, 0,  0, 0, 0,  0]]),
+    ...     lm_weights=np.array( [[1, 1, 1, 1, 0,  1, 1, 0,  1, 1, 0,  0]], np.float32),
+    ...     extract=np.array([[[4], [7], [10], [0]]]),
+    ...     candidate_mask=np.array([[[1], [1], [1], [0]]], np.float32),
+    ...     example_mask=np.array([[1, 1, 1, 0]], np.float32),
+    ...     labels=np.array([[1, 0, 1, 0]]),
+    ... )
+
+    The task head reads the states at the extract tokens:
+
+    >>> batch.tokens[0, batch.extract[0, :3, 0]]
+    array([2, 2, 2])
+
+    The language model predicts token t + 1 at t, but never the first token of the next sequence:
+
+    >>> weighted = np.flatnonzero(batch.lm_weights[0])
+    >>> [(int(batch.tokens[0, t]), int(batch.tokens[0, t + 1])) for t in weighted]
+    [(1, 7), (7, 8), (8, 9), (9, 2), (1, 5), (5, 2), (1, 6), (6, 2)]
+
+    A token attends to the tokens of its own segment up to itself. The token at 6 attends to:
+
+    >>> same_segment = batch.segment_ids[0] == batch.segment_ids[0, 6]
+    >>> np.flatnonzero(same_segment & (np.arange(12) <= 6))
+    array([5, 6])
+    """
 
     tokens: Array
     """int32 [B, T]"""
     segment_ids: Array
-    """int32 [B, T]: 1, 2, ... for the sequences of a row, 0 for padding after them."""
+    """int32 [B, T]: 1, 2, ... for the sequences of a row; 0 is padding."""
     positions: Array
-    """int32 [B, T]: restart at 0 in each sequence."""
+    """int32 [B, T]: 0, 1, ... in each sequence."""
     token_types: Array
     """int32 [B, T]: values of `TokenType`."""
     lm_weights: Array
-    """float32 [B, T]: weight of predicting token t + 1 at t; 0 at ends and padding."""
+    """float32 [B, T]: the weight of predicting token t + 1 at t; 0 at the last token of a sequence
+    and at padding."""
     extract: Array = None
-    """int32 [B, E, C]: row position of the extract token of candidate c of example e."""
+    """int32 [B, E, C]: the place in the row of the extract token of candidate c of example e."""
     candidate_mask: Array = None
-    """float32 [B, E, C]: 1 for a real candidate."""
+    """float32 [B, E, C]: 1 for a candidate, 0 for an empty place."""
     example_mask: Array = None
-    """float32 [B, E]: 1 for a real example."""
+    """float32 [B, E]: 1 for an example, 0 for an empty slot."""
     labels: Array = None
-    """int32 [B, E]: class or answer; float32 [B, E]: target of a regression."""
+    """int32 [B, E]: the class or the right answer; float32 [B, E]: the target of a regression."""

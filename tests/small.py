@@ -17,6 +17,7 @@ from gptjax.batch import Batch
 from gptjax.config.schema import MeshConfig, ModelConfig, TaskKind, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import tokenizer
 from gptjax.model import gpt
@@ -90,8 +91,8 @@ def examples(
         rows["label"] = rng.normal(size=count).tolist()
     else:
         rows["label"] = (np.arange(count) % 3).tolist()
-    spec = tasks.find_labels(spec, rows, "rows")
-    return spec, tasks.encode(spec, rows, small_tokenizer(), context, "rows")
+    spec = tasks.find_labels(spec, LabelledTable(rows, "rows"))
+    return spec, tasks.encode(spec, LabelledTable(rows, "rows"), small_tokenizer(), context)
 
 
 def packed(

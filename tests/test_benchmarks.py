@@ -21,6 +21,7 @@ from benchmarks import harness, rows, sizes, summary
 from gptjax.config.schema import TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.interop import arrays, huggingface
 from gptjax.model import gpt
 from gptjax.model import objective as objective_lib
@@ -173,8 +174,8 @@ def our_joint_loss(data, task, params, tokenizer):
     """Returns our loss of packed examples, the examples, and the task head's weights."""
     columns = {name: [row[name] for row in data] for name in data[0]}
     spec = TaskSpec(task, "text", "" if task == "classification" else "text_pair")
-    spec = tasks.find_labels(spec, columns, "rows")
-    examples = tasks.encode(spec, columns, tokenizer, SIZE.context_length, "rows")
+    spec = tasks.find_labels(spec, LabelledTable(columns, "rows"))
+    examples = tasks.encode(spec, LabelledTable(columns, "rows"), tokenizer, SIZE.context_length)
     model = gpt.make_model(sizes.model_config(SIZE, "float32", 0.0), spec)
     own = params | {"task_head": small.params(model)["task_head"]}
     batch, _ = Packer(examples.lengths, len(data), 0).pack(examples, np.arange(len(data)))

@@ -15,7 +15,7 @@ from gptjax.config.paper_tasks import SUBMISSIONS
 from gptjax.config.schema import TaskKind, TaskSpec, TokenizerKind
 from gptjax.data import splits
 from gptjax.data.tables import text_files
-from gptjax.data.tasks import as_text
+from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
@@ -32,7 +32,7 @@ def _columns(gpt: predictor.LoadedGPT) -> str:
     return finetune.columns if finetune else ""
 
 
-def _read_rows(gpt: predictor.LoadedGPT, path: str, labelled: bool) -> splits.Table:
+def _read_rows(gpt: predictor.LoadedGPT, path: str, labelled: bool) -> LabelledTable:
     require(gpt.task, f"--checkpoint: {gpt.path} was not fine-tuned for a task")
     assert gpt.task is not None
     names = schema.split_names(_columns(gpt))
@@ -45,7 +45,7 @@ def _read_rows(gpt: predictor.LoadedGPT, path: str, labelled: bool) -> splits.Ta
     return splits.read_labelled(path, ",".join(names), (*gpt.task.text_columns, *label))
 
 
-def _hub_rows(gpt: predictor.LoadedGPT, split: str) -> splits.Table:
+def _hub_rows(gpt: predictor.LoadedGPT, split: str) -> LabelledTable:
     """The rows of a split of the hub's data set that the model was fine-tuned on."""
     source = gpt.meta.experiment_config().finetune or schema.FinetuneConfig()
     require(
@@ -94,7 +94,7 @@ def predict(
     gpt = predictor.load(checkpoint, argument="checkpoint")
     table = _read_rows(gpt, input_path, labelled=False) if input_path else _hub_rows(gpt, split)
     assert gpt.task is not None
-    found = gpt.predict(table.columns(gpt.task.text_columns))
+    found = gpt.predict(table)
     records = _submission(glue, gpt.task, table, found.labels) if glue else _records(found)
     files_lib.write_atomically(output_path, _table(records, _OUTPUTS[ending]).encode())
     notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
@@ -114,7 +114,7 @@ def _records(found: predictor.Predictions) -> list[dict[str, Any]]:
 
 
 def _submission(
-    task: str, spec: TaskSpec, table: splits.Table, labels: list[Any]
+    task: str, spec: TaskSpec, table: LabelledTable, labels: list[Any]
 ) -> list[dict[str, Any]]:
     """Rows of a file for GLUE's server: the index in the test file, and the answer by its name."""
     names = SUBMISSIONS[task]
@@ -130,12 +130,12 @@ def _submission(
     else:
         as_named = set(spec.labels) <= set(names)
         answers = labels if as_named else [names[int(label)] for label in labels]
-    existing = table.rows.column_names
+    existing = table.column_names
     column = next((name for name in ("index", "idx") if name in existing), "")
     index = list(table.rows[column] if column else range(len(labels)))
     for row, value in enumerate(index, 1):
         number = as_text(value).strip().isdecimal()
-        require(number, f"{table.where}: row {row}, column {column}: {value!r} is not a number")
+        require(number, f"{table.source}: row {row}, column {column}: {value!r} is not a number")
     return [
         {"index": int(i), "prediction": answer} for i, answer in zip(index, answers, strict=True)
     ]
@@ -200,8 +200,7 @@ def _evaluate_task(
         tables = splits.labelled_splits(finetune, experiment.seed)
         _require_split(split, tables)
         table = tables[split]
-    rows = table.columns((*gpt.task.text_columns, gpt.task.label))
-    return table.where, gpt.score(rows, table.where, finetune.metrics)
+    return table.source, gpt.score(table, table.source, finetune.metrics)
 
 
 def _evaluate_text(
@@ -210,12 +209,12 @@ def _evaluate_text(
     pretrain = gpt.meta.experiment_config().pretrain
     assert pretrain is not None
     if input_path:
-        texts = text_files.read_text(input_path, pretrain.line_breaks)["text"]
+        texts = text_files.read_text(input_path, pretrain.line_breaks)
         return input_path, gpt.score_text(texts, pretrain.window)
     _require_data(pretrain.dataset or pretrain.train_files, gpt)
     tables = splits.text_splits(pretrain)
     _require_split(split, tables)
-    return f"{split} split", gpt.score_text(tables[split]["text"], pretrain.window)
+    return f"{split} split", gpt.score_text(tables[split], pretrain.window)
 
 
 def _require_data(source: str, gpt: predictor.LoadedGPT) -> None:
@@ -267,7 +266,7 @@ def train_tokenizer(
         f"--config.tokenizer.kind={tokenizer_config.kind}: must be one of "
         f"{', '.join(TokenizerKind)}",
     )
-    texts = text_files.read_text(input_path)["text"]
+    texts = text_files.read_text(input_path)
     tokenizer = tokenizer_lib.build(tokenizer_config, texts)
     with files_lib.disk_errors(output_path):
         os.makedirs(output_path, exist_ok=True)

@@ -1,9 +1,14 @@
-"""Batches in order: `grain` shuffles by index, batches and prefetches.
+"""Batches of training, in a random order that can start at any step, and of evaluation, in order.
 
-Batch number `step` is a function of (data, seed, step, batch size) alone: a resumed run asks for
-the step it stands at and gets what the uninterrupted run got, on any number of hosts.
+Batch number `step` is a function of (data, seed, step, batch size) alone. A resumed run therefore
+gets the same batches as an uninterrupted run, on any number of hosts.
+
+`grain` makes two things: an endless shuffled order, which is only indexed, and a pipeline over
+steps, which prefetches. They cannot be one pipeline, because a balanced batch is chosen from a
+whole epoch.
 """
 
+import abc
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -12,64 +17,77 @@ import grain
 import numpy as np
 
 from gptjax.batch import Batch
-from gptjax.data.packing import Packer, deal, first_fit
+from gptjax.data.packing import Packer, RowMask, all_rows, balance_batches, first_fit
 from gptjax.data.tasks import Examples
 from gptjax.errors import require
 
-# Enough to hide the host work behind a step; each costs one batch of memory.
+# Enough to prepare the next batches during a step. Each batch that waits takes its memory.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-# Examples packed at a time where their order does not matter: the packing takes time of its square.
+# Examples that are packed together in evaluation. The time of packing grows with their square.
 _POOL = 2048
 
 
-Local = Callable[[int], np.ndarray]
-"""Rows of a batch -> bool [rows]: those that this process has to fill. Of the others only
-`segment_ids` are, which tell how many tokens the whole batch has."""
-
-
-def all_rows(rows: int) -> np.ndarray:
-    """All rows: there is one process."""
-    return np.ones(rows, bool)
-
-
 def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:
-    """Packs token windows, one to a row; short or missing ones leave padding."""
+    """Returns a batch with one token window in each row.
+
+    Args:
+      windows: integers [length] each, at most `rows` of them.
+      window: T, tokens of a row; shorter windows are padded.
+      rows: B; rows without a window are padding.
+    """
     tokens = np.zeros((rows, window), np.int32)
     segments = np.zeros((rows, window), np.int32)
     weights = np.zeros((rows, window), np.float32)
     for row, ids in enumerate(windows):
         tokens[row, : len(ids)] = ids
         segments[row, : len(ids)] = 1
-        weights[row, : len(ids) - 1] = 1.0
+        weights[row, : max(0, len(ids) - 1)] = 1.0
     positions = np.where(segments, np.arange(window, dtype=np.int32), 0)
     return Batch(tokens, segments, positions, np.zeros_like(tokens), weights)
 
 
-def _cut_batch(
-    stream: np.ndarray, starts: Sequence[int], window: int, rows: int, local: Local
+def _window_batch(
+    stream: np.ndarray, starts: Sequence[int], window: int, rows: int, rows_of_this_process: RowMask
 ) -> Batch:
-    """Cuts the windows of the local rows at `starts`."""
-    mine = local(rows)
-    none = stream[:0]
-    cut = [stream[s : s + window] if mine[i] else none for i, s in enumerate(starts)]
-    batch = lm_batch(cut, window, rows)
+    """Returns a batch of the windows of the stream that begin at `starts`."""
+    filled = rows_of_this_process(rows)
+    windows = [
+        stream[start : start + window] if filled[row] else stream[:0]
+        for row, start in enumerate(starts)
+    ]
+    batch = lm_batch(windows, window, rows)
     for row, start in enumerate(starts):
         batch.segment_ids[row, : len(stream) - start] = 1
     return batch
 
 
-def _draw(seed: int, epoch: int, below: int) -> int:
-    """An integer in [0, below) that depends on (seed, epoch) alone."""
-    digest = hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % below
+def _shuffled(count: int, seed: int) -> grain.MapDataset:
+    """Returns position -> index in [0, count): endless epochs, each in a new random order."""
+    return grain.MapDataset.range(count).shuffle(seed=seed % 2**32).repeat(None)
 
 
-class TextBatches:
+class Batches(abc.ABC):
+    """The batches of a training. `batches[step]` is that of a step, from 0 without end."""
+
+    @abc.abstractmethod
+    def __getitem__(self, step: int) -> Batch: ...
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Yields the batches of steps [start, stop), prefetched."""
+        steps = grain.MapDataset.range(start, stop).map(lambda step: self[int(step)])
+        return iter(steps.to_iter_dataset(_READ))
+
+
+class TextBatches(Batches):
     """Random contiguous windows of a token stream.
 
-    An epoch cuts the stream into windows that do not overlap, starting at a random offset, and
-    visits them in random order: every token is seen at most once an epoch, in other windows each
-    time. What an offset leaves out at either end, less than two windows in all, others reach.
+    In each epoch the stream is divided into windows that do not overlap, from a random offset on,
+    and these are visited in random order. A token is seen at most once an epoch, and in other
+    windows each time. The tokens before the offset and after the last window, fewer than two
+    windows in all, are seen in other epochs.
+
+    Attributes:
+      windows: the number of windows in an epoch.
     """
 
     def __init__(
@@ -78,45 +96,52 @@ class TextBatches:
         window: int,
         batch_size: int,
         seed: int,
-        local: Local = all_rows,
+        rows_of_this_process: RowMask = all_rows,
     ):
-        """Args: stream integers [n]; window in tokens; batch_size in windows; seed; local rows."""
+        """Checks that the stream is long enough.
+
+        Args:
+          stream: integers [n], token ids.
+          window: tokens of a window.
+          batch_size: windows of a batch.
+          seed: decides the windows and their order.
+          rows_of_this_process: the rows to fill, see `packing.RowMask`.
+
+        Raises:
+          UserError: the stream has fewer tokens than one window.
+        """
         require(
             len(stream) >= window,
             f"`pretrain`: the training text has {len(stream)} tokens, fewer than one window "
             f"of {window}; give more text or a smaller `pretrain.window`",
         )
-        self._stream, self._window, self._rows, self._seed = stream, window, batch_size, seed
-        self._local = local
+        self._stream, self._window, self._batch_size, self._seed = stream, window, batch_size, seed
+        self._rows_of_this_process = rows_of_this_process
+        # One window fewer than fit leaves the offset free to vary by more than a window.
         self.windows = max(1, len(stream) // window - 1)
-        """Windows an epoch."""
-        # As far as the end of the stream: no token may be out of reach of every epoch.
-        self._offsets = len(stream) - self.windows * window + 1
-        order = grain.MapDataset.range(self.windows).shuffle(seed=seed % 2**32).repeat(None)
-        self._batches = order.map_with_index(self._start).batch(batch_size, batch_fn=list)
+        self._order = _shuffled(self.windows, seed)
 
-    def _start(self, position: int, index: int) -> int:
-        offset = _draw(self._seed, position // self.windows, self._offsets)
-        return offset + int(index) * self._window
+    def _start(self, position: int) -> int:
+        """Returns the first token of the window at a position of the shuffled order."""
+        # The largest offset reaches the end of the stream, so that no token is left out for ever.
+        offsets = len(self._stream) - self.windows * self._window + 1
+        data = f"{self._seed}:{position // self.windows}".encode()
+        digest = hashlib.blake2b(data, digest_size=8).digest()
+        offset = int.from_bytes(digest, "little") % offsets
+        return offset + int(self._order[position]) * self._window
 
     def __getitem__(self, step: int) -> Batch:
-        starts = self._batches[step]
-        return _cut_batch(self._stream, starts, self._window, self._rows, self._local)
+        positions = range(step * self._batch_size, (step + 1) * self._batch_size)
+        starts = [self._start(position) for position in positions]
+        return _window_batch(
+            self._stream, starts, self._window, self._batch_size, self._rows_of_this_process
+        )
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of steps [start, stop), prefetched."""
-        return _prefetch(self, start, stop)
 
+class TaskBatches(Batches):
+    """Packed batches of shuffled examples, all with the same number of examples.
 
-class TaskBatches:
-    """Packed batches of shuffled examples; every batch has `batch_size` of them.
-
-    Epochs follow one another without a break: a batch may hold the end of one and the start of the
-    next, so that no example is dropped and no update is smaller than the others. The other batches
-    of an epoch are dealt so that each has about the same number of tokens (`packing.deal`).
-
-    Or else, as in the authors' code, an epoch is cut into batches as it was shuffled, and what is
-    left after its last whole batch is dropped.
+    The two subclasses differ in how an epoch is divided into batches.
     """
 
     def __init__(
@@ -125,71 +150,119 @@ class TaskBatches:
         packer: Packer,
         batch_size: int,
         seed: int,
-        drop_last: bool = False,
-        local: Local = all_rows,
+        rows_of_this_process: RowMask = all_rows,
     ):
-        """Args: examples; packer; batch_size in examples; seed; drop_last; local rows."""
-        self._local = local
-        self._examples, self._packer, self._size = examples, packer, batch_size
-        self._seed, self._drop_last = seed % 2**32, drop_last
-        count = len(examples)
-        order = grain.MapDataset.range(count).shuffle(seed=self._seed)
-        if drop_last:
-            self._batches = order.batch(batch_size, drop_remainder=True).repeat(None)
-        else:
-            self._batches = order.repeat(None).batch(batch_size)
-            self._epochs = order.batch(count).repeat(None)
-        self._dealt = functools.lru_cache(maxsize=2)(self._deal)
+        """Takes the examples.
 
-    def _deal(self, epoch: int) -> tuple[int, np.ndarray]:
-        """The first batch that lies wholly in an epoch, and all of them: int [batches, size]."""
-        count, size = len(self._examples), self._size
-        first, last = -(-epoch * count // size), (epoch + 1) * count // size
-        start = first * size - epoch * count
-        whole = self._epochs[epoch][start : start + max(0, last - first) * size]
-        rng = np.random.default_rng((self._seed, epoch))
-        dealt = deal(self._examples.lengths[whole], size, rng)
-        return first, whole[dealt]
+        Args:
+          examples: all of them.
+          packer: for batches of `batch_size` of these examples.
+          batch_size: examples of a batch.
+          seed: decides the order of the examples.
+          rows_of_this_process: the rows to fill, see `packing.RowMask`.
+        """
+        self._examples, self._packer, self._batch_size = examples, packer, batch_size
+        self._rows_of_this_process = rows_of_this_process
+        self._seed = seed % 2**32
+        self._order = _shuffled(len(examples), seed)
 
-    def _chosen(self, step: int) -> np.ndarray:
-        count, size = len(self._examples), self._size
-        epoch = step * size // count
-        if self._drop_last or (step + 1) * size > (epoch + 1) * count:
-            return self._batches[step]
-        first, dealt = self._dealt(epoch)
-        return dealt[step - first]
+    @abc.abstractmethod
+    def chosen(self, step: int) -> np.ndarray:
+        """Returns int [batch_size]: the indices of the examples of a step."""
 
     def __getitem__(self, step: int) -> Batch:
-        return self._packer.pack(self._examples, self._chosen(step), self._local)[0]
+        return self._packer.pack(self._examples, self.chosen(step), self._rows_of_this_process)[0]
 
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of steps [start, stop), prefetched."""
-        return _prefetch(self, start, stop)
+    def _at(self, start: int, stop: int) -> np.ndarray:
+        """Returns the indices of the examples at positions [start, stop) of the shuffled order."""
+        return np.array([self._order[position] for position in range(start, stop)], np.int64)
 
 
-def _prefetch(batches: TextBatches | TaskBatches, start: int, stop: int) -> Iterator[Batch]:
-    steps = grain.MapDataset.range(start, stop).map(lambda step: batches[int(step)])
-    return iter(steps.to_iter_dataset(_READ))
+class BalancedBatches(TaskBatches):
+    """Batches across epochs, with about the same number of tokens in each batch.
+
+    A batch may hold the end of one epoch and the start of the next: no example is left out, and no
+    update has fewer examples than another. The other batches of an epoch are balanced, see
+    `packing.balance_batches`.
+    """
+
+    def chosen(self, step: int) -> np.ndarray:
+        """Returns int [batch_size]: the indices of the examples of a step."""
+        count, size = len(self._examples), self._batch_size
+        epoch = step * size // count
+        if (step + 1) * size > (epoch + 1) * count:  # the batch goes on in the next epoch
+            return self._at(step * size, (step + 1) * size)
+        first, batches = self._epoch(epoch)
+        return batches[step - first]
+
+    @functools.cached_property
+    def _epoch(self) -> Callable[[int], tuple[int, np.ndarray]]:
+        """`_balanced`, whose last results are kept: prefetching reads at most two epochs."""
+        return functools.lru_cache(maxsize=2)(self._balanced)
+
+    def _balanced(self, epoch: int) -> tuple[int, np.ndarray]:
+        """Returns the first step that is in this epoch as a whole, and the examples of all such.
+
+        The examples are int [steps, batch_size].
+        """
+        count, size = len(self._examples), self._batch_size
+        first, last = -(-epoch * count // size), (epoch + 1) * count // size
+        indices = self._at(first * size, max(first, last) * size)
+        rng = np.random.default_rng((self._seed, epoch))
+        return first, indices[balance_batches(self._examples.lengths[indices], size, rng)]
+
+
+class WholeEpochBatches(TaskBatches):
+    """Batches of one epoch each, in the order of the shuffle, as in the authors' code.
+
+    The examples after the last whole batch of an epoch are left out.
+    """
+
+    def chosen(self, step: int) -> np.ndarray:
+        """Returns int [batch_size]: the indices of the examples of a step."""
+        epoch, batch = divmod(step, len(self._examples) // self._batch_size)
+        start = epoch * len(self._examples) + batch * self._batch_size
+        return self._at(start, start + self._batch_size)
 
 
 def text_in_order(
-    stream: np.ndarray, window: int, rows: int, limit: int = 0, local: Local = all_rows
+    stream: np.ndarray,
+    window: int,
+    rows: int,
+    limit: int = 0,
+    rows_of_this_process: RowMask = all_rows,
 ) -> Iterator[Batch]:
-    """Yields the whole stream in order, `rows` windows a batch; at most `limit` batches, 0: all."""
+    """Yields all windows of a stream in order.
+
+    Args:
+      stream: integers [n], token ids.
+      window: tokens of a window; the last one may be shorter.
+      rows: windows of a batch.
+      limit: the largest number of batches; 0: no limit.
+      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+    """
     starts = range(0, len(stream), window)
     if limit:
         starts = starts[: limit * rows]
     for first in range(0, len(starts), rows):
-        chosen = starts[first : first + rows]
-        yield _cut_batch(stream, chosen, window, rows, local)
+        yield _window_batch(
+            stream, starts[first : first + rows], window, rows, rows_of_this_process
+        )
 
 
 def every_example(
-    examples: Examples, packer: Packer, local: Local = all_rows
+    examples: Examples, packer: Packer, rows_of_this_process: RowMask = all_rows
 ) -> Iterator[tuple[Batch, np.ndarray]]:
-    """Yields every example once, packed, with int32 [B, E] example indices (-1: none).
+    """Yields packed batches in which every example occurs once.
 
-    Some thousand of them are packed at a time, in full rows; the last batch may be short.
+    Args:
+      examples: all of them.
+      packer: for the shape of the batches.
+      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+
+    Yields:
+      A batch of full rows (the last batch may have fewer), and int32 [B, E]: the index of the
+      example in each slot, -1 for an empty slot.
     """
     lengths = examples.lengths
     rows: list[list[int]] = []
@@ -198,6 +271,5 @@ def every_example(
         fitted = first_fit(pool, packer.row_length, packer.slots)
         rows += [[start + i for i in row] for row in fitted]
     chunks = grain.MapDataset.source(rows).batch(packer.rows, batch_fn=list)
-    return iter(
-        chunks.map(lambda chunk: packer.fill(examples, chunk, local)).to_iter_dataset(_READ)
-    )
+    batches = chunks.map(lambda chunk: packer.fill(examples, chunk, rows_of_this_process))
+    return iter(batches.to_iter_dataset(_READ))

@@ -1,7 +1,11 @@
-"""Packing: several examples to a row of fixed length, so that short texts waste no compute.
+"""Packing: several examples share a row of fixed length, so that short texts waste no compute.
 
-Whatever the packing, losses, gradients and predictions are those of one sequence per row: segments
-separate the attention, positions restart, and sums are divided by their weights once, globally.
+Packing changes no loss, gradient or prediction, but for rounding: attention does not cross from one
+segment into another, positions restart in each sequence, and sums over the whole batch are divided
+by their weights only once.
+
+The packing of `grain` is not used here: it packs single sequences, and all sequences of an example
+must be in the same row.
 """
 
 import math
@@ -9,17 +13,27 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gptjax.batch import Batch, TokenType
+from gptjax.batch import Batch
 from gptjax.data.tasks import Examples
 
 # Row lengths are multiples of this.
-_STEP = 8
-# Share of a batch that may be padding.
-_WASTE = 0.045
+_LENGTH_STEP = 8
+# The part of a batch that may be padding.
+_MAX_PADDING = 0.045
+
+RowMask = Callable[[int], np.ndarray]
+"""The number of rows of a batch -> bool [rows]: the rows that this process fills. Of the other rows
+it writes only `segment_ids`, so that every process knows the number of tokens in the whole
+batch."""
+
+
+def all_rows(rows: int) -> np.ndarray:
+    """Returns the mask of a single process: all rows."""
+    return np.ones(rows, bool)
 
 
 def first_fit(lengths: Sequence[int], row_length: int, max_per_row: int) -> list[list[int]]:
-    """First-fit decreasing: the longest example first, each into the first row with room.
+    """Assigns examples to rows: the longest first, each to the first row that has room for it.
 
     >>> first_fit([4, 3, 5, 2], row_length=8, max_per_row=4)
     [[2, 1], [0, 3]]
@@ -46,41 +60,45 @@ def first_fit(lengths: Sequence[int], row_length: int, max_per_row: int) -> list
     return rows
 
 
-def deal(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Deals examples to batches of about the same number of tokens: int [batches, batch_size].
+def balance_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
+    """Assigns examples to batches that all have about the same number of tokens.
 
-    In rounds, one example to each batch, from the longest to the shortest; in each round the batch
-    with the fewest tokens gets the longest. Lengths are blurred by two standard deviations where
-    they are sorted, so that chance decides which examples come together.
+    The examples are sorted by their length plus noise, from the longest to the shortest, and handed
+    out in rounds of one example to each batch. In each round the batch with the fewest tokens so
+    far gets the longest example. The noise is uniform over two standard deviations of the lengths,
+    so that chance decides which examples come together, and every epoch has other batches.
 
     Args:
       lengths: int [batches * batch_size], tokens of each example.
       batch_size: examples of a batch.
-      rng: decides the order.
+      rng: the source of the noise and of the order of the batches.
+
+    Returns:
+      int [batches, batch_size], indices into `lengths`.
     """
     batches = len(lengths) // batch_size
     if not batches:
         return np.zeros((0, batch_size), np.int64)
-    blurred = lengths + rng.uniform(0, 2 * lengths.std(), len(lengths))
+    noisy = lengths + rng.uniform(0, 2 * lengths.std(), len(lengths))
     totals = np.zeros(batches, np.int64)
-    dealt = []
-    for chosen in np.argsort(-blurred, kind="stable").reshape(batch_size, batches):
+    rounds = []
+    for chosen in np.argsort(-noisy, kind="stable").reshape(batch_size, batches):
         chosen = chosen[np.argsort(-lengths[chosen], kind="stable")]
         fewest_first = np.argsort(totals, kind="stable")
-        column = np.empty_like(chosen)
-        column[fewest_first] = chosen
-        totals += lengths[column]
-        dealt.append(column)
-    return rng.permutation(np.stack(dealt, axis=1))
+        by_batch = np.empty_like(chosen)
+        by_batch[fewest_first] = chosen
+        totals += lengths[by_batch]
+        rounds.append(by_batch)
+    return rng.permutation(np.stack(rounds, axis=1))
 
 
 class Packer:
-    """Examples -> batches of one shape (where a batch does not fit, of a few more rows).
+    """Packs examples into batches of one shape; a batch that does not fit gets some more rows.
 
     Attributes:
-      row_length: T, at least the longest example.
-      rows: rows of a batch, but for padding to a multiple of the divisor.
-      slots: E, examples of a row at most.
+      row_length: T, tokens of a row, at least those of the longest example.
+      rows: rows of a batch, before they are padded to a multiple of `divisor`.
+      slots: E, the largest number of examples in a row.
     """
 
     def __init__(
@@ -91,113 +109,140 @@ class Packer:
         divisor: int = 1,
         sequence_means: bool = False,
     ):
-        """Chooses the shapes by packing some batches of these examples.
+        """Chooses the shape of the batches by packing a sample of these examples.
 
         Args:
-          lengths: int [n], tokens of the examples to come.
+          lengths: int [n], tokens of each of the examples that will be packed.
           batch_size: examples of a batch.
-          row_length: wanted T; 0: the shortest that leaves less than 4.5% to padding, or
-            else the one that leaves least.
-          divisor: B is a multiple of this (devices along the batch, micro-batches). Rows of padding
-            are added for it and nothing else changes: the examples lie where they lay, so that
-            another number of devices sees the same dropout masks.
-          sequence_means: the LM weights of each sequence add up to 1 instead of being 1.
+          row_length: the wanted T; 0: the shortest that leaves less than 4.5% of a batch to padding
+            or, if there is none, the one that leaves the least.
+          divisor: the number of rows is padded to a multiple of this (devices along the batch,
+            times micro-batches). The examples stay where they are, so that the dropout masks do not
+            depend on the number of devices.
+          sequence_means: whether the LM weights of each sequence add up to 1, instead of being 1.
         """
         self._sequence_means, self._divisor = sequence_means, divisor
         longest, mean = int(lengths.max()), float(lengths.mean())
         sample = _sample(lengths, batch_size)
         if row_length:
-            self.row_length = _round_up(max(longest, row_length), _STEP)
+            self.row_length = _round_up(max(longest, row_length), _LENGTH_STEP)
             self.slots = _slots(self.row_length, mean, batch_size)
-            rows = [len(first_fit(each, self.row_length, self.slots)) for each in sample]
+            rows = [len(first_fit(batch, self.row_length, self.slots)) for batch in sample]
             self.rows = max(rows)
             return
         self.rows, self.row_length = _shape(sample, longest, mean)
         self.slots = _slots(self.row_length, mean, batch_size)
 
     def pack(
-        self,
-        examples: Examples,
-        chosen: np.ndarray,
-        local: Callable[[int], np.ndarray] | None = None,
+        self, examples: Examples, chosen: np.ndarray, rows_of_this_process: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
-        """Packs the examples with the indices `chosen` (int [n]); `local` is as in `fill`.
+        """Packs some of the examples.
+
+        Args:
+          examples: all examples.
+          chosen: int [n], the indices of those to pack.
+          rows_of_this_process: the rows to fill, see `RowMask`.
 
         Returns:
-          The batch, and int32 [B, E]: which example (index) lies in each slot, -1 for none.
+          The batch, and int32 [B, E]: the index of the example in each slot, -1 for an empty slot.
         """
         lengths = examples.lengths[chosen].tolist()
         rows = first_fit(lengths, self.row_length, self.slots)
-        return self.fill(examples, [[int(chosen[i]) for i in row] for row in rows], local)
+        indices = [[int(chosen[i]) for i in row] for row in rows]
+        return self.fill(examples, indices, rows_of_this_process)
 
     def fill(
-        self,
-        examples: Examples,
-        rows: list[list[int]],
-        local: Callable[[int], np.ndarray] | None = None,
+        self, examples: Examples, rows: list[list[int]], rows_of_this_process: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
-        """As `pack`, of examples that are in rows already.
+        """Packs examples that are assigned to rows already; otherwise like `pack`.
 
-        `local` says which of a number of rows to fill (bool [rows]); None: all. Of the others only
-        the index is filled, and `segment_ids`, with ones, for who counts the tokens.
+        Args:
+          examples: all examples.
+          rows: the indices of the examples in each row.
+          rows_of_this_process: the rows to fill, see `RowMask`.
         """
         height = self.rows
-        if len(rows) > height:  # in few steps: each number of rows is compiled
+        if len(rows) > height:  # in steps of a quarter: every other height is compiled anew
             height = _round_up(len(rows), math.ceil(height / 4))
         height = _round_up(height, self._divisor)
         batch = _empty(height, self.row_length, self.slots, examples)
         index = np.full((height, self.slots), -1, np.int32)
-        mine = local(height) if local else None
+        filled = rows_of_this_process(height)
         for b, row in enumerate(rows):
-            if mine is not None and not mine[b]:
-                index[b, : len(row)] = row
+            index[b, : len(row)] = row
+            if filled[b]:
+                self._fill_row(batch, b, examples, row)
+            else:
                 batch.segment_ids[b, : int(examples.lengths[row].sum())] = 1
-                continue
-            cursor = _Cursor()
-            for e, i in enumerate(row):
-                index[b, e] = i
-                _place(batch, examples, i, b, e, cursor, self._sequence_means)
         return batch, index
+
+    def _fill_row(self, batch: Batch, b: int, examples: Examples, row: list[int]) -> None:
+        """Writes the examples of row `b` into the batch."""
+        start = segment = 0
+        for e, i in enumerate(row):
+            for c in range(examples.num_candidates):
+                sequence = i * examples.num_candidates + c
+                tokens = examples.tokens[sequence]
+                stop, segment = start + len(tokens), segment + 1
+                padding = stop  # the start of the padding inside the sequence
+                if examples.padding_start is not None:
+                    padding = start + int(examples.padding_start[sequence])
+                weight = 1 / (padding - start - 1) if self._sequence_means else 1.0
+                batch.tokens[b, start:stop] = tokens
+                batch.segment_ids[b, start:stop] = segment
+                batch.positions[b, start:stop] = np.arange(len(tokens))
+                batch.token_types[b, start + examples.second_start[sequence] : stop] = (
+                    TokenType.SECOND_TEXT
+                )
+                batch.token_types[b, padding:stop] = TokenType.PADDING
+                batch.lm_weights[b, start : padding - 1] = weight
+                batch.extract[b, e, c] = stop - 1
+                batch.candidate_mask[b, e, c] = 1.0
+                start = stop
+            batch.example_mask[b, e] = 1.0
+            if examples.labels is not None:
+                batch.labels[b, e] = examples.labels[i]
 
 
 def _sample(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Lengths of the examples of up to 32 batches, as `deal` makes them."""
+    """Returns the lengths of the examples of up to 32 balanced batches."""
     rng = np.random.default_rng(0)
     lengths = rng.permutation(lengths)[: max(1, len(lengths) // batch_size) * batch_size]
     if len(lengths) < 2 * batch_size:
         return [lengths.tolist()]
-    return lengths[deal(lengths, batch_size, rng)[:32]].tolist()
+    return lengths[balance_batches(lengths, batch_size, rng)[:32]].tolist()
 
 
 def _slots(row_length: int, mean: float, batch_size: int) -> int:
-    """A power of two, so that other data of about the same lengths has the same shape."""
+    """Returns E: at least twice the mean number of examples in a row, and at most the whole batch.
+
+    It is a power of two (from 4), so that data with slightly other lengths gets the same shape.
+    """
     return min(batch_size, 1 << max(2, math.ceil(math.log2(2 * row_length / mean))))
 
 
 def _shape(sample: list[list[int]], longest: int, mean: float) -> tuple[int, int]:
-    """Returns rows and row length: see `Packer`."""
+    """Returns the rows and the row length of a batch, see `Packer`.
+
+    Args:
+      sample: the lengths of the examples of some batches.
+      longest: tokens of the longest example.
+      mean: tokens of the examples, on average.
+    """
     batch_size = len(sample[0])
     total = batch_size * mean
     best = (math.inf, 0, 0)
     rows = 1 << (batch_size.bit_length() - 1)
     while rows:
-        length = _round_up(max(longest, math.ceil(total / rows)), _STEP)
+        length = _round_up(max(longest, math.ceil(total / rows)), _LENGTH_STEP)
         slots = _slots(length, mean, batch_size)
-        while any(len(first_fit(each, length, slots)) > rows for each in sample):
-            length += _STEP
-        if rows * length <= total / (1 - _WASTE):
+        while any(len(first_fit(batch, length, slots)) > rows for batch in sample):
+            length += _LENGTH_STEP
+        if rows * length <= total / (1 - _MAX_PADDING):
             return rows, length
         best = min(best, (rows * length, rows, length))
         rows //= 2
     return best[1:]
-
-
-class _Cursor:
-    """Where the next sequence of a row goes."""
-
-    def __init__(self) -> None:
-        self.offset = 0
-        self.segment = 0
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -205,6 +250,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
+    """Returns a batch of padding for these examples."""
     tokens = np.zeros((height, length), np.int32)
     candidates = examples.num_candidates
     dtype = np.int32 if examples.labels is None else examples.labels.dtype
@@ -219,37 +265,3 @@ def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
         example_mask=np.zeros((height, slots), np.float32),
         labels=np.zeros((height, slots), dtype),
     )
-
-
-def _place(
-    batch: Batch,
-    examples: Examples,
-    i: int,
-    b: int,
-    e: int,
-    cursor: _Cursor,
-    sequence_means: bool,
-) -> None:
-    """Writes example `i` into slot `e` of row `b`."""
-    for c in range(examples.num_candidates):
-        sequence = i * examples.num_candidates + c
-        tokens = examples.tokens[sequence]
-        length, start = len(tokens), cursor.offset
-        cursor.offset += length
-        cursor.segment += 1
-        span = slice(start, start + length)
-        batch.tokens[b, span] = tokens
-        batch.segment_ids[b, span] = cursor.segment
-        batch.positions[b, span] = np.arange(length)
-        second = start + examples.second_start[sequence]
-        batch.token_types[b, second : start + length] = TokenType.SECOND_TEXT
-        end = length
-        if examples.padding_start is not None:
-            end = int(examples.padding_start[sequence])
-            batch.token_types[b, start + end : start + length] = TokenType.PADDING
-        batch.lm_weights[b, start : start + end - 1] = 1 / (end - 1) if sequence_means else 1.0
-        batch.extract[b, e, c] = start + length - 1
-        batch.candidate_mask[b, e, c] = 1.0
-    batch.example_mask[b, e] = 1.0
-    if examples.labels is not None:
-        batch.labels[b, e] = examples.labels[i]

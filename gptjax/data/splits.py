@@ -1,65 +1,76 @@
-"""The splits of a stage: where its configuration says they come from, as `datasets` tables."""
+"""The splits of a stage: from the built-in data, files, the hub, or tables in memory."""
+
+from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from gptjax.config import schema
 from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskKind, TaskSpec
 from gptjax.data.builtin import tasks as builtin_tasks
-from gptjax.data.tables import expressions, holdout, hub, text_files
-from gptjax.data.tables import files as files_lib
-from gptjax.data.tasks import as_text
-from gptjax.errors import UserError, require
+from gptjax.data.tables import expressions, files, hub, text_files
+from gptjax.data.tables.holdout import holdout, holdout_text
+from gptjax.data.tables.labelled import LabelledTable, as_text
+from gptjax.data.tables.texts import Texts
+from gptjax.errors import require
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 BUILTIN = "builtin"
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A split: its rows and what to call it in an error message."""
+def text_splits(
+    config: PretrainConfig, tables: Mapping[str, Dataset] | None = None
+) -> dict[str, Texts]:
+    """Returns the texts of "train" and "validation".
 
-    rows: Any
-    """`datasets.Dataset`"""
-    where: str
-    part_of: str = ""
-    """The file that this split is a part of, where one file was divided."""
-    numbers: tuple[int, ...] | None = None
-    """Row of the file (from 1) of each row, where the split does not hold all of them."""
-    ignored: int = 0
-    """Rows left out for their label."""
+    Without validation files (or a validation table), the end of the training text is held out.
 
-    def columns(self, names: tuple[str, ...]) -> dict[str, list[Any]]:
-        """Returns column name (or expression, see `columns.py`) -> values."""
-        existing = self.rows.column_names
-        return {
-            name: expressions.read(self.rows.__getitem__, existing, name, self.where, self.numbers)
-            for name in names
+    Args:
+      config: where the text comes from, and which part of it is held out.
+      tables: "train", and "validation" if there is one -> rows in memory, instead of the files or
+        the data set of `config`. As in a data set of the hub, each row is a document in the column
+        `config.text`.
+
+    Raises:
+      UserError: files, columns or splits that do not exist, or no text in them.
+    """
+    if tables is not None:
+        texts = {
+            name: _documents(rows, config.text, f"`{name}`")
+            for name, rows in _in_order(tables, ("train", "validation")).items()
         }
-
-
-def text_splits(config: PretrainConfig) -> dict[str, Any]:
-    """Returns {"train", "validation"} -> `datasets.Dataset` with a column `text`."""
-    if config.dataset == BUILTIN:
+    elif config.dataset == BUILTIN:
         return {name: builtin_tasks.builtin_text(name) for name in ("train", "validation")}
-    if config.dataset:
-        train = hub.load_hub(config.dataset, "train")
-        files_lib.require_columns(train, [config.text], config.dataset)
-        # Documents are separated by a blank line, as those of files are.
-        train = train.map(
-            lambda row: {"text": as_text(row[config.text]).rstrip("\n") + "\n\n"},
-            remove_columns=train.column_names,
-        )
+    elif config.dataset:
+        rows = hub.load_hub(config.dataset, "train")
+        texts = {"train": _documents(rows, config.text, config.dataset)}
     else:
-        train = text_files.read_text(config.train_files, config.line_breaks)
+        texts = {"train": text_files.read_text(config.train_files, config.line_breaks)}
+    if "validation" in texts:
+        return texts
     if config.validation_files:
         validation = text_files.read_text(config.validation_files, config.line_breaks)
-    else:
-        train, validation = holdout.holdout_text(train, config.validation_fraction)
+        return texts | {"validation": validation}
+    train, validation = holdout_text(texts["train"], config.validation_fraction)
     return {"train": train, "validation": validation}
 
 
+def _documents(rows: Dataset, column: str, source: str) -> Texts:
+    """Returns the text of a column; a blank line ends each row, as it does in `read_text`."""
+    expressions.require_columns(rows.column_names, [column], source)
+    files.import_datasets()  # without progress bars
+    documents = rows.map(
+        lambda row: {"text": as_text(row[column]).rstrip("\n") + "\n\n"},
+        remove_columns=rows.column_names,
+    )
+    return Texts.of(documents.with_format("arrow")[:].column("text"))
+
+
 def task_spec(config: FinetuneConfig) -> TaskSpec:
-    """Returns the task that the configuration describes, its label names still unknown."""
+    """Returns the task that the configuration describes, without the names of its labels."""
     return TaskSpec(
         kind=TaskKind(config.task),
         text=config.text,
@@ -70,106 +81,117 @@ def task_spec(config: FinetuneConfig) -> TaskSpec:
     )
 
 
-def read_labelled(path: str, columns: str, needed: tuple[str, ...]) -> Table:
-    """Reads a table file and checks that it has the columns `needed`."""
-    rows = files_lib.read_table(path, schema.split_names(columns))
-    files_lib.require_columns(rows, list(needed), path)
-    return Table(rows, path)
+def labelled_splits(
+    config: FinetuneConfig, seed: int, tables: Mapping[str, Dataset] | None = None
+) -> dict[str, LabelledTable]:
+    """Returns the rows of "train", "validation" and, if there is one, "test".
 
+    Without a validation file (or table) a part of train is held out; rows of equal text stay
+    together. Rows whose label is `config.ignore_label` are left out.
 
-def _from_hub(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> Table:
-    rows = hub.load_hub(config.dataset, split)
-    where = f"{config.dataset} ({split})"
-    files_lib.require_columns(rows, list(needed), where)
-    return Table(rows, where)
+    Args:
+      config: where the rows come from, and which of their columns are read.
+      seed: decides which rows are held out.
+      tables: "train", and "validation" and "test" if there are such -> rows in memory, instead of
+        the files or the data set of `config`.
 
-
-def one_split(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> Table:
-    """Returns one split of a data set, built in or from the hub, with the columns `needed`."""
-    if not config.dataset.startswith(BUILTIN + ":"):
-        return _from_hub(config, split, needed)
-    tables = _builtin(config.dataset, needed)
-    require(split in tables, f"{config.dataset}: no split {split!r}; it has {', '.join(tables)}")
-    return tables[split]
-
-
-def labelled_splits(config: FinetuneConfig, seed: int) -> dict[str, Table]:
-    """Returns {"train", "validation"} and, where there is one, "test".
-
-    Without a validation file a part of train is held out; rows of equal text stay together. Rows
-    with the label `ignore_label` are left out.
+    Raises:
+      UserError: files, columns or splits that do not exist, or a file that cannot be read.
     """
-    tables = _all_rows(config, seed)
-    return {name: without_label(each, config) for name, each in tables.items()}
-
-
-def without_label(table: Table, config: FinetuneConfig) -> Table:
-    """Returns the table without the rows whose label is `ignore_label`."""
-    ignored = config.ignore_label
-    if not ignored:
-        return table
-    labels = table.columns((config.label,))[config.label]
-    kept = [i for i, value in enumerate(labels) if as_text(value).strip() != ignored]
-    require(kept, f"{table.where}: every row has the label {ignored!r}, which is ignored")
-    numbers = table.numbers or range(1, len(labels) + 1)
-    return dataclasses.replace(
-        table, rows=table.rows.select(kept, keep_in_memory=True),
-        numbers=tuple(numbers[i] for i in kept), ignored=len(labels) - len(kept),
-    )  # fmt: skip
-
-
-def _all_rows(config: FinetuneConfig, seed: int) -> dict[str, Table]:
     spec = task_spec(config)
     needed = (*spec.text_columns, spec.label)
-    if config.dataset.startswith(BUILTIN + ":"):
-        return _builtin(config.dataset, needed)
-    if config.dataset:
-        tables = {
-            "train": _from_hub(config, "train", needed),
-            "validation": _from_hub(config, config.validation_split, needed),
+    if tables is not None:
+        splits = {
+            name: _checked(LabelledTable(rows, f"`{name}`"), needed)
+            for name, rows in _in_order(tables, ("train", "validation", "test")).items()
         }
-        if config.test_split:
-            tables["test"] = _from_hub(config, config.test_split, needed)
-        return tables
-    files = {"train": config.train_file, "validation": config.validation_file}
-    files["test"] = config.test_file
-    tables = {
-        name: read_labelled(path, config.columns, needed) for name, path in files.items() if path
-    }
-    if "validation" not in tables:
+    elif config.dataset.startswith(BUILTIN + ":"):
+        splits = _builtin(config.dataset, needed)
+    elif config.dataset:
+        names = {"train": "train", "validation": config.validation_split, "test": config.test_split}
+        splits = {split: _from_hub(config, name, needed) for split, name in names.items() if name}
+    else:
+        paths = {
+            "train": config.train_file,
+            "validation": config.validation_file,
+            "test": config.test_file,
+        }
+        splits = {
+            name: read_labelled(path, config.columns, needed)
+            for name, path in paths.items()
+            if path
+        }
+    if "validation" not in splits:
         require(
             config.validation_fraction > 0,
             "`finetune.validation_fraction`: must be above 0 without validation_file",
         )
-        tables |= _held_out(tables["train"], spec.text_columns, config.validation_fraction, seed)
-    return tables
+        train, validation = holdout(
+            splits["train"], spec.text_columns, config.validation_fraction, seed
+        )
+        splits |= {"train": train, "validation": validation}
+    return {name: without_label(table, config) for name, table in splits.items()}
 
 
-def _held_out(
-    table: Table, text_columns: tuple[str, ...], fraction: float, seed: int
-) -> dict[str, Table]:
-    """Divides a table; each part remembers which rows of the file it holds."""
-    number = "row of the file"
-    rows = table.rows.add_column(number, list(range(1, len(table.rows) + 1)))
-    existing = table.rows.column_names
-    read = dict.fromkeys(
-        name for each in text_columns for name in expressions.sources(each, existing)
+def one_split(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> LabelledTable:
+    """Returns one split of a data set, built in or from the hub, with the columns `needed`."""
+    if not config.dataset.startswith(BUILTIN + ":"):
+        return _from_hub(config, split, needed)
+    splits = _builtin(config.dataset, needed)
+    require(split in splits, f"{config.dataset}: no split {split!r}; it has {', '.join(splits)}")
+    return splits[split]
+
+
+def read_labelled(path: str, columns: str, needed: tuple[str, ...]) -> LabelledTable:
+    """Reads a table file and checks that it has the columns `needed`.
+
+    Args:
+      path: the file.
+      columns: comma-separated names of the columns of a file without a header; "": it has one.
+      needed: names or expressions.
+    """
+    rows = files.read_table(path, schema.split_names(columns))
+    return _checked(LabelledTable(rows, path), needed)
+
+
+def without_label(table: LabelledTable, config: FinetuneConfig) -> LabelledTable:
+    """Returns the table without the rows whose label is `config.ignore_label`."""
+    ignored = config.ignore_label
+    if not ignored:
+        return table
+    labels = table.columns([config.label])[config.label]
+    kept = [i for i, value in enumerate(labels) if as_text(value).strip() != ignored]
+    require(kept, f"{table.source}: every row has the label {ignored!r}, which is ignored")
+    return dataclasses.replace(table.select(kept), ignored=len(labels) - len(kept))
+
+
+def _in_order(tables: Mapping[str, Dataset], names: tuple[str, ...]) -> dict[str, Dataset]:
+    """Returns the tables in the order of `names`; checks that they have these names and rows."""
+    require(
+        "train" in tables and set(tables) <= set(names),
+        f"`tables`: has {', '.join(tables) or 'nothing'}; it must have train, and may have "
+        f"{' and '.join(names[1:])}",
     )
-    try:
-        parts = holdout.holdout(rows, list(read), fraction, seed)
-    except UserError as error:
-        raise UserError(f"{table.where}: {error}") from error
-    return {
-        name: Table(part.remove_columns(number), table.where, table.where, tuple(part[number]))
-        for name, part in zip(("train", "validation"), parts, strict=True)
-    }
+    for name, rows in tables.items():
+        require(len(rows), f"`{name}`: has no rows; add at least one")
+    return {name: tables[name] for name in names if name in tables}
 
 
-def _builtin(dataset: str, needed: tuple[str, ...]) -> dict[str, Table]:
+def _checked(table: LabelledTable, needed: tuple[str, ...]) -> LabelledTable:
+    table.require_columns(needed)
+    return table
+
+
+def _from_hub(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> LabelledTable:
+    rows = hub.load_hub(config.dataset, split)
+    return _checked(LabelledTable(rows, f"{config.dataset} ({split})"), needed)
+
+
+def _builtin(dataset: str, needed: tuple[str, ...]) -> dict[str, LabelledTable]:
     name = dataset.removeprefix(BUILTIN + ":")
-    tables = {}
-    for split in ("train", "validation", "test"):
-        where = f"{dataset} ({split})"
-        tables[split] = Table(builtin_tasks.builtin_task(name, split), where)
-        files_lib.require_columns(tables[split].rows, list(needed), where)
-    return tables
+    return {
+        split: _checked(
+            LabelledTable(builtin_tasks.builtin_task(name, split), f"{dataset} ({split})"), needed
+        )
+        for split in builtin_tasks.SPLITS
+    }

@@ -34,7 +34,7 @@ from gptjax.config.schema import (
     split_names,
 )
 from gptjax.data import loader, splits, tasks
-from gptjax.data.tasks import as_text
+from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics
@@ -72,7 +72,7 @@ class Probe:
         return "matthews" if self.kind == ProbeKind.ACCEPTABILITY else "accuracy"
 
 
-def _table(config: ProbeConfig, needed: tuple[str, ...]) -> splits.Table:
+def _table(config: ProbeConfig, needed: tuple[str, ...]) -> LabelledTable:
     if config.file:
         return splits.read_labelled(config.file, config.columns, needed)
     source = FinetuneConfig(dataset=config.dataset)
@@ -160,7 +160,8 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
     choices = split_names(config.choices) if chosen else ()
     kind = TaskKind.MULTIPLE_CHOICE if chosen else TaskKind.CLASSIFICATION
     spec = TaskSpec(kind, config.text, choices=choices, label=config.label)
-    spec = tasks.find_labels(spec, rows, table.where)
+    table = LabelledTable(rows, table.source)
+    spec = tasks.find_labels(spec, table)
     words = split_names(config.words)
     require(
         config.kind != ProbeKind.NEXT_WORD or len(words) == len(spec.labels),
@@ -169,12 +170,12 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
     )
     require(
         config.kind != ProbeKind.ACCEPTABILITY or spec.labels == ("0", "1"),
-        f"{table.where}: column {config.label}: the labels of acceptability are 0 (not acceptable) "
-        f"and 1, not {', '.join(spec.labels[:5])}",
+        f"{table.source}: column {config.label}: the labels of acceptability are 0 (not "
+        f"acceptable) and 1, not {', '.join(spec.labels[:5])}",
     )
     count = len(rows[config.text])
-    parts = [part for i in range(count) for part in _parts(config, rows, i, table.where)]
-    labels = tasks.label_ids(spec, rows[config.label], table.where, None)
+    parts = [part for i in range(count) for part in _parts(config, rows, i, table.source)]
+    labels = tasks.label_ids(spec, table)
     tokens, first = _join(parts, tokenizer, context_length)
     return Probe(name, config.kind, len(parts) // count, tokens, first, labels)
 

@@ -25,7 +25,7 @@ from gptjax.config.schema import (
 )
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
-from gptjax.data.tables import expressions
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
@@ -166,27 +166,25 @@ class LoadedGPT:
         )  # fmt: skip
         return [self.tokenizer.decode([*prompt_ids, *row]) for row in new]
 
-    def encode(self, rows: Rows, where: str = "rows", labelled: bool = False) -> Examples:
+    def encode(
+        self, rows: Rows | LabelledTable, where: str = "rows", labelled: bool = False
+    ) -> Examples:
         """Tokenises rows (column name -> values) for the task; errors name `where`."""
         require(self.task, f"{self.path}: was not fine-tuned for a task; use a finetune checkpoint")
         assert self.task is not None
         wanted = [*self.task.text_columns, *([self.task.label] if labelled else [])]
-        existing = list(rows)
-        expressions.require_columns(existing, wanted, where)
-        rows = {name: expressions.read(rows.__getitem__, existing, name, where) for name in wanted}
-        lengths = {len(values) for values in rows.values()}
-        require(len(lengths) == 1, f"{where}: columns of different lengths {sorted(lengths)}")
-        return tasks.encode(
-            self.task, rows, self.tokenizer, self.config.context_length, where, labelled
-        )
+        table = rows if isinstance(rows, LabelledTable) else LabelledTable(rows, where)
+        table.require_columns(wanted)
+        return tasks.encode(self.task, table, self.tokenizer, self.config.context_length, labelled)
 
-    def predict(self, rows: Rows | Sequence[Mapping[str, Any]]) -> Predictions:
+    def predict(self, rows: Rows | Sequence[Mapping[str, Any]] | LabelledTable) -> Predictions:
         """Returns labels and probabilities (or numbers) of every row, in order.
 
         Args:
-          rows: the task's text columns, as column name -> values or as one mapping a row.
+          rows: the task's text columns, as column name -> values or as one mapping a row; or the
+            table of a file.
         """
-        if not isinstance(rows, Mapping):
+        if not isinstance(rows, Mapping | LabelledTable):
             none = self.task.text_columns if self.task else ()
             names = dict.fromkeys([name for row in rows for name in row] or none)
             rows = {name: [row.get(name) for row in rows] for name in names}
@@ -202,7 +200,9 @@ class LoadedGPT:
         labels = [self.task.labels[i] for i in found]
         return Predictions(labels, probabilities, self.task.labels, examples.cut, examples.empty)
 
-    def score(self, rows: Rows, where: str = "rows", names: str = "") -> dict[str, float]:
+    def score(
+        self, rows: Rows | LabelledTable, where: str = "rows", names: str = ""
+    ) -> dict[str, float]:
         """Returns losses and metrics on labelled rows.
 
         Args:
@@ -261,7 +261,7 @@ class LoadedGPT:
         means = finetune is not None and finetune.lm_mean == LmMean.SEQUENCE
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
-        step = self._step(objective, _power(examples.longest))
+        step = self._step(objective, _power(examples.max_sequence_length))
         outputs = score_lib.run_task(step, self.params, examples, packer, self.mesh)
         assert outputs is not None
         return outputs

@@ -156,7 +156,7 @@ def _tokenizer_and_model(
     else:
         if experiment.pretrain:
             texts = stages_lib.pretrain_texts(data["pretrain"])
-            tokenizer = tokenizer_lib.build(experiment.tokenizer, texts, texts.content)
+            tokenizer = tokenizer_lib.build(experiment.tokenizer, texts, texts.fingerprint)
         else:
             assert experiment.finetune is not None
             labelled = stages_lib.finetune_texts(data["finetune"], experiment.finetune)

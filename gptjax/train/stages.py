@@ -2,10 +2,9 @@
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -22,9 +21,10 @@ from gptjax.config.schema import (
     PretrainConfig,
     TaskSpec,
 )
-from gptjax.data import loader, splits, tasks
+from gptjax.data import fingerprints, loader, splits, tasks
 from gptjax.data.packing import Packer
-from gptjax.data.tables import files
+from gptjax.data.tables.labelled import LabelledTable, as_text
+from gptjax.data.tables.texts import Texts
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
 from gptjax.data.tokens.tokenizer import Tokenizer
@@ -36,8 +36,6 @@ from gptjax.model.gpt import GPT, make_model
 from gptjax.model.objective import Objective
 
 Scores = dict[str, float]
-# Of an array, read at a time.
-_ROWS = 1 << 20
 
 
 class Batches(Protocol):
@@ -75,47 +73,15 @@ class Stage:
     """What to tell the user about the data."""
 
 
-def fingerprint(*arrays: np.ndarray | None) -> str:
-    """Returns a hash of the arrays' contents."""
-    digest = hashlib.blake2b(digest_size=16)
-    for array in arrays:
-        if array is None:
-            continue
-        # Token ids hash the same in both types that they are kept in.
-        dtype = np.dtype(np.int32) if array.dtype == np.uint16 else array.dtype
-        digest.update(f"{dtype}{array.shape}".encode())
-        for start in range(0, len(array), _ROWS):  # it may be a file larger than memory
-            digest.update(np.ascontiguousarray(array[start : start + _ROWS], dtype).data)
-    return digest.hexdigest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Texts:
-    """The texts of a table, as often as one likes, without ever holding them all."""
-
-    table: Any
-    """`datasets.Dataset` with a column `text`."""
-
-    @property
-    def content(self) -> str:
-        """Names the contents."""
-        return files.fingerprint(self.table)
-
-    def __iter__(self) -> Iterator[str]:
-        """Yields the texts in order."""
-        for start in range(0, len(self.table), 100):
-            yield from self.table[start : start + 100]["text"]
-
-
-def pretrain_texts(data: dict[str, Any]) -> Texts:
+def pretrain_texts(data: dict[str, Texts]) -> Texts:
     """Returns the training texts, for the tokenizer to learn from."""
-    return Texts(data["train"])
+    return data["train"]
 
 
-def finetune_texts(data: dict[str, splits.Table], config: FinetuneConfig) -> Iterator[str]:
+def finetune_texts(data: dict[str, LabelledTable], config: FinetuneConfig) -> Iterator[str]:
     """Yields the training texts, for the tokenizer to learn from."""
     for values in data["train"].columns(splits.task_spec(config).text_columns).values():
-        yield from map(tasks.as_text, values)
+        yield from map(as_text, values)
 
 
 def _text_scorer(
@@ -168,20 +134,20 @@ def pretrain_shape(
 def pretrain(
     config: PretrainConfig,
     model_config: ModelConfig,
-    data: dict[str, Any],
+    data: dict[str, Texts],
     tokenizer: Tokenizer,
     mesh: Mesh,
     seed: int,
     asked: Sequence[probes.Probe] = (),
 ) -> Stage:
-    """Builds the pretraining stage from the tables of `splits.text_splits`.
+    """Builds the pretraining stage from the texts of `splits.text_splits`.
 
     Every validation scores the probes `asked` too, as "probe_NAME_METRIC" and "probe_NAME_floor".
     """
-    texts = {name: Texts(table) for name, table in data.items()}
     stream = {
-        name: store.token_stream(each, tokenizer, each.content) for name, each in texts.items()
+        name: store.token_stream(each, tokenizer, each.fingerprint) for name, each in data.items()
     }
+    statistics = store.statistics(stream["train"], tokenizer, data["train"].fingerprint)
     _, window = pretrain_shape(config, model_config, mesh)
     require(
         len(stream["validation"]) > 1,
@@ -192,7 +158,7 @@ def pretrain(
     total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
     model, objective = make_model(model_config, None, mesh), Objective()
     validate = _text_scorer(config, model, stream["validation"], window, mesh, asked)
-    unknown = store.count(stream["train"], tokenizer.unknown_id) / len(stream["train"])
+    unknown = statistics.unknown / len(stream["train"])
     epochs = total * config.batch_size / batches.windows
     notes = (
         f"pretrain: {len(stream['train']):,} training tokens ({unknown:.2%} unknown), "
@@ -202,31 +168,29 @@ def pretrain(
     return Stage(
         schema.Stage.PRETRAIN, model, objective, config.optimizer, total,
         config.eval_every or total, config.save_every, batches, validate, None,
-        "loss", fingerprint(stream["train"]), notes=notes,
+        "loss", statistics.fingerprint, notes=notes,
     )  # fmt: skip
 
 
 def _encode(
-    data: dict[str, splits.Table], spec: TaskSpec, tokenizer: Tokenizer, context_length: int
+    data: dict[str, LabelledTable], spec: TaskSpec, tokenizer: Tokenizer, context_length: int
 ) -> dict[str, Examples]:
     examples = {}
     for name, table in data.items():
-        rows = table.columns((*spec.text_columns, spec.label))
-        examples[name] = tasks.encode(
-            spec, rows, tokenizer, context_length, table.where, numbers=table.numbers, keep=True
-        )
+        examples[name] = tasks.encode(spec, table, tokenizer, context_length, use_cache=True)
     return examples
 
 
-def _with_labels(spec: TaskSpec, data: dict[str, splits.Table]) -> TaskSpec:
+def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
     """The labels of the training file, of the part that was held out of it too."""
     train = data["train"]
-    tables = [table for table in data.values() if table is train or table.part_of == train.where]
+    tables = [table for table in data.values() if table is train or table.part_of == train.source]
     values = [value for table in tables for value in table.columns((spec.label,))[spec.label]]
     numbers = None
     if train.numbers is not None:
         numbers = [number for table in tables for number in table.numbers or ()]
-    return tasks.find_labels(spec, {spec.label: values}, train.where, numbers)
+    labels = LabelledTable({spec.label: values}, train.source, numbers=numbers)
+    return tasks.find_labels(spec, labels)
 
 
 def _floors(
@@ -271,21 +235,20 @@ def _what(config: FinetuneConfig, total: int, packer: Packer) -> str:
 
 
 def _spec(
-    config: FinetuneConfig, model: ModelConfig, data: dict[str, splits.Table], tokenizer: Tokenizer
+    config: FinetuneConfig, model: ModelConfig, data: dict[str, LabelledTable], tokenizer: Tokenizer
 ) -> TaskSpec:
     """The task with its label names and, for a flattened head, its length."""
     spec = _with_labels(splits.task_spec(config), data)
     if config.head != Head.FLATTEN:
         return spec
-    texts = data["train"].columns(spec.text_columns)
-    length = tasks.padded_length(spec, texts, tokenizer, model.context_length)
+    length = tasks.padded_length(spec, data["train"], tokenizer, model.context_length)
     return dataclasses.replace(spec, flatten=length)
 
 
 def finetune(
     config: FinetuneConfig,
     model_config: ModelConfig,
-    data: dict[str, splits.Table],
+    data: dict[str, LabelledTable],
     tokenizer: Tokenizer,
     mesh: Mesh,
     seed: int,
@@ -301,7 +264,7 @@ def finetune(
     packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, means)
     epoch = _epoch_steps(config, len(train))
     total = config.steps or math.ceil(config.epochs * epoch)
-    longest = max(each.longest for each in examples.values())
+    longest = max(each.max_sequence_length for each in examples.values())
     model = make_model(model_config, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     eval_step = score_lib.jit_eval_step(mesh, model, objective)
@@ -318,7 +281,8 @@ def finetune(
         return run
 
     local = functools.partial(mesh_lib.local_rows, mesh)
-    batches = loader.TaskBatches(train, packer, config.batch_size, seed, config.drop_last, local)
+    kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
+    batches = kind(train, packer, config.batch_size, seed, local)
     every = max(1, round(epoch / config.evals_per_epoch))
     notes = [_note(name, each, data[name].ignored, model_config) for name, each in examples.items()]
     notes.append(_what(config, total, packer))
@@ -328,5 +292,6 @@ def finetune(
     return Stage(
         schema.Stage.FINETUNE, model, objective, config.optimizer, total, every, config.save_every,
         batches, score("validation"), score("test") if "test" in examples else None,
-        names[metrics.PRIMARY], fingerprint(*arrays), spec, config.transfer, floors, tuple(notes),
+        names[metrics.PRIMARY], fingerprints.of_arrays(*arrays), spec, config.transfer, floors,
+        tuple(notes),
     )  # fmt: skip

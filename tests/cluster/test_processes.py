@@ -139,7 +139,7 @@ def test_the_rows_of_two_processes_are_those_of_one(kind):
         packer = Packer(examples.lengths, 8, 1, divisor=2)
 
         def make(*local):
-            return loader.TaskBatches(examples, packer, 8, 3, False, *local)
+            return loader.BalancedBatches(examples, packer, 8, 3, *local)
 
     whole, parts = make(), [make(half(0)), make(half(1))]
     for step in range(4):

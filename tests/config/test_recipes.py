@@ -14,6 +14,7 @@ from gptjax.config import recipes, validation
 from gptjax.config.schema import Experiment, FinetuneConfig, PretrainConfig, TaskSpec
 from gptjax.data import loader, tasks
 from gptjax.data.packing import Packer
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import UserError
 from gptjax.model import gpt
 from gptjax.model import objective as objective_lib
@@ -132,7 +133,7 @@ def test_original_cuts_both_texts_to_half_a_context_less_two(kind):
     tokenizer = small.small_tokenizer()
     long, short = "cat " * 40, "dogs"
     rows = {"text": [long, short, long], "pair": [short, long, long]}
-    data = tasks.encode(spec, rows, tokenizer, 20, "here", labelled=False)
+    data = tasks.encode(spec, LabelledTable(rows, "here"), tokenizer, 20, labelled=False)
     n = len(tokenizer.encode(short))
     assert n < 8, "the short text must be whole"
     per_example = data.num_candidates
@@ -149,7 +150,7 @@ def test_original_drops_the_end_of_each_epoch_and_shuffles_anew():
     data = small.examples("classification", count=10)[1]
     size, epochs = 4, 3
     packer = Packer(data.lengths, size, 0)
-    whole = loader.TaskBatches(data, packer, size, seed=3, drop_last=True)
+    whole = loader.WholeEpochBatches(data, packer, size, seed=3)
     orders = []
     for epoch in range(epochs):
         seen = np.concatenate([whole._batches[epoch * 2 + i] for i in range(2)])
@@ -172,10 +173,10 @@ def tutorial(count=6):
         "text": small.texts(count, 1), "pair": small.texts(count, 2),
         "label": [i % 2 for i in range(count)],
     }  # fmt: skip
-    spec = tasks.find_labels(TaskSpec("entailment", "text", "pair"), rows, "rows")
-    length = tasks.padded_length(spec, rows, tokenizer, 32)
+    spec = tasks.find_labels(TaskSpec("entailment", "text", "pair"), LabelledTable(rows, "rows"))
+    length = tasks.padded_length(spec, LabelledTable(rows, "rows"), tokenizer, 32)
     spec = dataclasses.replace(spec, flatten=length)
-    data = tasks.encode(spec, rows, tokenizer, 32, "rows")
+    data = tasks.encode(spec, LabelledTable(rows, "rows"), tokenizer, 32)
     changes = {"segment_types": 3, "activation": "relu", "tied": False}
     model = gpt.make_model(small.config(**changes), spec)
     return tokenizer, rows, spec, data, model, small.params(model)

@@ -140,7 +140,7 @@ def test_training_reads_a_generator_once_and_pieces_do_not_matter():
 
 def test_tokenising_by_rows_is_tokenising_the_whole(trained, monkeypatch):
     monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 64)
-    monkeypatch.setattr(store, "_TEXTS", 7)
+    monkeypatch.setattr(store, "_TEXTS_AT_ONCE", 7)
     lines = [text.removesuffix("\n") + end for text in bpe.TEXTS * 5 for end in ("\n", " ", ", \n")]
     rows = list(text_files.pieces(lines))
     assert len(rows) > 20

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from gptjax.data import fingerprints
 from gptjax.data.builtin import corpus as corpus_lib
 from gptjax.data.builtin.corpus import read_entries
 from gptjax.data.builtin.tasks import SPLITS, TASKS, builtin_task, builtin_text
-from gptjax.data.tables.files import fingerprint
 from gptjax.errors import UserError
 
 
@@ -39,7 +39,7 @@ def texts_of(dataset):
 
 
 def corpus(split):
-    return "".join(builtin_text(split)["text"])
+    return "".join(builtin_text(split))
 
 
 def test_collects_what_ast_finds_and_inspects_c_modules():
@@ -58,7 +58,7 @@ def test_collects_what_ast_finds_and_inspects_c_modules():
     signatures = {entry.signature: entry for entry in entries}
     assert signatures["TextWrapper.fill(text)"].unit == "textwrap"
     assert signatures["gcd(*integers)"].unit == "math"
-    assert signatures["class TextWrapper"].kind == "class"
+    assert signatures["class TextWrapper"].subject == "class"
 
 
 def test_every_module_is_in_one_split_and_every_docstring_in_one_module():
@@ -89,7 +89,7 @@ def test_running_text_is_english_of_its_own_modules_only():
             assert paragraph in flat[entry.split]
             for other in set(SPLITS) - {entry.split}:
                 assert paragraph not in flat[other], (entry.unit, other)
-    for each in builtin_text("train")["text"][:-1]:
+    for each in list(builtin_text("train"))[:-1]:
         assert each.endswith("\n")
         assert len(each) <= 1 << 16
     assert "\n\n\n" not in text["train"]
@@ -182,16 +182,18 @@ def test_words_in_common_tell_more_than_chance_but_not_all():
 def test_the_same_in_another_process_and_without_a_cache(cache, tmp_path):
     code = (
         "from gptjax.data.builtin.tasks import *;"
-        "from gptjax.data.tables.files import fingerprint as f;"
-        "print(*[f(builtin_task(t, 'test')) for t in TASKS], f(builtin_text('test')))"
+        "from gptjax.data import fingerprints;"
+        "rows = [map(repr, builtin_task(name, 'test')) for name in TASKS];"
+        "print(*map(fingerprints.of_texts, rows), builtin_text('test').fingerprint)"
     )
     unwritable = tmp_path / "file"
     unwritable.write_text("a file where the folder should be")
     environment = os.environ | {"PYTHONHASHSEED": "99", "GPTJAX_CACHE": str(unwritable)}
     run = [sys.executable, "-W", "error", "-c", code]
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
-    here = [*(builtin_task(task, "test") for task in TASKS), builtin_text("test")]
-    assert out.stdout.split() == [fingerprint(each) for each in here]
+    rows = [map(repr, builtin_task(task, "test")) for task in TASKS]
+    here = [*map(fingerprints.of_texts, rows), builtin_text("test").fingerprint]
+    assert out.stdout.split() == here
     (warning,) = out.stderr.splitlines()
     assert f"{unwritable}/data: cannot keep data there" in warning
 
@@ -234,7 +236,7 @@ def test_works_on_a_small_library_and_says_so_on_none(tmp_path):
     entries = corpus_lib.collect(str(tmp_path))
     own = [entry for entry in entries if entry.package in ("alpha", "beta")]
     assert len(own) == 12
-    assert {entry.signature for entry in own if entry.kind == "function"} == {"f(a, *b, c, **d)"}
+    assert {entry.signature for entry in own if entry.subject == "function"} == {"f(a, *b, c, **d)"}
     for package in ("alpha", "beta"):
         assert {entry.split for entry in own if entry.package == package} == set(SPLITS)
     assert not any(entry.unit in ("tests.x", "broken", "latin") for entry in entries)

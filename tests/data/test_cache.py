@@ -11,13 +11,17 @@ import time
 
 import pytest
 
-from gptjax.data import cache
+from gptjax.data import cache, fingerprints
 
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "data"
+
+
+def read_bytes(path):
+    return pathlib.Path(path).read_bytes()
 
 
 class Maker:
@@ -31,7 +35,7 @@ class Maker:
         file.write(self.contents)
 
     def kept(self, name="k"):
-        return cache.kept(name, ".bin", self.write, lambda path: pathlib.Path(path).read_bytes())
+        return cache.get_or_make(name, ".bin", self.write, read_bytes)
 
 
 def warnings_of(caplog):
@@ -51,8 +55,8 @@ def test_made_once_and_found_by_key(place, caplog):
 
 def test_keys_tell_their_parts_apart():
     keys = [("a", "b"), ("ab",), ("a", "b", ""), ("b", "a"), (1, "a"), ("1", "a"), ()]
-    assert len({cache.key(*parts) for parts in keys}) == len(keys)
-    assert cache.key("a", 1) == cache.key("a", 1)
+    assert len({fingerprints.of_values(*parts) for parts in keys}) == len(keys)
+    assert fingerprints.of_values("a", 1) == fingerprints.of_values("a", 1)
 
 
 @pytest.mark.parametrize("harm", ["cut", "empty", "flipped", "longer", "of another"])
@@ -94,7 +98,7 @@ def full(file):
 
 
 def test_a_full_disk_is_one_warning_and_leaves_nothing(place, caplog):
-    assert cache.kept("k", ".bin", full, lambda path: path) is None
+    assert cache.get_or_make("k", ".bin", full, lambda path: path) is None
     (line,) = warnings_of(caplog)
     assert str(place) in line
     assert "No space left on device" in line
@@ -128,7 +132,7 @@ def test_an_error_of_the_maker_is_its_own(place):
         raise ValueError("wrong text")
 
     with pytest.raises(ValueError, match="wrong text"):
-        cache.kept("k", ".bin", broken, lambda path: path)
+        cache.get_or_make("k", ".bin", broken, lambda path: path)
     assert list(place.iterdir()) == []
 
 
@@ -155,7 +159,7 @@ def test_writers_at_the_same_time_both_have_it(place, caplog):
         file.write(b"second")
 
     def run():
-        found.append(cache.kept("k", ".bin", write, lambda p: pathlib.Path(p).read_bytes()))
+        found.append(cache.get_or_make("k", ".bin", write, read_bytes))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -174,7 +178,7 @@ def test_processes_at_the_same_time(place):
         "def write(file):\n"
         "    for i in range(20): file.write(bytes([i]) * 5000); file.flush(); time.sleep(0.01)\n"
         "read = lambda path: open(path, 'rb').read()\n"
-        "print(json.dumps([len(cache.kept('k', '.bin', write, read)) for _ in range(3)]))\n"
+        "print(json.dumps([len(cache.get_or_make('k', '.bin', write, read)) for _ in range(3)]))\n"
     )
     start = [sys.executable, "-W", "error::UserWarning", "-c", code]
     running = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True) for _ in range(3)]

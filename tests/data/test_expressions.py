@@ -1,8 +1,9 @@
 """Column expressions: joined columns, elements of lists, and names that look like either."""
 
+import datasets
 import pytest
 
-from gptjax.data.tables import expressions
+from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.errors import UserError
 
 ROWS = {
@@ -16,9 +17,10 @@ ROWS = {
 
 
 def read(expression: str, without: tuple[str, ...] = (), **kwargs):
-    existing = [name for name in ROWS if name not in without]
-    expressions.require_columns(existing, [expression], "rows.csv")
-    return expressions.read(ROWS.__getitem__, existing, expression, "rows.csv", **kwargs)
+    rows = {name: values for name, values in ROWS.items() if name not in without}
+    table = LabelledTable(rows, "rows.csv", **kwargs)
+    table.require_columns([expression])
+    return table.columns([expression])[expression]
 
 
 @pytest.mark.parametrize(
@@ -58,3 +60,20 @@ def test_what_is_not_there_is_named(expression, message):
 def test_the_row_of_the_file_is_named():
     with pytest.raises(UserError, match="row 7, column list"):
         read("list[2]", numbers=(7, 8, 9))
+
+
+def test_columns_of_different_lengths_are_refused():
+    table = LabelledTable({"a": ["x", "y"], "b": ["z"]}, "rows")
+    with pytest.raises(UserError, match=r"rows: columns of different lengths \[1, 2\]"):
+        table.columns(["a", "b"])
+
+
+def test_cells_as_text():
+    rows = datasets.Dataset.from_dict({"a": ["x", None], "b": [1, 2], "c": [0.5, None]})
+    table = LabelledTable(rows, "rows").select([1, 0])
+    values = table.columns(["a", "b", "c"])
+    assert {name: list(map(as_text, cells)) for name, cells in values.items()} == {
+        "a": ["", "x"], "b": ["2", "1"], "c": ["", "0.5"]
+    }  # fmt: skip
+    assert [table.number(i) for i in range(2)] == [2, 1]
+    assert [table.select([1]).number(0), table.cell(0, "a")] == [1, "rows: row 2, column a"]

@@ -123,7 +123,7 @@ def test_the_fast_path_comes_close_on_real_text(libraries, english):
     """
     exact, fast = (tokenizer.load_gpt1(*english, exact=exact) for exact in (True, False))
     same = total = 0
-    for text in list(tasks.builtin_text("validation")["text"])[:60]:
+    for text in list(tasks.builtin_text("validation"))[:60]:
         for line in filter(str.strip, text.splitlines()):
             ours, theirs = (each.encode(line) for each in (fast, exact))
             blocks = difflib.SequenceMatcher(None, theirs, ours, autojunk=False)

@@ -87,7 +87,9 @@ def text_batches(seed=1, stream=None):
 
 def task_batches(seed=1, count=13, batch_size=4):
     examples = distinct(count)
-    return loader.TaskBatches(examples, Packer(examples.lengths, batch_size, 0), batch_size, seed)
+    return loader.BalancedBatches(
+        examples, Packer(examples.lengths, batch_size, 0), batch_size, seed
+    )
 
 
 @pytest.mark.parametrize("make", [text_batches, task_batches])
@@ -219,8 +221,8 @@ def test_the_batches_of_an_epoch_have_about_the_same_number_of_tokens():
     tokens = [np.full(n, 1, np.int32) for n in rng.integers(5, 60, 403)]
     examples = Examples(1, tokens, np.ones(403, np.int32), np.arange(403, dtype=np.int32), 0, 0)
     packer = Packer(examples.lengths, 16)
-    batches = loader.TaskBatches(examples, packer, 16, seed=3)
-    chosen = [np.sort(batches._chosen(step)) for step in range(3 * 25)]
+    batches = loader.BalancedBatches(examples, packer, 16, seed=3)
+    chosen = [np.sort(batches.chosen(step)) for step in range(3 * 25)]
     totals = np.array([examples.lengths[c].sum() for c in chosen])
     whole = np.array([step * 16 // 403 == (step * 16 + 15) // 403 for step in range(75)])
     assert whole.sum() >= 72
@@ -241,9 +243,9 @@ def test_drop_last_leaves_the_order_to_chance():
     examples = distinct(40)
     packer = Packer(examples.lengths, 8)
     order = loader.grain.MapDataset.range(40).shuffle(seed=5).batch(8)
-    batches = loader.TaskBatches(examples, packer, 8, seed=5, drop_last=True)
+    batches = loader.WholeEpochBatches(examples, packer, 8, seed=5)
     for step in range(5):
-        np.testing.assert_array_equal(batches._chosen(step), order[step])
+        np.testing.assert_array_equal(batches.chosen(step), order[step])
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 7, 50])

@@ -6,7 +6,7 @@ import pytest
 import small
 
 from gptjax.data import loader
-from gptjax.data.packing import Packer, deal, first_fit
+from gptjax.data.packing import Packer, balance_batches, first_fit
 from gptjax.data.tasks import Examples
 from gptjax.model import objective
 
@@ -85,7 +85,7 @@ def test_a_batch_holds_every_sequence_whole_and_its_shapes_are_few(seed):
         padding = batch.segment_ids == 0
         assert (~padding).sum() == total
         assert batch.lm_weights[padding].sum() == 0
-    # These batches are not dealt, and so some need more rows: in steps of a quarter.
+    # These batches are not balanced, and so some need more rows: in steps of a quarter.
     assert len(shapes) <= 6
 
 
@@ -101,7 +101,7 @@ LENGTHS = {
 
 @pytest.mark.parametrize("batch_size", [16, 32, 64])
 @pytest.mark.parametrize("name", LENGTHS)
-def test_dealt_batches_waste_less_than_5_percent_and_have_one_shape(name, batch_size):
+def test_balanced_batches_waste_less_than_5_percent_and_have_one_shape(name, batch_size):
     rng = np.random.default_rng(0)
     lengths = LENGTHS[name](rng).astype(int)
     packer = Packer(lengths, batch_size)
@@ -109,7 +109,7 @@ def test_dealt_batches_waste_less_than_5_percent_and_have_one_shape(name, batch_
     shuffled = rng.permutation(lengths)[: batches * batch_size]
     used = rows = 0
     over = 0
-    for chosen in deal(shuffled, batch_size, rng):
+    for chosen in balance_batches(shuffled, batch_size, rng):
         needed = len(first_fit(shuffled[chosen].tolist(), packer.row_length, packer.slots))
         used, rows = used + shuffled[chosen].sum(), rows + max(needed, packer.rows)
         over += needed > packer.rows
@@ -128,13 +128,13 @@ def test_the_choice_is_the_shortest_row_that_wastes_little():
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_deal_gives_every_example_to_one_batch(seed):
+def test_balancing_gives_every_example_to_one_batch(seed):
     rng = np.random.default_rng(seed)
     batch_size, batches = int(rng.integers(1, 20)), int(rng.integers(0, 30))
     lengths = rng.integers(1, 300, batch_size * batches)
-    dealt = deal(lengths, batch_size, rng)
-    assert dealt.shape == (batches, batch_size)
-    assert sorted(dealt.ravel()) == list(range(len(lengths)))
+    found = balance_batches(lengths, batch_size, rng)
+    assert found.shape == (batches, batch_size)
+    assert sorted(found.ravel()) == list(range(len(lengths)))
 
 
 def test_devices_change_only_the_padding():

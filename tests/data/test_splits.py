@@ -44,7 +44,7 @@ def test_files_are_the_splits(files):
     assert rows(tables["train"], "text", "label") == [(f"train {i}", str(i % 2)) for i in range(40)]
     assert rows(tables["validation"], "text", "label")[4] == ("valid 4", "0")
     assert rows(tables["test"], "text", "label") == [("test", 1)]
-    assert [table.where for table in tables.values()] == list(files.values())
+    assert [table.source for table in tables.values()] == list(files.values())
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.3])
@@ -57,7 +57,7 @@ def test_without_a_validation_file_a_part_of_train_is_held_out(files, fraction):
     assert sorted(train + held) == sorted((f"train {i}", str(i % 2)) for i in range(40))
     for name, texts in (("train", train), ("validation", held)):
         # The numbers are those of the file, whose row i holds "train i - 1".
-        assert tables[name].where == files["train_file"]
+        assert tables[name].source == files["train_file"]
         assert [f"train {i - 1}" for i in tables[name].numbers] == [text for text, _ in texts]
     again = splits.labelled_splits(config, seed=0)
     assert rows(again["validation"], "text", "label") == held
@@ -118,7 +118,7 @@ def test_builtin_tasks(name, monkeypatch):
     needed = (*splits.task_spec(config).text_columns, "label")
     for split, table in tables.items():
         assert rows(table, *needed) == [tuple(f"{name} {split} {column}" for column in needed)]
-        assert table.where == f"builtin:{name} ({split})"
+        assert table.source == f"builtin:{name} ({split})"
     config.text = "txt"
     assert "'txt'" in fails(splits.labelled_splits, config, 0)
 
@@ -166,21 +166,20 @@ def test_hub_splits(hub):
     assert list(tables) == ["train", "validation", "test"]
     assert rows(tables["validation"], "sentence")[0] == ("test 0",)
     assert rows(tables["test"], "sentence")[0] == ("validation 0",)
-    assert tables["test"].where == "owner/name (validation)"
+    assert tables["test"].source == "owner/name (validation)"
     config.text = "sentense"
     message = fails(splits.labelled_splits, config, 0)
     assert message.startswith("owner/name (train): ")
     assert "'sentence'" in message
 
 
-def corpus(table):
-    return "".join(table["text"])
+def corpus(texts):
+    return "".join(texts)
 
 
 def test_hub_text_holds_a_part_out(hub):
     config = PretrainConfig(dataset=hub, text="sentence", validation_fraction=0.4)
     tables = splits.text_splits(config)
-    assert tables["train"].column_names == tables["validation"].column_names == ["text"]
     whole = "".join(f"train {i}\n\n" for i in range(6))
     assert corpus(tables["train"]) + corpus(tables["validation"]) == whole
     assert len(corpus(tables["validation"])) == pytest.approx(0.4 * len(whole), abs=9)
@@ -208,6 +207,81 @@ def test_builtin_text():
     tables = splits.text_splits(PretrainConfig(dataset="builtin"))
     for name, table in tables.items():
         assert corpus(table) == corpus(tasks.builtin_text(name))
+
+
+# Rows in memory.
+
+
+def in_memory(names, count=10):
+    return {
+        name: datasets.Dataset.from_dict(
+            {"body": [f"{name} {i}" for i in range(count)], "label": [i % 2 for i in range(count)]}
+        )
+        for name in names
+    }
+
+
+def test_tables_in_memory_are_the_splits():
+    config = FinetuneConfig(text="body")
+    given = in_memory(["test", "validation", "train"])
+    tables = splits.labelled_splits(config, 0, given)
+    assert list(tables) == ["train", "validation", "test"]
+    for name, table in tables.items():
+        assert rows(table, "body", "label") == [(f"{name} {i}", i % 2) for i in range(10)]
+        assert table.source == f"`{name}`"
+    config = FinetuneConfig(text="body", ignore_label="1")
+    assert splits.labelled_splits(config, 0, given)["test"].ignored == 5
+
+
+def test_a_part_of_a_table_in_memory_is_held_out():
+    config = FinetuneConfig(text="body", validation_fraction=0.3)
+    tables = splits.labelled_splits(config, 0, in_memory(["train", "test"]))
+    assert set(tables) == {"train", "validation", "test"}
+    train, held_out = (rows(tables[name], "body") for name in ("train", "validation"))
+    assert (len(train), len(held_out)) == (7, 3)
+    assert sorted(train + held_out) == [(f"train {i}",) for i in range(10)]
+    numbers = [number - 1 for number in tables["validation"].numbers]
+    assert held_out == [(f"train {i}",) for i in numbers]
+    assert tables["validation"].part_of == tables["train"].part_of == "`train`"
+
+
+@pytest.mark.parametrize(
+    ("names", "changes", "message"),
+    [
+        (["test"], {}, "`tables`: has test; it must have train, and may have validation and test"),
+        (["train", "dev"], {}, "`tables`: has train, dev; it must have train"),
+        ([], {}, "`tables`: has nothing"),
+        (["train"], {"text": "txt"}, "`train`: no column 'txt'"),
+        (["train"], {"validation_fraction": 0.0}, "`finetune.validation_fraction`"),
+    ],
+)
+def test_mistakes_in_tables_in_memory(names, changes, message):
+    config = FinetuneConfig(**{"text": "body"} | changes)
+    assert fails(splits.labelled_splits, config, 0, in_memory(names)).startswith(message)
+
+
+def test_a_table_without_rows_is_refused():
+    empty = in_memory(["train"]) | in_memory(["validation"], 0)
+    expected = "`validation`: has no rows; add at least one"
+    assert fails(splits.labelled_splits, FinetuneConfig(text="body"), 0, empty) == expected
+    assert fails(splits.text_splits, PretrainConfig(text="body"), empty) == expected
+
+
+def test_text_in_memory_is_documents():
+    config = PretrainConfig(text="body", validation_fraction=0.4)
+    given = in_memory(["validation", "train"])
+    texts = splits.text_splits(config, given)
+    assert list(texts) == ["train", "validation"]
+    for name, split in texts.items():
+        assert corpus(split) == "".join(f"{name} {i}\n\n" for i in range(10))
+    held_out = splits.text_splits(config, {"train": given["train"]})
+    assert corpus(held_out["train"]) + corpus(held_out["validation"]) == corpus(texts["train"])
+    assert 0.3 < len(corpus(held_out["validation"])) / len(corpus(texts["train"])) < 0.5
+    again = splits.text_splits(config, {"train": given["train"].select(range(10))})
+    assert again["train"].fingerprint == held_out["train"].fingerprint
+    assert "`tables`: has train, test" in fails(
+        splits.text_splits, config, in_memory(["train", "test"])
+    )
 
 
 def test_the_task_is_that_of_the_configuration():

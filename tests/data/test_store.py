@@ -4,14 +4,14 @@ import os
 import subprocess
 import sys
 
-import datasets
 import numpy as np
 import pytest
 import small
 
 from gptjax.config.schema import TaskSpec
-from gptjax.data import loader, tasks
-from gptjax.data.tables import files, text_files
+from gptjax.data import fingerprints, loader, tasks
+from gptjax.data.tables import text_files
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
@@ -52,17 +52,18 @@ def is_mapped(array):
     return False
 
 
-@pytest.mark.parametrize("content", ["", "content"])
-def test_a_stream_joins_texts_in_order(tokenizer, place, content, monkeypatch):
-    monkeypatch.setattr(store, "_TEXTS", 4)
+@pytest.mark.parametrize("fingerprint", ["", "f"])
+def test_a_stream_joins_texts_in_order(tokenizer, place, fingerprint, monkeypatch):
+    monkeypatch.setattr(store, "_TEXTS_AT_ONCE", 4)
     for count in (0, 1, 4, 5, 11):
         texts = small.texts(count)
         expected = [i for text in texts for i in tokenizer.encode(text)]
         for _ in range(2):
-            stream = store.token_stream(iter(texts), tokenizer, content and content + str(count))
+            name = fingerprint and fingerprint + str(count)
+            stream = store.token_stream(iter(texts), tokenizer, name)
             assert stream.tolist() == expected
             assert stream.dtype == np.uint16
-            assert is_mapped(stream) == bool(content)
+            assert is_mapped(stream) == bool(fingerprint and count)
             assert type(stream) is np.ndarray
 
 
@@ -79,12 +80,9 @@ def test_a_large_vocabulary_takes_four_bytes(place):
 
 
 def test_tokenised_once_for_each_text_and_tokenizer(tokenizer, place, encoded, monkeypatch):
-    def fingerprint(texts):
-        return files.fingerprint(datasets.Dataset.from_dict({"text": texts}))
-
     def made(texts, by=tokenizer):
         encoded.clear()
-        stream = store.token_stream(texts, by, fingerprint(texts))
+        stream = store.token_stream(texts, by, fingerprints.of_texts(texts))
         assert stream.tolist() == [i for text in texts for i in by.encode_batch([text])[0]]
         return len(encoded) > len(texts)
 
@@ -108,7 +106,7 @@ def test_a_library_decides_ids_too(tokenizer, place, encoded, monkeypatch):
     assert encoded
 
 
-@pytest.mark.parametrize("where", ["header", "ids", "end"])
+@pytest.mark.parametrize("where", ["first", "last", "end"])
 def test_a_damaged_file_is_tokenised_again(tokenizer, place, encoded, where):
     first = store.token_stream(TEXTS, tokenizer, "c").tolist()
     (path,) = place.iterdir()
@@ -116,7 +114,7 @@ def test_a_damaged_file_is_tokenised_again(tokenizer, place, encoded, where):
     if where == "end":
         del data[-2:]
     else:
-        data[{"header": 70, "ids": -3}[where]] ^= 1
+        data[{"first": 0, "last": -3}[where]] ^= 1
     path.write_bytes(data)
     encoded.clear()
     assert store.token_stream(TEXTS, tokenizer, "c").tolist() == first
@@ -124,16 +122,29 @@ def test_a_damaged_file_is_tokenised_again(tokenizer, place, encoded, where):
 
 
 def test_a_full_disk_halfway_is_memory(tokenizer, place, monkeypatch, caplog):
-    write = store._write
+    open_file = open
 
-    def full(file, pieces, dtype):
-        if isinstance(file, store.io.BytesIO):
-            return write(file, pieces, dtype)
-        next(pieces)
-        raise OSError(28, "No space left on device")
+    class Full:
+        """A file on a disk that has room for 40 bytes."""
 
-    monkeypatch.setattr(store, "_write", full)
+        def __init__(self, path, mode):
+            self._file, self._room = open_file(path, mode), 40
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self._file.close()
+
+        def write(self, data):
+            self._room -= memoryview(data).nbytes
+            if self._room < 0:
+                raise OSError(28, "No space left on device")
+            self._file.write(data)
+
+    monkeypatch.setattr(store.cache, "open", Full, raising=False)
     stream = store.token_stream(TEXTS, tokenizer, "c")
+    assert list(place.iterdir()) == []
     assert stream.tolist() == [i for text in TEXTS for i in tokenizer.encode(text)]
     assert not is_mapped(stream)
     assert len(caplog.records) == 1
@@ -159,12 +170,25 @@ def test_batches_are_the_same_with_and_without_the_cache(tokenizer, place):
                     assert (a.dtype, a.tobytes()) == (b.dtype, b.tobytes())
 
 
-def test_count_reads_in_pieces(monkeypatch):
+def test_statistics_are_those_of_all_tokens(tokenizer, monkeypatch):
     stream = np.random.default_rng(0).integers(0, 5, 1000).astype(np.uint16)
+    stream[::9] = tokenizer.unknown_id
     for size in (1, 7, 1000, 4096):
-        monkeypatch.setattr(store, "_TOKENS", size)
-        assert store.count(stream, 3) == (stream == 3).sum()
-    assert store.count(stream[:0], 3) == 0
+        monkeypatch.setattr(store, "_TOKENS_AT_ONCE", size)
+        found = store.statistics(stream, tokenizer)
+        assert found.unknown == (stream == tokenizer.unknown_id).sum()
+        assert found.fingerprint == fingerprints.of_arrays(stream)
+    assert store.statistics(stream[:0], tokenizer).unknown == 0
+
+
+def test_statistics_are_kept_for_each_text_and_tokenizer(tokenizer, place):
+    stream = np.arange(50, dtype=np.uint16)
+    first = store.statistics(stream, tokenizer, "a")
+    assert store.statistics(stream[:9], tokenizer, "a") == first  # from the cache
+    assert store.statistics(stream[:9], tokenizer, "b") != first
+    (path, _) = sorted(place.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert store.statistics(stream, tokenizer, "a") == first
 
 
 # Columns of labelled rows.
@@ -174,35 +198,36 @@ ODD = ["", "_start_ <pad> </w>", "<pad>", "a\ud800b", "", "the cat sat", " ", "\
 
 @pytest.mark.parametrize("texts", [ODD, [""], ["", ""], small.texts(40)])
 def test_kept_columns_are_those_of_the_tokenizer(tokenizer, place, texts, monkeypatch, encoded):
-    monkeypatch.setattr(store, "_WORTH_KEEPING", 0)
+    monkeypatch.setattr(store, "_WORTH_CACHING", 0)
     expected = [ids.tolist() for ids in tokenizer.encode_batch(texts)]
-    for found in (store.encode_batch(tokenizer, texts) for _ in range(2)):
+    for found in (store.encode_texts(texts, tokenizer) for _ in range(2)):
         assert [ids.tolist() for ids in found] == expected
     assert len(encoded) == 2
     assert len(list(place.iterdir())) == 1
 
 
 def test_columns_differ_by_where_texts_end(tokenizer, place, monkeypatch):
-    monkeypatch.setattr(store, "_WORTH_KEEPING", 0)
+    monkeypatch.setattr(store, "_WORTH_CACHING", 0)
     for texts in (["the cat", "sat"], ["the", "cat sat"], ["the cat sat"], ["1:a"], ["", "1:a"]):
-        found = store.encode_batch(tokenizer, texts)
+        found = store.encode_texts(texts, tokenizer)
         assert [i.tolist() for i in found] == [tokenizer.encode(text) for text in texts]
     assert len(list(place.iterdir())) == 5
 
 
 def test_little_text_is_not_kept(tokenizer, place):
-    store.encode_batch(tokenizer, TEXTS)
+    store.encode_texts(TEXTS, tokenizer)
     assert not place.exists()
 
 
 def test_examples_are_the_same_with_and_without_the_cache(tokenizer, place, monkeypatch):
-    monkeypatch.setattr(store, "_WORTH_KEEPING", 0)
+    monkeypatch.setattr(store, "_WORTH_CACHING", 0)
     rows = {"text": small.texts(30), "pair": small.texts(30, 1), "label": list("ab") * 15}
-    spec = tasks.find_labels(TaskSpec("similarity", "text", "pair"), rows, "rows")
-    plain = tasks.encode(spec, rows, tokenizer, 16, "rows")
+    table = LabelledTable(rows, "rows")
+    spec = tasks.find_labels(TaskSpec("similarity", "text", "pair"), table)
+    plain = tasks.encode(spec, table, tokenizer, 16)
     assert not place.exists()
     for _ in range(2):
-        kept = tasks.encode(spec, rows, tokenizer, 16, "rows", keep=True)
+        kept = tasks.encode(spec, table, tokenizer, 16, use_cache=True)
         for one, other in zip(kept.tokens, plain.tokens, strict=True):
             assert (one.dtype, one.tolist()) == (other.dtype, other.tolist())
         assert (kept.second_start == plain.second_start).all()
@@ -213,8 +238,8 @@ def test_examples_are_the_same_with_and_without_the_cache(tokenizer, place, monk
 
 
 def rows_of(path, monkeypatch, worth=0, **kwargs):
-    monkeypatch.setattr(text_files, "_WORTH_KEEPING", worth)
-    return text_files.read_text(str(path), **kwargs)["text"][:]
+    monkeypatch.setattr(text_files, "_WORTH_CACHING", worth)
+    return list(text_files.read_text(str(path), **kwargs))
 
 
 def test_rows_are_kept_by_content(tmp_path, place, monkeypatch):
@@ -249,7 +274,7 @@ def test_a_text_that_changes_while_it_is_read_is_not_kept(tmp_path, place, monke
     path = tmp_path / "t.txt"
     path.write_text("one\n")
     digests = iter(["before", "after"])
-    monkeypatch.setattr(text_files.cache, "file_digest", lambda path: next(digests))
+    monkeypatch.setattr(text_files.fingerprints, "of_file", lambda path: next(digests))
     assert rows_of(path, monkeypatch) == ["one\n"]
     assert list(place.iterdir()) == []
     assert "has changed" in caplog.text
@@ -257,16 +282,17 @@ def test_a_text_that_changes_while_it_is_read_is_not_kept(tmp_path, place, monke
 
 _LARGE = """
 import sys
-from gptjax import stages
-from gptjax.data import sources, streams, tokenizer
+from gptjax.data.tables import holdout, text_files
+from gptjax.data.tokens import store, tokenizer
 import pyarrow as pa
 own = tokenizer.load(sys.argv[2])
-sources._WORTH_KEEPING = 1 << 20
-table = sources.read_text(sys.argv[1], 'keep')
-held, _ = sources.holdout_text(table, 0.1)
+text_files._WORTH_CACHING = 1 << 20
+texts = text_files.read_text(sys.argv[1], 'keep')
+train, _ = holdout.holdout_text(texts, 0.1)
 allocated = pa.total_allocated_bytes() / 2**20
-stream = streams.token_stream(stages.Texts(held), own, sources.fingerprint(held))
-print(len(stream), stages.fingerprint(stream), streams.count(stream, 0), allocated)
+stream = store.token_stream(train, own, train.fingerprint)
+statistics = store.statistics(stream, own, train.fingerprint)
+print(len(stream), statistics.fingerprint, statistics.unknown, allocated)
 """
 
 

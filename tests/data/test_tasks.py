@@ -9,6 +9,7 @@ import small
 
 from gptjax.config.schema import TaskSpec
 from gptjax.data import tasks
+from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 
@@ -64,8 +65,8 @@ def join(parts, tokenizer):
 
 @pytest.mark.parametrize("kind", small.KINDS)
 def test_sequences_are_those_of_the_table(tokenizer, kind):
-    spec = tasks.find_labels(SPECS[kind], ROWS, "rows")
-    examples = tasks.encode(spec, ROWS, tokenizer, CONTEXT, "rows")
+    spec = tasks.find_labels(SPECS[kind], LabelledTable(ROWS, "rows"))
+    examples = tasks.encode(spec, LabelledTable(ROWS, "rows"), tokenizer, CONTEXT)
     expected = []
     starts = []
     for i in range(3):
@@ -95,9 +96,9 @@ def test_long_texts_are_cut_inside_their_segment(tokenizer, kind):
         for name in ("text", "pair", "third")
     }
     rows["label"] = ["0", "1"] * 30
-    spec = tasks.find_labels(SPECS[kind], rows, "rows")
+    spec = tasks.find_labels(SPECS[kind], LabelledTable(rows, "rows"))
     for context in (5, 8, CONTEXT, 64):
-        examples = tasks.encode(spec, rows, tokenizer, context, "rows")
+        examples = tasks.encode(spec, LabelledTable(rows, "rows"), tokenizer, context)
         cut = empty = 0
         for i in range(60):
             row = {name: values[i] for name, values in rows.items()}
@@ -147,15 +148,17 @@ def test_cut_pair_cuts_the_longer_first(budget):
 
 
 def test_context_too_short_for_a_pair(tokenizer):
-    spec = tasks.find_labels(SPECS["entailment"], ROWS, "rows")
-    assert "`model.context_length`=4" in fails(tasks.encode, spec, ROWS, tokenizer, 4, "rows")
+    spec = tasks.find_labels(SPECS["entailment"], LabelledTable(ROWS, "rows"))
+    assert "`model.context_length`=4" in fails(
+        tasks.encode, spec, LabelledTable(ROWS, "rows"), tokenizer, 4
+    )
 
 
 def test_cells_that_are_no_text(tokenizer):
     rows = {"text": [None, 12, 1.5], "label": [0, 1, 0]}
-    spec = tasks.find_labels(SPECS["classification"], rows, "rows")
-    assert (tasks.as_text(None), tasks.as_text(12)) == ("", "12")
-    examples = tasks.encode(spec, rows, tokenizer, CONTEXT, "rows")
+    spec = tasks.find_labels(SPECS["classification"], LabelledTable(rows, "rows"))
+    assert (as_text(None), as_text(12)) == ("", "12")
+    examples = tasks.encode(spec, LabelledTable(rows, "rows"), tokenizer, CONTEXT)
     assert examples.empty == 1
     assert examples.tokens[0].tolist() == [tokenizer.start_id, tokenizer.extract_id]
 
@@ -163,15 +166,17 @@ def test_cells_that_are_no_text(tokenizer):
 def test_rows_without_labels(tokenizer):
     rows = {"text": ["a", "b"]}
     spec = TaskSpec("classification", "text", labels=("0", "1"))
-    examples = tasks.encode(spec, rows, tokenizer, CONTEXT, "rows", labelled=False)
+    examples = tasks.encode(spec, LabelledTable(rows, "rows"), tokenizer, CONTEXT, labelled=False)
     assert examples.labels is None
     assert len(examples) == 2
-    empty = tasks.encode(spec, {"text": []}, tokenizer, CONTEXT, "rows", labelled=False)
+    empty = tasks.encode(
+        spec, LabelledTable({"text": []}, "rows"), tokenizer, CONTEXT, labelled=False
+    )
     assert (len(empty), empty.lengths.tolist()) == (0, [])
 
 
 def labels_of(values, spec=SPECS["classification"]):
-    return tasks.find_labels(spec, {spec.label: values}, "train.csv").labels
+    return tasks.find_labels(spec, LabelledTable({spec.label: values}, "train.csv")).labels
 
 
 @pytest.mark.parametrize(
@@ -193,10 +198,12 @@ def test_classes_are_the_labels_in_order(values, expected):
 def test_order_of_labels_does_not_depend_on_the_process():
     """Labels that are equal as numbers, and NaN, are in a set whose order is random."""
     code = (
+        "from gptjax.config.schema import TaskSpec\n"
         "from gptjax.data import tasks\n"
-        "spec = tasks.TaskSpec('classification', 't')\n"
+        "from gptjax.data.tables.labelled import LabelledTable\n"
+        "spec = TaskSpec('classification', 't')\n"
         "rows = {'label': ['1', '1.0', '01', '1e0', 'nan', '0', 'NaN', '2']}\n"
-        "print(tasks.find_labels(spec, rows, 'x').labels)\n"
+        "print(tasks.find_labels(spec, LabelledTable(rows, 'x')).labels)\n"
     )
     orders = small.outputs_by_hash_seed(code, 4)
     assert len(orders) == 1
@@ -237,13 +244,15 @@ def test_label_mistakes_in_training():
     assert message.startswith("train.csv: column sentiment: every row has the label 'yes'")
     assert "train.csv: column sentiment" in fails(labels_of, [], spec)
     regression = TaskSpec("regression", "text", "pair")
-    assert tasks.find_labels(regression, {"label": ["junk"]}, "train.csv") == regression
+    assert (
+        tasks.find_labels(regression, LabelledTable({"label": ["junk"]}, "train.csv")) == regression
+    )
 
 
 def test_a_label_that_training_did_not_see(tokenizer):
     spec = TaskSpec("classification", "text", labels=("negative", "positive"))
     rows = {"text": ["a", "b"], "label": ["positive", "postive"]}
-    message = fails(tasks.encode, spec, rows, tokenizer, CONTEXT, "valid.csv")
+    message = fails(tasks.encode, spec, LabelledTable(rows, "valid.csv"), tokenizer, CONTEXT)
     assert message.startswith("valid.csv: row 2, column label: label 'postive'")
     assert "negative, positive" in message
     assert "did you mean 'positive'?" in message
@@ -255,7 +264,7 @@ def test_a_label_that_training_did_not_see(tokenizer):
 def test_targets_that_are_no_numbers(tokenizer, bad):
     spec = TaskSpec("regression", "text", "pair", label="score")
     rows = {"text": ["a"] * 3, "pair": ["b"] * 3, "score": [1, "2.5", bad]}
-    message = fails(tasks.encode, spec, rows, tokenizer, CONTEXT, "train.tsv")
+    message = fails(tasks.encode, spec, LabelledTable(rows, "train.tsv"), tokenizer, CONTEXT)
     assert message.startswith("train.tsv: row 3, column score: ")
     assert message.endswith("is not a number")
 
@@ -263,7 +272,7 @@ def test_targets_that_are_no_numbers(tokenizer, bad):
 def test_targets_are_kept(tokenizer):
     spec = TaskSpec("regression", "text", "pair")
     rows = {"text": ["a"] * 4, "pair": ["b"] * 4, "label": [0, "-1.25", 3.5, "1e-3"]}
-    labels = tasks.encode(spec, rows, tokenizer, CONTEXT, "rows").labels
+    labels = tasks.encode(spec, LabelledTable(rows, "rows"), tokenizer, CONTEXT).labels
     assert labels.tolist() == np.array([0, -1.25, 3.5, 1e-3], np.float32).tolist()
 
 
@@ -289,13 +298,14 @@ def test_the_question_at_the_end_of_joined_columns_is_kept():
     text = "the cat sat on a mat " * 40 + "some dogs ran far"
     rows = {"article+question": [text], "a": ["home"], "b": ["away"]}
     tokenizer = small.small_tokenizer()
-    found = tasks.encode(spec, rows, tokenizer, 32, "rows", labelled=False)
+    found = tasks.encode(spec, LabelledTable(rows, "rows"), tokenizer, 32, labelled=False)
     assert found.cut == 1
     for tokens in found.tokens:
         assert len(tokens) == 32
         assert "some dogs ran far" in tokenizer.decode(tokens)
     plain = tasks.encode(
         TaskSpec("multiple_choice", "text", choices=("a", "b"), labels=("0", "1")),
-        {"text": [text], "a": ["home"], "b": ["away"]}, tokenizer, 32, "rows", labelled=False,
+        LabelledTable({"text": [text], "a": ["home"], "b": ["away"]}, "rows"), tokenizer, 32,
+        labelled=False,
     )  # fmt: skip
     assert "some dogs" not in tokenizer.decode(plain.tokens[0])

@@ -12,10 +12,12 @@ import datasets
 import pytest
 
 from gptjax.data.tables import text_files
-from gptjax.data.tables.files import fingerprint, read_table
+from gptjax.data.tables.files import read_table
 from gptjax.data.tables.holdout import holdout, holdout_text
 from gptjax.data.tables.hub import load_hub
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tables.text_files import is_wrapped, read_text
+from gptjax.data.tables.texts import Texts
 from gptjax.errors import UserError
 
 
@@ -47,8 +49,8 @@ def wrapped(width, paragraphs=6):
     return "\n\n".join("\n".join(textwrap.wrap(text, width)) for text in texts) + "\n", texts
 
 
-def corpus(dataset):
-    return "".join(dataset["text"])
+def corpus(texts):
+    return "".join(texts)
 
 
 @pytest.mark.parametrize("width", [40, 60, 72, 100])
@@ -83,7 +85,7 @@ def test_rows_concatenate_to_the_corpus(tmp_path, monkeypatch):
     words = ["a", "bé", "\u2028", "\x0c", "\r", "x" * 90, "🙂", "\n", "\n", "y" * 700, " "]
     text = " ".join(generator.choices(words, k=2000))
     path = write(tmp_path / "a.txt", "\ufeff" + text.replace("\n", "\r\n"))
-    rows = read_text(path, "keep")["text"]
+    rows = list(read_text(path, "keep"))
     assert "".join(rows) == text
     assert max(map(len, rows)) <= 200
     assert all(row[-1] in " \n" or len(row) == 200 for row in rows[:-1])
@@ -157,28 +159,33 @@ def test_holdout_is_deterministic_and_leaks_nothing():
         generator.choice(["A  cat", "a cat", "dog", "Straße", "STRASSE"]) + f" {i % 300}"
         for i in range(999)
     ]
-    table = datasets.Dataset.from_dict({"t": texts, "n": list(range(999))})
+    rows = datasets.Dataset.from_dict({"t": texts, "n": list(range(999))})
+    table = LabelledTable(rows, "rows.csv")
     train, validation = holdout(table, ["t"], 0.1, seed=3)
-    assert 100 <= len(validation) <= 110
-    assert sorted([*train["n"], *validation["n"]]) == list(range(999))
+    assert 100 <= len(validation.rows) <= 110
+    assert sorted([*train.rows["n"], *validation.rows["n"]]) == list(range(999))
     for side in (train, validation):
-        assert side["n"][:] == sorted(side["n"])
+        assert side.rows["n"][:] == sorted(side.rows["n"])
+        assert [number - 1 for number in side.numbers] == side.rows["n"][:]
+        assert (side.source, side.part_of) == ("rows.csv", "rows.csv")
 
     def plain(side):
-        return {" ".join(text.casefold().split()) for text in side["t"]}
+        return {" ".join(text.casefold().split()) for text in side.rows["t"]}
 
     assert not plain(train) & plain(validation)
     again = holdout(table, ["t"], 0.1, seed=3)
-    assert again[1]["n"][:] == validation["n"][:]
-    assert holdout(table, ["t"], 0.1, seed=4)[1]["n"][:] != validation["n"][:]
-    # The choice hangs on the text alone, not on where the row stands.
+    assert again[1].rows["n"][:] == validation.rows["n"][:]
+    assert holdout(table, ["t"], 0.1, seed=4)[1].rows["n"][:] != validation.rows["n"][:]
+    # The choice depends on the text alone, not on the order of the rows.
     backwards = holdout(table.select(range(998, -1, -1)), ["t"], 0.1, seed=3)
-    assert sorted(backwards[1]["n"]) == validation["n"][:]
+    assert sorted(backwards[1].rows["n"]) == validation.rows["n"][:]
 
 
 def test_holdout_needs_two_different_texts():
-    table = datasets.Dataset.from_dict({"t": ["x", "X ", "x"]})
-    assert "give a validation file" in fails(holdout, table, ["t"], 0.5, 0)
+    table = LabelledTable(datasets.Dataset.from_dict({"t": ["x", "X ", "x"]}), "a.csv")
+    message = fails(holdout, table, ["t"], 0.5, 0)
+    assert message.startswith("a.csv: cannot hold out 0.5 of 3 rows")
+    assert "give a validation file" in message
     assert "between 0 and 1" in fails(holdout, table, ["t"], 1.0, 0)
 
 
@@ -188,7 +195,7 @@ def test_holdout_text_cuts_at_a_line_break_close_by(seed):
     text = "".join(generator.choices(["é", "b", "c ", "🙂", "\n"], [5, 5, 5, 1, 0.5], k=5000))
     cuts = [0, *sorted(generator.sample(range(len(text)), 9)), len(text)]
     rows = [text[start:stop] for start, stop in itertools.pairwise(cuts)]
-    train, validation = holdout_text(datasets.Dataset.from_dict({"text": rows}), 0.1)
+    train, validation = holdout_text(Texts.of(rows), 0.1)
     assert corpus(train) + corpus(validation) == text
     exact = int(0.9 * len(text))
     near = text.rfind("\n", 0, exact) + 1
@@ -196,26 +203,30 @@ def test_holdout_text_cuts_at_a_line_break_close_by(seed):
 
 
 def test_holdout_text_without_line_breaks_is_exact():
-    table = datasets.Dataset.from_dict({"text": ["a" * 95, "b" * 5]})
-    train, validation = holdout_text(table, 0.25)
+    texts = Texts.of(["a" * 95, "b" * 5])
+    train, validation = holdout_text(texts, 0.25)
     assert (len(corpus(train)), len(corpus(validation))) == (75, 25)
-    assert len(corpus(holdout_text(table, 0.05)[0])) == 95
-    message = fails(holdout_text, datasets.Dataset.from_dict({"text": ["a"]}), 0.5)
+    assert len(corpus(holdout_text(texts, 0.05)[0])) == 95
+    message = fails(holdout_text, Texts.of(["a"]), 0.5)
     assert "validation files" in message
 
 
 def test_fingerprint_and_holdout_are_the_same_in_another_process(tmp_path):
     path = write(tmp_path / "a.csv", "t,n\n" + "".join(f"text {i},{i}\n" for i in range(50)))
+    text = write(tmp_path / "a.txt", "One line.\nAnother.\n")
     code = (
         "import sys; from gptjax.data.tables.files import *;"
-        "from gptjax.data.tables.holdout import *; d = read_table(sys.argv[1]);"
-        "print(fingerprint(d), *holdout(d, ['t'], 0.2, 7)[1]['n'])"
+        "from gptjax.data.tables.holdout import *; from gptjax.data.tables.text_files import *;"
+        "table = LabelledTable(read_table(sys.argv[1]), 'rows');"
+        "print(read_text(sys.argv[1].replace('csv', 'txt')).fingerprint);"
+        "print(*holdout(table, ['t'], 0.2, 7)[1].rows['n'])"
     )
     environment = os.environ | {"PYTHONHASHSEED": "12345"}
     run = [sys.executable, "-c", code, path]
     out = subprocess.run(run, capture_output=True, text=True, check=True, env=environment)
-    table = read_table(path)
-    assert out.stdout.split() == [fingerprint(table), *holdout(table, ["t"], 0.2, 7)[1]["n"]]
+    table = LabelledTable(read_table(path), "rows")
+    held_out = holdout(table, ["t"], 0.2, 7)[1].rows["n"]
+    assert out.stdout.split() == [read_text(text).fingerprint, *held_out]
     assert out.stderr == ""
 
 

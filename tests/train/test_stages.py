@@ -4,13 +4,13 @@ import collections
 import math
 
 import datasets
-import numpy as np
 import pytest
 import small
 
 from gptjax.config.schema import FinetuneConfig, OptimizerConfig, PretrainConfig, TaskSpec
 from gptjax.data import tasks
-from gptjax.data.splits import Table
+from gptjax.data.tables.labelled import LabelledTable
+from gptjax.data.tables.texts import Texts
 from gptjax.errors import UserError
 from gptjax.model import gpt
 from gptjax.train import stages
@@ -25,7 +25,7 @@ def tokenizer():
 
 def text_data(train=TEXT, validation=TEXT[:7]):
     tables = {"train": train, "validation": validation}
-    return {name: datasets.Dataset.from_dict({"text": list(rows)}) for name, rows in tables.items()}
+    return {name: Texts.of(list(rows)) for name, rows in tables.items()}
 
 
 def pretrain(tokenizer, mesh=None, data=None, **changes):
@@ -42,7 +42,7 @@ def label_data(count=20, held=6, labels=("no", "yes", "maybe")):
         names = [labels[i % len(labels)] for i in range(rows)]
         values = {"text": small.texts(rows, seed), "label": names}
         values |= {"text_pair": small.texts(rows, seed + 1)}
-        return Table(datasets.Dataset.from_dict(values), where)
+        return LabelledTable(datasets.Dataset.from_dict(values), where)
 
     return {"train": table(count, 0, "train.csv"), "validation": table(held, 5, "valid.csv")}
 
@@ -78,18 +78,6 @@ def test_the_head_is_that_of_the_task(kind, outputs, summed):
     model = gpt.make_model(small.config(), spec)
     assert (model.num_outputs, model.sum_candidates) == (outputs, summed)
     assert not gpt.make_model(small.config(), None).num_outputs
-
-
-def test_fingerprint_is_of_the_contents():
-    one = np.arange(12, dtype=np.int32)
-    other = np.arange(24, dtype=np.int32)[::2] // 2
-    assert stages.fingerprint(one) == stages.fingerprint(other.astype(np.int32))
-    different = [
-        (one,), (one.astype(np.int64),), (one.reshape(3, 4),), (one[::-1],), (one, one),
-        (one[:-1],), (),
-    ]  # fmt: skip
-    assert len({stages.fingerprint(*arrays) for arrays in different}) == len(different)
-    assert stages.fingerprint(one, None) == stages.fingerprint(one)
 
 
 def test_pretraining_counts(tokenizer):
@@ -163,21 +151,22 @@ def test_the_longest_sequence_is_that_of_any_split(tokenizer, split):
     table = data[split].rows
     long = " ".join(["sea"] * 20)
     texts = [long, *table["text"][1:]]
-    data[split] = Table(table.remove_columns("text").add_column("text", texts), data[split].where)
+    rows = table.remove_columns("text").add_column("text", texts)
+    data[split] = LabelledTable(rows, data[split].source)
     stage = finetune(tokenizer, data=data)
     spec = TaskSpec("classification", "text", labels=("no", "yes", "maybe"))
-    found = tasks.encode(spec, {"text": [long], "label": ["no"]}, tokenizer, 1000, "x")
-    assert stage.model.max_sequence_length == min(
-        len(found.tokens[0]), stage.model.config.context_length
+    found = tasks.encode(
+        spec, LabelledTable({"text": [long], "label": ["no"]}, "x"), tokenizer, 1000
     )
-    shorter = finetune(tokenizer)
-    assert stage.model.max_sequence_length > shorter.model.max_sequence_length
+    longest = min(len(found.tokens[0]), stage.model.config.context_length)
+    assert stage.model.max_sequence_length == longest
+    assert longest > finetune(tokenizer).model.max_sequence_length
 
 
 def test_floors_are_the_majority_answer(tokenizer):
     data = label_data(labels=("a", "b"))
     rows = {"text": small.texts(8), "label": list("aaabaaab")}
-    data["validation"] = Table(datasets.Dataset.from_dict(rows), "valid.csv")
+    data["validation"] = LabelledTable(datasets.Dataset.from_dict(rows), "valid.csv")
     floors = finetune(tokenizer, data=data, metrics="accuracy").floors
     assert list(floors) == ["validation"]
     assert floors["validation"]["accuracy"] == pytest.approx(6 / 8)

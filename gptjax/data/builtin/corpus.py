@@ -1,9 +1,9 @@
-"""Every docstring of the Python standard library, by module, with the split it belongs to.
+"""Every docstring of the Python standard library, and the split that each belongs to.
 
-Sources are parsed, not imported; C modules, which have no source, are inspected. What is collected
-is cached as Parquet under $GPTJAX_CACHE (default ~/.cache/gptjax). Splitting is by **unit**, a
-module or a topic of the language reference, with a hash of its name: a docstring (and an equal one
-elsewhere: only the first is kept) is in one of train, validation and test.
+Sources are parsed, not imported. C modules, which have no Python source, are imported and
+inspected. The collection is kept in the cache as a Parquet file. Splits are made by **unit**: a
+module, or a topic of the language reference. A hash of the unit's name decides its split. Of equal
+docstrings only the first is kept, so that no docstring is in two splits.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from typing import Any, BinaryIO, NamedTuple
 from gptjax.data import cache
 from gptjax.errors import UserError
 
-SCHEMA_VERSION = 1  # part of the cache's name: raise it when `collect` gives something else
-# Of two docstrings that begin with the same so many characters only the first is kept, and none
-# that shares a paragraph this long with another module.
+SCHEMA_VERSION = 2  # part of the name in the cache: raise it when `collect` returns other entries
+# A docstring is left out if its first 400 characters equal those of an earlier one.
 COMPARED_CHARACTERS = 400
+# It is also left out if it shares a paragraph of at least 60 characters with another module.
 SHARED_CHARACTERS = 60
 _OPENING_SIGNATURE = re.compile(r"^[\w.]+\([^\n]*?\)[ \t]*(?:->[^\n]*|--|:|\n|$)\s*")
 
-# `encodings` is a hundred times the same sentence; the others are tests, fixtures and build data.
+# `encodings` repeats one sentence a hundred times; the others are tests, fixtures and build data.
 _SKIP_FOLDERS = {
     *("__pycache__", "__phello__", "dist-packages", "encodings", "idle_test", "lib-dynload"),
     *("pydoc_data", "site-packages", "test", "tests"),
 }
-# Compiled modules that are quick and safe to import. Those a machine lacks are left out.
+# C modules that are quick and safe to import. A module that this machine lacks is skipped.
 _C_MODULES = (
     *("_asyncio", "_bisect", "_codecs", "_collections", "_csv", "_ctypes", "_datetime", "_decimal"),
     *("_elementtree", "_functools", "_hashlib", "_heapq", "_io", "_json", "_locale", "_lzma"),
@@ -52,33 +52,33 @@ _C_MODULES = (
 
 
 class Entry(NamedTuple):
-    """One docstring or topic. `unit` is what a split keeps together: a module or a topic."""
+    """A docstring, or a topic of the language reference."""
 
     package: str
-    unit: str
-    kind: str  # "module", "class", "function" or "topic"
+    unit: str  # a module or a topic: all entries of a unit are in one split
+    subject: str  # "module", "class", "function" or "topic"
     signature: str
     doc: str
     split: str = ""
 
 
 def name_hash(text: str) -> bytes:
-    """8 bytes that look random and are the same everywhere: the source of all orders and splits."""
+    """Returns 8 bytes that decide orders and splits: random, but the same on every machine."""
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
 
 
 def plain(text: str) -> str:
-    """`text` up to case and white space, for comparing."""
+    """Returns a text for comparison: case and white space do not matter."""
     return " ".join(text.casefold().split())
 
 
 def without_signature(doc: str) -> str:
-    """`doc` without a signature it opens with, such as "find(sub[, start]) -> int"."""
+    """Returns `doc` without a signature in front, such as "find(sub[, start]) -> int"."""
     return _OPENING_SIGNATURE.sub("", doc, count=1)
 
 
 def read_entries() -> Sequence[Entry]:
-    """All entries of this Python installation, from the cache where it can be read."""
+    """Returns all entries of this Python installation, from the cache if it has them."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -87,50 +87,54 @@ def read_entries() -> Sequence[Entry]:
     name = f"builtin-v{SCHEMA_VERSION}-{sys.implementation.name}-{version}-"
 
     def write(file: BinaryIO) -> None:
-        pq.write_table(pa.Table.from_pylist([each._asdict() for each in collect(stdlib)]), file)
+        pq.write_table(pa.Table.from_pylist([entry._asdict() for entry in collect(stdlib)]), file)
 
     def read(path: str) -> list[Entry]:
         return [Entry(**row) for row in pq.ParquetFile(path).read().to_pylist()]
 
-    found = cache.kept(name + name_hash(stdlib).hex(), ".parquet", write, read)
-    return collect(stdlib) if found is None else found
+    entries = cache.get_or_make(name + name_hash(stdlib).hex(), ".parquet", write, read)
+    return collect(stdlib) if entries is None else entries
 
 
-@functools.lru_cache(maxsize=1)  # where the cache on disk cannot be written
+@functools.lru_cache(maxsize=1)  # for processes that cannot write the cache on disk
 def collect(stdlib: str) -> Sequence[Entry]:
-    """Parses and inspects everything, keeps the first of equal docstrings, and splits by unit."""
-    found: list[Entry] = []
-    collecting = gc.isenabled()
-    gc.disable()  # the parser makes millions of objects and no cycles: twice as fast
+    """Parses and inspects all modules, removes repeated docstrings, and splits by unit."""
+    docstrings: list[Entry] = []
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # twice as fast: the parser makes millions of objects, but no cycles
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes and deprecated modules are not our news
+            warnings.simplefilter("ignore")  # the library's own old escapes and deprecated modules
             for module, path in _sources(stdlib):
-                found.extend(_parsed(module, path))
+                docstrings.extend(_parsed(module, path))
             for module in _C_MODULES:
-                found.extend(_inspected(module))
-            found.extend(_topics())
+                docstrings.extend(_inspected(module))
+            docstrings.extend(_topics())
     finally:
-        if collecting:
+        if gc_was_enabled:
             gc.enable()
-    entries = _without_repeats(found)
-    if not any(entry.kind == "function" for entry in entries):
+    entries = _without_repeats(docstrings)
+    if not any(entry.subject == "function" for entry in entries):
         raise UserError(f"{stdlib}: has no Python sources to read; give files to train on instead")
     splits = _assign(entries)
     return tuple(entry._replace(split=splits[entry.unit]) for entry in entries)
 
 
-def _without_repeats(found: Sequence[Entry]) -> list[Entry]:
-    """Without docstrings that say what came before: C modules and their Python twins, platforms."""
+def _without_repeats(docstrings: Sequence[Entry]) -> list[Entry]:
+    """Returns the docstrings that do not repeat an earlier one.
+
+    Repeats are common: C modules have Python twins, and modules exist for several platforms.
+    """
     seen: set[str] = set()
     owners: dict[str, str] = {}
     entries = []
-    for entry in found:
+    for entry in docstrings:
         text = without_signature(entry.doc)
         key = plain(text)[:COMPARED_CHARACTERS]
-        paragraphs = [plain(each) for each in re.split(r"\n\s*\n", text)]
-        long = [each for each in paragraphs if len(each) >= SHARED_CHARACTERS]
-        if key and key not in seen and all(owners.get(e, entry.unit) == entry.unit for e in long):
+        paragraphs = [plain(paragraph) for paragraph in re.split(r"\n\s*\n", text)]
+        long = [paragraph for paragraph in paragraphs if len(paragraph) >= SHARED_CHARACTERS]
+        own = all(owners.get(paragraph, entry.unit) == entry.unit for paragraph in long)
+        if key and key not in seen and own:
             seen.add(key)
             owners |= dict.fromkeys(long, entry.unit)
             entries.append(entry)
@@ -138,10 +142,11 @@ def _without_repeats(found: Sequence[Entry]) -> list[Entry]:
 
 
 def _assign(entries: Sequence[Entry]) -> dict[str, str]:
-    """unit -> split: about 10% of the volume of each package for test and validation each.
+    """Returns unit -> split.
 
-    Packages of one or two modules are split as one pool. Units are taken in the order of a hash of
-    their name, as long as they fit; a package of three modules has one in each split.
+    Test and validation each get about 10% of every package, counted in characters. Packages of one
+    or two modules are split together, as if they were one package. Units are tried in the order of
+    a hash of their name, and taken if they fit. A package of three modules has one in each split.
     """
     volumes: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries:
@@ -161,25 +166,25 @@ def _assign(entries: Sequence[Entry]) -> dict[str, str]:
                     used += units[unit]
                     splits[unit] = split
                     left.remove(unit)
-            # Nothing was small enough: take the nearest, so that no split is as good as empty.
+            # All units were too large: take the one of the best size, so that no split is empty.
             if used < 0.5 * budget and len(left) > others:
-                off = {unit: abs(used + units[unit] - budget) for unit in left}
-                _, nearest = min((distance, unit) for unit, distance in off.items())
-                splits[nearest] = split
-                left.remove(nearest)
+                _, best = min((abs(used + units[unit] - budget), unit) for unit in left)
+                splits[best] = split
+                left.remove(best)
     return splits
 
 
 def _unit(module: str) -> str:
-    """`_pydecimal`, `_decimal` and `decimal` describe the same things: one unit."""
+    """Returns the unit of a module: `_pydecimal`, `_decimal` and `decimal` are the same unit."""
     first, *rest = module.split(".")
     return ".".join([first.removeprefix("_py").removeprefix("_") or first, *rest])
 
 
 def _sources(stdlib: str) -> Iterator[tuple[str, str]]:
+    """Yields (module, path) of every Python file."""
     for folder, folders, files in os.walk(stdlib):
-        folders[:] = sorted(each for each in folders if each not in _SKIP_FOLDERS)
-        folders[:] = [each for each in folders if not each.startswith("config-")]
+        folders[:] = sorted(name for name in folders if name not in _SKIP_FOLDERS)
+        folders[:] = [name for name in folders if not name.startswith("config-")]
         for file in sorted(files):
             if file.endswith(".py") and not file.startswith("_sysconfigdata"):
                 path = os.path.join(folder, file)
@@ -191,34 +196,37 @@ def _parsed(module: str, path: str) -> Iterator[Entry]:
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
-    except (OSError, SyntaxError, ValueError):  # a broken or deliberately odd file is no loss
+    except (OSError, SyntaxError, ValueError):  # the library has files that are broken on purpose
         return
     unit = _unit(module)
     todo: list[tuple[Any, str]] = [(tree, "")]
     while todo:
         node, scope = todo.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            kind, signature = _signature(node, scope)
+            subject, signature = _signature(node, scope)
             doc = ast.get_docstring(node)
             if doc:
-                yield Entry(unit.split(".")[0], unit, kind, signature or module, doc)
+                yield Entry(unit.split(".")[0], unit, subject, signature or module, doc)
             if not isinstance(node, ast.Module):
                 scope = f"{node.name}." if isinstance(node, ast.ClassDef) else ""
-        inner = [each for field in ("body", "orelse") for each in getattr(node, field, ())]
-        todo.extend((each, scope) for each in reversed(inner))
+        inner = [child for field in ("body", "orelse") for child in getattr(node, field, ())]
+        todo.extend((child, scope) for child in reversed(inner))
 
 
 def _signature(node: Any, scope: str) -> tuple[str, str]:
-    """(kind, signature): names only, as defaults and annotations would crowd out what is said."""
+    """Returns (subject, signature).
+
+    A signature has names only: defaults and annotations would take the place of text.
+    """
     if isinstance(node, ast.Module):
         return "module", ""
     if isinstance(node, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in node.bases)
         return "class", f"class {node.name}({bases})" if bases else f"class {node.name}"
     args = node.args
-    names = [each.arg for each in (*args.posonlyargs, *args.args)]
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args)]
     names += [f"*{args.vararg.arg}"] if args.vararg else []
-    names += [each.arg for each in args.kwonlyargs]
+    names += [arg.arg for arg in args.kwonlyargs]
     names += [f"**{args.kwarg.arg}"] if args.kwarg else []
     return "function", f"{scope}{node.name}({_names(names)})"
 
@@ -230,7 +238,7 @@ def _names(names: Sequence[str]) -> str:
 def _inspected(module: str) -> Iterator[Entry]:
     try:
         namespace = importlib.import_module(module)
-    except Exception:  # left out of this build, or not working on this machine
+    except Exception:  # this build of Python lacks the module, or it does not work on this machine
         return
     unit = _unit(module)
     if namespace.__doc__:
@@ -249,8 +257,8 @@ def _c_function(unit: str, name: str, function: Any) -> Entry:
     try:
         stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
         parameters = inspect.signature(function).parameters.values()
-        arguments = _names([stars.get(each.kind.name, "") + each.name for each in parameters])
-    except Exception:  # none that machines can read, or a wrong one: take that of the docstring
+        arguments = _names([stars.get(p.kind.name, "") + p.name for p in parameters])
+    except Exception:  # no valid signature for machines: take the one in the docstring
         opening = re.match(r"[\w.]+\(([^\n]*?)\)", function.__doc__ or "")
         arguments = opening[1] if opening else "..."
     doc = inspect.cleandoc(function.__doc__ or "")

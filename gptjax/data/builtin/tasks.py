@@ -1,13 +1,14 @@
-"""Built-in data, no download: running text and four labelled tasks from the standard library.
+"""Built-in data, without a download: running text and four labelled tasks.
 
-`docstrings.py` collects; one split by module holds for the running text and for all tasks.
+All of it comes from the docstrings that `corpus.py` collects from the Python standard library, and
+all of it is split in the same way, by module. No text is in two splits.
 
-The labelled tasks are built so that no text alone tells the answer: in `entailment` and
-`similarity` each text occurs once with label 1 and once with label 0, in `multiple_choice` each
-docstring is right once and wrong three times, and each label is equally frequent. Wrong partners
-come from the same split, have about the same length and mostly come from the same or a neighbouring
-module. No text is in two splits. The name of a function is left in its docstring, as that is what
-connects them in real life, but a signature that opens a docstring ("find(sub) -> int") is cut off.
+No text alone tells the answer of a labelled task. In `entailment` and `similarity` each text occurs
+once with label 1 and once with label 0. In `multiple_choice` each docstring is right once and wrong
+three times. All labels are equally frequent. A wrong partner comes from the same split, has about
+the same length, and mostly comes from the same or a neighbouring module. A docstring may contain
+the name of its function, as it does in real life. But a signature that opens a docstring
+("find(sub) -> int") is removed.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from gptjax.config.schema import TaskKind
 from gptjax.data.builtin.corpus import Entry, name_hash, plain, read_entries, without_signature
 from gptjax.data.tables.files import to_dataset
 from gptjax.data.tables.text_files import pieces
+from gptjax.data.tables.texts import Texts
 from gptjax.errors import require
 
 if TYPE_CHECKING:
@@ -38,7 +40,7 @@ _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*\s+(?=\S)")
 
 
 class Item(NamedTuple):
-    """Two texts that belong together, for the tasks that ask whether they do."""
+    """Two texts that belong together, for the tasks that ask whether two texts do."""
 
     package: str
     unit: str
@@ -47,11 +49,11 @@ class Item(NamedTuple):
     right: str
 
 
-def builtin_text(split: str) -> Dataset:
-    """Running text with the column `text`: the rows concatenated are the corpus, as in `read_text`.
+def builtin_text(split: str) -> Texts:
+    """Returns running text in rows like those of `read_text`.
 
-    A document is a module, set out as `help()` does (each signature above its docstring), or a
-    topic of the language reference; a blank line ends it. Wrapped paragraphs are one line each.
+    A document is a module in the layout of `help()` (each signature above its docstring), or a
+    topic of the language reference. A blank line ends it. A wrapped paragraph is one line.
 
     Args:
       split: "train" (about 80% of the volume), "validation" or "test".
@@ -59,26 +61,26 @@ def builtin_text(split: str) -> Dataset:
     Raises:
       UserError: no such split, or a Python installation without its sources.
     """
-    import pyarrow as pa
-
     documents: dict[str, list[str]] = defaultdict(list)
     for entry in _of_split(read_entries(), split):
         text = f"{entry.signature}\n{_unwrap(entry.doc)}".strip("\n")
         documents[entry.unit].append(f"{text}\n\n")
-    order = sorted(
-        documents, key=name_hash
-    )  # topics among modules: any part of the text is a mixture
+    # The order of a hash mixes topics and modules, so that every part of the text is a mixture.
+    order = sorted(documents, key=name_hash)
     lines = (f"{line}\n" for unit in order for line in "".join(documents[unit]).split("\n")[:-1])
-    return to_dataset(pa.table({"text": pa.array(pieces(lines), pa.string())}))
+    return Texts.of(pieces(lines))
 
 
 def builtin_task(name: str, split: str) -> Dataset:
-    """Labelled rows of one task; labels are int64 but for `classification`, where they are strings.
+    """Returns the labelled rows of one task.
 
-    * `classification`: `text` a docstring, `label` the package it is from.
-    * `entailment`: `text` a signature, `text_pair` a docstring, `label` 1 if that describes it.
-    * `multiple_choice`: `text` a signature, `choice1` to `choice4` docstrings, `label` 0 to 3.
-    * `similarity`: `text` and `text_pair` parts of docstrings, `label` 1 if of the same.
+    * `classification`: `text` is a docstring, `label` is its package, a string.
+    * `entailment`: `text` is a signature, `text_pair` a docstring; `label` is 1 if the docstring
+      describes the signature, else 0.
+    * `multiple_choice`: `text` is a signature, `choice1` to `choice4` are docstrings; `label` is
+      the right one, 0 to 3.
+    * `similarity`: `text` and `text_pair` are parts of docstrings; `label` is 1 if both are parts
+      of the same docstring, else 0.
 
     Args:
       name: one of `TASKS`.
@@ -108,11 +110,15 @@ def _of_split(entries: Sequence[Any], split: str) -> list[Any]:
 
 
 def _gist(doc: str) -> str:
-    """`doc` on one line without an opening signature, at most 400 characters of whole sentences."""
+    """Returns whole sentences of `doc` on one line, without a signature in front.
+
+    The result has at most 400 characters.
+    """
     return _cut(" ".join(without_signature(doc).split()), _TASK_CHARACTERS)
 
 
 def _cut(text: str, limit: int) -> str:
+    """Returns at most `limit` characters of a text, up to the end of a sentence or a word."""
     if len(text) <= limit:
         return text
     ends = [match.end() for match in _SENTENCE_END.finditer(text, 0, limit)]
@@ -123,41 +129,50 @@ def _cut(text: str, limit: int) -> str:
 
 
 def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
-    """The packages with most docstrings; none has over twice the median of the split."""
+    """Returns rows of the packages with the most docstrings.
+
+    No package gets more than twice the median number of rows, so that none dominates.
+    """
     units: dict[str, set[str]] = defaultdict(set)
-    volume: Counter[str] = Counter()
+    docstrings: Counter[str] = Counter()
     for entry in entries:
         units[entry.package].add(entry.unit)
-        volume[entry.package] += entry.kind != "topic"
-    # Three modules at least: one for each split.
-    classes = [name for name, _ in volume.most_common() if len(units[name]) >= 3][:_CLASSES]
+        docstrings[entry.package] += entry.subject != "topic"
+    # At least three modules: one for each split.
+    classes = [name for name, _ in docstrings.most_common() if len(units[name]) >= 3][:_CLASSES]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in classes}
-    own = [each for each in _of_split(entries, split) if each.package in rows]
-    for entry in sorted(own, key=lambda each: name_hash(each.doc)):
+    own = [entry for entry in _of_split(entries, split) if entry.package in rows]
+    for entry in sorted(own, key=lambda entry: name_hash(entry.doc)):
         text = _gist(entry.doc)
         if len(text) >= _MIN_TASK_CHARACTERS:
             rows[entry.package].append({"text": text, "label": entry.package})
-    cap = int(2 * median(len(each) for each in rows.values()))
-    return [row for each in rows.values() for row in each[:cap]]
+    most = int(2 * median(map(len, rows.values())))
+    return [row for of_package in rows.values() for row in of_package[:most]]
 
 
 def _described(entries: Sequence[Entry]) -> list[Item]:
-    """(signature, docstring), each signature once: some have the same name in several modules."""
+    """Returns pairs of signature and docstring.
+
+    Each signature occurs once, although several modules may have a function of the same name.
+    """
     items = [
         Item(entry.package, entry.unit, entry.split, entry.signature, _gist(entry.doc))
         for entry in entries
-        if entry.kind in ("class", "function")
+        if entry.subject in ("class", "function")
     ]
     return _unique([item for item in items if len(item.right) >= _MIN_TASK_CHARACTERS])
 
 
 def _halves(entries: Sequence[Entry]) -> list[Item]:
-    """(first part, second part) of each docstring of two sentences or more, cut near the middle."""
+    """Returns the two parts of each docstring that has at least two sentences.
+
+    It is divided at the end of the sentence that is nearest to its middle.
+    """
     items = []
     for entry in entries:
         text = _gist(entry.doc)
         ends = [match.end() for match in _SENTENCE_END.finditer(text)]
-        if entry.kind != "topic" and ends:
+        if entry.subject != "topic" and ends:
             cut = min(ends, key=lambda end: abs(end - len(text) / 2))
             left, right = text[:cut].strip(), text[cut:].strip()
             if min(len(left), len(right)) >= _MIN_TASK_CHARACTERS:
@@ -166,7 +181,7 @@ def _halves(entries: Sequence[Entry]) -> list[Item]:
 
 
 def _unique(items: Sequence[Item]) -> list[Item]:
-    """Without items one of whose texts occurred before, so that no text is in two splits."""
+    """Returns the items without those that repeat a text, so that no text is in two splits."""
     seen: set[str] = set()
     kept = []
     for item in items:
@@ -178,10 +193,10 @@ def _unique(items: Sequence[Item]) -> list[Item]:
 
 
 def _groups(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Groups of `size` items of similar length, from the same or neighbouring modules.
+    """Yields groups of `size` items of similar length from the same or neighbouring modules.
 
-    Within a group every right text is offered to every left one: what tells the answer can only be
-    how the two fit. Up to `size` - 1 items of a block are left over.
+    Within a group every left text meets every right text, so that only the match of the two can
+    tell the answer. Up to `size` - 1 items of each block are not used.
     """
     ordered = sorted(items, key=lambda item: (len(item.right), name_hash(item.right)))
     for start in range(0, len(ordered), _PARTNER_BLOCK):
@@ -213,7 +228,7 @@ def _choice_rows(items: Sequence[Item]) -> list[dict[str, Any]]:
 
 
 def _unwrap(doc: str) -> str:
-    """Joins the lines of each paragraph of prose; lists, tables and code keep their lines."""
+    """Returns `doc` with each paragraph of prose on one line; lists, tables and code stay."""
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", doc):
         lines = [line.rstrip() for line in paragraph.split("\n") if line.strip("*=-~^#+ \t")]

@@ -1,29 +1,43 @@
-"""Columns by expression: `article+question` is two columns joined by a space, `options[2]` the
-third element of a column of lists. A column whose name is the whole expression goes before both.
+"""Expressions for columns: `article+question` joins two columns by a space; `options[2]` is the
+third element of a column of lists. A column that has the whole expression as its name comes first.
 """
 
 import re
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 from gptjax.errors import nearest, require
 
 _ELEMENT = re.compile(r"(.+)\[(\d+)\]")
 
 
+def parts(expression: str) -> list[str]:
+    """Returns the summands of an expression.
+
+    >>> parts("article + options[2]")
+    ['article', 'options[2]']
+    """
+    return [part.strip() for part in expression.split("+")]
+
+
+def element(part: str, existing: Iterable[str]) -> tuple[str, int | None]:
+    """Returns the column that a summand reads, and the index in its lists; None: the whole cell.
+
+    >>> element("options[2]", ["options"]), element("options[2]", ["options[2]"])
+    (('options', 2), ('options[2]', None))
+    """
+    match = _ELEMENT.fullmatch(part)
+    return (match[1], int(match[2])) if match and part not in set(existing) else (part, None)
+
+
 def sources(expression: str, existing: Iterable[str]) -> list[str]:
     """Returns the columns that an expression reads, whether they exist or not."""
-    if expression in set(existing):
+    names = set(existing)
+    if expression in names:
         return [expression]
-    found = []
-    for part in expression.split("+"):
-        element = _ELEMENT.fullmatch(part.strip())
-        name = part.strip()
-        found.append(element[1] if element and name not in set(existing) else name)
-    return found
+    return [element(part, names)[0] for part in parts(expression)]
 
 
-def require_columns(existing: Sequence[str], expressions: Iterable[str], where: str) -> None:
+def require_columns(existing: Sequence[str], expressions: Iterable[str], source: str) -> None:
     """Checks that all columns that `expressions` read are among `existing`.
 
     Raises:
@@ -33,58 +47,6 @@ def require_columns(existing: Sequence[str], expressions: Iterable[str], where: 
         for name in sources(expression, existing):
             require(
                 name in existing,
-                f"{where}: no column {name!r}{nearest(name, existing)}; "
+                f"{source}: no column {name!r}{nearest(name, existing)}; "
                 f"the columns are {', '.join(map(repr, existing))}",
             )
-
-
-def read(
-    column: Callable[[str], Sequence[Any]],
-    existing: Sequence[str],
-    expression: str,
-    where: str,
-    numbers: Sequence[int] | None = None,
-) -> list[Any]:
-    """Returns the values of an expression, in the order of the rows.
-
-    Args:
-      column: name -> values.
-      existing: the names that there are.
-      expression: as above; its columns exist.
-      where: file or data set, for messages.
-      numbers: row in the file (from 1) of each row, for messages; None: 1, 2, ...
-
-    Raises:
-      UserError: a row whose list has no such element, or that is no list.
-    """
-    if expression in existing:
-        return list(column(expression))
-    names = [part.strip() for part in expression.split("+")]
-    parts = [_part(column, existing, name, where, numbers) for name in names]
-    if len(parts) == 1:
-        return parts[0]
-    texts = [["" if value is None else str(value) for value in part] for part in parts]
-    return [" ".join(row) for row in zip(*texts, strict=True)]
-
-
-def _part(
-    column: Callable[[str], Sequence[Any]],
-    existing: Sequence[str],
-    name: str,
-    where: str,
-    numbers: Sequence[int] | None,
-) -> list[Any]:
-    element = _ELEMENT.fullmatch(name)
-    if name in existing or element is None:
-        return list(column(name))
-    place, values = int(element[2]), []
-    for i, cell in enumerate(column(element[1])):
-        many = len(cell) if isinstance(cell, list | tuple) else None
-        row = numbers[i] if numbers else i + 1
-        what = "is no list" if many is None else f"has {many} elements"
-        require(
-            many is not None and place < many,
-            f"{where}: row {row}, column {element[1]}: {what}; {name} needs at least {place + 1}",
-        )
-        values.append(cell[place])
-    return values

@@ -1,24 +1,26 @@
 """Files of labelled rows -> `datasets.Dataset`: CSV, TSV, JSON lines, Parquet.
 
-Data is held in memory as Arrow. Nothing is cached by path, so an edited file is never answered from
-a stale cache; `fingerprint` names the content. What a user can get wrong is a `UserError` of one
-line with file, line and column.
+CSV and JSON lines have their own readers here, because those of pyarrow change data silently: they
+turn strings that look like dates into times and large integers into floats, accept stray quotes and
+repeated column names, and their messages do not name the line of the file.
+
+Nothing is cached: an edited file is always read anew. A user's mistake is a `UserError` of one line
+with file, line and column.
 """
 
 from __future__ import annotations
 
 import csv
-import hashlib
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptjax.data.tables import expressions
 from gptjax.errors import UserError, brief, nearest, require
 
-if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
+if TYPE_CHECKING:  # importing `datasets` takes 1.6 s, and `launch.py --help` does not need it
     import pyarrow as pa
     from datasets import Dataset
 
@@ -27,24 +29,24 @@ _ROWS_AT_ONCE = 10_000
 
 
 def read_table(path: str, columns: Sequence[str] = ()) -> Dataset:
-    """Reads a file of rows; its ending says how.
+    """Reads a file of rows in the format that its ending names.
 
-    * `.csv`: RFC 4180 quoting. Cells are strings as written ("NA", "007" and "1.0" stay); blank
-      lines are no rows.
-    * `.tsv`, `.txt`: one row a line, split on tabs, no quoting at all. Blank lines at the end are
-      no rows.
-    * `.jsonl`, `.json`: one object a line; types are kept, a missing key is None.
+    * `.csv`: quoting as in RFC 4180. Cells are strings as written ("NA", "007" and "1.0" stay as
+      they are). Blank lines are skipped.
+    * `.tsv`, `.txt`: one row a line, split on tabs, without any quoting. Blank lines at the end are
+      skipped.
+    * `.jsonl`, `.json`: one object a line. Types are kept; a missing key is None.
     * `.parquet`: types are kept.
 
     Text is UTF-8, with or without a byte order mark; lines end in LF or CRLF.
 
     Args:
       path: the file.
-      columns: names for the columns of a CSV/TSV file without a header: its first line is data.
+      columns: the column names of a CSV or TSV file without a header; its first line is then data.
 
     Raises:
-      UserError: no such file, not readable as its ending says, no rows, a row with too many or too
-        few cells, a column name that occurs twice.
+      UserError: no such file, another format than the ending names, no rows, a row with too many or
+        too few cells, or a column name that occurs twice.
     """
     require_file(path)
     ending = os.path.splitext(path)[1].lower()
@@ -71,23 +73,8 @@ def read_table(path: str, columns: Sequence[str] = ()) -> Dataset:
     return to_dataset(table)
 
 
-def require_columns(dataset: Dataset, names: Iterable[str], path: str) -> None:
-    """Checks that `dataset`, read from `path`, has all columns in `names`.
-
-    Raises:
-      UserError: names the missing column, the nearest existing one and all existing ones.
-    """
-    expressions.require_columns(dataset.column_names, names, path)
-
-
-def text_column(dataset: Dataset, name: str) -> list[str]:
-    """The cells of one column as strings, in order: None is "", numbers as Python writes them."""
-    cells = dataset.select_columns(name).with_format("arrow")[:].column(name).to_pylist()
-    return ["" if cell is None else str(cell) for cell in cells]
-
-
 def require_file(path: str) -> None:
-    """Raises `UserError`, with the nearest name in the folder, unless `path` is a file."""
+    """Raises `UserError` unless `path` is a file; the message offers the nearest existing name."""
     folder, name = os.path.split(path)
     require(not os.path.isdir(path), f"{path}: is a folder; write the name of a file in it")
     if not os.path.isfile(path):
@@ -96,7 +83,10 @@ def require_file(path: str) -> None:
 
 
 def bad_byte(path: str) -> str:
-    """Says where the first byte is that is not UTF-8. Read again in binary: errors are rare."""
+    """Returns a message about the first byte of a file that is not UTF-8.
+
+    Reading text reports no line, so that the file is read a second time here, as bytes.
+    """
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, start=1):
             try:
@@ -112,40 +102,41 @@ def bad_byte(path: str) -> str:
 
 
 def import_datasets() -> Any:
-    """The module `datasets`, imported late and without progress bars."""
+    """Returns the module `datasets`, imported only when it is needed, without progress bars."""
     import datasets
 
-    datasets.disable_progress_bars()  # telemetry.py owns the terminal
+    datasets.disable_progress_bars()  # they would mix with the progress line of the training
     return datasets
 
 
 def to_dataset(table: pa.Table) -> Dataset:
-    """A dataset in memory over `table`."""
-    # Given a fingerprint, `datasets` does not pickle the whole table to make one of its own.
-    return import_datasets().Dataset(
-        import_datasets().table.InMemoryTable(table), fingerprint=_digest([table])
-    )
+    """Returns a dataset over `table`, without a copy."""
+    datasets = import_datasets()
+    # Without a fingerprint, `datasets` would pickle and hash the whole table to make one. Ours is
+    # random: nothing looks these tables up in a cache of `datasets`.
+    return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid.uuid4().hex)
 
 
 def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
     import pyarrow as pa
 
     is_csv = ending == ".csv"
-    limit = csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 128 KB
+    limit = csv.field_size_limit(2**31 - 1)  # by default a cell over 128 KB is refused
     try:
-        # CSV sees its own line ends inside quotes; in TSV only LF ends a row (not \x85, \u2028).
+        # The CSV reader finds line ends itself, since quoted cells may contain them. In TSV only LF
+        # ends a row; Python's own rule would also break lines at \r, \x85 and \u2028.
         with open(path, encoding="utf-8-sig", newline="" if is_csv else "\n") as handle:
             rows = _csv_rows(handle, path) if is_csv else _tsv_rows(handle)
-            source = "columns" if names else "the header"
+            names_from = "columns" if names else "the header"
             names = names or next(rows, (1, []))[1]
             require(names, f"{path}: the file has blank lines only; write a header and rows")
-            twice = sorted({name for name in names if names.count(name) > 1})
+            repeated = sorted({name for name in names if names.count(name) > 1})
             require(
-                not twice,
-                f"{path}, line 1: column {', '.join(map(repr, twice))} occurs more than once in "
-                f"{source}; give each column its own name",
+                not repeated,
+                f"{path}, line 1: column {', '.join(map(repr, repeated))} occurs more than once in "
+                f"{names_from}; give each column its own name",
             )
-            checked = _checked(rows, len(names), path, source, is_csv)
+            checked = _checked(rows, len(names), path, names_from, is_csv)
             tables = [pa.schema([(name, pa.string()) for name in names]).empty_table()]
             while chunk := list(itertools.islice(checked, _ROWS_AT_ONCE)):
                 cells = [pa.array(column, pa.string()) for column in zip(*chunk, strict=True)]
@@ -156,7 +147,10 @@ def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
 
 
 def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line where the row starts, cells). Strict: a stray quote must not swallow rows."""
+    """Yields (line where the row starts, cells).
+
+    The reader is strict: otherwise a stray quote would silently join rows.
+    """
     reader = csv.reader(handle, strict=True)
     while True:
         line = reader.line_num + 1
@@ -174,34 +168,35 @@ def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]
 
 
 def _tsv_rows(handle: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line, cells). A blank line counts as a row only if another row comes after it."""
+    """Yields (line, cells). A blank line is a row only if another row comes after it."""
     blank: list[int] = []
     for number, line in enumerate(handle, start=1):
         line = line.removesuffix("\n").removesuffix("\r")
         if not line:
             blank.append(number)
             continue
-        yield from ((before, [""]) for before in blank)
+        yield from ((skipped, [""]) for skipped in blank)
         blank.clear()
         yield number, line.split("\t")
 
 
 def _checked(
-    rows: Iterable[tuple[int, list[str]]], width: int, path: str, source: str, is_csv: bool
+    rows: Iterable[tuple[int, list[str]]], width: int, path: str, names_from: str, is_csv: bool
 ) -> Iterator[list[str]]:
+    """Yields the cells of rows that are all `width` cells wide."""
     advice = "put quotes around a cell with a comma" if is_csv else "a cell cannot hold a tab"
     for line, cells in rows:
         if len(cells) != width:
             few = "few" if len(cells) < width else "many"
             raise UserError(
-                f"{path}, line {line}: too {few} cells, {len(cells)} where {source} has {width}; "
-                f"{advice}"
+                f"{path}, line {line}: too {few} cells, {len(cells)} where {names_from} has "
+                f"{width}; {advice}"
             )
         yield cells
 
 
 def _json_lines(path: str) -> pa.Table:
-    """Chunks of rows become Arrow tables; types are unified at the end: int and float is float."""
+    """Returns all rows. Types are unified in the end: a column of integers and floats is float."""
     import pyarrow as pa
 
     tables = []
@@ -217,6 +212,7 @@ def _json_lines(path: str) -> pa.Table:
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields (line, row)."""
     with open(path, encoding="utf-8-sig", newline="\n") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
@@ -229,9 +225,9 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     "write one JSON object a line"
                 ) from error
             if not isinstance(row, dict):
-                kind = {list: "array", str: "string", type(None): "null"}.get(type(row), "number")
+                name = {list: "array", str: "string", type(None): "null"}.get(type(row), "number")
                 raise UserError(
-                    f"{path}, line {number}: a JSON {kind}, not an object; "
+                    f"{path}, line {number}: a JSON {name}, not an object; "
                     'write one object a line, such as {"text": "...", "label": "..."}'
                 )
             yield number, row
@@ -243,13 +239,13 @@ def _json_column(chunk: list[tuple[int, dict[str, Any]]], name: str, path: str) 
     try:
         return pa.array([row.get(name) for _, row in chunk])
     except (ValueError, TypeError, OverflowError) as error:
-        kinds: dict[type, int] = {}
+        first_lines: dict[type, int] = {}
         for line, row in chunk:
             if row.get(name) is not None:
-                kinds.setdefault(type(row[name]), line)
-        found = ", ".join(f"{kind.__name__} (line {line})" for kind, line in kinds.items())
+                first_lines.setdefault(type(row[name]), line)
+        types = ", ".join(f"{each.__name__} (line {line})" for each, line in first_lines.items())
         raise UserError(
-            f"{path}, column {name!r}: cannot keep {found} in one column ({brief(error)}); "
+            f"{path}, column {name!r}: cannot keep {types} in one column ({brief(error)}); "
             "write all its values in one type"
         ) from error
 
@@ -264,52 +260,8 @@ def _parquet(path: str) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({brief(error)})") from error
     for index, field in enumerate(table.schema):
-        if pa.types.is_dictionary(field.type):  # pandas' category: `datasets` has no such type
+        # Categories of pandas, a type that `datasets` does not know, become plain values.
+        if pa.types.is_dictionary(field.type):
             plain = table.column(index).cast(field.type.value_type)
             table = table.set_column(index, field.name, plain)
     return table
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """Names the content: 32 hexadecimal digits of a hash over column names, types and all values.
-
-    The same on every machine and in every process; paths, times and the way Arrow cuts columns into
-    chunks do not matter, the order of rows does.
-    """
-    return _digest(dataset.with_format("arrow").iter(_ROWS_AT_ONCE))
-
-
-def _digest(tables: Iterable[pa.Table]) -> str:
-    # One stream a column for null marks, lengths and values each: chunks leave no trace in them.
-    streams: dict[tuple[str, str], Any] = {}
-    for table in tables:
-        for name, column in zip(table.column_names, table.columns, strict=True):
-            for chunk in column.chunks:
-                for part, data in _buffers(chunk).items():
-                    streams.setdefault((name, part), hashlib.blake2b()).update(data)
-    whole = hashlib.blake2b(digest_size=16)
-    for key, stream in streams.items():
-        whole.update(json.dumps(key).encode() + stream.digest())
-    return whole.hexdigest()
-
-
-def _buffers(array: pa.Array) -> dict[str, Any]:
-    """The bytes that make up `array`, the same for equal values however they are stored."""
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = pa.types
-    valid = {"valid": array.is_valid().to_numpy(zero_copy_only=False).tobytes()}
-    if kind.is_string(array.type) or kind.is_large_string(array.type):
-        array = array.fill_null("").cast(pa.large_string())
-        lengths = pc.binary_length(array).to_numpy().tobytes()
-        offsets = np.frombuffer(array.buffers()[1], np.int64)[array.offset :][: len(array) + 1]
-        data = memoryview(array.buffers()[2] or b"")[offsets[0] : offsets[-1]]
-        return valid | {"text lengths": lengths, "text": data}
-    if kind.is_integer(array.type) or kind.is_floating(array.type):
-        values = array.fill_null(0).to_numpy(zero_copy_only=False)
-        return valid | {str(array.type): values.tobytes()}
-    # Lists, structs, times: rare and small here, so by way of Python values.
-    rows = (json.dumps(each, sort_keys=True, default=repr) + "\n" for each in array.to_pylist())
-    return valid | {"objects": "".join(rows).encode()}

@@ -11,25 +11,25 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_hub(spec: str, split: str) -> Dataset:
-    """Loads one split of a data set from the Hugging Face hub, or of a local folder of data files.
+def load_hub(name: str, split: str) -> Dataset:
+    """Loads one split of a data set from the Hugging Face hub or a local folder of data files.
 
     Args:
-      spec: "owner/name", "owner/name:config" or a folder.
-      split: such as "train"; slices such as "train[:1000]" work too.
+      name: "owner/name", "owner/name:config" or a folder.
+      split: a name such as "train", or a slice such as "train[:1000]".
 
     Raises:
-      UserError: not found, offline, an unknown split (names those that exist), or a data set that
-        needs its own code to load (never run here).
+      UserError: no such data set, no network, no such split (the message lists the existing ones),
+        or a data set that needs its own code to load (that code is never run).
     """
     datasets = import_datasets()
-    name, _, config = spec.partition(":")
+    repository, _, config = name.partition(":")
     try:
-        return datasets.load_dataset(name, config or None, split=split)
-    except Exception as error:  # whatever a remote data set or the network does wrong
+        return datasets.load_dataset(repository, config or None, split=split)
+    except Exception as error:  # remote data sets and the network raise exceptions of many types
         try:
             offline = isinstance(error, ConnectionError)
-            splits = [] if offline else datasets.get_dataset_split_names(name, config or None)
+            splits = [] if offline else datasets.get_dataset_split_names(repository, config or None)
         except Exception:
             splits = []
         if splits and split.partition("[")[0] not in splits:
@@ -37,4 +37,4 @@ def load_hub(spec: str, split: str) -> Dataset:
         else:
             message = f"cannot load split {split!r} ({brief(error)})"
             message += "; check the name and the network, or give files instead"
-        raise UserError(f"data set {spec}: {message}") from error
+        raise UserError(f"data set {name}: {message}") from error

@@ -1,4 +1,4 @@
-"""Running text from files, as a `datasets.Dataset` with one column."""
+"""Running text from files."""
 
 from __future__ import annotations
 
@@ -8,45 +8,41 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
 
-from gptjax.config.schema import LineBreaks
-from gptjax.data import cache
-from gptjax.data.tables.files import (
-    bad_byte,
-    read_table,
-    require_columns,
-    require_file,
-    to_dataset,
-)
+from gptjax.config.schema import LineBreaks, split_names
+from gptjax.data import cache, fingerprints
+from gptjax.data.tables import expressions
+from gptjax.data.tables.files import bad_byte, read_table, require_file
+from gptjax.data.tables.texts import Texts
 from gptjax.errors import UserError, require
 
-if TYPE_CHECKING:  # `datasets` takes 1.6 s to import, and `launch.py --help` needs none of it
+if TYPE_CHECKING:
     import pyarrow as pa
-    from datasets import Dataset
 
 
 PIECE_CHARACTERS = 1 << 16
-_VERSION = 1  # raise it when `read_text` makes other rows of equal files
-_WORTH_KEEPING = 1 << 25  # bytes: smaller files are read in a second and fit in any memory
+_VERSION = 1  # raise it when `read_text` makes other rows of the same files
+_WORTH_CACHING = 1 << 25  # bytes: smaller files are read within a second and fit in any memory
 _DOCUMENTS = (".jsonl", ".parquet")
 _WRAP_SAMPLE_LINES = 20_000
 _WRAP_WINDOW = 64
 
 
-def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Dataset:
-    """Reads text files into a dataset with the column `text`; all rows concatenated are the corpus.
+def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Texts:
+    """Reads text files. All rows of the result, joined, are the corpus.
 
-    A row is a piece of at most 64 Ki characters that ends at a line break where there is one, else
-    after a space: tokenising row by row is tokenising the whole. Files come sorted by path, each
-    once; a file that does not end in a line break gets one if another follows. The rows of `.jsonl`
-    and `.parquet` files are documents (column `text`), with a blank line after each.
+    A row has at most 64 Ki characters. It ends after a line break if possible, else after a space,
+    so that tokenising row by row gives the tokens of the whole text. (Text without any space in 64
+    Ki characters is cut anywhere.) Files are sorted by path, and each is read once even if several
+    patterns match it. A file without a final line break gets one if another file follows. The rows
+    of `.jsonl` and `.parquet` files (column `text`) are documents; a blank line follows each.
 
-    Large files are read once: their rows are kept in the cache, and read from there as needed.
+    The rows of large files are kept in the cache and mapped from there into memory.
 
     Args:
       patterns: comma-separated names or globs; `**` matches folders of any depth.
-      line_breaks: "keep": as in the file (CRLF becomes LF). "join": lines of a paragraph are joined
-        by one space, paragraphs (separated by blank lines) become one line each. "auto": join the
-        files that are hard-wrapped, see `is_wrapped`.
+      line_breaks: "keep": as in the file, but CRLF becomes LF. "join": the lines of a paragraph are
+        joined by spaces, so that each paragraph (they are separated by blank lines) is one line.
+        "auto": join the files whose lines are wrapped to a width, see `is_wrapped`.
 
     Raises:
       UserError: a pattern without a file, no text at all, or a byte that is not UTF-8.
@@ -58,62 +54,63 @@ def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Dataset:
         f"line_breaks={line_breaks!r}: write one of {', '.join(LineBreaks)}",
     )
     paths = _expand(patterns)
-    table = None
-    if sum(map(os.path.getsize, paths)) >= _WORTH_KEEPING:
-        table = _kept_rows(patterns, paths, line_breaks)
-    if table is None:
-        table = pa.Table.from_batches(_row_batches(patterns, paths, line_breaks), _schema())
-    return to_dataset(table)
+    if sum(map(os.path.getsize, paths)) >= _WORTH_CACHING:
+        texts = _cached_rows(patterns, paths, line_breaks)
+        if texts is not None:
+            return texts
+    return Texts.of(pa.chunked_array([*_row_chunks(patterns, paths, line_breaks)], pa.string()))
 
 
-def _schema() -> pa.Schema:
-    import pyarrow as pa
-
-    return pa.schema([("text", pa.string())])
-
-
-def _row_batches(patterns: str, paths: Sequence[str], line_breaks: str) -> Iterator[pa.RecordBatch]:
+def _row_chunks(patterns: str, paths: Sequence[str], line_breaks: str) -> Iterator[pa.Array]:
     import pyarrow as pa
 
     blank = True
     rows = pieces(_corpus_lines(paths, line_breaks))
     while chunk := list(itertools.islice(rows, 256)):  # at most 16 Mi characters as Python strings
-        yield pa.record_batch([pa.array(chunk, pa.string())], _schema())
+        yield pa.array(chunk, pa.string())
         blank = blank and all(row.isspace() for row in chunk)
     require(not blank, f"{patterns}: no text in {len(paths)} file(s); give a file with text")
 
 
-def _kept_rows(patterns: str, paths: Sequence[str], line_breaks: str) -> pa.Table | None:
-    """The rows as a file of the cache, mapped into memory; None where it cannot be written."""
+def _cached_rows(patterns: str, paths: Sequence[str], line_breaks: str) -> Texts | None:
+    """Returns the rows, mapped from a file of the cache; None if it cannot be written.
+
+    The entry's name is made of the fingerprints of the files, and it is the fingerprint of the
+    rows.
+    """
     import pyarrow as pa
 
+    schema = pa.schema([("text", pa.string())])
+
     def contents() -> list[tuple[bool, str]]:
-        return [(path.lower().endswith(_DOCUMENTS), cache.file_digest(path)) for path in paths]
+        return [(path.lower().endswith(_DOCUMENTS), fingerprints.of_file(path)) for path in paths]
 
     def write(file: BinaryIO) -> None:
-        with pa.ipc.new_file(file, _schema()) as writer:
-            for batch in _row_batches(patterns, paths, line_breaks):
-                writer.write_batch(batch)
+        with pa.ipc.new_file(file, schema) as writer:
+            for chunk in _row_chunks(patterns, paths, line_breaks):
+                writer.write_batch(pa.record_batch([chunk], schema))
         if contents() != before:
             raise OSError("a text file has changed while it was read")
 
-    def read(path: str) -> pa.Table:
-        return pa.ipc.open_file(pa.memory_map(path)).read_all()
+    def read(path: str) -> pa.ChunkedArray:
+        return pa.ipc.open_file(pa.memory_map(path)).read_all().column("text")
 
     before = contents()
-    name = cache.key("rows", _VERSION, PIECE_CHARACTERS, line_breaks, repr(before))
-    return cache.kept(name, ".arrow", write, read)
+    name = fingerprints.of_values("rows", _VERSION, PIECE_CHARACTERS, line_breaks, repr(before))
+    rows = cache.get_or_make(name, ".arrow", write, read)
+    return None if rows is None else Texts(rows, name)
 
 
 def is_wrapped(lines: Sequence[str]) -> bool:
-    """Whether `lines` are prose wrapped to a width, so that line breaks carry no meaning.
+    """Returns whether `lines` are prose wrapped to a width, so that line breaks have no meaning.
 
-    Where a wrapped paragraph breaks, the next word would not have fitted on the line (up to the
-    width), and it goes on in the middle of a sentence more often than not. Verse, code, lists and
-    one sentence a line fail one or the other. The width is the 75th percentile of line lengths
-    nearby: a few longer lines and chapters of another width must not hide that lines are full.
+    Two things are true of wrapped prose. At most line breaks the next word would not have fitted on
+    the line before it. And the next line continues a sentence more often than it begins one. Verse,
+    code, lists, and texts of one sentence a line fail one of the two. The width is the 75th
+    percentile of the line lengths nearby, because a few longer lines, or chapters of another width,
+    must not hide that the lines are full.
     """
-    breaks = full = goes_on = words = 0
+    breaks = full = continued = words = 0
     for start in range(0, len(lines), _WRAP_WINDOW):
         nearby = lines[start : start + _WRAP_WINDOW]
         lengths = sorted(len(line.rstrip()) for line in nearby if line.strip())
@@ -123,19 +120,20 @@ def is_wrapped(lines: Sequence[str]) -> bool:
                 width = lengths[int(0.75 * (len(lengths) - 1))]
                 breaks += 1
                 full += len(line.rstrip()) + 1 + len(word) > width
-                goes_on += not (word[0].isupper() or word[0].isdigit())
+                continued += not (word[0].isupper() or word[0].isdigit())
                 words += len(line.split())
-    # Four words a line: DNA and base64 fill their lines too, but must not be joined.
-    return breaks >= 3 and full > 0.8 * breaks and goes_on > 0.5 * breaks and words > 4 * breaks
+    # More than four words a line: DNA and base64 fill their lines too, but must not be joined.
+    return breaks >= 3 and full > 0.8 * breaks and continued > 0.5 * breaks and words > 4 * breaks
 
 
 def _expand(patterns: str) -> list[str]:
-    found: dict[str, str] = {}
-    for pattern in filter(None, (each.strip() for each in patterns.split(","))):
+    """Returns the files that the patterns match, each once, sorted by path."""
+    by_real_path: dict[str, str] = {}
+    for pattern in split_names(patterns):
         name = os.path.expanduser(pattern)
         if os.path.isdir(name):
             raise UserError(f"{pattern}: is a folder; write {os.path.join(pattern, '**', '*.txt')}")
-        # A name that exists is taken as it is, even if it has [ or * in it.
+        # The name of an existing file is no pattern, even if it contains [ or *.
         matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
         files = [match for match in matches if os.path.isfile(match)]
         if not files and not glob.has_magic(name):
@@ -144,12 +142,13 @@ def _expand(patterns: str) -> list[str]:
             files, f"{pattern}: no file matches; write a file name or a glob such as texts/*.txt"
         )
         for path in sorted(files):
-            found.setdefault(os.path.realpath(path), path)
-    require(found, "no text files are given; write names or globs, separated by commas")
-    return sorted(found.values())
+            by_real_path.setdefault(os.path.realpath(path), path)
+    require(by_real_path, "no text files are given; write names or globs, separated by commas")
+    return sorted(by_real_path.values())
 
 
 def _corpus_lines(paths: Sequence[str], line_breaks: str) -> Iterator[str]:
+    """Yields the lines of all files, each with its line break."""
     last = "\n"
     for path in paths:
         if not last.endswith("\n"):
@@ -165,7 +164,7 @@ def _corpus_lines(paths: Sequence[str], line_breaks: str) -> Iterator[str]:
 def _lines(path: str) -> Iterator[str]:
     if path.lower().endswith(_DOCUMENTS):
         documents = read_table(path)
-        require_columns(documents, ["text"], path)
+        expressions.require_columns(documents.column_names, ["text"], path)
         for batch in documents.select_columns("text").iter(1000):
             for text in batch["text"]:
                 yield from (line + "\n" for line in f"{text or ''}\n".split("\n"))
@@ -179,27 +178,31 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
+    """Yields each paragraph as one line; blank lines, which separate them, are left out."""
     for is_text, group in itertools.groupby(lines, lambda line: bool(line.strip())):
         if is_text:
             yield " ".join(line.strip() for line in group) + "\n"
 
 
 def pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Rows of a corpus: lines put together up to `PIECE_CHARACTERS`, longer ones cut at a space."""
-    held: list[str] = []
+    """Yields the rows of a corpus: as many whole lines as fit in `PIECE_CHARACTERS`.
+
+    A longer line is divided after the last space that fits, or without one if it has none.
+    """
+    row: list[str] = []
     size = 0
     for line in lines:
         start = 0
         while size + len(line) - start > PIECE_CHARACTERS:
-            if held:
-                yield "".join(held)
-                held, size = [], 0
+            if row:
+                yield "".join(row)
+                row, size = [], 0
             else:
                 end = start + PIECE_CHARACTERS
                 cut = line.rfind(" ", start, end) + 1 or end
                 yield line[start:cut]
                 start = cut
-        held.append(line[start:])
+        row.append(line[start:])
         size += len(line) - start
     if size:
-        yield "".join(held)
+        yield "".join(row)

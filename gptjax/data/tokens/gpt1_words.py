@@ -1,7 +1,8 @@
-"""GPT-1's words, exactly: what the authors' code made of a text before byte-pair encoding.
+"""GPT-1's exact words, into which the authors' code divided a text before byte-pair encoding.
 
-ftfy mends the text, `standardize` spaces out punctuation, spaCy's English rules (no model) cut it
-into words, and each word is put in lower case. `text.py` is the fast path that comes close to it.
+ftfy repairs the text, `standardize` puts spaces around punctuation, spaCy's English rules (without
+a model) divide it into words, and each word is put in lower case. `normalize.py` is faster and
+comes close to this.
 """
 
 import functools
@@ -12,14 +13,18 @@ from typing import Any
 from gptjax.errors import UserError
 
 _REPLACED = {"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"}
-# No backslash: theirs is in a pattern that is not a raw string, where it means another plus.
+# The authors' pattern also has `\\+` for backslashes. Their string is not raw, so that it means
+# `\+`, which matches a plus sign. Therefore backslashes get no spaces here either.
 _PUNCTUATION = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
 _LINE_BREAK = re.compile(r"\s*\n\s*")
 _SPACES = re.compile(r"[^\S\n]+")
 
 
 def standardize(text: str) -> str:
-    """The authors' `text_standardize`: plain dashes, spaces around punctuation and line breaks."""
+    """Returns a text with plain dashes, and with spaces around punctuation and line breaks.
+
+    This is the authors' `text_standardize`.
+    """
     for old, new in _REPLACED.items():
         text = text.replace(old, new)
     text = _PUNCTUATION.sub(r" \1 ", text)
@@ -29,6 +34,7 @@ def standardize(text: str) -> str:
 
 @functools.cache
 def _libraries() -> tuple[Callable[[str], str], Callable[[str], Any]]:
+    """Returns (repair a text, divide it into tokens), of ftfy and spaCy."""
     try:
         import ftfy
         import spacy
@@ -46,7 +52,7 @@ def words(text: str) -> list[str]:
     Raises:
       UserError: ftfy or spaCy is not installed.
     """
-    fix, cut = _libraries()
-    # spaCy makes one token of a line break and the space after it.
-    found = (token.text.lower() for token in cut(standardize(fix(text))))
-    return ["\n" if word.isspace() else word for word in found]
+    fix, divide = _libraries()
+    lower = (token.text.lower() for token in divide(standardize(fix(text))))
+    # A line break and the space after it are one token of spaCy.
+    return ["\n" if word.isspace() else word for word in lower]

@@ -1,17 +1,18 @@
-"""GPT-1's text normalisation, as `tokenizers` normalizers: it runs in Rust, on all cores, and is
-saved inside `tokenizer.json`, so that a checkpoint carries it.
+"""GPT-1's text normalisation, with the normalizers of the `tokenizers` library.
 
-The authors cleaned text with ftfy, standardised punctuation and whitespace, and split words with
-spaCy. This is the fast path: the same punctuation and whitespace rules, NFC, lower case, and words
-split at whitespace and punctuation; with a vocabulary learnt from spaCy's words, as GPT-1's was,
-mostly where spaCy splits them
-(docs/tokenization.md counts the differences).
+It runs in Rust on all cores, and it is saved inside `tokenizer.json`, so that every checkpoint
+contains it.
+
+The authors repaired text with ftfy, standardised punctuation and white space, and divided it into
+words with spaCy. The rules here are faster: the same punctuation and white space, NFC, lower case,
+and words that end at white space and punctuation. With a vocabulary that was learnt from spaCy's
+words, as GPT-1's was, words end mostly where spaCy ends them (docs/tokenization.md counts the
+differences).
 """
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-# The punctuation that the authors' `text_standardize` maps to ASCII, and the curly quotes that
-# ftfy straightens before it.
+# The authors' `text_standardize` maps the first five to ASCII; ftfy the curly quotes.
 _PUNCTUATION = {
     "—": "-",
     "–": "-",
@@ -27,14 +28,14 @@ NEWLINE = "\n"
 
 
 def normalizer() -> normalizers.Normalizer:
-    """Returns NFC, standard punctuation, lower case, and single spaces and line breaks."""
+    """Returns the normalizer: NFC, standard punctuation, lower case, single spaces."""
     return normalizers.Sequence(
         [
             normalizers.NFC(),
             *(normalizers.Replace(old, new) for old, new in _PUNCTUATION.items()),
             normalizers.Lowercase(),
-            # Control characters, zero-width marks and the like carry no text. Form feeds and other
-            # control characters that are white space separate words: they must not join them.
+            # Control characters and zero-width marks are no text. But those that are white space,
+            # such as form feeds, stay for now: they separate words.
             normalizers.Replace(Regex(r"[\p{Cc}\p{Cf}&&\S]"), ""),
             normalizers.Replace(Regex(r"\s*\n\s*"), NEWLINE),
             normalizers.Replace(Regex(r"[^\S\n]+"), " "),
@@ -42,8 +43,9 @@ def normalizer() -> normalizers.Normalizer:
     )
 
 
-# What spaCy's English rules keep together, of what is frequent: endings of contractions, runs of
-# some marks, numbers with marks inside, abbreviations and initials. The rest is split at each mark.
+# The frequent cases of spaCy's English rules. The first lines match strings that spaCy keeps whole:
+# endings of contractions, runs of some marks, numbers with marks inside, abbreviations and
+# initials. The last alternative matches any other single mark.
 _ENGLISH = Regex(
     r"n't(?!\w)|(?<!\w)can(?=not(?!\w))|'(?:s|ll|re|ve|d|m|em)(?!\w)|'{2,}"
     r"|-+|~+|/+|\.{2,}|\d+(?:[.:]\d+)+"
@@ -53,7 +55,10 @@ _ENGLISH = Regex(
 
 
 def english_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Splits into words much as spaCy's English rules do, for a vocabulary learnt from those."""
+    """Returns a splitter into words that is close to spaCy's English rules.
+
+    It is for vocabularies that were learnt from spaCy's words.
+    """
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\n"), "isolated"),
@@ -64,7 +69,10 @@ def english_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
 
 
 def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Splits into words: at whitespace (dropped), line breaks and punctuation (kept as words)."""
+    """Returns a splitter into words at white space and punctuation.
+
+    White space is removed; line breaks and punctuation are words themselves.
+    """
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\n"), "isolated"),

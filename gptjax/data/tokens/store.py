@@ -1,122 +1,139 @@
-"""Texts -> token ids in a row, kept in the cache and mapped into memory from there.
+"""Texts -> token ids, computed once and kept in the cache.
 
-A stream is a raw `.npy` file: a corpus larger than memory is tokenised to disk a piece at a time,
-and training reads the windows it needs.
+The tokens of a corpus are a file of raw uint16 or int32 values that is mapped into memory: a corpus
+larger than memory is tokenised to disk piece by piece, and training reads only its windows.
 """
 
-import hashlib
+import dataclasses
 import importlib.metadata
-import io
 import itertools
+import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 
-from gptjax.data import cache
+from gptjax.data import cache, fingerprints
 from gptjax.data.tokens.tokenizer import Tokenizer
 
-_VERSION = 1  # raise it when equal texts and tokenizers give other ids than before
-# Texts tokenised at a time: bounds memory on a large corpus, and keeps all cores busy.
-_TEXTS = max(64, 2 * (os.cpu_count() or 1))
-# Columns with fewer characters are tokenised in a few hundredths of a second.
-_WORTH_KEEPING = 1 << 17
-# Tokens looked at a time.
-_TOKENS = 1 << 22
+_VERSION = 2  # raise it when the same texts and tokenizer give other ids, or files, than before
+# Texts that are tokenised together: few enough for memory, and enough to keep all cores busy.
+_TEXTS_AT_ONCE = max(64, 2 * (os.cpu_count() or 1))
+# Columns with fewer characters are not cached: tokenising them takes a few hundredths of a second.
+_WORTH_CACHING = 1 << 17
+_TOKENS_AT_ONCE = 1 << 22
 
 
-def token_stream(texts: Iterable[str], tokenizer: Tokenizer, content: str = "") -> np.ndarray:
-    """Returns [n]: the ids of all texts, one after the other; uint16 where all ids fit, else int32.
+@dataclasses.dataclass(frozen=True)
+class StreamStatistics:
+    """Facts about all tokens of a stream."""
+
+    fingerprint: str
+    """Equal fingerprints, equal tokens."""
+    unknown: int
+    """Tokens that are `<unk>`."""
+
+
+def token_stream(texts: Iterable[str], tokenizer: Tokenizer, fingerprint: str = "") -> np.ndarray:
+    """Returns the ids of all texts in one array [n]: uint16 if every id fits, else int32.
 
     Args:
       texts: in order.
       tokenizer: text -> ids.
-      content: names the contents of the texts. The stream is then kept in the cache, and the array
-        reads from there; "": it is held in memory.
+      fingerprint: that of the texts. The array is then mapped from a file of the cache; "": it is
+        held in memory.
     """
-    return _stream(texts, tokenizer, content, ends=False)
+    dtype = _id_type(tokenizer)
 
-
-def encode_batch(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
-    """As `Tokenizer.encode_batch`, but kept in the cache where there is much text; ids may be
-    uint16.
-    """
-    if sum(map(len, texts)) < _WORTH_KEEPING or not cache.folder():
-        return tokenizer.encode_batch(texts)
-    digest = hashlib.blake2b(digest_size=16)
-    for text in texts:
-        data = text.encode(errors="surrogatepass")
-        digest.update(b"%d:" % len(data))
-        digest.update(data)
-    stream = _stream(texts, tokenizer, digest.hexdigest(), ends=True)
-    ends = np.flatnonzero(stream == tokenizer.padding_id)
-    starts = [0, *(ends[:-1] + 1).tolist()]
-    return [stream[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
-
-
-def count(stream: np.ndarray, token_id: int) -> int:
-    """Returns how often a token occurs, without reading all of the stream at once."""
-    pieces = (stream[i : i + _TOKENS] for i in range(0, len(stream), _TOKENS))
-    return sum(int(np.count_nonzero(piece == token_id)) for piece in pieces)
-
-
-def _stream(texts: Iterable[str], tokenizer: Tokenizer, content: str, ends: bool) -> np.ndarray:
-    # No text holds a padding token: it can mark where each text ends.
-    end = [tokenizer.padding_id] if ends else []
-    dtype = np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
+    def pieces() -> Iterator[np.ndarray]:
+        iterator = iter(texts)
+        while chunk := list(itertools.islice(iterator, _TEXTS_AT_ONCE)):
+            for ids in tokenizer.encode_batch(chunk):
+                yield ids.astype(dtype)
 
     def write(file: BinaryIO) -> None:
-        _write(file, _pieces(texts, tokenizer, end), dtype)
+        for ids in pieces():
+            file.write(ids.data)
 
-    if content:
-        name = cache.key("tokens", _VERSION, content, *_identity(tokenizer), dtype.str, ends)
-        found = cache.kept(name, ".npy", write, _open)
-        if found is not None:
-            return found
-    buffer = io.BytesIO()
-    write(buffer)
-    buffer.seek(0)
-    np.lib.format.read_magic(buffer)
-    (length,), _, _ = np.lib.format.read_array_header_1_0(buffer)
-    if not length:
-        return np.zeros(0, dtype)
-    return np.frombuffer(buffer.getbuffer(), dtype, length, buffer.tell())
+    def read(path: str) -> np.ndarray:
+        if not os.path.getsize(path):  # an empty file cannot be mapped
+            return np.zeros(0, dtype)
+        return np.asarray(np.memmap(path, dtype, mode="r"))  # a view; nothing is read yet
 
-
-def _open(path: str) -> np.ndarray:
-    return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # a view, nothing is read
+    if fingerprint:
+        name = _cache_name("tokens", fingerprint, tokenizer)
+        stream = cache.get_or_make(name, ".bin", write, read)
+        if stream is not None:
+            return stream
+    return np.concatenate([np.zeros(0, dtype), *pieces()])
 
 
-def _identity(tokenizer: Tokenizer) -> Iterator[str]:
-    """All that decides the ids of a text: the tokenizer with its normaliser, and libraries."""
-    yield tokenizer.hash
-    for library in ("tokenizers", "ftfy", "spacy") if tokenizer.exact else ("tokenizers",):
-        yield importlib.metadata.version(library)
+def statistics(stream: np.ndarray, tokenizer: Tokenizer, fingerprint: str = "") -> StreamStatistics:
+    """Returns the statistics of a stream, for which all of it is read.
+
+    Args:
+      stream: integers [n].
+      tokenizer: the tokenizer that made the stream.
+      fingerprint: that of the texts. The statistics are then kept in the cache, and the next call
+        reads no token; "": they are not kept.
+    """
+
+    def compute() -> StreamStatistics:
+        pieces = (stream[i : i + _TOKENS_AT_ONCE] for i in range(0, len(stream), _TOKENS_AT_ONCE))
+        unknown = sum(int(np.count_nonzero(piece == tokenizer.unknown_id)) for piece in pieces)
+        return StreamStatistics(fingerprints.of_arrays(stream), unknown)
+
+    def write(file: BinaryIO) -> None:
+        file.write(json.dumps(dataclasses.asdict(compute())).encode())
+
+    def read(path: str) -> StreamStatistics:
+        with open(path, "rb") as file:
+            return StreamStatistics(**json.load(file))
+
+    kept = None
+    if fingerprint:
+        name = _cache_name("statistics", fingerprint, tokenizer)
+        kept = cache.get_or_make(name, ".json", write, read)
+    return kept or compute()
 
 
-def _pieces(texts: Iterable[str], tokenizer: Tokenizer, end: list[int]) -> Iterator[np.ndarray]:
-    iterator = iter(texts)
-    mark = np.array(end, np.int32)
-    while chunk := list(itertools.islice(iterator, _TEXTS)):
-        for ids in tokenizer.encode_batch(chunk):
-            yield ids
-            yield mark
+def encode_texts(
+    texts: Sequence[str], tokenizer: Tokenizer, use_cache: bool = True
+) -> list[np.ndarray]:
+    """Returns int32 [length] ids of each text.
+
+    Args:
+      texts: in order.
+      tokenizer: text -> ids.
+      use_cache: whether the ids of long texts are kept in the cache.
+    """
+    if not use_cache or not cache.folder() or sum(map(len, texts)) < _WORTH_CACHING:
+        return tokenizer.encode_batch(texts)
+
+    def write(file: BinaryIO) -> None:
+        encoded = tokenizer.encode_batch(texts)
+        ids = np.concatenate(encoded).astype(_id_type(tokenizer))
+        np.savez(file, ids=ids, lengths=np.array(list(map(len, encoded)), np.int32))
+
+    def read(path: str) -> list[np.ndarray]:
+        with np.load(path, allow_pickle=False) as arrays:
+            ids, lengths = arrays["ids"].astype(np.int32), arrays["lengths"]
+        ends = np.cumsum(lengths).tolist()
+        return [ids[start:end] for start, end in itertools.pairwise([0, *ends])]
+
+    name = _cache_name("texts", fingerprints.of_texts(texts), tokenizer)
+    kept = cache.get_or_make(name, ".npz", write, read)
+    return tokenizer.encode_batch(texts) if kept is None else kept
 
 
-def _write(file: BinaryIO, pieces: Iterable[np.ndarray], dtype: np.dtype) -> None:
-    """Writes a `.npy` file whose length is known only at the end."""
+def _id_type(tokenizer: Tokenizer) -> np.dtype:
+    return np.dtype(np.uint16 if len(tokenizer) <= 1 << 16 else np.int32)
 
-    def header(length: int) -> int:
-        file.seek(0)
-        descr = np.lib.format.dtype_to_descr(dtype)
-        fields = {"descr": descr, "fortran_order": False, "shape": (length,)}
-        np.lib.format.write_array_header_1_0(file, fields)  # leaves room for a longer number
-        return file.tell()
 
-    start, length = header(0), 0
-    for piece in pieces:
-        file.write(np.ascontiguousarray(piece, dtype).data)
-        length += len(piece)
-    if header(length) != start:
-        raise OSError("the header of the file has grown")
+def _cache_name(contents: str, fingerprint: str, tokenizer: Tokenizer) -> str:
+    """Names `contents`, made from texts by a tokenizer, and by libraries of certain versions."""
+    libraries = ("tokenizers", "ftfy", "spacy") if tokenizer.exact else ("tokenizers",)
+    versions = map(importlib.metadata.version, libraries)
+    dtype = _id_type(tokenizer).str
+    return fingerprints.of_values(contents, _VERSION, fingerprint, tokenizer.hash, dtype, *versions)

@@ -1,7 +1,8 @@
-"""Tokenizers on the `tokenizers` library: GPT-1 style BPE, GPT-1's own vocabulary, characters.
+"""Tokenizers: a BPE in the style of GPT-1, GPT-1's own vocabulary, and characters.
 
-Every tokenizer is one `tokenizer.json`: its normalisation, vocabulary and decoder. Ids are the
-vocabulary's own, then the special tokens in the order of `SPECIALS`.
+All are built on the `tokenizers` library. A tokenizer is one file `tokenizer.json` with its
+normalisation, vocabulary and decoder. The first ids are those of the vocabulary; the special tokens
+follow in the order of `SPECIALS`.
 """
 
 import functools
@@ -21,9 +22,8 @@ from etils import epath
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from gptjax.config.schema import TokenizerConfig, TokenizerKind, Words
-from gptjax.data import cache
-from gptjax.data.tokens import gpt1_words as words_lib
-from gptjax.data.tokens import normalize
+from gptjax.data import cache, fingerprints
+from gptjax.data.tokens import gpt1_words, normalize
 from gptjax.errors import UserError, require
 
 UNKNOWN = "<unk>"
@@ -31,12 +31,13 @@ START, DELIMITER, EXTRACT, PADDING = "_start_", "_delimiter_", "_classify_", "<p
 SPECIALS = (START, DELIMITER, EXTRACT, PADDING)
 END_OF_WORD = "</w>"
 
-# Of our own in `tokenizer.json`; the library refuses a file with it, whose words it cannot make.
+# Our own field of `tokenizer.json`, for tokenizers whose words `gpt1_words.py` makes. The library
+# refuses a file with an unknown field, which is right: it cannot make these words.
 _WORDS = "gptjax_words"
 
-_VERSION = 1  # raise it when training learns something else from equal texts
-# Characters handed to the Rust side at once: enough to keep all cores busy (a row of a corpus has
-# up to 64 Ki); what it returns takes some hundred bytes a character.
+_VERSION = 1  # raise it when training learns another tokenizer from the same texts
+# Characters that one call of the library encodes: enough to keep all cores busy (a row of a corpus
+# has up to 64 Ki). More would take memory, some hundred bytes a character for the results.
 _CHUNK = max(1 << 20, (os.cpu_count() or 1) << 16)
 
 
@@ -44,12 +45,13 @@ class Tokenizer:
     """Text <-> token ids.
 
     Attributes:
+      exact: whether `gpt1_words.py` divides the text into words, instead of the library.
       start_id, delimiter_id, extract_id, padding_id, unknown_id: ids of the special tokens.
-      hash: SHA-256 of the serialised tokenizer; equal hash, equal ids.
+      hash: SHA-256 of the serialised tokenizer. Equal hashes mean equal ids for all texts, but for
+        changes in the libraries.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, exact: bool = False):
-        """Args: backend with its vocabulary; exact: words come from `words.py`, not from it."""
         self._backend, self.exact = backend, exact
         self.start_id = self.token_id(START)
         self.delimiter_id = self.token_id(DELIMITER)
@@ -58,16 +60,16 @@ class Tokenizer:
         self.unknown_id = self.token_id(UNKNOWN)
 
     def __len__(self) -> int:
-        """Number of ids, special tokens included."""
+        """Returns the number of ids, special tokens included."""
         return self._backend.get_vocab_size()
 
     @functools.cached_property
     def hash(self) -> str:
-        """SHA-256 of the serialised tokenizer."""
+        """The SHA-256 of the serialised tokenizer."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of one text; special tokens written out in a text are plain text."""
+        """Returns the ids of one text. The name of a special token in a text is ordinary text."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -76,7 +78,7 @@ class Tokenizer:
         for chunk in _chunks(texts):
             words: Sequence[Any] = chunk
             if self.exact:
-                words = [words_lib.words(each) for each in chunk]
+                words = [gpt1_words.words(text) for text in chunk]
             encodings = self._backend.encode_batch_fast(
                 words, is_pretokenized=self.exact, add_special_tokens=False
             )
@@ -89,10 +91,10 @@ class Tokenizer:
 
     def token_id(self, token: str) -> int:
         """Returns the id of a token as the vocabulary spells it."""
-        found = self._backend.token_to_id(token)
-        if found is None:
+        token_id = self._backend.token_to_id(token)
+        if token_id is None:
             raise UserError(f"tokenizer: it has no token {token}")
-        return found
+        return token_id
 
     def token(self, token_id: int) -> str:
         """Returns the token of one id as the vocabulary spells it."""
@@ -114,9 +116,9 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
     """Yields the texts in lists of about `_CHUNK` characters."""
     chunk: list[str] = []
     size = 0
-    for each in texts:
-        chunk.append(_well_formed(each))
-        size += len(each) + 1
+    for text in texts:
+        chunk.append(_well_formed(text))
+        size += len(text) + 1
         if size >= _CHUNK:
             yield chunk
             chunk, size = [], 0
@@ -125,7 +127,11 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def _well_formed(text: str) -> str:
-    """`text` with lone surrogates (half an emoji in JSON, stray bytes in argv) as U+FFFD."""
+    """Returns `text` with each lone surrogate replaced by U+FFFD.
+
+    The library fails on lone surrogates. They come from half an emoji in JSON, or from bytes on the
+    command line that are not UTF-8.
+    """
     if text.isascii():
         return text
     try:
@@ -136,23 +142,31 @@ def _well_formed(text: str) -> str:
 
 
 def _add_specials(backend: tokenizers.Tokenizer, exact: bool = False) -> Tokenizer:
-    # Added as plain vocabulary would let a user's text forge them; `encode_special_tokens` makes
-    # the tokenizer read such text as ordinary characters. `<unk>` keeps the id it has.
+    # With `encode_special_tokens` the library reads the name of a special token in a text as
+    # ordinary characters, so that no text can forge one. `<unk>` keeps its id.
     backend.add_special_tokens([UNKNOWN, *SPECIALS])
     backend.encode_special_tokens = True
     return Tokenizer(backend, exact)
 
 
-def from_json(text: str, where: str = "tokenizer.json") -> Tokenizer:
-    """Reads `to_json`'s text; a broken one is a `UserError` that names `where`."""
+def from_json(text: str, source: str = "tokenizer.json") -> Tokenizer:
+    """Returns the tokenizer that `to_json` has written.
+
+    Args:
+      text: the contents of `tokenizer.json`.
+      source: the name of the file, for error messages.
+
+    Raises:
+      UserError: not a tokenizer, or one without our special tokens.
+    """
     try:
         values = json.loads(text)
         exact = isinstance(values, dict) and values.pop(_WORDS, None) == Words.EXACT
         backend = tokenizers.Tokenizer.from_str(json.dumps(values) if exact else text)
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"{where}: not a tokenizer ({error})") from error
+        raise UserError(f"{source}: not a tokenizer ({error})") from error
     for name in (UNKNOWN, *SPECIALS):
-        require(backend.token_to_id(name) is not None, f"{where}: it has no token {name}")
+        require(backend.token_to_id(name) is not None, f"{source}: it has no token {name}")
     backend.encode_special_tokens = True
     return Tokenizer(backend, exact)
 
@@ -181,7 +195,8 @@ def _bpe(
     )
     if not exact:
         backend.normalizer = normalize.normalizer()
-        # Only of spaCy's words could it learn this token: in ours an apostrophe stands alone.
+        # Only a vocabulary learnt from spaCy's words has this token: our own words never join an
+        # apostrophe to a letter.
         english = f"n't{END_OF_WORD}" in vocabulary
         backend.pre_tokenizer = (
             normalize.english_pre_tokenizer() if english else normalize.pre_tokenizer()
@@ -191,22 +206,25 @@ def _bpe(
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a GPT-1 style BPE: lower case, `</w>` ends a word, `<unk>` for unseen characters.
+    """Trains a BPE in the style of GPT-1.
+
+    It is in lower case; `</w>` marks the end of a word, and `<unk>` is for unseen characters.
 
     Args:
-      texts: the training texts; read twice (an iterator is first made a list).
-      vocab_size: ids besides the four special tokens; fewer where the text is too small.
+      texts: the training texts. They are read twice; an iterator is therefore copied to a list.
+      vocab_size: the number of ids without the four special tokens; a small text gives fewer.
     """
     backend = _bpe({}, [])
-    if iter(texts) is texts:  # read twice: an iterator would be empty the second time
+    if iter(texts) is texts:
         texts = list(texts)
-    # Rare scripts must not crowd out merges; GPT-1's own alphabet has 238 symbols.
+    # The limit leaves room for merges in texts with many rare characters. GPT-1's alphabet has 238.
     symbols = _alphabet(texts, min(1000, max(1, vocab_size // 4)))
     ends = [symbol + END_OF_WORD for symbol in (*symbols, normalize.NEWLINE)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        # Left to itself the trainer numbers symbols in the order of a randomly seeded hash map,
-        # and ids break ties among merges: each process would train another tokenizer.
+        # By default the trainer numbers the symbols in the order of a randomly seeded hash map, and
+        # the ids decide between equally frequent merges: each process would train another
+        # tokenizer.
         special_tokens=[UNKNOWN, *symbols, *ends],
         initial_alphabet=symbols,
         limit_alphabet=len(symbols),
@@ -214,7 +232,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    # Built anew: the trainer has declared all its `special_tokens` special.
+    # A new backend is built because the trainer has made all its `special_tokens` special.
     model = json.loads(backend.to_str())["model"]
     return _add_specials(_bpe(model["vocab"], [(left, right) for left, right in model["merges"]]))
 
@@ -233,11 +251,13 @@ def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
 
 
 def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokenizer:
-    """Loads GPT-1's own pair: `encoder_bpe_40000.json` and `vocab_40000.bpe`.
+    """Loads GPT-1's own tokenizer from its two files.
 
     Args:
-      vocab_file, merges_file: the pair.
-      exact: the authors' words (`words.py`, which needs ftfy and spaCy) instead of `text.py`'s.
+      vocab_file: `encoder_bpe_40000.json`, token -> id.
+      merges_file: `vocab_40000.bpe`, one merge a line.
+      exact: whether `gpt1_words.py` (which needs ftfy and spaCy) divides the text into words
+        exactly as the authors did; else `normalize.py` does so approximately.
     """
     try:
         vocabulary = json.loads(_read(vocab_file))
@@ -252,27 +272,33 @@ def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokeniz
     return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
-def from_huggingface(values: Any, where: str, exact: bool = False) -> Tokenizer:
-    """Builds GPT-1's tokenizer from the vocabulary and merges inside another `tokenizer.json`."""
+def from_huggingface(values: Any, source: str, exact: bool = False) -> Tokenizer:
+    """Builds GPT-1's tokenizer from the contents of a Hugging Face `tokenizer.json`.
+
+    Args:
+      values: the parsed JSON; only its vocabulary and merges are used.
+      source: the name of the file, for error messages.
+      exact: as in `load_gpt1`.
+    """
     try:
         vocabulary, lines = values["model"]["vocab"], values["model"]["merges"]
     except (KeyError, TypeError) as error:
-        raise UserError(f"{where}: has no BPE vocabulary and merges") from error
-    _check_vocabulary(vocabulary, where)
+        raise UserError(f"{source}: has no BPE vocabulary and merges") from error
+    _check_vocabulary(vocabulary, source)
     pairs = [line.split() if isinstance(line, str) else line for line in lines]
-    merges = [_merge(pair, vocabulary, f"{where}: merge {i}") for i, pair in enumerate(pairs, 1)]
+    merges = [_merge(pair, vocabulary, f"{source}: merge {i}") for i, pair in enumerate(pairs, 1)]
     return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
-def _merge(pair: Sequence[str], vocabulary: dict[str, int], where: str) -> tuple[str, str]:
-    require(len(pair) == 2, f"{where}: a merge is two symbols, not {' '.join(pair)!r}")
+def _merge(pair: Sequence[str], vocabulary: dict[str, int], source: str) -> tuple[str, str]:
+    require(len(pair) == 2, f"{source}: a merge is two symbols, not {' '.join(pair)!r}")
     for symbol in (*pair, "".join(pair)):
-        require(symbol in vocabulary, f"{where}: {symbol!r} is not in the vocabulary")
+        require(symbol in vocabulary, f"{source}: {symbol!r} is not in the vocabulary")
     return pair[0], pair[1]
 
 
 def _check_vocabulary(vocabulary: Any, path: str) -> None:
-    """Ids must have no gap: the special tokens come after the last."""
+    """Checks that a vocabulary has the ids 0, 1, 2, ...: the special tokens get the next ones."""
     require(isinstance(vocabulary, dict), f"{path}: must be one JSON object of token: id")
     owners: dict[int, str] = {}
     for token, index in vocabulary.items():
@@ -288,7 +314,10 @@ def _check_vocabulary(vocabulary: Any, path: str) -> None:
 
 
 def train_characters(texts: Iterable[str]) -> Tokenizer:
-    """One token a character, in code point order: for teaching and tiny models."""
+    """Returns a tokenizer with one token a character, in code point order.
+
+    It is for teaching and for tiny models.
+    """
     characters = sorted(set(itertools.chain.from_iterable(texts)))
     vocabulary = {name: i for i, name in enumerate([UNKNOWN, *characters])}
     backend = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
@@ -297,10 +326,13 @@ def train_characters(texts: Iterable[str]) -> Tokenizer:
     return _add_specials(backend)
 
 
-def build(config: TokenizerConfig, texts: Iterable[str], content: str = "") -> Tokenizer:
-    """Loads or trains the tokenizer that `config` describes; `texts` is read only to train.
+def build(config: TokenizerConfig, texts: Iterable[str], fingerprint: str = "") -> Tokenizer:
+    """Loads or trains the tokenizer that `config` describes.
 
-    `content` names the contents of `texts`: what is trained is then kept in the cache.
+    Args:
+      config: which tokenizer.
+      texts: the training texts; they are read only if a tokenizer is trained.
+      fingerprint: that of the texts. A trained tokenizer is then kept in the cache; "": it is not.
     """
     if config.file:
         return load(config.file)
@@ -319,16 +351,17 @@ def build(config: TokenizerConfig, texts: Iterable[str], content: str = "") -> T
     def write(file: BinaryIO) -> None:
         file.write(train().to_json().encode())
 
-    if not content:
+    if not fingerprint:
         return train()
-    asked = (config.kind, config.vocab_size, _bpe({}, []).to_str(), tokenizers.__version__)
-    return cache.kept(cache.key("tokenizer", _VERSION, content, *asked), ".json", write, load) or (
-        train()
-    )
+    name = fingerprints.of_values(
+        "tokenizer", _VERSION, fingerprint, str(config.kind), config.vocab_size,
+        _bpe({}, []).to_str(), tokenizers.__version__,
+    )  # fmt: skip
+    return cache.get_or_make(name, ".json", write, load) or train()
 
 
 def pair_texts(tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """Returns the contents of the pair's two files; None where the tokenizer is no BPE."""
+    """Returns the contents of GPT-1's two files, vocabulary and merges; None if it is not a BPE."""
     pair = vocabulary_pair(tokenizer)
     if pair is None:
         return None
@@ -337,7 +370,7 @@ def pair_texts(tokenizer: Tokenizer) -> tuple[str, str] | None:
 
 
 def vocabulary_pair(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
-    """Returns the (vocabulary, merges) pair of a BPE tokenizer without its special tokens."""
+    """Returns (vocabulary, merges) without special tokens; None if the tokenizer is not a BPE."""
     model = json.loads(tokenizer.to_json())["model"]
     if model["type"] != "BPE":
         return None

@@ -1,0 +1,67 @@
+"""Fingerprints: 32 hexadecimal digits that are equal where the contents are equal.
+
+They name the entries of the cache, and they tell a checkpoint whether its training data is still
+the same. They depend on contents alone: not on paths, times, processes or the kind of machine.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+# Rows of an array that are read at a time: the array may be a file larger than memory.
+_ROWS_AT_ONCE = 1 << 20
+
+
+def _new_hash() -> Any:
+    return hashlib.blake2b(digest_size=16)
+
+
+def of_values(*values: str | int) -> str:
+    """Returns the fingerprint of a list of short values.
+
+    >>> of_values("a", "b") == of_values("ab"), len(of_values())
+    (False, 32)
+    """
+    digest = _new_hash()
+    digest.update(repr(values).encode())
+    return digest.hexdigest()
+
+
+def of_file(path: str) -> str:
+    """Returns the fingerprint of a file's bytes. The file may be larger than memory."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, _new_hash).hexdigest()
+
+
+def of_texts(texts: Iterable[str]) -> str:
+    """Returns the fingerprint of texts in their order.
+
+    >>> of_texts(["ab", "c"]) == of_texts(["a", "bc"])
+    False
+    """
+    digest = _new_hash()
+    for text in texts:
+        data = text.encode(errors="surrogatepass")
+        digest.update(b"%d:" % len(data))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def of_arrays(*arrays: np.ndarray | None) -> str:
+    """Returns the fingerprint of the arrays' types, shapes and elements; None is left out.
+
+    uint16 counts as int32, because token ids are stored as either. Checkpoints hold these
+    fingerprints: another formula would refuse to continue the runs of earlier versions.
+    """
+    digest = _new_hash()
+    for array in arrays:
+        if array is None:
+            continue
+        dtype = np.dtype(np.int32) if array.dtype == np.uint16 else array.dtype
+        digest.update(f"{dtype}{array.shape}".encode())
+        for start in range(0, len(array), _ROWS_AT_ONCE):
+            rows = array[start : start + _ROWS_AT_ONCE]
+            digest.update(np.ascontiguousarray(rows, dtype).data)
+    return digest.hexdigest()
