@@ -47,11 +47,7 @@ _SIZES = {
 
 def get_config(size: str = "350m") -> Experiment:
     """Returns the experiment of a size; give it `--config.pretrain.train_files`."""
-    require(
-        size in _SIZES,
-        f"--config=experiments/larger.py:{size}: must be one of {', '.join(_SIZES)}"
-        f"{nearest(size, _SIZES)}",
-    )
+    require(size in _SIZES, f"the size must be one of {', '.join(_SIZES)}{nearest(size, _SIZES)}")
     own = _SIZES[size]
     return Experiment(
         name=f"gpt_{size}",

@@ -189,6 +189,8 @@ MODES: dict[str, Mode] = {
             "max_new_tokens=N": "With --bench=generate: number of tokens to generate.",
             "num_samples=N": "With --bench=generate: number of texts to generate at once.",
             "output=FILE": _REPORT,
+            "profile=STEPS": "Also traces this many more steps with JAX's profiler, into a folder "
+            "profile beside --output, or else into runs/NAME/profile. 0 means no trace.",
         },
         _STEP,
     ),
@@ -248,6 +250,7 @@ TEMPERATURE = flags.DEFINE_float("temperature", 1.0, _help("temperature"))
 TOP_K = flags.DEFINE_integer("top_k", 0, _help("top_k"))
 TOP_P = flags.DEFINE_float("top_p", 1.0, _help("top_p"))
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, _help("num_samples"))
+PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
 SEED = flags.DEFINE_integer("seed", 0, _help("seed"))
 COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", "", _help("coordinator_address"))
 NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, _help("num_processes"))

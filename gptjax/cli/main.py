@@ -49,7 +49,7 @@ def parse(argv: Sequence[str]) -> Command:
             return command
         _print_help(command)
     except UserError as error:
-        sys.exit(_fail(error, 2, flags.FLAGS["mode"].value))
+        sys.exit(_fail(error, 2, str(flags.FLAGS["mode"].value)))
     sys.exit(0)
 
 

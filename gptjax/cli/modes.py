@@ -363,14 +363,18 @@ def bench(command: Command) -> None:
     """Prints how fast training, generation or the loading of data is on this machine."""
     from gptjax.cost import bench
 
+    output_path = flags.OUTPUT.value
+    beside = os.path.dirname(output_path) if output_path else _workdir(command)
     request = bench.Request(
         what=flags.BENCH.value,
         stage=flags.STAGE.value,
         steps=flags.STEPS.value,
         max_new_tokens=flags.MAX_NEW_TOKENS.value,
         num_samples=flags.NUM_SAMPLES.value,
+        profile=flags.PROFILE.value,
+        profile_folder=os.path.join(beside, "profile"),
     )
-    bench.run(command.experiment, request, flags.OUTPUT.value)
+    bench.run(command.experiment, request, output_path)
 
 
 MODES: dict[str, Callable[[Command], None]] = {

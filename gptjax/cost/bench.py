@@ -27,7 +27,7 @@ from gptjax.errors import require
 from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
 from gptjax.infer.generate import Sampling
-from gptjax.io import console
+from gptjax.io import console, files
 from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
 
@@ -51,6 +51,10 @@ class Request:
     max_new_tokens: int = 100
     """Of a call of `generate`."""
     num_samples: int = 1
+    profile: int = 0
+    """Steps or calls to trace with JAX's profiler, after the timed ones; 0: none."""
+    profile_folder: str = ""
+    """Where the trace goes."""
 
     def __post_init__(self) -> None:
         kinds = tuple(BenchKind)
@@ -66,6 +70,10 @@ class Request:
             "apart",
         )
         require(self.num_samples > 0, f"`num_samples`={self.num_samples}: must be greater than 0")
+        require(
+            self.profile == 0 or self.what != BenchKind.INPUT,
+            f"`profile`={self.profile}: traces a device, which `bench`=input does not use",
+        )
 
     @property
     def timed(self) -> int:
@@ -184,6 +192,17 @@ def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
     return np.array(seconds[_WARMUP[request.what] :])
 
 
+def _trace(run_once: Callable[[], Any], request: Request) -> None:
+    """Writes a trace of some more runs, if asked for one: tracing would slow the timed ones."""
+    if not request.profile:
+        return
+    with files.disk_errors(request.profile_folder), jax.profiler.trace(request.profile_folder):
+        for _ in range(request.profile):
+            jax.block_until_ready(run_once())
+    calls = "steps" if request.what == BenchKind.TRAIN else "calls"
+    console.say(f"trace of {request.profile} {calls} -> {request.profile_folder}")
+
+
 def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
     """Train steps one by one, each with the batch's way to the devices."""
     experiment = step_spec.validated(experiment, request.stage)
@@ -205,6 +224,7 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
 
     seconds = _times(step, request)
     peak = _peak_memory()  # before the ceiling's matrices
+    _trace(step, request)
     tokens = int((batch.segment_ids > 0).sum())
     return {
         "stage": request.stage,
@@ -292,6 +312,8 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     first = float(np.median(_times(lambda: call(1), request)))
     seconds = _times(lambda: call(request.max_new_tokens), request)
     median = float(np.median(seconds))
+    peak = _peak_memory()
+    _trace(lambda: call(request.max_new_tokens), request)
     return {
         **_model(plan, mesh),
         "prompt_tokens": PROMPT_TOKENS,
@@ -302,7 +324,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
         "ms_per_token": 1e3 * float(np.median(seconds - first)) / (request.max_new_tokens - 1),
         "call_ms_median": 1e3 * median,
         "call_ms_p90": 1e3 * float(np.percentile(seconds, 90)),
-        **_peak_memory(),
+        **peak,
     }
 
 
