@@ -6,6 +6,7 @@ error message names (`gptjax.cli.console`).
 
 import dataclasses
 import itertools
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -273,6 +274,11 @@ class Command:
     """Dotted name -> value of the fields that the command line changes."""
     has_config: bool
     """False: there is no `--config`, and `experiment` is the quickstart."""
+
+    @property
+    def workdir(self) -> str:
+        """The folder of the run."""
+        return WORKDIR.value or os.path.join("runs", self.experiment.name)
 
 
 @dataclasses.dataclass(frozen=True)

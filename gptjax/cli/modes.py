@@ -46,15 +46,10 @@ def train(command: Command) -> None:
     """Trains the experiment; prints its results, and commands to try next."""
     from gptjax.train import run
 
-    workdir = _workdir(command)
-    summary = run.run(command.experiment, workdir, command.overrides)
+    summary = run.run(command.experiment, command.workdir, command.overrides)
     if is_main():
-        tables.loss_plot(workdir)
-        print(_results(workdir, summary))
-
-
-def _workdir(command: Command) -> str:
-    return flags.WORKDIR.value or os.path.join("runs", command.experiment.name)
+        tables.loss_plot(command.workdir)
+        print(_results(command.workdir, summary))
 
 
 def _results(workdir: str, summary: Mapping[str, Any]) -> str:
@@ -71,7 +66,7 @@ def ablate(command: Command) -> None:
     """Runs every variant of every task with several seeds; writes the tables into the workdir."""
     from gptjax.ablation import run
 
-    run.run(command.experiment, _workdir(command), flags.SEEDS.value, command.overrides)
+    run.run(command.experiment, command.workdir, flags.SEEDS.value, command.overrides)
 
 
 def evaluate(command: Command) -> None:
@@ -364,7 +359,7 @@ def bench(command: Command) -> None:
     from gptjax.cost import bench
 
     output_path = flags.OUTPUT.value
-    beside = os.path.dirname(output_path) if output_path else _workdir(command)
+    beside = os.path.dirname(output_path) if output_path else command.workdir
     request = bench.Request(
         what=flags.BENCH.value,
         stage=flags.STAGE.value,
