@@ -1,17 +1,19 @@
-"""GPT-1's architecture with 350M, 1.3B or 6.7B parameters, planned for slices of TPUs.
+"""Pretrains GPT-1's architecture with 350M, 1.3B or 6.7B parameters on a slice of TPUs.
 
-    python launch.py --mode=compile --config=experiments/larger.py:350m --topology=v5e:4x4
-    python launch.py --mode=compile --config=experiments/larger.py:1b3 --topology=v5e:8x8
-    python launch.py --mode=compile --config=experiments/larger.py:6b7 --topology=v5p:4x4x4
-    python launch.py --config=experiments/larger.py:350m \
-        --config.pretrain.train_files='corpus/*.txt'
+    python launch.py compile --config=larger:350m --topology=v5e:4x4
+    python launch.py compile --config=larger:1b3 --topology=v5e:8x8
+    python launch.py compile --config=larger:6b7 --topology=v5p:4x4x4
+    python launch.py --config=larger:350m --config.pretrain.train_files='corpus/*.txt'
 
-346, 1,297 and 6,620 million parameters. Layers, width, context, batch and learning rate are those
-of the GPT-3 of that size (Brown et al. 2020, table 2.1; 1.3B has 16 heads of 128 instead of 24),
-for about 20 tokens a parameter (Hoffmann
-et al. 2022); post-LN, GELU, the tied embedding and learned positions are GPT-1's. Not trained here:
-this project has no accelerator. What a step costs, by its compiled program, is in docs/larger.md.
-Post-LN of this depth may need a longer warm-up.
+The models have 346, 1,297 and 6,620 million parameters. Layers, width, context, batch size and
+learning rate are those of the GPT-3 of that size (Brown et al. 2020, table 2.1), except that 1.3B
+has 16 heads of 128 instead of 24. The number of steps gives about 20 tokens for each parameter
+(Hoffmann et al. 2022). The rest is as in GPT-1: post-LN, GELU, the tied embedding and learned
+positions.
+
+The trainings have not been run in this project, which has no accelerator. docs/larger.md gives the
+cost of a step, estimated from the compiled program. Post-LN models of this depth may need a longer
+warm-up.
 """
 
 import dataclasses
@@ -46,12 +48,8 @@ _SIZES = {
 
 
 def get_config(size: str = "350m") -> Experiment:
-    """Returns the experiment of a size; give it `--config.pretrain.train_files`."""
-    require(
-        size in _SIZES,
-        f"--config=experiments/larger.py:{size}: must be one of {', '.join(_SIZES)}"
-        f"{nearest(size, _SIZES)}",
-    )
+    """Returns the experiment of a size; it needs `--config.pretrain.train_files`."""
+    require(size in _SIZES, f"the size must be one of {', '.join(_SIZES)}{nearest(size, _SIZES)}")
     own = _SIZES[size]
     return Experiment(
         name=f"gpt_{size}",
@@ -63,7 +61,7 @@ def get_config(size: str = "350m") -> Experiment:
             dtype="bfloat16",
             remat="full",
         ),
-        # With the four special tokens 40,960: a multiple of 128, and of every mesh.
+        # With the four special tokens the embedding has 40,960 rows: 128 and all meshes divide it.
         tokenizer=TokenizerConfig(vocab_size=40956),
         pretrain=PretrainConfig(
             batch_size=own.batch_size,

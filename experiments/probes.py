@@ -1,18 +1,21 @@
-"""The zero-shot probes of the paper: what a pretrained model does without any fine-tuning.
+"""The paper's zero-shot probes: they test a language model on tasks without any fine-tuning.
 
-    python launch.py --mode=evaluate --probes --config=experiments/probes.py --checkpoint=runs/gpt1
+    python launch.py evaluate --probes --config=probes --checkpoint=runs/gpt1
 
-CoLA, SST-2, RACE and definite pronouns (Winograd schemas) from the Hugging Face hub; or files with
-the same columns, by `--config.probes.cola.dataset= --config.probes.cola.file=dev.tsv` and so on. In
-an experiment that pretrains, the same field `probes` scores them at each validation, and
-plots/probes.png shows them over the steps. Not run on the hub's data here: it cannot be reached.
+The probes are CoLA, SST-2, RACE and the Winograd schemas of definite pronouns, from the Hugging
+Face hub. `--config.probes.cola.dataset= --config.probes.cola.file=dev.tsv` and the like read files
+with the same columns instead.
+
+An experiment that pretrains may have the field `probes` as well: each validation then scores them,
+and plots/probes.png shows the scores over the steps. The hub's data was not used in this project,
+which cannot reach it.
 """
 
 from gptjax.config import Experiment, ModelConfig, PretrainConfig, ProbeConfig
 
 
 def get_config() -> Experiment:
-    """Returns the probes, and a pretraining to give text files to."""
+    """Returns the probes, with a pretraining that needs `--config.pretrain.train_files`."""
     return Experiment(
         name="probes",
         model=ModelConfig(context_length=512),

@@ -1,17 +1,18 @@
-"""The tutorial's model: pairs of texts, a task head on all positions, LM + 0.2 * task.
+"""Fine-tunes the small model of a tutorial on pairs of texts, with the loss LM + 0.2 * task.
 
-    python launch.py --config=experiments/tutorial.py \
+    python launch.py --config=tutorial \
         --config.finetune.train_file=msr_paraphrase_train.txt \
         --config.finetune.test_file=msr_paraphrase_test.txt
 
-Its losses and its head are tested against float64; what it reaches on MRPC was not measured.
+Its task head reads the states of all positions. Tests compare its losses and its head with a
+float64 reference. Its score on MRPC was not measured.
 """
 
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig, recipes
 
 
 def get_config() -> Experiment:
-    """Returns the experiment; give it MRPC's files, or others and their columns."""
+    """Returns the experiment; it needs the files of MRPC, or others and their columns."""
     experiment = Experiment(
         name="tutorial",
         model=ModelConfig(context_length=128),

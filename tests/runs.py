@@ -17,7 +17,6 @@ import signal
 import socket
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,10 +24,9 @@ import filelock
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import pytest
-from absl import flags
 
 import launch
+from gptjax.cli import main as cli
 
 LAUNCH = os.path.abspath(launch.__file__)
 _SUBJECTS = ("the cat", "a dog", "the old man", "my friend", "a small bird", "the king")
@@ -57,7 +55,7 @@ for _name, _value in _CACHE.items():
     os.environ[_name.upper()] = str(_value)
 
 
-launch._quiet_orbax()  # of the checkpoints that are damaged on purpose
+cli.quiet_orbax()  # some tests damage checkpoints
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -169,35 +167,12 @@ class Result:
         return self.err.strip()
 
 
-def _forget_flags() -> None:
-    for name in list(flags.FLAGS):
-        if name.startswith("config."):
-            delattr(flags.FLAGS, name)
-        else:
-            flags.FLAGS[name].unparse()
-    flags.FLAGS.unparse_flags()
-
-
-def _parse(argv: list[str]) -> list[str]:
-    with warnings.catch_warnings():
-        # What ml_collections does, as of 1.1.
-        warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-        return launch._parse(argv)
-
-
 def main(*arguments: str) -> Result:
     """`python launch.py ARGUMENTS` in this process (on its eight devices)."""
     out, err = io.StringIO(), io.StringIO()
-    argv = ["launch.py", *arguments]
-    _forget_flags()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        patch.setattr(sys, "argv", argv)  # where config_flags looks for overrides
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            code = launch.main(_parse(argv))
+            code = cli.main(cli.parse(["launch.py", *arguments]))
         except SystemExit as end:
             code = end.code
     return Result(code, out.getvalue(), err.getvalue())

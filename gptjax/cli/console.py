@@ -1,33 +1,55 @@
-"""Messages of the library as a person at the command line reads them."""
+"""Messages as a person at the command line reads them."""
 
+import os
 import re
-from collections.abc import Iterable
+import sys
+
+from gptjax.cli.flags import MODES
+from gptjax.config import schema
 
 
-def with_flags(message: str, flags: Iterable[str], fields: Iterable[str]) -> str:
-    """Returns a message with the arguments and fields in backquotes turned into flags.
+def program() -> str:
+    """Returns the command that started this program, without its arguments.
 
-    The library speaks of Python arguments (`top_p`) and of fields of the configuration
-    (`pretrain.window`). Whoever runs a command knows them as flags. A name that is neither stays.
+    It is `gptjax`, `python -m gptjax`, or `python` with the path of `launch.py`.
+    """
+    name = os.path.basename(sys.argv[0])
+    if name == "__main__.py":
+        return "python -m gptjax"
+    return f"python {sys.argv[0]}" if name.endswith(".py") else name
+
+
+def with_flags(message: str, mode: str) -> str:
+    """Returns a message of the library with the names in backquotes turned into flags.
+
+    The library names Python arguments (`top_p`) and fields of the configuration
+    (`pretrain.window`). A name may be both: `seed` is a flag of the mode `generate`, and a field of
+    the experiment that `train` reads. The flags of the mode come first, then the fields, then the
+    flags of other modes. A name that is none of these is not changed.
 
     Args:
       message: from the library.
-      flags: names of the flags of the mode; they win where a field has the same name.
-      fields: dotted names of the fields of an experiment.
+      mode: the mode that runs.
 
-    >>> with_flags("`top_p`=2: must be at most 1", ["top_p"], [])
+    >>> with_flags("`top_p`=2: must be at most 1", "generate")
     '--top_p=2: must be at most 1'
-    >>> with_flags("`model.width`=0: must be greater than 0", [], ["model.width"])
+    >>> with_flags("`model.width`=0: must be greater than 0", "train")
     '--config.model.width=0: must be greater than 0'
+    >>> with_flags("`seed`=-1: too small", "generate"), with_flags("`seed`=-1: too small", "train")
+    ('--seed=-1: too small', '--config.seed=-1: too small')
     """
-    flags, fields = set(flags), set(fields)
+    own = MODES[mode].names | {"mode", "config"}
+    others = frozenset[str]().union(*(each.names for each in MODES.values()))
+    fields = set(schema.field_names(schema.Experiment))
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
-        # An entry of a dictionary has the name that the experiment gives it.
+        # The experiment chooses the names of its ablation tasks and its probes.
         general = re.sub(r"^(ablation\.tasks|probes)\.[\w-]+", r"\1.NAME", name)
-        if name in flags:
+        if name in own:
             return f"--{name}"
-        return f"--config.{name}" if name in fields or general in fields else match[0]
+        if general in fields or name in fields:
+            return f"--config.{name}"
+        return f"--{name}" if name in others else match[0]
 
     return re.sub(r"`([\w.-]+)`", flag, message)

@@ -1,7 +1,8 @@
-"""The C library's memory, which has to be set before the process starts.
+"""A setting of the C library's memory allocator, which it reads when the process starts.
 
-XLA's CPU backend asks for its temporary buffers anew at every step, and the kernel hands them out
-in pages of 4 KiB: page faults are a fifth of a small model's step. Pages of 2 MiB end them.
+XLA's CPU backend allocates its temporary buffers anew at every step. The kernel provides them in
+pages of 4 KiB, and the page faults are a fifth of the time of a small model's step. Pages of 2 MiB
+avoid them.
 """
 
 import contextlib
@@ -12,35 +13,47 @@ import sys
 _VARIABLE = "GLIBC_TUNABLES"
 _KERNEL = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _GLIBC = (2, 35)
+_MODULE = "gptjax"
 
 
 def use_huge_pages() -> None:
-    """Starts this program again, once and as the same process, with huge pages for large buffers.
+    """Starts this program again, with the same process id, with huge pages for large buffers.
 
-    Does nothing where that cannot help (it can with glibc 2.35 or newer on a Linux whose huge pages
-    are for those who ask), where this is not simply `python PROGRAM` (a notebook's or a debugger's
-    process is not ours to replace), or where the user has set `GLIBC_TUNABLES`: an empty value
-    switches it off.
+    It does nothing
+
+    - if the user has set `GLIBC_TUNABLES`; an empty value switches this function off, and its own
+      value keeps the second start from a third;
+    - without glibc 2.35 or newer, or unless Linux gives huge pages on request (`madvise`);
+    - unless the process is `python SCRIPT ARGUMENTS` (which the command `gptjax` is too) or
+      `python -m gptjax ARGUMENTS`: the process of a notebook or a debugger must not be replaced;
+    - if Python cannot be started again.
     """
-    if _VARIABLE in os.environ or not (_on_offer() and _plain_start()):
+    if _VARIABLE in os.environ or not (is_available() and _can_restart()):
         return
     os.environ[_VARIABLE] = "glibc.malloc.hugetlb=1"
-    with contextlib.suppress(OSError):  # a Python that cannot be started again runs on as it is
+    with contextlib.suppress(OSError):  # then the program runs on without huge pages
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _on_offer() -> bool:
+def is_available() -> bool:
+    """Returns whether the C library and the kernel give huge pages on request."""
     try:
         library, version = (os.confstr("CS_GNU_LIBC_VERSION") or "").split()
-        offered = "[madvise]" in _KERNEL.read_text(encoding="ascii")
-    except (AttributeError, OSError, ValueError):  # another system, another C library
+        on_request = "[madvise]" in _KERNEL.read_text(encoding="ascii")
+    except (AttributeError, OSError, ValueError):  # another system or another C library
         return False
-    return offered and library == "glibc" and tuple(map(int, version.split("."))) >= _GLIBC
+    return on_request and library == "glibc" and tuple(map(int, version.split("."))) >= _GLIBC
 
 
-def _plain_start() -> bool:
-    """Whether this process is `python [options] PROGRAM ARGUMENTS`."""
-    start = len(sys.orig_argv) - len(sys.argv)
-    options, program = sys.orig_argv[1:start], sys.orig_argv[start:]
-    ours = all(option.startswith("-") and option[1:2] not in "mc" for option in options)
-    return bool(sys.executable) and program == sys.argv and ours
+def _can_restart() -> bool:
+    """Returns whether the process is `python [OPTIONS] SCRIPT` or `-m gptjax`, with arguments."""
+    end = len(sys.orig_argv) - len(sys.argv) + 1
+    start, arguments = sys.orig_argv[1:end], sys.orig_argv[end:]
+    if not start or not sys.executable or arguments != sys.argv[1:]:
+        return False
+    *options, program = start
+    if options[-1:] == ["-m"] and program == _MODULE:
+        options.pop()
+    elif program != sys.argv[0]:
+        return False
+    return all(option.startswith("-") and option[1:2] not in "mc" for option in options)

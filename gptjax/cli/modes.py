@@ -1,4 +1,4 @@
-"""The modes of `launch.py` besides training: files in, files or text out."""
+"""The modes: each reads its flags, calls the library, and writes files or prints text."""
 
 import contextlib
 import csv
@@ -6,75 +6,186 @@ import io
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from gptjax.cli import flags
+from gptjax.cli.console import program
+from gptjax.cli.flags import Command
 from gptjax.cluster.processes import is_main
 from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
-from gptjax.config.schema import TaskKind, TaskSpec, TokenizerKind
+from gptjax.config.schema import (
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    TaskKind,
+    TaskSpec,
+    TokenizerKind,
+    Words,
+)
 from gptjax.data import splits
 from gptjax.data.tables import text_files
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
+from gptjax.infer.predictor import LoadedGPT, Predictions
 from gptjax.io import console
 from gptjax.io import files as files_lib
 from gptjax.report import tables
 
-_OUTPUTS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
+_DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
+"""Ending of an output file -> what separates its columns; "" for JSON lines."""
+
+Record = dict[str, Any]
+"""A row of an output file: column name -> value."""
 
 
-def _columns(gpt: predictor.LoadedGPT) -> str:
-    """The column names that the model was trained with, for files without a header."""
-    finetune = gpt.meta.experiment_config().finetune
-    return finetune.columns if finetune else ""
+def train(command: Command) -> None:
+    """Trains the experiment; prints its results, and commands to try next."""
+    from gptjax.train import run
+
+    summary = run.run(command.experiment, command.workdir, command.overrides)
+    if is_main():
+        tables.loss_plot(command.workdir)
+        print(_results(command.workdir, summary))
 
 
-def _read_rows(gpt: predictor.LoadedGPT, path: str, labelled: bool) -> LabelledTable:
+def _results(workdir: str, summary: Mapping[str, Any]) -> str:
+    commands = [f"{program()} generate --checkpoint={workdir} --prompt='The '"]
+    if "finetune" in summary:
+        commands.append(
+            f"{program()} predict --checkpoint={workdir} --input=ROWS.csv --output=predictions.csv"
+        )
+    floors = (summary.get("finetune") or {}).get("floor", {})
+    return tables.results_table(summary, floors, workdir, commands)
+
+
+def ablate(command: Command) -> None:
+    """Runs every variant of every task with several seeds; writes the tables into the workdir."""
+    from gptjax.ablation import run
+
+    run.run(command.experiment, command.workdir, flags.SEEDS.value, command.overrides)
+
+
+def evaluate(command: Command) -> None:
+    """Prints losses and metrics, or the scores of zero-shot probes, as one line of JSON."""
+    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
+    if flags.PROBES.value:
+        probes = command.experiment.probes if command.has_config else None
+        require(probes != {}, "--probes: the experiment of --config has no probes")
+        for name, probe in (probes or {}).items():
+            validation.validate_probe(name, probe)
+        gpt = _load()
+        scores: dict[str, Any] = {"probes": gpt.probe(probes or _probes_of_training(gpt))}
+    else:
+        gpt = _load()
+        source, found = _score_text(gpt) if gpt.task is None else _score_task(gpt, gpt.task)
+        scores = {"data": source, **found}
+    print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, **scores})))
+
+
+def _load() -> LoadedGPT:
+    return predictor.load(flags.CHECKPOINT.value, argument="checkpoint")
+
+
+def _probes_of_training(gpt: LoadedGPT) -> dict[str, ProbeConfig]:
+    own = gpt.meta.experiment_config().probes
+    require(own, f"--probes: {gpt.path} was trained without any; give --config=probes")
+    return own
+
+
+def _finetune_config(gpt: LoadedGPT) -> FinetuneConfig:
+    """Returns the fine-tuning of the run that trained the model; the defaults if it had none."""
+    return gpt.meta.experiment_config().finetune or FinetuneConfig()
+
+
+def _score_task(gpt: LoadedGPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
+    """Returns the name of the labelled rows, and the losses and metrics on them."""
+    finetune = _finetune_config(gpt)
+    if flags.INPUT.value:
+        rows = _read_rows(gpt, task, flags.INPUT.value, (*task.text_columns, task.label))
+        table = splits.without_label(rows, finetune)
+    else:
+        _require_data(gpt, finetune.dataset or finetune.train_file)
+        seed = gpt.meta.experiment_config().seed
+        table = _split(splits.labelled_splits(finetune, seed))
+    return table.source, gpt.score(table, table.source, finetune.metrics)
+
+
+def _score_text(gpt: LoadedGPT) -> tuple[str, dict[str, float]]:
+    """Returns the name of a text, and the loss and perplexity of a language model on it."""
+    pretrain = gpt.meta.experiment_config().pretrain or PretrainConfig()
+    if flags.INPUT.value:
+        source = flags.INPUT.value
+        texts = text_files.read_text(source, pretrain.line_breaks)
+    else:
+        _require_data(gpt, pretrain.dataset or pretrain.train_files)
+        texts = _split(splits.text_splits(pretrain))
+        source = f"{_split_name()} split"
+    return source, gpt.score_text(texts, pretrain.window)
+
+
+def _require_data(gpt: LoadedGPT, source: str) -> None:
+    require(source, f"--checkpoint: {gpt.path} was imported, without data; give --input")
+
+
+def _split_name() -> str:
+    return flags.SPLIT.value or "validation"
+
+
+def _split(tables: Mapping[str, Any]) -> Any:
+    """Returns the table of the split that `--split` names."""
+    name = _split_name()
+    require(
+        name in tables,
+        f"--split={name}: must be one of {', '.join(tables)}{nearest(name, tables)}",
+    )
+    return tables[name]
+
+
+def _read_rows(
+    gpt: LoadedGPT, task: TaskSpec, path: str, columns: tuple[str, ...]
+) -> LabelledTable:
+    """Reads a file that has at least these columns; one without a header has those of training."""
+    names = _finetune_config(gpt).columns
+    if task.label not in columns and task.label in schema.split_names(names):
+        # A file of new rows has no column for the label; yet one that has it is read as well.
+        with contextlib.suppress(UserError):
+            return splits.read_labelled(path, names, columns)
+        names = ",".join(name for name in schema.split_names(names) if name != task.label)
+    return splits.read_labelled(path, names, columns)
+
+
+def predict(_: Command) -> None:
+    """Writes the label and the probabilities (or the number) of every row of a file, in order.
+
+    The columns of the output are `row` (from 1), `prediction`, and for each label
+    `probability_LABEL`. With `--glue` they are `index` and `prediction`.
+    """
+    output_path, glue = flags.OUTPUT.value, flags.GLUE.value
+    delimiter = _check_predict_flags()
+    gpt = _load()
     require(gpt.task, f"--checkpoint: {gpt.path} was not fine-tuned for a task")
     assert gpt.task is not None
-    names = schema.split_names(_columns(gpt))
-    label = (gpt.task.label,) if labelled else ()
-    if not labelled and gpt.task.label in names:
-        # New rows have no label yet; a file with one more column than that has one all the same.
-        with contextlib.suppress(UserError):
-            return splits.read_labelled(path, _columns(gpt), gpt.task.text_columns)
-        names = tuple(name for name in names if name != gpt.task.label)
-    return splits.read_labelled(path, ",".join(names), (*gpt.task.text_columns, *label))
+    table = _unlabelled_rows(gpt, gpt.task)
+    found = gpt.predict(table)
+    records = _submission(glue, gpt.task, table, found.labels) if glue else _records(found)
+    files_lib.write_atomically(output_path, _table(records, delimiter).encode())
+    notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
+    notes += [f"{found.empty:,} with an empty text"] if found.empty else []
+    print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
 
 
-def _hub_rows(gpt: predictor.LoadedGPT, split: str) -> LabelledTable:
-    """The rows of a split of the hub's data set that the model was fine-tuned on."""
-    source = gpt.meta.experiment_config().finetune or schema.FinetuneConfig()
+def _check_predict_flags() -> str:
+    """Checks the flags before the model is loaded; returns the delimiter of the output."""
+    input_path, output_path, glue = flags.INPUT.value, flags.OUTPUT.value, flags.GLUE.value
+    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished fine-tuning")
     require(
-        source.dataset and split and gpt.task,
-        "--input: give the file with the rows to predict; or, where the model was fine-tuned on a "
-        "data set of the hub, the --split",
-    )
-    assert gpt.task is not None
-    return splits.one_split(source, split, gpt.task.text_columns)
-
-
-def predict(
-    checkpoint: str, input_path: str, output_path: str, split: str = "", glue: str = ""
-) -> None:
-    """Writes label and probabilities (or the number) of every row of a file, in order.
-
-    The output's columns: `row` (from 1), `prediction`, and a `probability_LABEL` for each label; or
-    `index` and `prediction` as GLUE's server takes them.
-
-    Args:
-      checkpoint: of a fine-tuning.
-      input_path: the rows; empty: the split of the hub's data set.
-      output_path: .csv, .tsv or .jsonl.
-      split: without an input.
-      glue: name of the task to write a submission of; empty: none.
-    """
-    require(checkpoint, "--checkpoint: give the --workdir of a finished fine-tuning")
-    require(
-        not (input_path and split), "--split: is of the hub's data set; leave it out with --input"
+        not (input_path and flags.SPLIT.value),
+        "--split: belongs to the model's data set on the Hugging Face hub; give it or --input, "
+        "not both",
     )
     require(
         not glue or glue in SUBMISSIONS,
@@ -83,29 +194,34 @@ def predict(
     require(output_path, "--output: give the file to write (.csv, .tsv or .jsonl)")
     ending = os.path.splitext(output_path)[1].lower()
     require(
-        ending in _OUTPUTS,
-        f"--output={output_path}: the ending must be one of {', '.join(_OUTPUTS)}",
+        ending in _DELIMITERS,
+        f"--output={output_path}: the ending must be one of {', '.join(_DELIMITERS)}",
     )
     require(
         not (os.path.exists(input_path) and os.path.exists(output_path))
         or not os.path.samefile(input_path, output_path),
         f"--output={output_path}: is the input file; choose another name",
     )
-    gpt = predictor.load(checkpoint, argument="checkpoint")
-    table = _read_rows(gpt, input_path, labelled=False) if input_path else _hub_rows(gpt, split)
-    assert gpt.task is not None
-    found = gpt.predict(table)
-    records = _submission(glue, gpt.task, table, found.labels) if glue else _records(found)
-    files_lib.write_atomically(output_path, _table(records, _OUTPUTS[ending]).encode())
-    notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
-    notes += [f"{found.empty:,} with an empty text"] if found.empty else []
-    print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
+    return _DELIMITERS[ending]
 
 
-def _records(found: predictor.Predictions) -> list[dict[str, Any]]:
+def _unlabelled_rows(gpt: LoadedGPT, task: TaskSpec) -> LabelledTable:
+    """Returns the rows of `--input`, or of a split of the hub's data set."""
+    if flags.INPUT.value:
+        return _read_rows(gpt, task, flags.INPUT.value, task.text_columns)
+    finetune = _finetune_config(gpt)
+    require(
+        finetune.dataset and flags.SPLIT.value,
+        "--input: give the file with the rows to predict; or --split, if the model was fine-tuned "
+        "on a data set of the Hugging Face hub",
+    )
+    return splits.one_split(finetune, flags.SPLIT.value, task.text_columns)
+
+
+def _records(found: Predictions) -> list[Record]:
     records = []
     for i, label in enumerate(found.labels):
-        record: dict[str, Any] = {"row": i + 1, "prediction": label}
+        record: Record = {"row": i + 1, "prediction": label}
         if found.probabilities is not None:
             for name, value in zip(found.label_names, found.probabilities[i], strict=True):
                 record[f"probability_{name}"] = round(float(value), 6)
@@ -113,23 +229,22 @@ def _records(found: predictor.Predictions) -> list[dict[str, Any]]:
     return records
 
 
-def _submission(
-    task: str, spec: TaskSpec, table: LabelledTable, labels: list[Any]
-) -> list[dict[str, Any]]:
-    """Rows of a file for GLUE's server: the index in the test file, and the answer by its name."""
-    names = SUBMISSIONS[task]
+def _submission(glue: str, task: TaskSpec, table: LabelledTable, labels: list[Any]) -> list[Record]:
+    """Returns the rows that GLUE's server accepts: the index of the test row, and the answer."""
+    names = SUBMISSIONS[glue]
     numbers = tuple(str(i) for i in range(len(names)))
     require(
-        (spec.kind is TaskKind.REGRESSION) == (not names)
-        and (set(spec.labels) <= set(names) or spec.labels == numbers),
-        f"--glue={task}: its answers are {', '.join(names) or 'numbers'}; the model's are "
-        f"{', '.join(spec.labels[:5]) or 'numbers'}",
+        (task.kind is TaskKind.REGRESSION) == (not names)
+        and (set(task.labels) <= set(names) or task.labels == numbers),
+        f"--glue={glue}: its answers are {', '.join(names) or 'numbers'}; the model's are "
+        f"{', '.join(task.labels[:5]) or 'numbers'}",
     )
     if not names:
         answers = [f"{min(5.0, max(0.0, value)):.3f}" for value in labels]
+    elif set(task.labels) <= set(names):
+        answers = labels
     else:
-        as_named = set(spec.labels) <= set(names)
-        answers = labels if as_named else [names[int(label)] for label in labels]
+        answers = [names[int(label)] for label in labels]
     existing = table.column_names
     column = next((name for name in ("index", "idx") if name in existing), "")
     index = list(table.rows[column] if column else range(len(labels)))
@@ -141,14 +256,14 @@ def _submission(
     ]
 
 
-def _table(records: list[dict[str, Any]], delimiter: str) -> str:
+def _table(records: list[Record], delimiter: str) -> str:
     if not delimiter:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    text = io.StringIO()
     if delimiter == "\t":
-        # Like the files we read: tabs and no quoting, so that rows stay lines.
+        # The .tsv files that we read have no quotes: a cell may hold no tab and no line break.
         lines = [list(records[0])] + [list(record.values()) for record in records]
         return "".join("\t".join(_plain(cell) for cell in line) + "\n" for line in lines)
+    text = io.StringIO()
     writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(records)
@@ -159,137 +274,114 @@ def _plain(cell: Any) -> str:
     return " ".join(as_text(cell).split()) if isinstance(cell, str) else str(cell)
 
 
-def evaluate(checkpoint: str, split: str, input_path: str) -> None:
-    """Prints losses and metrics of a checkpoint on a split of its experiment, or on a file."""
-    require(checkpoint, "--checkpoint: give the --workdir of a finished training")
-    gpt = predictor.load(checkpoint, argument="checkpoint")
-    if gpt.task is not None:
-        where, scores = _evaluate_task(gpt, split, input_path)
-    else:
-        where, scores = _evaluate_text(gpt, split, input_path)
-    print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, "data": where, **scores})))
-
-
-def evaluate_probes(checkpoint: str, configs: Mapping[str, schema.ProbeConfig] | None) -> None:
-    """Prints the scores of zero-shot probes: those given, else those of the checkpoint's run."""
-    require(checkpoint, "--checkpoint: give the --workdir of a finished pretraining")
-    require(configs or configs is None, "--probes: the experiment of --config has no probes")
-    for name, each in (configs or {}).items():
-        validation.validate_probe(name, each)
-    gpt = predictor.load(checkpoint, argument="checkpoint")
-    if not configs:
-        configs = gpt.meta.experiment_config().probes
-    require(
-        configs,
-        f"--probes: {gpt.path} was trained without any; give --config=experiments/probes.py",
-    )
-    print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, "probes": gpt.probe(configs)})))
-
-
-def _evaluate_task(
-    gpt: predictor.LoadedGPT, split: str, input_path: str
-) -> tuple[str, dict[str, float]]:
-    assert gpt.task is not None
-    experiment = gpt.meta.experiment_config()
-    finetune = experiment.finetune
-    assert finetune is not None
-    if input_path:
-        table = splits.without_label(_read_rows(gpt, input_path, labelled=True), finetune)
-    else:
-        _require_data(finetune.dataset or finetune.train_file, gpt)
-        tables = splits.labelled_splits(finetune, experiment.seed)
-        _require_split(split, tables)
-        table = tables[split]
-    return table.source, gpt.score(table, table.source, finetune.metrics)
-
-
-def _evaluate_text(
-    gpt: predictor.LoadedGPT, split: str, input_path: str
-) -> tuple[str, dict[str, float]]:
-    pretrain = gpt.meta.experiment_config().pretrain
-    assert pretrain is not None
-    if input_path:
-        texts = text_files.read_text(input_path, pretrain.line_breaks)
-        return input_path, gpt.score_text(texts, pretrain.window)
-    _require_data(pretrain.dataset or pretrain.train_files, gpt)
-    tables = splits.text_splits(pretrain)
-    _require_split(split, tables)
-    return f"{split} split", gpt.score_text(tables[split], pretrain.window)
-
-
-def _require_data(source: str, gpt: predictor.LoadedGPT) -> None:
-    require(source, f"--checkpoint: {gpt.path} was imported, without data; give --input")
-
-
-def _require_split(split: str, tables: dict[str, Any]) -> None:
-    require(
-        split in tables,
-        f"--split={split}: must be one of {', '.join(tables)}{nearest(split, tables)}",
-    )
-
-
-def generate(
-    checkpoint: str,
-    prompt: str,
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    num_samples: int,
-    seed: int,
-) -> None:
+def generate(_: Command) -> None:
     """Prints texts that begin with the prompt."""
-    require(checkpoint, "--checkpoint: give the --workdir of a finished training")
-    gpt = predictor.load(checkpoint, argument="checkpoint")
+    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
+    gpt = _load()
+    prompt, samples = flags.PROMPT.value, flags.NUM_SAMPLES.value
     unknown = gpt.tokenizer.encode(prompt).count(gpt.tokenizer.unknown_id)
     if unknown:
         console.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
-    texts = gpt.generate(prompt, max_new_tokens, temperature, top_k, top_p, num_samples, seed)
-    for i, text in enumerate(texts):
-        if num_samples > 1:
-            print(f"--- {i + 1} of {num_samples}")
+    texts = gpt.generate(
+        prompt,
+        flags.MAX_NEW_TOKENS.value,
+        temperature=flags.TEMPERATURE.value,
+        top_k=flags.TOP_K.value,
+        top_p=flags.TOP_P.value,
+        num_samples=samples,
+        seed=flags.SEED.value,
+    )
+    for i, text in enumerate(texts, 1):
+        if samples > 1:
+            print(f"--- {i} of {samples}")
         print(text)
 
 
-def train_tokenizer(
-    tokenizer_config: schema.TokenizerConfig, input_path: str, output_path: str
-) -> None:
+def tokenizer(command: Command) -> None:
     """Trains a tokenizer on text files; writes `tokenizer.json` and the vocabulary/merges pair."""
-    require(input_path, "--input: give the text files (comma-separated globs)")
+    config, output_path = command.experiment.tokenizer, flags.OUTPUT.value
+    require(flags.INPUT.value, "--input: give the text files (comma-separated globs)")
     require(output_path, "--output: give the folder to write")
     require(
-        tokenizer_config.vocab_size > 0,
-        f"--config.tokenizer.vocab_size={tokenizer_config.vocab_size}: must be greater than 0",
+        config.vocab_size > 0,
+        f"--config.tokenizer.vocab_size={config.vocab_size}: must be greater than 0",
     )
     require(
-        tokenizer_config.kind in tuple(TokenizerKind),
-        f"--config.tokenizer.kind={tokenizer_config.kind}: must be one of "
-        f"{', '.join(TokenizerKind)}",
+        config.kind in tuple(TokenizerKind),
+        f"--config.tokenizer.kind={config.kind}: must be one of {', '.join(TokenizerKind)}",
     )
-    texts = text_files.read_text(input_path)
-    tokenizer = tokenizer_lib.build(tokenizer_config, texts)
-    with files_lib.disk_errors(output_path):
-        os.makedirs(output_path, exist_ok=True)
-    files = {"tokenizer.json": tokenizer.to_json()}
-    pair = tokenizer_lib.pair_texts(tokenizer)
+    texts = text_files.read_text(flags.INPUT.value)
+    trained = tokenizer_lib.build(config, texts)
+    files = {"tokenizer.json": trained.to_json()}
+    pair = tokenizer_lib.pair_texts(trained)
     if pair is not None:
         files["vocab.json"], files["merges.txt"] = pair
+    with files_lib.disk_errors(output_path):
+        os.makedirs(output_path, exist_ok=True)
     for name, text in files.items():
         files_lib.write_atomically(os.path.join(output_path, name), text.encode())
-    print(f"{len(tokenizer):,} tokens -> {output_path} ({', '.join(files)})")
+    print(f"{len(trained):,} tokens -> {output_path} ({', '.join(files)})")
     sys.stdout.flush()
 
 
-def show_results(workdir: str, summary: Mapping[str, Any]) -> None:
-    """Draws the plots of a finished training; prints its results and the commands to try next."""
-    if not is_main():
-        return
-    tables.loss_plot(workdir)
-    commands = [f"python launch.py --mode=generate --checkpoint={workdir} --prompt='The '"]
-    if "finetune" in summary:
-        commands.append(
-            f"python launch.py --mode=predict --checkpoint={workdir} --input=ROWS.csv "
-            "--output=predictions.csv"
-        )
-    floors = (summary.get("finetune") or {}).get("floor", {})
-    print(tables.results_table(summary, floors, workdir, commands))
+def import_weights(command: Command) -> None:
+    """Makes a workdir from the weights of another program."""
+    from gptjax.interop import convert
+
+    # Only a flag counts: the default of the field is not that of imported tokenizers.
+    words = command.overrides.get("tokenizer.words", Words.EXACT)
+    output_path = flags.OUTPUT.value
+    for line in convert.import_weights(flags.INPUT.value, output_path, flags.FORMAT.value, words):
+        print(line)
+    print(f"to start from them: --config.init_from={output_path}")
+
+
+def export_weights(_: Command) -> None:
+    """Writes a trained model as a folder for another program."""
+    from gptjax.interop import convert
+
+    for line in convert.export_weights(flags.INPUT.value, flags.OUTPUT.value, flags.FORMAT.value):
+        print(line)
+
+
+def compile_step(command: Command) -> None:
+    """Prints what the train step costs on a machine that need not be there."""
+    from gptjax.cost import compile, sweep
+
+    topology, stage, output_path = flags.TOPOLOGY.value, flags.STAGE.value, flags.OUTPUT.value
+    if flags.SWEEP.value:
+        sweep.run(command.experiment, topology, stage, flags.SWEEP_LIMIT.value, output_path)
+    else:
+        compile.run(command.experiment, topology, stage, output_path)
+
+
+def bench(command: Command) -> None:
+    """Prints how fast training, generation or the loading of data is on this machine."""
+    from gptjax.cost import bench
+
+    output_path = flags.OUTPUT.value
+    beside = os.path.dirname(output_path) if output_path else command.workdir
+    request = bench.Request(
+        what=flags.BENCH.value,
+        stage=flags.STAGE.value,
+        steps=flags.STEPS.value,
+        max_new_tokens=flags.MAX_NEW_TOKENS.value,
+        num_samples=flags.NUM_SAMPLES.value,
+        profile=flags.PROFILE.value,
+        profile_folder=os.path.join(beside, "profile"),
+    )
+    bench.run(command.experiment, request, output_path)
+
+
+MODES: dict[str, Callable[[Command], None]] = {
+    "train": train,
+    "evaluate": evaluate,
+    "predict": predict,
+    "generate": generate,
+    "tokenizer": tokenizer,
+    "import": import_weights,
+    "export": export_weights,
+    "ablate": ablate,
+    "compile": compile_step,
+    "bench": bench,
+}

@@ -28,7 +28,7 @@ from gptjax.errors import require
 from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
 from gptjax.infer.generate import Sampling
-from gptjax.io import console
+from gptjax.io import console, files
 from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
 
@@ -53,6 +53,10 @@ class Request:
     """New tokens in a call of `generate`."""
     num_samples: int = 1
     """Texts in a call of `generate`."""
+    profile: int = 0
+    """Steps or calls to trace with JAX's profiler, after the timed ones. 0 means none."""
+    profile_folder: str = ""
+    """The folder of the trace."""
 
     def __post_init__(self) -> None:
         kinds = tuple(BenchKind)
@@ -68,6 +72,10 @@ class Request:
             "apart",
         )
         require(self.num_samples > 0, f"`num_samples`={self.num_samples}: must be greater than 0")
+        require(
+            self.profile == 0 or self.what != BenchKind.INPUT,
+            f"`profile`={self.profile}: traces a device, which `bench`=input does not use",
+        )
 
     @property
     def timed(self) -> int:
@@ -187,6 +195,17 @@ def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
     return np.array(seconds[_WARMUP[request.what] :])
 
 
+def _trace(run_once: Callable[[], Any], request: Request) -> None:
+    """Writes a trace of some more runs, if asked for one: tracing would slow the timed ones."""
+    if not request.profile:
+        return
+    with files.disk_errors(request.profile_folder), jax.profiler.trace(request.profile_folder):
+        for _ in range(request.profile):
+            jax.block_until_ready(run_once())
+    calls = "steps" if request.what == BenchKind.TRAIN else "calls"
+    console.say(f"trace of {request.profile} {calls} -> {request.profile_folder}")
+
+
 def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
     """Times train steps, with the transfer of the batch to the devices."""
     experiment = step_spec.validated(experiment, request.stage)
@@ -208,6 +227,7 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
 
     seconds = _times(step, request)
     peak = _peak_memory()  # before `_speed` allocates large matrices
+    _trace(step, request)
     tokens = int((batch.segment_ids > 0).sum())
     return {
         "stage": request.stage,
@@ -298,6 +318,8 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     first = float(np.median(_times(lambda: call(1), request)))
     seconds = _times(lambda: call(request.max_new_tokens), request)
     median = float(np.median(seconds))
+    peak = _peak_memory()
+    _trace(lambda: call(request.max_new_tokens), request)
     return {
         **_model(spec, mesh),
         "prompt_tokens": PROMPT_TOKENS,
@@ -308,7 +330,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
         "ms_per_token": 1e3 * float(np.median(seconds - first)) / (request.max_new_tokens - 1),
         "call_ms_median": 1e3 * median,
         "call_ms_p90": 1e3 * float(np.percentile(seconds, 90)),
-        **_peak_memory(),
+        **peak,
     }
 
 

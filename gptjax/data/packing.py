@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gptjax.batch import Batch
+from gptjax.batch import Batch, TokenType
 from gptjax.data.tasks import Examples
 
 # Row lengths are multiples of this.

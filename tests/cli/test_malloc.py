@@ -13,9 +13,9 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = """
 import os, resource, sys
 sys.path.insert(0, {root!r})
-from gptjax import allocator
+from gptjax.cli import malloc
 print(os.getpid(), flush=True)
-allocator.use_huge_pages()
+malloc.use_huge_pages()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 text = b"a" * 2**28
 faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
@@ -50,7 +50,7 @@ def executed(monkeypatch, tmp_path):
     return calls
 
 
-offered = pytest.mark.skipif(not malloc._on_offer(), reason="no huge pages on request here")
+offered = pytest.mark.skipif(not malloc.is_available(), reason="no huge pages on request here")
 
 
 @offered
@@ -92,6 +92,21 @@ def test_once_and_no_more(executed):
     assert executed == [(sys.executable, [sys.executable, "-B", "launch.py", "--mode=train"])]
 
 
+@pytest.mark.parametrize(
+    ("original", "argv"),
+    [
+        (["python", "/venv/bin/gptjax", "predict"], ["/venv/bin/gptjax", "predict"]),
+        (["python", "-m", "gptjax", "predict"], ["/site/gptjax/__main__.py", "predict"]),
+        (["python", "-Xutf8", "-m", "gptjax"], ["/site/gptjax/__main__.py"]),
+    ],
+)
+def test_the_installed_program_is_started_again(executed, monkeypatch, original, argv):
+    monkeypatch.setattr(sys, "orig_argv", original)
+    monkeypatch.setattr(sys, "argv", argv)
+    malloc.use_huge_pages()
+    assert executed == [(sys.executable, [sys.executable, *original[1:]])]
+
+
 def test_a_python_that_cannot_be_started_again_runs_on(executed, monkeypatch):
     def fail(*args):
         executed.append(args)
@@ -113,6 +128,7 @@ def test_a_python_that_cannot_be_started_again_runs_on(executed, monkeypatch):
         (["python", "-mpdb", "launch.py"], ["launch.py"]),
         (["python", "-c", "import launch"], ["-c"]),
         (["python", "-"], ["launch.py"]),
+        (["python", "-m", "gptjax_of_another", "--help"], ["/site/gptjax_of_another.py", "--help"]),
         (["python", "-m", "ipykernel_launcher", "-f", "x.json"], ["launch.py", "--mode=train"]),
         (["python"], [""]),
     ],

@@ -223,3 +223,15 @@ def test_output_into_a_closed_pipe_is_no_traceback(flags):
     command = f"{sys.executable} {runs.LAUNCH} {flags} | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert done.stderr == ""
+
+
+def test_bench_traces_more_steps_beside_its_report(tmp_path):
+    flags = ["bench", *runs.TINY, "--steps=1", f"--output={tmp_path}/report.json"]
+    result = runs.main(*flags, "--profile=2")
+    assert result.code == 0, result.err
+    assert f"trace of 2 steps -> {tmp_path}/profile" in result.err
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.xplane.pb")
+    assert trace.stat().st_size
+    assert json.loads((tmp_path / "report.json").read_text())["steps"] == 1
+    assert "`" not in runs.main(*flags, "--profile=2", "--bench=input").error
+    assert "--profile=-1" in runs.main(*flags, "--profile=-1").error

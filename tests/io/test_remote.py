@@ -185,8 +185,8 @@ def test_a_killed_run_resumes_in_the_bucket_bit_for_bit(trained):
         "        self._checkpoints.wait()\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "trainer.Trainer._read = read\n"
-        "import launch\n"
-        "sys.exit(launch.main(launch._parse(sys.argv)))\n"
+        "from gptjax.cli import main\n"
+        "sys.exit(main.main(main.parse(sys.argv)))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, *flags], capture_output=True, text=True, check=False
@@ -255,7 +255,7 @@ def test_a_bucket_without_a_run_is_one_line():
 def test_a_missing_package_is_named():
     code = (
         "import sys; sys.modules['gcsfs'] = None\n"  # as if it were not installed
-        "import launch; sys.exit(launch.main(launch._parse(sys.argv)))\n"
+        "from gptjax.cli import main; sys.exit(main.main(main.parse(sys.argv)))\n"
     )
     flags = ["--mode=generate", f"--checkpoint={BUCKET}/run"]
     done = subprocess.run(

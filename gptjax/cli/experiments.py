@@ -1,0 +1,100 @@
+"""Experiment files: how `--config` finds one by its name or path, and what it contains.
+
+The repository has them in the folder `experiments`. An installed gptjax has the same folder inside
+the package.
+"""
+
+import ast
+import importlib.machinery
+import importlib.util
+import os
+import pathlib
+import sys
+
+import gptjax
+from gptjax.config.schema import Experiment
+from gptjax.errors import UserError, brief, nearest, require
+
+QUICKSTART = "quickstart"
+"""The experiment that runs without `--config`."""
+
+_MODULE = "gptjax_experiment"
+
+
+def folder() -> pathlib.Path:
+    """Returns the folder of the experiments that come with gptjax."""
+    package = pathlib.Path(gptjax.__file__).resolve().parent
+    inside = package / "experiments"
+    return inside if inside.is_dir() else package.parent / "experiments"
+
+
+def names() -> list[str]:
+    """Returns the names of the experiments that come with gptjax, sorted."""
+    return sorted(path.stem for path in folder().glob("*.py"))
+
+
+def summary(name: str) -> str:
+    """Returns the first line of the docstring of an experiment that comes with gptjax."""
+    source = (folder() / f"{name}.py").read_text(encoding="utf-8")
+    return (ast.get_docstring(ast.parse(source)) or "").partition("\n")[0]
+
+
+def find(config: str) -> pathlib.Path:
+    """Returns the file that a value of `--config` means.
+
+    Args:
+      config: the path of a file, or one of `names()`; a colon and an argument may follow.
+
+    Raises:
+      UserError: there is no such file and no such name.
+    """
+    name = config.partition(":")[0]
+    if os.path.isfile(name):
+        return pathlib.Path(name)
+    known = names()
+    if name not in known:
+        near = nearest(pathlib.PurePath(name).stem, known)
+        hint = near or f"; the experiments are {', '.join(known)}"
+        raise UserError(f"--config={config}: no such file or experiment{hint}")
+    return folder() / f"{name}.py"
+
+
+def load(config: str) -> Experiment:
+    """Returns the experiment that a value of `--config` means.
+
+    Args:
+      config: as in `find`. What follows a colon is the argument of the file's `get_config`.
+
+    Raises:
+      UserError: there is no such file, or it does not define an experiment.
+    """
+    path = find(config)
+    loader = importlib.machinery.SourceFileLoader(_MODULE, str(path))
+    spec = importlib.util.spec_from_file_location(_MODULE, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[_MODULE] = module  # the file may define dataclasses, which look themselves up here
+    _, colon, argument = config.partition(":")
+    try:
+        loader.exec_module(module)
+        experiment = module.get_config(*([argument] if colon else []))
+    except UserError as error:
+        raise UserError(f"--config={config}: {error}") from error
+    except Exception as error:  # a mistake in the file, which may be of any kind
+        raise UserError(f"--config={config}: {_where(error, path)}{brief(error)}") from error
+    require(
+        isinstance(experiment, Experiment),
+        f"--config={config}: get_config() of {path} must return a gptjax.config.Experiment, not "
+        f"{type(experiment).__name__}",
+    )
+    return experiment
+
+
+def _where(error: Exception, path: pathlib.Path) -> str:
+    """Names the line of the experiment file that an error comes from."""
+    line, trace = None, error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code.co_filename == str(path):
+            line = trace.tb_lineno
+        trace = trace.tb_next
+    return f"{path}, line {line}: " if line else f"{path}: "

@@ -1,0 +1,430 @@
+"""The flags of the program: one table of the modes with their flags, and the parser.
+
+`MODES` is the single source for the help texts, for absl's definitions, and for the flags that an
+error message names (`gptjax.cli.console`).
+"""
+
+import dataclasses
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from gptjax.cli import experiments
+from gptjax.config import schema
+from gptjax.config.paper_tasks import SUBMISSIONS
+from gptjax.config.schema import BenchKind, Experiment, Stage, WeightFormat
+from gptjax.errors import UserError, nearest, require
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """One of the things that the program does."""
+
+    summary: str
+    """What the mode does: one sentence."""
+    example: str
+    """The arguments of an example, without the name of the mode."""
+    flags: Mapping[str, str]
+    """NAME=PLACEHOLDER (a switch is NAME alone) -> the help text of the flag in this mode."""
+    parts: tuple[str, ...] = ()
+    """The parts of the experiment that the mode reads, the most important first: keys of
+    `gptjax.cli.usage.PARTS`."""
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The names of the flags of this mode."""
+        return frozenset(flag.partition("=")[0] for flag in self.flags)
+
+
+_CHECKPOINT = (
+    "The trained model. The workdir of a run means its last stage at its best step; "
+    "DIR/checkpoints/STAGE and DIR/checkpoints/STAGE/STEP are a stage and a step of it."
+)
+_WORKDIR = (
+    "Folder that the run writes to: a path, or gs://BUCKET/FOLDER. Default: runs/NAME, where NAME "
+    "is --config.name."
+)
+_REPORT = "A file to write the report to. The report is printed in any case."
+_TRAINING = (
+    "experiment", "finetune", "pretrain", "tokenizer", "model", "optimizer", "mesh", "checkpoint",
+)  # fmt: skip
+_STEP = ("model", "mesh", "pretrain", "finetune", "optimizer", "tokenizer")
+
+MODES: dict[str, Mode] = {
+    "train": Mode(
+        "Trains a model. The same command continues a training that was stopped.",
+        "--config=finetune_file --config.finetune.train_file=train.csv",
+        {
+            "workdir=DIR": _WORKDIR,
+            "coordinator_address=HOST:PORT": "For a training with several processes: the address "
+            "of process 0. Give --coordinator_address, --num_processes and --process_id together, "
+            "and only where TPU, GKE, Slurm or Open MPI does not provide them.",
+            "num_processes=N": "Number of processes of the training. 1 ignores what the "
+            "environment says of others.",
+            "process_id=N": "Number of this process, from 0.",
+            "initialization_timeout=SECONDS": "How long to wait for all processes to start.",
+            "heartbeat_timeout=SECONDS": "A process that is silent for so long counts as lost, and "
+            "the others end.",
+        },
+        (*_TRAINING, "probes"),
+    ),
+    "evaluate": Mode(
+        "Computes the losses and metrics of a trained model.",
+        "--checkpoint=runs/finetune_file --split=test",
+        {
+            "checkpoint=DIR": _CHECKPOINT,
+            "input=FILE": "Labelled rows to score, with the columns that the model was fine-tuned "
+            "on. For a language model: text files, as comma-separated globs. Default: the data "
+            "that the model was trained with.",
+            "split=NAME": "The split of the training's data to score: validation or test. "
+            "Default: validation.",
+            "probes": "Scores zero-shot probes of a language model instead: those of --config, or "
+            "without --config those of the run that trained the model.",
+        },
+        ("probes",),
+    ),
+    "predict": Mode(
+        "Writes a label and its probabilities for every row of a file.",
+        "--checkpoint=runs/finetune_file --input=new.csv --output=predictions.csv",
+        {
+            "checkpoint=DIR": _CHECKPOINT,
+            "input=FILE": "The rows: .csv, .tsv, .jsonl or .parquet, with the text columns that "
+            "the model was fine-tuned on.",
+            "output=FILE": "The file to write: .csv, .tsv or .jsonl, with one line for each row, "
+            "in the same order.",
+            "split=NAME": "Instead of --input: a split of the Hugging Face data set that the model "
+            "was fine-tuned on.",
+            "glue=TASK": "Writes a submission for the server of the GLUE benchmark, which has "
+            f"other columns. TASK is {', '.join(SUBMISSIONS)}.",
+        },
+    ),
+    "generate": Mode(
+        "Continues a text.",
+        "--checkpoint=runs/quickstart --prompt='Returns' --temperature=0.8",
+        {
+            "checkpoint=DIR": _CHECKPOINT,
+            "prompt=TEXT": "The beginning of the text. It may be empty.",
+            "max_new_tokens=N": "Number of tokens to add.",
+            "temperature=T": "Divides the logits: lower values make likely tokens more likely. 0 "
+            "takes the most likely token every time.",
+            "top_k=K": "Draws from the K most likely tokens only. 0 means all tokens.",
+            "top_p=P": "Draws from the smallest set of most likely tokens whose probabilities add "
+            "up to P. 1 means all tokens.",
+            "num_samples=N": "Number of texts.",
+            "seed=N": "Seed of the random draws. Equal seeds give equal texts.",
+        },
+    ),
+    "tokenizer": Mode(
+        "Trains a tokenizer on text files.",
+        "--input='books/*.txt' --output=tokenizer --config.tokenizer.vocab_size=8000",
+        {
+            "input=FILES": "The text files, as comma-separated globs.",
+            "output=DIR": "Folder for tokenizer.json; a BPE is also written as vocab.json and "
+            "merges.txt.",
+        },
+        ("tokenizer",),
+    ),
+    "import": Mode(
+        "Converts a GPT-1 of OpenAI or Hugging Face into a workdir.",
+        "--format=openai --input=finetune-transformer-lm/model --output=runs/gpt1",
+        {
+            "input=DIR": "Folder with the weights.",
+            "output=DIR": "The workdir to create. Other modes take it as --checkpoint, and "
+            "trainings start from it with --config.init_from.",
+            "format=NAME": "Format of the weights: openai (the files of the authors' released "
+            "code) or huggingface (a folder of an openai-gpt model for transformers).",
+            "config.tokenizer.words=HOW": "How text is split into words: exact (as the authors "
+            "did, with ftfy and spaCy) or fast (nearly the same, without them). Default: exact.",
+        },
+    ),
+    "export": Mode(
+        "Converts a trained model for transformers, or for the code of GPT-1's authors.",
+        "--input=runs/finetune_file --output=for_transformers",
+        {
+            "input=DIR": _CHECKPOINT,
+            "output=DIR": "Folder to create.",
+            "format=NAME": "Format to write: huggingface (a folder of an openai-gpt model for "
+            "transformers) or openai (the files of the authors' released code).",
+        },
+    ),
+    "ablate": Mode(
+        "Measures what pretraining and the auxiliary loss contribute, with several seeds.",
+        "--config=gpt1_task:rte --config.init_from=runs/gpt1 --seeds=3",
+        {
+            "workdir=DIR": _WORKDIR,
+            "seeds=N": "Number of seeds. The first is --config.seed.",
+        },
+        ("ablation", *_TRAINING),
+    ),
+    "compile": Mode(
+        "Compiles the train step for a machine that you need not have, and estimates its time and "
+        "memory.",
+        "--config=larger:350m --topology=v5e:4x4",
+        {
+            "topology=NAME": "The machine: v4, v5e, v5p or v6e with its shape (v5e:4x4, v4:2x2x1), "
+            "several slices of it (2xv5e:16x16), or a number of CPU devices (cpu:8).",
+            "stage=STAGE": "The stage whose train step is compiled: pretrain or finetune.",
+            "sweep": "Compiles several batch sizes, meshes and values of model.remat, and ranks "
+            "those that fit into memory.",
+            "sweep_limit=N": "The largest number of programs that --sweep compiles.",
+            "output=FILE": _REPORT,
+        },
+        _STEP,
+    ),
+    "bench": Mode(
+        "Times training, text generation or data loading on this machine.",
+        "--config=gpt1_pretrain --config.pretrain.batch_size=8 --config.mesh.data=1",
+        {
+            "bench=WHAT": "What is timed: train (train steps on random tokens), generate (text "
+            "generation from random tokens) or input (loading of the experiment's data).",
+            "stage=STAGE": "The stage whose train step or data is timed: pretrain or finetune.",
+            "steps=N": "Number of timed steps, generated texts or batches. 0 means 10, and 100 "
+            "with --bench=input.",
+            "max_new_tokens=N": "With --bench=generate: number of tokens to generate.",
+            "num_samples=N": "With --bench=generate: number of texts to generate at once.",
+            "output=FILE": _REPORT,
+            "profile=STEPS": "Also traces this many more steps with JAX's profiler, into a folder "
+            "profile beside --output, or else into runs/NAME/profile. 0 means no trace.",
+        },
+        _STEP,
+    ),
+}
+
+COMMON: dict[str, str] = {
+    "config=EXPERIMENT": "The experiment: the name of one that comes with gptjax, or the path of a "
+    "Python file; NAME:ARGUMENT gives it an argument. Default: quickstart.",
+    "config.FIELD=VALUE": "Changes one field of the experiment.",
+}
+"""The flags of all modes."""
+
+
+def _help(name: str) -> str:
+    """Joins what a flag does in each mode: "predict, evaluate: ...; generate: ..."."""
+    modes: dict[str, list[str]] = {}
+    for mode, table in MODES.items():
+        for flag, text in table.flags.items():
+            if flag.partition("=")[0] == name:
+                modes.setdefault(text, []).append(mode)
+    return " ".join(f"{', '.join(those)}: {text}" for text, those in modes.items())
+
+
+_ARGV: list[str] = []
+"""The command line of the last call of `parse`, where ml_collections looks for `--config.FIELD`."""
+
+
+def _load(config: str) -> Experiment:
+    """Returns the experiment of `--config`, after a check that it has the fields of `_ARGV`."""
+    experiment = experiments.load(config)
+    _check_parts(experiment, [name for name, _ in _options(_ARGV[1:])])
+    return experiment
+
+
+MODE = flags.DEFINE_enum("mode", "train", list(MODES), "What to do. The first word does the same.")
+CONFIG = config_flags.DEFINE_config_dataclass(
+    "config", Experiment(), " ".join(COMMON.values()), sys_argv=_ARGV, parse_fn=_load
+)
+WORKDIR = flags.DEFINE_string("workdir", "", _help("workdir"))
+SEEDS = flags.DEFINE_integer("seeds", 3, _help("seeds"))
+CHECKPOINT = flags.DEFINE_string("checkpoint", "", _help("checkpoint"))
+INPUT = flags.DEFINE_string("input", "", _help("input"))
+OUTPUT = flags.DEFINE_string("output", "", _help("output"))
+FORMAT = flags.DEFINE_enum("format", WeightFormat.HUGGINGFACE, list(WeightFormat), _help("format"))
+TOPOLOGY = flags.DEFINE_string("topology", "", _help("topology"))
+SWEEP = flags.DEFINE_bool("sweep", False, _help("sweep"))
+SWEEP_LIMIT = flags.DEFINE_integer("sweep_limit", 12, _help("sweep_limit"))
+STAGE = flags.DEFINE_enum("stage", Stage.PRETRAIN, [Stage.PRETRAIN, Stage.FINETUNE], _help("stage"))
+BENCH = flags.DEFINE_enum("bench", BenchKind.TRAIN, list(BenchKind), _help("bench"))
+STEPS = flags.DEFINE_integer("steps", 0, _help("steps"))
+PROBES = flags.DEFINE_bool("probes", False, _help("probes"))
+SPLIT = flags.DEFINE_string("split", "", _help("split"))
+GLUE = flags.DEFINE_string("glue", "", _help("glue"))
+PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
+MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, _help("max_new_tokens"))
+TEMPERATURE = flags.DEFINE_float("temperature", 1.0, _help("temperature"))
+TOP_K = flags.DEFINE_integer("top_k", 0, _help("top_k"))
+TOP_P = flags.DEFINE_float("top_p", 1.0, _help("top_p"))
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, _help("num_samples"))
+PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
+SEED = flags.DEFINE_integer("seed", 0, _help("seed"))
+COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", "", _help("coordinator_address"))
+NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, _help("num_processes"))
+PROCESS_ID = flags.DEFINE_integer("process_id", None, _help("process_id"))
+INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
+    "initialization_timeout", 300, _help("initialization_timeout"), lower_bound=1
+)
+HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout", 100, _help("heartbeat_timeout"), lower_bound=2
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command line that was understood; the values of its other flags are in the constants."""
+
+    mode: str
+    experiment: Experiment
+    overrides: Mapping[str, Any]
+    """Dotted name -> value of the fields that the command line changes."""
+    has_config: bool
+    """False: there is no `--config`, and `experiment` is the quickstart."""
+
+    @property
+    def workdir(self) -> str:
+        """The folder of the run."""
+        return WORKDIR.value or os.path.join("runs", self.experiment.name)
+
+
+@dataclasses.dataclass(frozen=True)
+class HelpRequest:
+    """A command line that asks for help."""
+
+    name: str
+    """help (ours), helpfull or helpxml (absl's)."""
+    mode: str
+    """The mode to explain; "" for the overview of all modes."""
+    config: str
+    """The value of `--config`."""
+
+
+# The spelling on the command line -> the name of the help.
+_HELP = {
+    "help": "help", "h": "help", "?": "help", "helpshort": "help", "helpfull": "helpfull",
+    "helpxml": "helpxml",
+}  # fmt: skip
+
+
+def parse(argv: Sequence[str]) -> Command | HelpRequest:
+    """Reads a command line.
+
+    Args:
+      argv: the program's name and its arguments. The first argument may be the name of a mode.
+
+    Raises:
+      UserError: a mode, flag, experiment or field that does not exist, or a wrong value.
+    """
+    program, *arguments = argv
+    word = arguments.pop(0) if arguments and not arguments[0].startswith("-") else ""
+    _forget()
+    try:
+        arguments = _joined(FLAGS.read_flags_from_files(arguments, force_gnu=False))
+        options = list(_options(arguments))
+        mode = _mode(word, options)
+        configs = [value for name, value in options if name == "config"]
+        config = configs[-1] if configs else experiments.QUICKSTART
+        for name, _ in options:
+            if name in _HELP:
+                return HelpRequest(_HELP[name], mode, config)
+        _check_fields([name for name, _ in options])
+        added = [f"--mode={word}"] if word else []
+        added += [] if configs else [f"--config={config}"]
+        _ARGV[:] = [program, *added, *arguments]
+        _, *rest = FLAGS(_ARGV)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    for argument in rest:
+        raise UserError(
+            f"{argument}: unexpected argument; the mode comes first, and flags begin with --"
+        )
+    overrides = config_flags.get_override_values(FLAGS["config"])
+    return Command(MODE.value, CONFIG.value, overrides, bool(configs))
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with each "--flag value" as "--flag=value"."""
+    found: list[str] = []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            return [*found, argument, *rest]
+        name = argument.lstrip("-")
+        takes_value = argument != name and (
+            (name.startswith("config.") and "=" not in name)
+            or (name in FLAGS and not FLAGS[name].boolean)
+        )
+        if takes_value and rest and not rest[0].startswith("--"):
+            argument = f"{argument}={rest.pop(0)}"
+        found.append(argument)
+    return found
+
+
+def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields name and value ("" without one) of the flags among the arguments."""
+    for argument in arguments:
+        if argument == "--":
+            return
+        if argument.startswith("-"):
+            name, _, value = argument.lstrip("-").partition("=")
+            yield name, value
+
+
+def _mode(word: str, options: Sequence[tuple[str, str]]) -> str:
+    """Returns the mode that a command line names by its first word or by `--mode`, or ""."""
+    given = [(word, word)] if word else []
+    given += [(value, f"--mode={value}") for name, value in options if name == "mode"]
+    for mode, text in given:
+        hint = nearest(mode, MODES) or f"; the modes are {', '.join(MODES)}"
+        require(mode in MODES, f"{text}: no such mode{hint}")
+    for (first, _), (second, text) in itertools.pairwise(given):
+        require(first == second, f"{text}: there is another mode, {first}; give only one")
+    return given[-1][0] if given else ""
+
+
+def _forget() -> None:
+    """Undoes an earlier call of `parse`, so that one process can parse several command lines."""
+    for name in list(FLAGS):
+        if name.startswith("config."):
+            delattr(FLAGS, name)
+        else:
+            FLAGS[name].unparse()
+    FLAGS.unparse_flags()
+
+
+def _check_fields(names: Sequence[str]) -> None:
+    """Refuses a `--config.FIELD` that no experiment has."""
+    fields = list(schema.field_names(Experiment))
+    for name in names:
+        field = name.removeprefix("config.")
+        # The experiment chooses the names of its ablation tasks and its probes.
+        general = re.sub(r"^(ablation\.tasks|probes)\.[^.]+", r"\1.NAME", field)
+        require(
+            field == name or general in fields,
+            f"--{name}: no such field{nearest(general, fields)}",
+        )
+
+
+def _check_parts(experiment: Experiment, names: Sequence[str]) -> None:
+    """Refuses a `--config.PART.FIELD` if this experiment does not have the part."""
+    built: set[str] = set()
+    for name in names:
+        field = name.removeprefix("config.")
+        if field == name:
+            continue
+        built.add(field)  # --config.PART=build comes before the fields of the part
+        value: Any = experiment
+        *parents, _ = field.split(".")
+        for i, parent in enumerate(parents):
+            part = ".".join(parents[: i + 1])
+            if isinstance(value, Mapping):
+                require(
+                    parent in value,
+                    f"--{name}: the experiment has no entry {parent!r}{nearest(parent, value)}; "
+                    f"its entries are {', '.join(value) or 'none'}",
+                )
+                value = value[parent]
+                continue
+            value = getattr(value, parent)
+            require(
+                value is not None or part in built,
+                f"--{name}: the experiment has no {part} part; --config.{part}=build before it "
+                "adds one with the default values",
+            )
+            if value is None:
+                break

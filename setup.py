@@ -1,0 +1,19 @@
+"""The packages and the extras of the installation, which pyproject.toml cannot express."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+
+def requirements(extra: str) -> list[str]:
+    """Returns the lines of requirements-EXTRA.txt, without comments and other files."""
+    text = pathlib.Path(f"requirements-{extra}.txt").read_text(encoding="utf-8")
+    return [line for line in text.splitlines() if line and not line.startswith(("#", "-r"))]
+
+
+setup(
+    packages=[*find_packages(include=["gptjax", "gptjax.*"]), "gptjax.experiments"],
+    # In the repository the experiments are beside the package; installed, they are inside it.
+    package_dir={"gptjax.experiments": "experiments"},
+    extras_require={extra: requirements(extra) for extra in ("cuda", "remote", "tpu")},
+)
