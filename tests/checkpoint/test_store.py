@@ -1,4 +1,4 @@
-"""What is saved comes back bit for bit, or is refused; whatever was done to the files."""
+"""A saved state is restored bit for bit, or refused, whatever happened to its files."""
 
 import pathlib
 import shutil
@@ -50,12 +50,12 @@ def bits(tree) -> list[bytes]:
 
 
 def anything(_: Meta) -> None:
-    """The check of a run that takes any checkpoint."""
+    """The check of a run that accepts any checkpoint."""
 
 
 @pytest.fixture
 def saved(tmp_path):
-    """A stage with steps 1, 2 and 3."""
+    """A workdir with a stage that has saved steps 1, 2 and 3."""
     with_three = CheckpointStore(
         str(tmp_path), "finetune", CheckpointConfig(keep_newest=3), "accuracy"
     )
@@ -166,13 +166,13 @@ def flip(path: pathlib.Path, position: int, bit: int = 0) -> None:
 
 
 def harm(step: pathlib.Path, how: str) -> None:
-    """Does one kind of damage to a step's folder."""
+    """Damages the folder of a step in one of the ways of `DAMAGE`."""
     if how == "truncated":
         path = largest(step, "optimizer/**/d/*")
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif how == "flipped":
         path = largest(step, "optimizer/**/d/*")
-        # In several places: once, under load, a single one was where nothing reads.
+        # In several places: orbax does not read every byte of the file.
         for part in range(1, 8):
             flip(path, path.stat().st_size * part // 8)
     elif how == "deleted":
@@ -202,7 +202,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(saved, caplog, how):
     assert "\n" not in named[0]
     assert checkpoints.steps() == [1, 2]
     assert (saved / "checkpoints" / "damaged" / "finetune-3").is_dir()
-    # The step can be written again, and be damaged again.
+    # The step can be saved again.
     checkpoints.save(3, make_state(7, 3), make_meta(), {"accuracy": 0.5})
     checkpoints.wait()
     assert bits(checkpoints.restore(3, make_state(9))) == bits(make_state(7, 3))
@@ -217,13 +217,13 @@ def test_every_checkpoint_damaged_is_one_line(saved):
     with pytest.raises(UserError, match=r"no checkpoint can be read.*`workdir`") as info:
         checkpoints.restore_newest(make_state(9), anything)
     assert "\n" not in str(info.value)
-    # What fails for all of them may not be their fault: they stay where they are.
+    # If all fail, the cause may be another one than damage, so they stay where they are.
     assert checkpoints.steps() == [1, 2, 3]
     checkpoints.close()
 
 
 def test_what_a_killed_run_did_not_delete_goes_at_the_end(saved):
-    """Steps 1 to 3 are there, 1 the best; two newest and the best stay."""
+    """Steps 1 to 4 exist and 1 is the best. The two newest and the best are kept."""
     three = reopen(saved, metric="accuracy")
     three.set_metrics(1, {"accuracy": 0.9})
     three.save(4, make_state(4, 4), make_meta(), {"accuracy": 0.0})
@@ -364,14 +364,14 @@ def test_a_path_means_the_best_step_or_the_one_it_names(saved):
 
 
 class Saving:
-    """A manager whose save never ends: orbax waits at the barrier for the other processes."""
+    """A manager whose save never ends, as if orbax waited for other processes at a barrier."""
 
     def is_saving_in_progress(self) -> bool:
         return True
 
 
 def test_a_save_that_fails_is_seen_by_the_barrier_it_comes_to():
-    """Wherever in the background it failed; in the main thread, errors are raised as always."""
+    """In a background thread an error makes the save fail; in the main thread it is only raised."""
     monitor = SaveMonitor()
 
     def background():

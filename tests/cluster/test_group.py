@@ -1,4 +1,4 @@
-"""Processes that find each other, agree, and end together; without JAX and its devices."""
+"""The rendezvous of processes, their communication and their common end, without JAX."""
 
 import os
 import pathlib
@@ -15,7 +15,8 @@ from gptjax.errors import UserError
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 LOST = 1
 
-# The processes of a group, without JAX: argv is port, count, index, and how many had it before.
+# The program of a process. argv: port, number of processes, index, number of earlier processes of
+# this index.
 _MEMBER = """
 import os, sys, time
 from gptjax.errors import ProcessLost, UserError
@@ -42,7 +43,15 @@ group = Group(index, hosts, links, 3.0)
 def members(
     count: int, present, body: str, wait: float = 60.0, before: str = ""
 ) -> list[runs.Result]:
-    """Runs `body` in the processes `present` of a group, and `before` before they join."""
+    """Runs a group without JAX.
+
+    Args:
+      count: of processes that each of them expects.
+      present: the indices of those that are started.
+      body: code that each runs as a member of the group.
+      wait: seconds that they wait for each other.
+      before: code that each runs before the rendezvous.
+    """
     port, code = str(runs.free_port()), _MEMBER.replace("WAIT", str(wait)) + body
     code = code.replace("try:\n", before + "try:\n", 1)
     before = [present[:n].count(index) for n, index in enumerate(present)]
@@ -70,7 +79,7 @@ def test_a_missing_process_0_is_named():
 
 
 def test_a_process_0_that_ends_is_named():
-    """As one that is evicted while it waits for others."""
+    """A scheduler may evict it while it waits for the others."""
     before = "if not index:\n    import threading; threading.Timer(2, os._exit, (9,)).start()\n"
     ended, result = members(3, (0, 1), "", before=before)
     assert (ended.code, result.code) == (9, LOST)
@@ -78,7 +87,7 @@ def test_a_process_0_that_ends_is_named():
 
 
 def test_process_0_may_come_up_last_and_wait_for_others():
-    """Then those that were early wait as long as it does."""
+    """The others then wait as long as process 0 waits, not only as long as they planned."""
     before = (
         "from gptjax.cluster import rendezvous\nrendezvous._ANSWER_SECONDS = 0.5\n"
         "time.sleep((7, 0, 11)[index])\n"
@@ -88,7 +97,7 @@ def test_process_0_may_come_up_last_and_wait_for_others():
 
 
 def test_one_that_is_started_again_takes_its_place():
-    """Its first life ended while the roll was called."""
+    """Process 1 ends during the rendezvous and starts again: `life` counts its starts."""
     before = (
         "import threading\n"
         "first = sys.argv[4] == '0'\n"
@@ -104,10 +113,7 @@ def test_one_that_is_started_again_takes_its_place():
 
 
 def test_strangers_at_the_door_are_no_members():
-    """What connects and says something else, or nothing, neither joins nor stops the roll call.
-
-    Those that stay, and say a little now and then, keep none of us waiting.
-    """
+    """Programs that send something else, or nothing, neither join nor delay the rendezvous."""
     said = (
         b"", b"GET / HTTP/1.1\r\n\r\n", b"[]\n", b'{"process_id": "x"}\n',
         b'{"process_id": 1, "num_processes": 2, "facts": 3}\n',
@@ -129,7 +135,7 @@ def test_strangers_at_the_door_are_no_members():
 
 
 def test_another_number_of_processes_is_named_in_all():
-    """Also by a process that has no place in the number of process 0."""
+    """This includes a process whose index is too large for the number that process 0 has."""
     for index in (1, 2):
         for result in members(2, (0, index), "", before="count += index\n"):
             assert result.code == 2, result.err
@@ -170,7 +176,7 @@ def test_processes_at_different_places_do_not_answer_each_other():
 
 
 def test_what_one_sees_late_is_waited_for():
-    """As the checkpoints on a network disk; what stays different is an error of the user's."""
+    """So it is with checkpoints on a network disk. A lasting difference is the user's error."""
     body = (
         "from gptjax.cluster import processes as distributed\n"
         "distributed._group = group\n"
@@ -207,7 +213,7 @@ def test_one_that_waits_for_long_says_for_whom():
 
 @pytest.mark.parametrize("asked", [0, 2])
 def test_all_stop_at_the_same_call(asked):
-    """However far each is when one of them is asked."""
+    """The processes have made different numbers of calls when one of them is asked to stop."""
     body = (
         f"stop = group.synchronised_stop(lambda: index == {asked} and calls > 5)\n"
         "calls = 1\n"
@@ -239,7 +245,7 @@ def test_a_killed_process_is_named_by_the_others(lost):
 
 
 def test_one_whose_output_nobody_reads_ends_too():
-    """As after the end of a `tee`, or of the connection to a terminal."""
+    """Nobody reads it after the end of a `tee`, or of the connection to a terminal."""
     body = (
         "if index == 0:\n"
         "    unread, end = os.pipe()\n"
@@ -253,7 +259,7 @@ def test_one_whose_output_nobody_reads_ends_too():
 
 
 def test_a_process_that_hangs_is_lost_too():
-    """Its machine is gone: the connection stays, and nothing comes."""
+    """If a machine loses its power, the connection stays open, and no message comes."""
     body = (
         "group.gather('up', 0)\n"
         "if index == 1:\n"

@@ -1,4 +1,4 @@
-"""Which process of how many this is, and what has to be equal in all of them."""
+"""The index of this process, the number of processes, and facts that all must share."""
 
 import os
 
@@ -52,7 +52,7 @@ SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1", FIRST: "localh
 
 
 def surround(monkeypatch, environment: dict[str, str], tpu: bool = False) -> None:
-    """The environment of a cluster, and no other; `tpu`: libtpu and chips are here."""
+    """Sets the variables of one cluster and removes those of others; `tpu`: on a TPU VM."""
     for name in list(os.environ):
         if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "TPU_", "MEGASCALE_", "JOB_COMPL")):
             monkeypatch.delenv(name)
@@ -85,7 +85,7 @@ def test_the_environment_tells_where_there_are_several(environment, expected, mo
 
 @pytest.mark.parametrize(("slices", "expected"), [(1, (4, 2)), (2, (8, 6))])
 def test_the_metadata_of_a_tpu_vm_tell(slices, expected, monkeypatch):
-    """With a stand-in for Google's server of them."""
+    """A fake replaces Google's metadata server."""
     workers = ",".join(f"w{i}:unknown:10.0.0.{i}" for i in range(1, 5))
     more = f"MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n{FIRST}: '10.0.0.1:8080'\n"
     metadata = {
@@ -107,7 +107,7 @@ def test_a_machine_of_process_0_that_never_comes_is_named(monkeypatch):
 
 
 def test_an_environment_that_jax_does_not_know_is_refused(monkeypatch):
-    # Open MPI 5 tells no more than this.
+    # Open MPI 5 sets no other variable that helps.
     surround(monkeypatch, {"OMPI_COMM_WORLD_SIZE": "2"})
     with pytest.raises(UserError, match=r"Open MPI says .* give `coordinator_address`"):
         processes.place(Options())
@@ -123,7 +123,7 @@ def test_a_difference_names_process_and_field():
 
 
 def half(which: int):
-    """The rows of one of two processes."""
+    """Returns a function that selects the rows of one of two processes."""
     return lambda rows: np.arange(rows) // (rows // 2) == which
 
 

@@ -1,4 +1,4 @@
-"""Runs of several processes, through `launch.py`: as one process's run, however they end."""
+"""Runs of several processes through `launch.py`: equal to a run of one, and ended together."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ LOST = 1
 
 
 def start_all(count: int, workdir, *flags, **kwargs) -> list:
-    """A tiny run of both stages in some processes of this machine."""
+    """Starts a tiny run of both stages in several processes of this machine."""
     files = runs.files()
     command = (*runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}", *flags)
     return runs.start_several(count, *command, **kwargs)
@@ -35,7 +35,7 @@ def assert_close(ours: list[dict], theirs: list[dict]) -> None:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    """Both stages in one process with four devices."""
+    """The workdir of both stages, run in one process with four devices."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
     (result,) = (runs.finish(each, 900) for each in start_all(1, workdir, devices=4))
     assert result.code == 0, result.err
@@ -53,7 +53,7 @@ def test_several_processes_train_as_one_and_one_continues_them(count, alone, tmp
     assert_close(losses(workdir), losses(alone))
     assert "Saved in" in results[0].out
     assert not any("Saved in" in result.out for result in results[1:]), "process 0 alone prints"
-    # Restored by one, and by two: the last checkpoint is validated, tested and reported again.
+    # One process, then two continue: they restore the last checkpoint, test it and report again.
     for others in (1, 2):
         (workdir / "summary.json").unlink()
         results = [
@@ -107,8 +107,8 @@ def test_another_configuration_is_named_before_anything_is_written(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
-    """One of them cannot write its part of a checkpoint, and no one waits for it."""
-    # No preexec_fn: it forks this process, where JAX's threads are.
+    """One process cannot write its part of a checkpoint. The others do not wait for it."""
+    # Not by preexec_fn: it would fork this process, which has threads of JAX.
     limited = ("sh", "-c", 'ulimit -f 2; exec "$@"', "sh")
     workdir = tmp_path / "run"
     flags = ("--config.mesh.fsdp=2", "--config.pretrain.save_every=5")
@@ -130,7 +130,7 @@ def test_a_save_that_fails_in_one_process_ends_all(tmp_path):
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("how", ["flipped", "missing"])
 def test_damage_that_one_process_alone_reads(how, tmp_path):
-    """A shard of the newest checkpoint: all go on from the one before."""
+    """A shard of the newest checkpoint is damaged. All continue from the checkpoint before it."""
     workdir = tmp_path / "run"
     files = runs.files()
     command = (
@@ -155,7 +155,7 @@ def test_damage_that_one_process_alone_reads(how, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_workdirs_of_their_own_are_refused(alone, tmp_path):
-    """Also where each holds a run of this very experiment."""
+    """This holds even if each workdir has a run of the same experiment."""
     for name in "ab":
         shutil.copytree(alone, tmp_path / name)
     each = lambda index: (f"--workdir={tmp_path / 'ab'[index]}",)  # noqa: E731
@@ -188,8 +188,8 @@ def test_a_second_ctrl_c_ends_all_at_once(which, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_signal_while_the_roll_is_called(tmp_path):
-    """The others may succeed at the next try: they end as where one is lost."""
+def test_a_signal_during_the_rendezvous(tmp_path):
+    """The others end by the code for a lost process: the next attempt may succeed."""
     processes = start_all(3, tmp_path / "run", present=(0, 1))
     time.sleep(8)
     assert all(each.poll() is None for each in processes)

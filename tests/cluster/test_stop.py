@@ -1,4 +1,4 @@
-"""A stop is noted, obeyed between two steps, and costs nothing but time."""
+"""A signal to stop takes effect between two steps, and costs nothing but time."""
 
 import os
 import pathlib
@@ -48,7 +48,7 @@ def test_the_first_request_is_noted_and_the_second_acts_as_usual(number):
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_what_is_ignored_stays_so(number):
-    """As under nohup, and in a job that a script has put into the background."""
+    """So it is under nohup, and in a background job of a script."""
     previous = signal.signal(number, signal.SIG_IGN)
     try:
         with StopRequest() as stop:
@@ -61,7 +61,7 @@ def test_what_is_ignored_stays_so(number):
 
 @pytest.fixture
 def usual_ctrl_c():
-    """Python's own, also where the shell has started the tests in the background, without it."""
+    """Python's usual handler of Ctrl-C, which is missing if a shell runs tests in background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -87,7 +87,7 @@ def test_a_second_sigterm_ends_the_process():
 
 
 class StopAfter(StopRequest):
-    """Asked to stop at the n-th question."""
+    """A request to stop that becomes true after `left` calls."""
 
     left = 0
 
@@ -131,7 +131,7 @@ def test_asked_between_steps(tmp_path, monkeypatch, before):
 
 @pytest.mark.skipif(not pathlib.Path("/proc/self/status").exists(), reason="needs Linux")
 def test_a_signal_while_modules_load(tmp_path):
-    """A scheduler starts it again, as from any other moment."""
+    """The exit code is 75, as at any other moment, so that a scheduler starts it again."""
     process = runs.start(*command(tmp_path / "w"))
     status = pathlib.Path(f"/proc/{process.pid}/status")
     caught = 0
@@ -151,7 +151,7 @@ def test_a_signal_while_modules_load(tmp_path):
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid of util-linux")
 @pytest.mark.parametrize("output", ["terminal", "pipe"])
 def test_output_that_nobody_reads_any_more_changes_nothing(tmp_path, output):
-    """The terminal was closed, or Ctrl-C has also ended the `tee` behind the pipe."""
+    """The terminal was closed, or Ctrl-C has ended the `tee` that reads the pipe too."""
     ours, theirs = pty.openpty() if output == "terminal" else os.pipe()
     under = ("setsid", "--ctty") if output == "terminal" else ()
     flags = [each for each in command(tmp_path) if not each.startswith("--config.pretrain.steps=")]
@@ -193,7 +193,7 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
 
 
 def test_a_signal_during_the_test(tmp_path, monkeypatch):
-    """The last thing of a run: it stops too, and the same command tests and reports."""
+    """The run stops during the test as well. The same command then tests and reports."""
     flags = [*runs.TINY, *runs.files().finetune, "--config.pretrain=none", f"--workdir={tmp_path}"]
     evaluated = score.task
     asked = []

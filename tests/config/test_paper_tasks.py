@@ -1,4 +1,4 @@
-"""Every task of the paper, from small files with its data set's own columns, for a step."""
+"""Each task of the paper runs for a step, on small files with the columns of its data set."""
 
 import json
 
@@ -15,7 +15,7 @@ from gptjax.infer import predictor
 from gptjax.io import files
 
 PAIR = {"sentence1": "the cat sat on a mat", "sentence2": "a dog ran to the house"}
-# A row of each data set as its card describes it.
+# One row of each data set, with the columns that its card describes.
 ROWS = {
     "mnli": {"premise": "a cat", "hypothesis": "a dog ran", "label": 0, "idx": 1},
     "snli": {"premise": "a cat", "hypothesis": "a dog ran", "label": 0},
@@ -72,7 +72,7 @@ def test_the_twelve_of_the_paper():
     usual = FinetuneConfig()
     for name in TASKS:
         config = paper_tasks.finetune_config(name)
-        # Section 4.1, and nothing of it changed by a task.
+        # Section 4.1 of the paper; no task changes these values.
         assert config.optimizer == usual.optimizer
         assert (config.batch_size, config.epochs, config.lm_weight) == (32, 3.0, 0.5)
     rate = usual.optimizer
@@ -96,7 +96,7 @@ def test_a_step_of_each(tmp_path, name, monkeypatch):
         result_of = runs.main("--mode=evaluate", f"--checkpoint={tmp_path}/w", rows)
         assert result_of.code == 0, result_of.err
         assert "18 train examples, 6 left out for their label" in result.out
-    # New rows have no label.
+    # Rows to predict have no label.
     result = runs.main(
         "--mode=predict", f"--checkpoint={tmp_path}/w", f"--input={tmp_path}/dev.jsonl",
         f"--output={tmp_path}/out.jsonl",
@@ -109,7 +109,7 @@ def test_a_step_of_each(tmp_path, name, monkeypatch):
 
 
 def check_submission(tmp_path, name, predictions, monkeypatch):
-    """The server's file from a file and from the hub's test split, whose labels are all -1."""
+    """Checks a submission made from a file, and one from the hub's test split, with labels -1."""
     path = write(tmp_path / "test.jsonl", name, 12, idx=7)
     flags = ["--mode=predict", f"--checkpoint={tmp_path}/w", f"--glue={name}"]
     made = runs.main(*flags, f"--input={path}", f"--output={tmp_path}/glue.tsv")
@@ -137,7 +137,7 @@ def check_submission(tmp_path, name, predictions, monkeypatch):
         asked.append((dataset, split))
         return files_lib.read_table(path, ())
 
-    # The run was on a file; on the hub it would have been on the task's data set.
+    # The run read a file. A run on the hub would have the task's data set in its configuration.
     monkeypatch.setattr(text_files, "load_hub", load_hub)
     loaded = predictor.load
 

@@ -1,4 +1,4 @@
-"""The named recipes, each of their parts against a float64 reference or a closed form."""
+"""Each property of the named recipes, against a float64 reference or a closed form."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ KEY = jax.random.key(7)
 
 
 def sequences(data, i):
-    """Tokens without padding and token types of the sequences of example i."""
+    """Returns tokens (without padding) and token types of the sequences of example i."""
     found = []
     for c in range(data.num_candidates):
         n = i * data.num_candidates + c
@@ -40,7 +40,7 @@ def sequences(data, i):
 
 
 def original(kind="multiple_choice", **changes):
-    """A model of the recipe, random parameters, and a packed batch of its examples."""
+    """Returns a model of the recipe, random parameters, and a packed batch of examples."""
     spec, data = small.examples(kind, count=5)
     model = gpt.make_model(small.config(one_matrix=True, **changes), spec)
     packer = Packer(data.lengths, 5, 96, sequence_means=True)
@@ -49,7 +49,7 @@ def original(kind="multiple_choice", **changes):
 
 
 def original_loss(params, kind, data, lm_weight):
-    """The authors' loss in float64: one matrix under the softmax, means of means."""
+    """Returns the authors' loss in float64: one matrix in the softmax, and means of means."""
     rows = np.concatenate([params["token_embedding"], params["position_embedding"]])
     task, lm = [], []
     for i in range(len(data)):
@@ -83,7 +83,7 @@ def test_original_s_loss_and_gradients_are_those_of_one_matrix_and_means_of_mean
 
 
 def test_original_drops_the_matrix_once_for_the_embedding_and_the_lm_head():
-    """With the dropped rows as parameters, and no dropout, all is the same."""
+    """A model whose parameters are the matrix after dropout has the same losses without dropout."""
     kind = "multiple_choice"
     _, _, model, params, batch, _ = original(kind, embedding_dropout=0.4)
     head = gpt.run(model, params, False, method="lm_projection", key=KEY)
@@ -166,7 +166,7 @@ def test_original_drops_the_end_of_each_epoch_and_shuffles_anew():
 
 
 def tutorial(count=6):
-    """A model of the recipe with a flattened head, and labelled pairs."""
+    """Returns a model of the recipe with a flattened head, and labelled pairs of texts."""
     tokenizer = small.small_tokenizer()
     rows = {
         "text": small.texts(count, 1), "pair": small.texts(count, 2),
@@ -182,7 +182,7 @@ def tutorial(count=6):
 
 
 def tutorial_reference(params, data, lm_weight, task_weight):
-    """Logits of each example, and the joint loss, in float64."""
+    """Returns the logits of each example, and the joint loss, in float64."""
     logits, task, lm = [], [], []
     for i in range(len(data)):
         [(tokens, types)] = sequences(data, i)
@@ -236,7 +236,7 @@ def test_the_tutorial_s_joint_loss_and_flattened_head_equal_float64():
 
 
 def test_what_the_padding_of_one_pair_holds_reaches_no_other_token():
-    """The head reads padding's states, but no token's state depends on padding before it."""
+    """The head reads the states of padding, but no token's state depends on padding before it."""
     _, _, _, data, model, params = tutorial()
     batch, _ = small.packed(data)
     padding = batch.token_types == 2

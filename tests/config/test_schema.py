@@ -1,4 +1,4 @@
-"""Configurations: JSON round trip, freezing, and errors that name the flag."""
+"""Configurations: JSON round trip, frozen copies, and errors that name the field."""
 
 import copy
 import dataclasses
@@ -34,7 +34,7 @@ EXPERIMENTS = sorted((pathlib.Path(__file__).parents[2] / "experiments").glob("*
 
 
 def load(path):
-    """The experiment of a file, as `--config=FILE` reads it."""
+    """Returns the experiment of a file, as `--config=FILE` reads it."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -42,7 +42,7 @@ def load(path):
 
 
 def whole() -> Experiment:
-    """An experiment with both stages, an ablation and a probe."""
+    """Returns an experiment with both stages, an ablation and a probe."""
     return Experiment(
         probes={"NAME": ProbeConfig(kind="acceptability", dataset="owner/name")},
         ablation=AblationConfig(tasks={"NAME": FinetuneConfig(dataset="builtin:classification")}),
@@ -78,7 +78,7 @@ def test_every_experiment_loads_builds_and_survives_json(path):
     again = schema.from_dict(Experiment, values, "config.json")
     assert again == experiment
     assert schema.differences(values, schema.to_dict(again)) == []
-    # A template for the user's own data lacks nothing but the name of the file.
+    # Experiments for the user's own data lack only the names of the files.
     if experiment.pretrain and not experiment.pretrain.dataset:
         experiment.pretrain.train_files = "text.txt"
     if experiment.finetune and not experiment.finetune.dataset:
@@ -103,7 +103,7 @@ def test_every_experiment_loads_builds_and_survives_json(path):
 
 
 def test_round_trip_keeps_every_field():
-    """Every field set to something that is not its default."""
+    """Here every field has a value that is not its default."""
     experiment = whole()
     changed = 0
     for name, value in leaves(schema.to_dict(experiment)):
@@ -348,7 +348,7 @@ def test_what_is_allowed(changes):
 
 
 def test_every_number_has_a_constraint():
-    """Those without one are checked by a rule of `validation`."""
+    """The fields in `free` have none: rules in `validation` check them."""
     free = {"segment_types", "window", "data", "fsdp", "tensor"}
     classes = (
         ModelConfig, TokenizerConfig, OptimizerConfig, PretrainConfig, FinetuneConfig, ProbeConfig,

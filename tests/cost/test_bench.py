@@ -1,4 +1,4 @@
-"""What `--mode=bench` reports: its figures among themselves, its synthetic batches, its errors."""
+"""Mode `bench`: relations among its figures, synthetic batches, errors."""
 
 import json
 import os
@@ -122,7 +122,7 @@ def test_a_synthetic_batch_is_what_the_packer_would_make(row_length):
     assert (batch.positions[:, :filled] == np.tile(np.arange(LENGTH), examples * 3)).all()
     for array in (batch.tokens, batch.segment_ids, batch.positions, batch.lm_weights):
         assert not array[:, filled:].any()
-    # A sequence's last token predicts nothing, and is where the task head reads.
+    # The last token of a sequence predicts no token, and the task head reads its state.
     ends = np.arange(examples * 3) * LENGTH + LENGTH - 1
     assert batch.lm_weights.sum(axis=1).tolist() == [filled - len(ends)] * 8
     assert not batch.lm_weights[:, ends].any()
@@ -139,7 +139,7 @@ def test_without_the_lm_loss_its_head_is_not_counted():
 
 
 def test_the_compilation_is_a_real_one():
-    """The session's cache neither gives the program nor gets it."""
+    """The program neither comes from the session's compilation cache nor goes into it."""
     cache = pathlib.Path(jax.config.jax_compilation_cache_dir)
     experiment = Experiment(model=MODEL, finetune=FinetuneConfig(batch_size=4))
     made = step_spec.build(experiment, "finetune", small.mesh(1))

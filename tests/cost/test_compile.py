@@ -1,4 +1,4 @@
-"""What `--mode=compile` reports, against closed forms, and its errors."""
+"""Mode `compile`: its report against closed forms, and its errors."""
 
 import functools
 import importlib.util
@@ -25,18 +25,15 @@ from gptjax.cost import compile, step_spec
 from gptjax.cost.hlo import parse
 from gptjax.model import flops
 
-# The optimizer's and our own counters: Adam's, the schedule's, two of bad steps, the step; the last
-# update's finiteness is a byte. Then the seed.
+# Bytes of the counters in the state (Adam's, the schedule's, two of bad steps, the step), and of
+# the seed. Whether the last update was finite takes a byte more.
 COUNTERS = 5 * 4
 SEED = 4
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _eight_devices():
-    """Started with its eight devices, JAX lends as many as a topology asks for, to other tests too.
-
-    Elsewhere `cpu:2` comes first, and JAX starts with two.
-    """
+    """Starts JAX with eight devices. Otherwise `cpu:2` would start it with two, for all tests."""
     assert len(jax.devices()) == 8
 
 
@@ -82,7 +79,7 @@ def test_the_operations_are_those_of_the_model_loops_included():
     assert found["flops_per_device"] == products(ROWS * LENGTH) / 2
     assert found["loops_counted_once"] == []
     assert found["xla_cost_analysis"]["flops_loops_once"] < 0.75 * found["flops_per_device"]
-    # `flops` counts the keys that the mask leaves, (T + 1) / 2 of T.
+    # `flops` counts the keys that the causal mask allows, (T + 1) / 2 of T on average.
     config = ModelConfig(
         vocab_size=VOCABULARY, context_length=LENGTH, num_layers=LAYERS, width=WIDTH, num_heads=2
     )
@@ -104,14 +101,15 @@ def test_full_remat_adds_a_forward_pass_of_the_blocks():
     more = report("cpu:2", "--config.model.remat=full")["flops_per_device"]
     head = 6 * VOCABULARY * WIDTH * ROWS * LENGTH / 2
     blocks = products(ROWS * LENGTH) / 2 - head
-    # Of its forward, a block's last product is not needed again.
+    # The backward pass needs all values of a block's forward pass but its last product.
     last = LAYERS * 2 * 4 * WIDTH**2 * ROWS * LENGTH / 2
     assert more in (head + blocks * 4 / 3, head + blocks * 4 / 3 - last)
 
 
 def test_data_parallel_devices_sum_the_gradients_and_nothing_else():
-    """The tied embedding's gradient, as input and as output, is summed once; so are the LM loss,
-    its weight, that of the task, and the checksums of the batch's five fields.
+    """Besides the gradients there are three sums of losses and weights, and five checksums.
+
+    The gradient of the tied embedding counts once, though it is used as input and as output.
     """
     gradients = 4 * (MATRICES + VECTORS)
     found = report("cpu:2")["collectives"]
@@ -185,7 +183,7 @@ def test_the_sizes_are_those_of_the_checkpoint_to_start_from():
     found = step_spec.build(step_spec.validated(experiment, "finetune"), "finetune", small.mesh(4))
     assert (found.model.config.vocab_size, found.model.config.width) == (VOCABULARY, WIDTH)
     assert found.assumed["vocab_size"] == "init_from"
-    # Three answers of a whole context each lie in one row; eight rows divide by four devices.
+    # A row has room for three answers of a whole context. Six rows become eight for four devices.
     assert found.batch.tokens.shape == (8, 3 * LENGTH)
     assert found.batch.extract.shape == (8, 4, 3)
 

@@ -1,4 +1,4 @@
-"""How XLA's text of a program is read: its operations, its traffic, and what it sends, by hand."""
+"""Programs in XLA's text, and their operations, traffic and collectives, counted by hand."""
 
 import pathlib
 
@@ -7,7 +7,7 @@ import pytest
 from gptjax.cost import hardware
 from gptjax.cost.hlo import collectives, flops, parse
 
-# As libtpu writes it: no trip count, products as convolutions, S(1) for memory on the chip.
+# The style of libtpu: no trip counts, products as convolutions, S(1) for memory on the chip.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %body (p: (s32[], bf16[12,4,8], f32[])) -> (s32[], bf16[12,4,8], f32[]) {
@@ -53,15 +53,16 @@ pad=0_0x2_2x11_11 rhs_reversal=0x1x1}, dim_labels=0bf12_i12o0->0b12f
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_a_program_of_a_tpu_is_read(start):
-    # The product's left side has the spatial dimensions 1 and 1 that the text leaves out.
+    # The product's left side also has two spatial dimensions of size 1, absent in the text.
     text = PROGRAM.replace("START", str(start)).replace("bf16[32,512,768]", "bf16[32,512,768,1,1]")
     module, trips = parse.parse(text), 12 - start
     assert module.unknown_loops() == []
     totals = collectives.totals(collectives.find(module))
     assert totals == {"all-reduce": {"count": trips, "bytes": 4 * trips}}
     assert flops.flops(module) == 2 * 32 * 512 * 768 * 3 * 12 * 64
-    # A slice of the array, the counter, and the sum's reading and writing; then both matrices, and
-    # the counter's first value. What is written to the chip's own memory costs nothing.
+    # Each iteration reads a slice of the array and the counter, and reads and writes the sum.
+    # Outside the loop, both matrices and the counter's first value are read. Writes to memory on
+    # the chip do not count.
     matrices = 2 * (32 * 512 * 768 + 768 * 3 * 12 * 64)
     assert flops.memory_bytes(module) == trips * (4 * 8 * 2 + 4 + 8) + matrices + 4
 
@@ -81,8 +82,8 @@ def test_a_loop_of_unknown_length_is_named():
     assert collectives.totals(collectives.find(module))["all-reduce"]["count"] == 1
 
 
-# Two steps of a ring, one while a product runs and one while nothing does; then a TPU's other form:
-# a fusion starts an all-gather, one in a loop does a piece of it, a third ends it.
+# Two collective-permutes, of which one runs beside a product. Then the form of a TPU: one fusion
+# starts an all-gather, another one transfers a piece of it, a third ends it.
 ASYNC = """HloModule jit_step, is_scheduled=true
 
 FileNames
@@ -165,7 +166,7 @@ def test_what_runs_beside_communication_is_seen_and_pieces_count_once():
         "collective-permute": {"count": 2, "bytes": 2 * 16},
         "all-gather": {"count": 1, "bytes": 32},
     }
-    # The innermost line of the package, not of the library that it calls.
+    # The innermost line in gptjax, not that of the library that it calls.
     assert module.source(found[0].instruction) == "model.py:7"
     entries = collectives.entries(module, found, [None] * 2, None)
     assert {entry["seconds"] for entry in entries} == {None}
@@ -176,17 +177,18 @@ def test_communication_is_exposed_as_far_as_nothing_hides_it():
     module = parse.parse(ASYNC)
     found, devices = collectives.find(module), [Place(0, 0), Place(1, 0)]
     product = 2 * 300**3
-    # A link of 16 bytes a second: a step of the ring takes 1 s, half of 32 bytes too.
+    # A link sends 16 bytes in a second: each collective-permute takes 1 s, and so does the
+    # all-gather, which receives half of 32 bytes.
     fast = hardware.Chip(product / 0.25, 1, 1e9, 16.0, 1.0, 4, "")
     total, exposed = collectives.exposed_seconds(module, found, devices, fast)
     assert total == pytest.approx(3.0)
-    # One step waits, the other two collectives have 0.25 s of product to hide behind.
+    # One collective-permute overlaps nothing. The other two overlap a product of 0.25 s.
     assert exposed == pytest.approx(1 + 2 - 0.25, abs=1e-3)
     slow = hardware.Chip(product / 5, 1, 1e9, 16.0, 1.0, 4, "")
     assert collectives.exposed_seconds(module, found, devices, slow)[1] == pytest.approx(1.0)
 
 
-# Sums of an array over four slices, and a gather over two, as libtpu writes them.
+# An all-reduce over four slices and an all-gather over two, in the style of libtpu.
 SLICES = """HloModule jit_step, is_scheduled=true
 
 ENTRY %main (x: f32[4], y: f32[300,300]) -> f32[8] {
@@ -228,13 +230,14 @@ def test_what_is_sent_between_slices_is_a_collective():
     assert {entry["collective"]: entry["devices"] for entry in entries} == {
         "dcn-all-reduce": 4, "dcn-all-gather": 2,
     }  # fmt: skip
-    # 24 bytes a device of the first, 16 of the second; half a second of product hides a part.
+    # A device sends 24 bytes for the first and 16 for the second. A product of half a second
+    # overlaps the first.
     product = 2 * 300**3
     chip = hardware.Chip(product / 0.5, 1, 1e12, 1.0, 16.0, 4, "")
     total, exposed = collectives.exposed_seconds(module, found, [Place(0, 0)] * 4, chip)
     assert total == pytest.approx(24 / 16 + 16 / 16)
     assert exposed == pytest.approx(24 / 16 - 0.5 + 16 / 16, abs=1e-3)
-    # Read when they go, written when they come; the product reads its matrix twice.
+    # A send reads its bytes and a recv writes them. The product reads its matrix twice.
     assert flops.memory_bytes(module) == 2 * 16 + 16 + 32 + 3 * 4 * 300**2
 
 
@@ -246,7 +249,7 @@ def test_the_least_time_of_a_collective_is_that_of_its_links():
         return hardware.collective_seconds(kind, 160.0, ids, sides, chip)
 
     assert seconds("all-gather", 2, 1) == 160 / 2 / 10
-    # A ring of four has two links for each, two lines of two one for each of two dimensions.
+    # Two links for each chip: both in the ring of four, or one in each dimension of 2 x 2.
     assert seconds("all-gather", 4, 1) == seconds("all-gather", 2, 2) == 160 * 3 / 4 / 20
     assert seconds("all-reduce", 4, 4) == 2 * seconds("reduce-scatter", 4, 4)
     assert seconds("all-gather", 4, 4) == 160 * 15 / 16 / 40

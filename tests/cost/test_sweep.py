@@ -1,4 +1,4 @@
-"""The sweep: what is tried and left out, and the ranking, of programs that are compiled here."""
+"""The sweep: the choices that are compiled or left out, and their ranking."""
 
 import json
 
@@ -51,7 +51,7 @@ def test_the_ranking_has_what_fits_first_by_tokens_a_second():
 
 
 def on(chip: hardware.Chip, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One device of this machine, as if it were the chip."""
+    """Makes every topology one device of this machine, with the figures of `chip`."""
     target = compile.Target("v5e:1x1", jax.devices()[:1], chip)
     monkeypatch.setattr(compile, "target_of", lambda topology: target)
 

@@ -1,6 +1,6 @@
-"""The train step, compiled by libtpu for slices that are not there: what it holds and sends.
+"""The train step, compiled by libtpu for TPU slices: its memory and its collectives.
 
-`pytest -m tpu`, with requirements-tpu.txt installed; skipped without.
+Run it by `pytest -m tpu`, with requirements-tpu.txt installed. No TPU is needed.
 """
 
 import functools
@@ -35,7 +35,7 @@ def test_a_tpu_is_compiled_for_without_one(topology):
     assert found["devices"] == devices
     assert found["fits"] is True
     assert found["loops_counted_once"] == []
-    # The compiler may write a small product as elementwise work.
+    # The compiler may turn small products into elementwise operations, which do not count.
     expected = compiled_sizes.products(compiled_sizes.ROWS * compiled_sizes.LENGTH)
     assert 0.5 < found["flops_per_device"] * devices / expected < 1.05
     assert 0 < found["mfu"] < 1
@@ -49,7 +49,7 @@ def test_a_tpu_is_compiled_for_without_one(topology):
     assert parts["exposed_communication_seconds"] <= parts["communication_seconds"]
     roof = max(parts["compute_seconds"], parts["memory_seconds"])
     assert found["step_seconds"] == roof + parts["exposed_communication_seconds"]
-    # Of the three copies of a matrix (the parameters, Adam's two), each is an argument.
+    # A matrix has three arguments of its shape: the parameter and Adam's two moments.
     held = [e for e in found["largest_buffers"] if e["argument"]]
     assert held[0]["count"] % 3 == 0
     assert held[0]["op_name"].startswith("state.")
@@ -63,7 +63,7 @@ def test_what_a_tpu_cannot_hold_is_said():
     assert found["fits"] is False
     assert found["peak_memory_bytes_per_device"] > hardware.CHIPS["v5e"].memory_bytes
     assert found["step_seconds"] is None
-    # The message of libtpu has the same sum, to two decimals of GiB, arguments included or not.
+    # The message of libtpu has the same sum, rounded to two decimals of GiB.
     total = found["memory"]["buffers_at_peak"]
     said = compile._bytes_required(found["refused"], 0)
     assert total == pytest.approx(said, rel=0.01)
@@ -110,12 +110,12 @@ def gpt1(topology: str, rows: int, *more: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_gpt1_fits_a_v5e_and_more_chips_need_no_more_memory():
-    """32 x 512 tokens a chip in bfloat16: 16 GB, and nothing is sent but the gradients."""
+    """With 32 x 512 tokens on a chip of 16 GB, in bfloat16, only gradients are communicated."""
     found = [gpt1("v5e:2x2", 128), gpt1("v5e:4x4", 512), gpt1("v5e:8x8", 2048)]
     for each in found:
         assert each["fits"] is True
         assert list(each["collectives"]) == ["all-reduce"]
-        # Float32 gradients once; the loss, its counts and the batch's checksum are a few bytes.
+        # The float32 gradients, once. Losses, counts and the batch's checksum are a few bytes.
         assert each["collectives"]["all-reduce"]["bytes"] == pytest.approx(
             4 * each["parameters"], rel=1e-3
         )
@@ -126,13 +126,13 @@ def test_gpt1_fits_a_v5e_and_more_chips_need_no_more_memory():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_between_slices_only_parts_of_gradients_are_sent():
-    """Data goes over two slices, fsdp over the four chips of each."""
+    """The axis data has the two slices, the axis fsdp the four chips of each."""
     found = gpt1("2xv5e:2x2", 256, "--config.mesh.data=2", "--config.mesh.fsdp=4")
     assert found["fits"] is True
     between = {name for name in found["collectives"] if name.startswith("dcn-")}
     assert between == {"dcn-all-reduce"}
     sent = found["collectives"]["dcn-all-reduce"]["bytes"]
-    # Its quarter of the gradients; libtpu sends the padding of an array's tiles (192 of 256) too.
+    # Each chip sends a quarter of the gradients, and the padding of their tiles (192 of 256).
     assert 1 <= sent / (found["parameters"] * 4 / 4) < 1.2
     one = gpt1("v5e:2x2", 128, "--config.mesh.data=1", "--config.mesh.fsdp=4")
     assert found["peak_memory_bytes_per_device"] < 1.02 * one["peak_memory_bytes_per_device"]

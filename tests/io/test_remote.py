@@ -1,4 +1,4 @@
-"""Runs in a bucket: a server of this process speaks Google's storage protocol, on localhost."""
+"""Runs in a bucket. A server in this process speaks Google's storage protocol on localhost."""
 
 import http
 import json
@@ -20,7 +20,7 @@ BUCKET = "gs://bucket"
 
 
 def emulator():
-    """The server's module, with two things of the protocol that tensorstore needs and it lacks."""
+    """Returns the server's module, with two missing features that tensorstore needs."""
     from gcp_storage_emulator.handlers import objects
 
     if "gcp_storage_emulator.server" not in sys.modules:  # its routes are made by the import
@@ -54,7 +54,7 @@ def emulator():
 
 @pytest.fixture(scope="module", autouse=True)
 def server():
-    """A bucket in memory; whatever reads gs:// in this process and in those it starts finds it."""
+    """A bucket in memory, which gs:// means in this process and in those that it starts."""
     server = emulator().create_server("localhost", 0, in_memory=True, default_bucket="bucket")
     server.start()
     url = f"http://localhost:{server._api._httpd.server_address[1]}"
@@ -72,7 +72,7 @@ def read(path: str) -> str:
 
 
 def tree(path: str) -> set[str]:
-    """Every object below an address."""
+    """Returns the addresses of all objects below an address."""
     found = set()
     for each in epath.Path(path).iterdir():
         found |= tree(str(each)) if each.is_dir() else {str(each)}
@@ -85,7 +85,7 @@ def train(workdir: str, *arguments: str) -> runs.Result:
 
 @pytest.fixture(scope="module")
 def trained(server, tmp_path_factory):
-    """The same run in the bucket and in a folder."""
+    """Two runs with the same flags, one in the bucket and one in a folder."""
     there, here = f"{BUCKET}/shared/run", str(tmp_path_factory.mktemp("here") / "run")
     for workdir in (there, here):
         flags = [*runs.TINY, *runs.files().pretrain, *runs.files().finetune]
@@ -170,10 +170,10 @@ def test_a_run_continues_from_a_bucket(trained, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_in_the_bucket_bit_for_bit(trained):
-    """SIGKILL once step 10 is saved, then the same command."""
+    """The process gets SIGKILL after step 10 is saved, then the same command runs again."""
     workdir = f"{BUCKET}/killed/run"
     flags = [*runs.TINY, *runs.files().pretrain, *runs.files().finetune, f"--workdir={workdir}"]
-    # The process ends itself between the save of step 10 and the end.
+    # The process kills itself at step 13, after the save of step 10.
     code = (
         "import os, signal, runpy, sys\n"
         "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
@@ -219,7 +219,7 @@ def test_a_damaged_checkpoint_is_moved_aside_in_the_bucket():
     assert read(f"{workdir}/metrics.jsonl") == before
 
 
-# Addresses that cannot be
+# Wrong addresses
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_an_address_that_cannot_be_is_one_line(workdir, message):
 
 @pytest.mark.parametrize("name", ["a[1]", "a*", "a?"])
 def test_a_folder_whose_checkpoints_would_be_lost_is_refused(name, tmp_path):
-    """orbax takes its path for a pattern, and all that it saves there cannot be read."""
+    """orbax takes the path for a glob pattern, and does not find what it has saved there."""
     workdir = tmp_path / name / "run"
     assert "must be without [, * and ?" in train(str(workdir)).error
     assert not workdir.exists()
@@ -273,7 +273,7 @@ def test_import_does_not_write_to_an_address(tmp_path):
     assert not os.path.exists("gs:")
 
 
-# The file that grows
+# Growing files
 
 
 def test_a_growing_file_is_put_whole_and_only_when_it_grew(server):
