@@ -13,6 +13,7 @@ notices missing and truncated files, but not flipped bits.
 import logging
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import jax
@@ -73,7 +74,8 @@ class CheckpointStore:
         self._saves, self._reader = SaveMonitor(), _reader()
         scores = self.directory / _SCORES
         self._scores = processes.broadcast(_SCORES, lambda: _read_scores(scores))
-        # Not orbax's `read_only`: it logs two warnings at every load, and changes nothing here.
+        # The option `read_only` of orbax is not used: it logs two warnings at each load, and has no
+        # effect here.
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             cleanup_tmp_directories=not read_only,
@@ -82,13 +84,13 @@ class CheckpointStore:
         )
         with self._disk_errors():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
-        self._wait_until_all_see_the_same()
+        self._wait_for_equal_steps()
 
-    def _disk_errors(self) -> Any:
+    def _disk_errors(self) -> AbstractContextManager[None]:
         return files.disk_errors(self.directory, "the last checkpoint is kept")
 
-    def _wait_until_all_see_the_same(self) -> None:
-        """A network disk may show a new folder to some hosts seconds later than to others."""
+    def _wait_for_equal_steps(self) -> None:
+        """Waits until all processes see the same steps; network disks may show new folders late."""
         what = f"the checkpoints in {self.directory}"
         processes.wait_until_same(what, self.steps, self._manager.reload)
 
@@ -275,7 +277,7 @@ class CheckpointStore:
             remote.move_folder(self.directory / str(step), target)
         processes.barrier(f"setting {self.directory / str(step)} aside")
         self._manager.reload()
-        self._wait_until_all_see_the_same()
+        self._wait_for_equal_steps()
 
     def wait(self) -> None:
         """Waits until the save in progress has ended, and raises its error if it failed."""

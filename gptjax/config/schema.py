@@ -138,7 +138,7 @@ class Algorithm(enum.StrEnum):
 
 
 class Schedule(enum.StrEnum):
-    """The courses of the learning rate after the warm-up."""
+    """The shapes of the learning rate's curve after the warm-up."""
 
     COSINE = "cosine"
     LINEAR = "linear"

@@ -220,5 +220,5 @@ def table(found: dict[str, Any]) -> list[str]:
             line += f"  does not fit: {entry['reason'] or 'the chip has less memory'}"
         lines.append(line)
     if found["left_out"]:
-        lines.append(f"{found['left_out']} choices not tried: --sweep_limit compiles more")
+        lines.append(f"{found['left_out']} choices not compiled; a higher limit compiles more")
     return [*lines, "An estimate by the compiled programs, not a measurement."]
