@@ -21,7 +21,7 @@ from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
 from gptjax.io import console
 from gptjax.io import files as files_lib
-from gptjax.report import tables
+from gptjax.report import plots, tables
 
 _OUTPUTS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 
@@ -285,12 +285,12 @@ def show_results(workdir: str, summary: Mapping[str, Any]) -> None:
     """Draws the plots of a finished training; prints its results and the commands to try next."""
     if not is_main():
         return
-    tables.loss_plot(workdir)
+    plots.draw_plots(workdir)
     commands = [f"python launch.py --mode=generate --checkpoint={workdir} --prompt='The '"]
     if "finetune" in summary:
         commands.append(
             f"python launch.py --mode=predict --checkpoint={workdir} --input=ROWS.csv "
             "--output=predictions.csv"
         )
-    floors = (summary.get("finetune") or {}).get("floor", {})
-    print(tables.results_table(summary, floors, workdir, commands))
+    baselines = (summary.get("finetune") or {}).get("floor", {})
+    print(tables.results_table(summary, baselines, workdir, commands))
