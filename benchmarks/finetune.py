@@ -114,6 +114,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
     before = time.perf_counter()
     for batch in stage.batches.iterate(0, stage.total_steps):
         sums = training.update(batch).losses
+        assert sums.task is not None
         means = [float(part.total) / float(part.weight) for part in (sums.task, sums.lm)]
         losses.append(stage.objective.total(*means))
         shapes.append(batch.tokens.shape)

@@ -55,4 +55,5 @@ class Batch:
     example_mask: Array = None
     """float32 [B, E]: 1 for a real example."""
     labels: Array = None
-    """int32 [B, E]: class or answer; float32 [B, E]: target of a regression."""
+    """int32 [B, E]: class or answer; float32 [B, E]: target of a regression. None where the
+    examples are not labelled, as in prediction."""

@@ -37,8 +37,8 @@ class Outputs:
     """float32 [n, O]: class logits, scores of the answers, or [n, 1] regression values."""
     lm_loss: float
     """Nats per token over all sequences."""
-    task_loss: float
-    """Mean over the examples."""
+    task_loss: float | None
+    """Mean over the examples; None where they have no labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Evaluator:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     def outputs(self, params: Params, examples: Examples, packer: Packer) -> Outputs:
-        """Runs every example once, packed, and returns the outputs in the order of the examples."""
+        """Runs the model on all examples, packed; the outputs are in the order of the examples."""
         step = jit_eval_step(self.mesh, self.model, self.objective)
         waiting, sums = [], []
         logits: np.ndarray | None = None
@@ -103,7 +103,9 @@ class Evaluator:
             logits = _scatter(logits, len(examples), *pair)
         assert logits is not None
         parts = jax.device_get(sums)
-        return Outputs(logits, _mean([p.lm for p in parts]), _mean([p.task for p in parts]))
+        labelled = examples.labels is not None
+        task_loss = _mean([part.task for part in parts]) if labelled else None
+        return Outputs(logits, _mean([part.lm for part in parts]), task_loss)
 
     def task(
         self,
@@ -127,6 +129,7 @@ class Evaluator:
         """
         outputs = self.outputs(params, examples, packer)
         assert examples.labels is not None
+        assert outputs.task_loss is not None
         answers = predictions(spec, outputs.logits)
         losses = {
             "loss": self.objective.total(outputs.task_loss, outputs.lm_loss),

@@ -216,6 +216,7 @@ class LoadedGPT:
         require(len(examples), f"{where}: no rows")
         chosen = metrics.parse(names, self.task.kind)
         outputs = self._run(examples, Objective(self.task.kind))
+        assert outputs.task_loss is not None
         found = score_lib.predictions(self.task, outputs.logits)
         scores = metrics.compute(chosen, examples.labels, found, len(self.task.labels))
         baseline = metrics.majority_baseline(chosen, examples.labels, len(self.task.labels))

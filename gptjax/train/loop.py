@@ -219,7 +219,7 @@ def _mean_losses(stage: Stage, output: StepOutput) -> Scores:
     """Returns the training losses of one step, as means over its tokens and examples."""
     sums = output.losses
     lm = float(sums.lm.total) / max(float(sums.lm.weight), 1e-9)
-    if stage.spec is None:
+    if sums.task is None:
         return {"loss": lm}
     task = float(sums.task.total) / max(float(sums.task.weight), 1e-9)
     return {"loss": stage.objective.total(task, lm), "task_loss": task, "lm_loss": lm}

@@ -14,7 +14,7 @@ from gptjax.data.packing import Packer
 from gptjax.errors import StopRequested
 from gptjax.evaluate import metrics, score
 from gptjax.evaluate.score import Evaluator
-from gptjax.model import gpt
+from gptjax.model import gpt, losses
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
 
@@ -121,6 +121,22 @@ def test_every_example_is_answered_once_whatever_the_batch_size(scorer, kind):
         expected = sk.log_loss(labels, softmax(whole.logits), labels=[0, 1, 2])
     assert whole.task_loss == pytest.approx(expected, rel=1e-4)
     assert spec.kind == kind
+
+
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice", "regression"])
+def test_without_labels_no_task_loss_is_computed(monkeypatch, kind):
+    spec, examples = small.examples(kind, count=7)
+    model = gpt.make_model(small.config(num_layers=1), spec)
+    params, packer = small.params(model), Packer(examples.lengths, 4, 64)
+    evaluator = Evaluator(model, small.mesh(1), Objective(kind))
+    labelled = evaluator.outputs(params, examples, packer)
+    monkeypatch.setattr(losses, "task_loss", None)  # calling it would fail
+    unlabelled = dataclasses.replace(examples, labels=None)
+    outputs = evaluator.outputs(params, unlabelled, packer)
+    assert labelled.task_loss > 0
+    assert outputs.task_loss is None
+    assert outputs.lm_loss == pytest.approx(labelled.lm_loss, rel=1e-6)
+    np.testing.assert_allclose(outputs.logits, labelled.logits, atol=1e-6)
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
