@@ -98,6 +98,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
     from gptjax.data import splits
     from gptjax.data.tokens import tokenizer
     from gptjax.train import stages
+    from gptjax.train.context import Setup
 
     marks = [time.time()]
     config = rows.finetune_config(spec)
@@ -105,7 +106,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
     own = tokenizer.build(TokenizerConfig(file=spec["tokenizer"]), [])
     model_config = sizes.model_config(sizes.Size(**spec["model"]), spec["dtype"])
     mesh = mesh_lib.make_mesh(MeshConfig())
-    stage = stages.finetune(config, model_config, data, own, mesh, 0)
+    stage = stages.finetune(config, data, Setup(model_config, own, mesh, seed=0))
     marks.append(time.time())
     training = with_gptjax.Training(model_config, stage.objective, model=stage.model)
     marks.append(time.time())
@@ -113,6 +114,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
     before = time.perf_counter()
     for batch in stage.batches.iterate(0, stage.total_steps):
         sums = training.update(batch).losses
+        assert sums.task is not None
         means = [float(part.total) / float(part.weight) for part in (sums.task, sums.lm)]
         losses.append(stage.objective.total(*means))
         shapes.append(batch.tokens.shape)

@@ -15,8 +15,8 @@ from gptjax.infer import generate
 from gptjax.infer.generate import Sampling
 from gptjax.model import gpt
 from gptjax.model.objective import Objective
-from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import step as step_lib
+from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import StepOutput
 
 # Any number above the steps that are run: the schedule is constant.
@@ -44,15 +44,15 @@ class Training:
         self.mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
         self.objective = objective or Objective()
         model = model or gpt.make_model(config, None)
-        optimizer = optimizer_lib.build(sizes.optimizer_config(), _STEPS)
-
-        def birth(key: jax.Array) -> state.TrainState:
-            start = gpt.init_params(model, key) if params is None else params
-            return state.create(start, optimizer)
-
-        self._state = state.born_sharded(birth, self.mesh, jax.random.key(0))
+        optimizer = Optimizer(sizes.optimizer_config(), _STEPS)
+        make = step_lib.initial_state(model, optimizer, params)
+        self._state = state.born_sharded(make, self.mesh, jax.random.key(0))
         self._step = step_lib.jit_train_step(
-            self.mesh, model=model, objective=self.objective, optimizer=optimizer, micro=1
+            self.mesh,
+            model=model,
+            objective=self.objective,
+            optimizer=optimizer.transformation,
+            micro=1,
         )
 
     def update(self, batch: Any) -> StepOutput:

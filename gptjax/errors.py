@@ -25,6 +25,13 @@ class TrainingDiverged(Exception):
     """Several updates in a row were not finite. The exit code is 3."""
 
 
+class StopRequested(Exception):
+    """The process was asked to stop. Raised between two batches, where nothing is half done.
+
+    Whoever holds a state to save catches it, saves, and raises `Preempted`.
+    """
+
+
 class Preempted(Exception):
     """The run received a request to stop and has saved its state. The exit code is 75."""
 

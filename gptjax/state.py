@@ -1,4 +1,4 @@
-"""The training state: data only, born sharded."""
+"""The training state, created in the layout that it has on the mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +16,10 @@ from gptjax.parameters import BLOCKS
 
 @flax.struct.dataclass
 class TrainState:
-    """What a checkpoint holds of a training: everything else is a function of the step."""
+    """Everything that a training has to save: all else is a function of the step."""
 
     step: jax.Array
-    """int32 scalar: batches consumed."""
+    """int32 scalar: number of batches that were used."""
     params: Params
     opt_state: optax.OptState
 
@@ -30,7 +30,7 @@ def create(params: Params, optimizer: optax.GradientTransformation) -> TrainStat
 
 
 def born_sharded(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Returns make(*args), every array created where it belongs: none is ever whole anywhere."""
+    """Returns make(*args), each array created sharded, so that no device ever holds all of it."""
     shapes = jax.eval_shape(make, *args)
     shardings = mesh_lib.state_sharding(shapes, mesh)
     return jax.jit(make, out_shardings=shardings)(*args)
@@ -47,15 +47,16 @@ def abstract(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
 
 
 def merge_params(loaded: Params, fresh: Params, may_be_new: tuple[str, ...] = ()) -> Params:
-    """Returns `fresh` with every array replaced by the one of the same name in `loaded`.
+    """Returns `fresh` with each array replaced by the one of the same name in `loaded`.
 
     Args:
       loaded: arrays of a checkpoint.
-      fresh: newly initialised arrays; their shapes must be met.
-      may_be_new: first path components that `loaded` may lack or have in excess (a task head).
+      fresh: newly initialised arrays. Those of `loaded` must have the same shapes.
+      may_be_new: first parts of the paths that are left as they are in `fresh`, such as a task
+        head. `loaded` may lack them, or have them in other shapes.
 
     Raises:
-      ValueError: names every missing, extra and differently shaped array.
+      ValueError: names each array that is missing, extra or of another shape.
     """
     flat_loaded = _flatten(loaded, may_be_new)
     flat_fresh = _flatten(fresh, may_be_new)
@@ -73,7 +74,7 @@ def merge_params(loaded: Params, fresh: Params, may_be_new: tuple[str, ...] = ()
     )
 
 
-def keep_layers(params: Params, fresh: Params, count: int) -> Params:
+def transfer_layers(params: Params, fresh: Params, count: int) -> Params:
     """Returns `params` with the layers after the first `count` replaced by those of `fresh`."""
 
     def choose(ours: jax.Array, new: jax.Array) -> jax.Array:

@@ -18,7 +18,8 @@ from gptjax.evaluate import score
 from gptjax.model import gpt
 from gptjax.model import objective as objective_lib
 from gptjax.model.gpt import GPT
-from gptjax.train import optimizer as optimizer_lib
+from gptjax.train.optimizer import Optimizer
+from gptjax.train.step import initial_state
 
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
 
@@ -59,12 +60,8 @@ def names(tree):
 def large():
     """Returns the shapes of the 117M model's training state."""
     model = GPT(ModelConfig(vocab_size=40478), num_outputs=3)
-    optimizer = optimizer_lib.build(OptimizerConfig(), 10)
-
-    def make(key):
-        return state.create(gpt.init_params(model, key), optimizer)
-
-    return jax.eval_shape(make, jax.random.key(0))
+    optimizer = Optimizer(OptimizerConfig(), 10)
+    return jax.eval_shape(initial_state(model, optimizer), jax.random.key(0))
 
 
 def test_every_array_of_the_full_size_model_has_its_layout(large):
@@ -256,7 +253,7 @@ def alone(request):
     """Returns a function that takes two steps on a mesh, and its result on one device."""
     model, objective, params, batch = problem(*request.param)
     micro, clip = (2, 0.5) if request.param[1] == "clipped, in two" else (1, 0.0)
-    optimizer = optimizer_lib.build(dataclasses.replace(ADAM, clip_norm=clip), 100)
+    optimizer = Optimizer(dataclasses.replace(ADAM, clip_norm=clip), 100).transformation
     start = jax.device_get(state.create(params, optimizer))
 
     def train(mesh):

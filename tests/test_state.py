@@ -9,9 +9,9 @@ import small
 from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.config.schema import OptimizerConfig
-from gptjax.model import gpt
 from gptjax.model.gpt import GPT
-from gptjax.train import optimizer as optimizer_lib
+from gptjax.train.optimizer import Optimizer
+from gptjax.train.step import initial_state
 
 
 def tree(**changes):
@@ -58,12 +58,7 @@ def test_merge_leaves_what_may_be_new_as_it_is():
 @pytest.fixture(scope="module")
 def maker():
     model = GPT(small.config(num_layers=1, vocab_size=98, num_heads=4), num_outputs=2)
-    optimizer = optimizer_lib.build(OptimizerConfig(), 10)
-
-    def make(key):
-        return state.create(gpt.init_params(model, key), optimizer)
-
-    return make
+    return initial_state(model, Optimizer(OptimizerConfig(), 10))
 
 
 @pytest.mark.slow
@@ -103,7 +98,7 @@ def test_abstract_is_the_state_without_its_values(maker):
 def test_layers_after_the_transferred_ones_are_the_new_ones(count):
     model = GPT(small.config())
     loaded, fresh = small.params(model, 1), small.params(model, 2)
-    kept = state.keep_layers(loaded, fresh, count)
+    kept = state.transfer_layers(loaded, fresh, count)
     for name in ("token_embedding", "position_embedding"):
         np.testing.assert_array_equal(kept[name], loaded[name])
     for ours, old, new in zip(

@@ -1,9 +1,8 @@
 """The paper's ablation and transfer tables: fine-tunings that differ in one thing, over N seeds.
 
-(Radford et al. 2018, section 5.) Every variant of every task starts from one pretrained model and
-is trained with each seed; medians, with the lowest and the highest, go into a table beside the
-score of the constant answer and, where the paper has the same variant of the same task, the paper's
-number.
+(Radford et al. 2018, section 5.) All variants of all tasks start from one pretrained model, and are
+trained with each seed. The table holds the median score with the lowest and the highest, the score
+of the constant answer, and the paper's score where it has the same variant of the same task.
 """
 
 import concurrent.futures
@@ -20,15 +19,18 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax.ablation import report
 from gptjax.checkpoint import load
+from gptjax.cluster import stop as stop_lib
 from gptjax.cluster.stop import StopRequest
 from gptjax.config import paper_tasks, schema, validation
 from gptjax.config.schema import AblationConfig, Experiment, FinetuneConfig, MeshConfig
 from gptjax.data import splits
-from gptjax.errors import Preempted, TrainingDiverged, UserError, require
+from gptjax.errors import Preempted, StopRequested, TrainingDiverged, UserError, require
 from gptjax.evaluate import metrics
+from gptjax.evaluate.formatting import format_score
 from gptjax.io import files
 from gptjax.io.remote import exists
 from gptjax.train import run as run_lib
+from gptjax.train.progress import Reporter, TerminalReporter
 
 _RESULTS = "ablation.json"
 
@@ -45,8 +47,31 @@ class Job:
         return f"{self.task} {self.variant} seed {self.seed}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Ablation:
+    """The fine-tunings that one command asks for."""
+
+    experiment: Experiment
+    workdir: str
+    tasks: dict[str, FinetuneConfig]
+    """Name of the task -> its full fine-tuning."""
+    variants: tuple[str, ...]
+    """Names, as in `variant`."""
+    seeds: range
+
+    @property
+    def jobs(self) -> list[Job]:
+        """All fine-tunings, in the order in which they begin."""
+        return [
+            Job(task, name, seed)
+            for seed in self.seeds
+            for task in self.tasks
+            for name in self.variants
+        ]
+
+
 def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
-    """Returns the fine-tuning with the one change that the variant's name says.
+    """Returns the fine-tuning with the one change that a variant makes.
 
     >>> variant(FinetuneConfig(), "lambda=0.25").lm_weight
     0.25
@@ -73,60 +98,75 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
     )
 
 
-def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str] = ()) -> None:
-    """Pretrains where the experiment says so, fine-tunes every job, and writes the tables.
+def run(
+    experiment: Experiment,
+    workdir: str,
+    seeds: int,
+    given: Collection[str] = (),
+    reporter: Reporter | None = None,
+) -> None:
+    """Pretrains if the experiment has such a stage, runs all fine-tunings, and writes the tables.
 
-    What is done stands in WORKDIR/ablation.json: the same command goes on there, and variants or
-    seeds may be added.
+    Results are kept in WORKDIR/ablation.json. The same command continues where it was stopped, and
+    variants or seeds can be added to it.
 
     Args:
-      experiment: tasks and variants in its `ablation`; without one its `finetune`.
+      experiment: its `ablation` has the tasks and variants. Without one its `finetune` is the
+        task.
       workdir: folder of the run.
-      seeds: how many, from the experiment's on.
-      given: fields that the user asked for by flag.
+      seeds: number of seeds, from that of the experiment on.
+      given: fields that the user set by flag, as in `train.run.run`.
+      reporter: receives messages, and the progress of pretraining; None means stdout and stderr.
 
     Raises:
-      UserError, Preempted, TrainingDiverged: as in `loop.run`.
+      UserError, Preempted, TrainingDiverged: as in `train.run.run`.
     """
     require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
     experiment = validation.validate(experiment)
-    ablation = experiment.ablation or AblationConfig()
-    tasks = ablation.chosen
+    reporter = reporter or TerminalReporter()
+    ablation = _plan(experiment, workdir, seeds)
+    _check(ablation)
+    meshes = _meshes(experiment)
+    run_lib.check_workdir(experiment, workdir, _RESULTS)
+    with StopRequest() as stop:
+        check_stop = stop_lib.raising(stop)
+        pretrained = _pretrain(ablation, check_stop, run_lib.Options(given, reporter))
+        # The fields of the model and tokenizer may not overrule those of a given checkpoint.
+        checked = () if experiment.pretrain else given
+        runner = _Runner(ablation, pretrained, checked, reporter, check_stop)
+        runner.run(meshes)
+    reporter.say(report.write(workdir))
+
+
+def _plan(experiment: Experiment, workdir: str, seeds: int) -> Ablation:
+    """Returns the fine-tunings of an experiment; refuses one that has none."""
+    config = experiment.ablation or AblationConfig()
+    tasks = config.chosen
     if not tasks and experiment.finetune:
-        own = experiment.name.removeprefix(paper_tasks.EXPERIMENTS)
-        tasks = {own if own in paper_tasks.TASKS else "finetune": experiment.finetune}
+        name = experiment.name.removeprefix(paper_tasks.EXPERIMENTS)
+        tasks = {name if name in paper_tasks.TASKS else "finetune": experiment.finetune}
     require(tasks, "`config`: nothing to ablate; the experiment needs a finetune or ablation part")
     require(
         experiment.pretrain or experiment.init_from,
         "`mode`=ablate: needs a pretrained model: `init_from`, or a pretrain part",
     )
-    names = tuple(dict.fromkeys(schema.split_names(ablation.variants)))
-    require(names, "`ablation.variants`: is empty; write full,no_pretraining,no_lm")
-    _check(experiment, tasks, names)
-    meshes = _meshes(experiment, ablation.parallel)
-    run_lib.check_workdir(experiment, workdir, _RESULTS)
-    with StopRequest() as stop:
-        start = _pretrained(experiment, workdir, stop, given)
-        all_seeds = range(experiment.seed, experiment.seed + seeds)
-        jobs = [Job(t, name, seed) for seed in all_seeds for t in tasks for name in names]
-        # Sizes and tokenizer of a checkpoint are not silently overruled.
-        checked = () if experiment.pretrain else given
-        _Runner(experiment, tasks, start, workdir, jobs, checked).run(meshes, stop)
-    print(report.write(workdir))
+    variants = tuple(dict.fromkeys(schema.split_names(config.variants)))
+    require(variants, "`ablation.variants`: is empty; write full,no_pretraining,no_lm")
+    seed = experiment.seed
+    return Ablation(experiment, workdir, tasks, variants, range(seed, seed + seeds))
 
 
-def _check(
-    experiment: Experiment, tasks: dict[str, FinetuneConfig], names: tuple[str, ...]
-) -> None:
-    """Finds what is wrong with a variant, a file or a column before hours of training."""
+def _check(ablation: Ablation) -> None:
+    """Refuses a wrong variant, file or column before hours of training."""
+    experiment = ablation.experiment
     layers = experiment.model.num_layers
     if not experiment.pretrain:
         meta = load.open_checkpoint(experiment.init_from, "init_from").meta
         layers = meta.model.num_layers
-    for config in tasks.values():
+    for config in ablation.tasks.values():
         metrics.parse(config.metrics, config.task)
-        for name in names:
+        for name in ablation.variants:
             transfer = variant(config, name).transfer
             require(
                 not transfer.isdecimal() or int(transfer) <= layers,
@@ -135,59 +175,69 @@ def _check(
         splits.labelled_splits(config, experiment.seed)
 
 
-def _pretrained(
-    experiment: Experiment, workdir: str, stop: Callable[[], bool], given: Collection[str]
-) -> str:
-    """Trains the pretraining stage to its end; returns what the fine-tunings start from."""
+def _pretrain(ablation: Ablation, check_stop: Callable[[], None], options: run_lib.Options) -> str:
+    """Trains the pretraining stage, if there is one; returns the path of the pretrained model."""
+    experiment = ablation.experiment
     if not experiment.pretrain:
         return experiment.init_from
-    folder = os.path.join(workdir, "pretrain")
-    alone = dataclasses.replace(experiment, finetune=None, ablation=None)
-    mesh = mesh_lib.make_mesh(experiment.mesh)
-    run_lib.train(validation.validate(alone), folder, mesh, stop, given)
+    folder = os.path.join(ablation.workdir, "pretrain")
+    stage = validation.validate(dataclasses.replace(experiment, finetune=None, ablation=None))
+    run_lib.train(stage, folder, mesh_lib.make_mesh(experiment.mesh), check_stop, options)
     return folder
 
 
 class _Runner:
-    """Runs the jobs that have no result yet, several at a time."""
+    """Runs the fine-tunings that have no result yet, several at a time.
+
+    Args:
+      ablation: the fine-tunings.
+      pretrained: path of the checkpoint that they start from.
+      given: fields that may not overrule the checkpoint.
+      reporter: receives a line for each result.
+      check_stop: raises `StopRequested` where the process was asked to stop.
+    """
 
     def __init__(
         self,
-        experiment: Experiment,
-        tasks: dict[str, FinetuneConfig],
-        start: str,
-        workdir: str,
-        jobs: list[Job],
+        ablation: Ablation,
+        pretrained: str,
         given: Collection[str],
+        reporter: Reporter,
+        check_stop: Callable[[], None],
     ):
-        self._experiment, self._tasks, self._start, self._workdir, self._given = (
-            experiment, tasks, start, workdir, given
-        )  # fmt: skip
+        self._ablation, self._pretrained, self._given = ablation, pretrained, given
+        self._reporter, self._check_stop = reporter, check_stop
         self._lock = threading.Lock()
-        self._path = os.path.join(workdir, _RESULTS)
+        self._failed = False
+        self._path = os.path.join(ablation.workdir, _RESULTS)
         old = files.read_json(self._path) if exists(self._path) else {}
-        done = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
-        self._spent, self._began = old.get("seconds", 0.0), time.monotonic()
+        self._seconds_before, self._began = old.get("seconds", 0.0), time.monotonic()
         # Results of variants and seeds that this command leaves out stay in the file.
-        self._records, self._jobs, self._failed = done, jobs, False
+        self._records = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
 
-    def run(self, meshes: list[Mesh], stop: Callable[[], bool]) -> None:
-        """Runs what waits; the first error ends the others, which the next time begin anew."""
-        path = os.path.join(self._workdir, "config.json")
-        files.write_json(path, schema.to_dict(self._experiment))
-        self._save()
-        waiting = [job for job in self._jobs if job not in self._records]
+    def run(self, meshes: list[Mesh]) -> None:
+        """Runs the fine-tunings, one on each mesh at a time.
+
+        The first error of a fine-tuning stops the others, and the same command starts them anew.
+
+        Raises:
+          Preempted: the process was asked to stop.
+        """
+        path = os.path.join(self._ablation.workdir, "config.json")
+        files.write_json(path, schema.to_dict(self._ablation.experiment))
+        self._write_results()
+        jobs = self._ablation.jobs
+        waiting = [job for job in jobs if job not in self._records]
         if not waiting:
             return
         free = list(meshes)
 
         def work(job: Job) -> None:
-            if stop() or self._failed:
-                return
+            self._check_stop_or_failure()
             with self._lock:
                 mesh = free.pop()
             try:
-                self._run_job(job, mesh, lambda: stop() or self._failed)
+                self._run_job(job, mesh)
             except BaseException:
                 self._failed = True
                 raise
@@ -199,81 +249,104 @@ class _Runner:
             futures = [pool.submit(work, job) for job in waiting]
             concurrent.futures.wait(futures)
         errors = [error for future in futures if (error := future.exception())]
-        # Those that were asked to stop because another failed are not the cause.
-        errors.sort(key=lambda error: isinstance(error, Preempted))
-        if errors and not isinstance(errors[0], Preempted):
-            raise errors[0]
-        if stop():
+        for error in errors:
+            if not isinstance(error, Preempted | StopRequested):
+                raise error
+        if errors:
+            done = sum(job in self._records for job in jobs)
             raise Preempted(
-                f"ablate: asked to stop after {self._done} of {len(self._jobs)} fine-tunings; the "
+                f"ablate: asked to stop after {done} of {len(jobs)} fine-tunings; the "
                 "same command goes on"
             )
 
-    @property
-    def _done(self) -> int:
-        return sum(job in self._records for job in self._jobs)
+    def _check_stop_or_failure(self) -> None:
+        """Raises `StopRequested` where the process was asked to stop, or another job has failed."""
+        if self._failed:
+            raise StopRequested
+        self._check_stop()
 
-    def _run_job(self, job: Job, mesh: Mesh, stop: Callable[[], bool]) -> None:
-        config = dataclasses.replace(
-            variant(self._tasks[job.task], job.variant), compare_from_scratch=False
+    def _run_job(self, job: Job, mesh: Mesh) -> None:
+        """Runs one fine-tuning, and writes and reports its result."""
+        ablation = self._ablation
+        config = variant(ablation.tasks[job.task], job.variant)
+        config = dataclasses.replace(config, compare_from_scratch=False)
+        experiment = dataclasses.replace(
+            ablation.experiment,
+            name=str(job),
+            seed=job.seed,
+            pretrain=None,
+            ablation=None,
+            init_from=self._pretrained,
+            finetune=config,
         )
-        one = dataclasses.replace(
-            self._experiment, name=str(job), seed=job.seed, pretrain=None, ablation=None,
-            init_from=self._start, finetune=config,
-        )  # fmt: skip
-        folder = os.path.join(self._workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
+        folder = os.path.join(ablation.workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
+        options = run_lib.Options(self._given, Reporter(), trial=True)
         began = time.monotonic()
         try:
-            summary, _ = run_lib.train(
-                validation.validate(one), folder, mesh, stop, self._given, trial=True
+            summary = run_lib.train(
+                validation.validate(experiment), folder, mesh, self._check_stop_or_failure, options
             )
         except UserError as error:
             raise UserError(f"{job}: {error}") from error
         except TrainingDiverged:
-            # Of one seed in many it is a result.
+            # The divergence of one seed in many is a result, not an error.
             summary = {"finetune": {"diverged": True}}
         record = _record(job, config, summary["finetune"]) | {"seconds": time.monotonic() - began}
         with self._lock:
             self._records[job] = record
-            self._save()
-            score = report.shown(record["metric"], record["score"])
-            what = "diverged" if record["score"] is None else f"{record['split']} {score}"
-            print(
-                f"[{self._done}/{len(self._jobs)}] {job}: {what} ({record['metric']}), "
-                f"{record['seconds']:.0f} s",
-                flush=True,
-            )
+            self._write_results()
+            self._report(job, record)
 
-    def _save(self) -> None:
+    def _report(self, job: Job, record: dict[str, Any]) -> None:
+        jobs = self._ablation.jobs
+        done = sum(each in self._records for each in jobs)
+        score = f"{record['split']} {format_score(record['metric'], record['score'], '')}"
+        text = "diverged" if record["score"] is None else score
+        self._reporter.say(
+            f"[{done}/{len(jobs)}] {job}: {text} ({record['metric']}), {record['seconds']:.0f} s"
+        )
+
+    def _write_results(self) -> None:
         results = {
-            "name": self._experiment.name,
-            "pretrained": self._start,
+            "name": self._ablation.experiment.name,
+            "pretrained": self._pretrained,
             "machine": mesh_lib.describe_machine(),
-            # Of all fine-tunings together; several run at a time.
-            "seconds": self._spent + time.monotonic() - self._began,
+            # Elapsed time of all commands. Several fine-tunings run at the same time, so that their
+            # own seconds add up to more.
+            "seconds": self._seconds_before + time.monotonic() - self._began,
             "runs": list(self._records.values()),
         }
         files.write_json(self._path, results)
 
 
 def _record(job: Job, config: FinetuneConfig, part: dict[str, Any]) -> dict[str, Any]:
-    """What ablation.json keeps of a fine-tuning; without scores where it diverged."""
+    """Returns a fine-tuning's entry in ablation.json; it has no scores if the training diverged.
+
+    Args:
+      job: the fine-tuning.
+      config: its configuration.
+      part: its stage in the summary.
+    """
     split = "test" if "test" in part else "validation"
-    metric = metrics.parse(config.metrics, config.task)[metrics.PRIMARY]
+    metric = metrics.parse(config.metrics, config.task)[0]
     return {
-        **dataclasses.asdict(job), "metric": metric, "split": split,
+        **dataclasses.asdict(job),
+        "metric": metric,
+        "split": split,
         "score": part.get(split, {}).get(metric),
         "floor": part.get("floor", {}).get(split, {}).get(metric),
         "scores": {name: part[name] for name in ("validation", "test") if name in part},
-    }  # fmt: skip
+    }
 
 
-def _meshes(experiment: Experiment, parallel: int) -> list[Mesh]:
-    """Returns a mesh for each of the fine-tunings that run at a time.
+def _meshes(experiment: Experiment) -> list[Mesh]:
+    """Returns a mesh for each of the fine-tunings that run at the same time.
 
-    One device each, as small models leave most of a device idle between their operations; on a
-    single CPU device several share it. With a mesh of its own, one at a time on all devices.
+    By default each has one device, because a small model leaves a device idle between its
+    operations; a single CPU device is shared by two. An experiment with a mesh of its own runs one
+    fine-tuning at a time.
     """
+    parallel = experiment.ablation.parallel if experiment.ablation else 0
     devices = jax.devices()
     if experiment.mesh != MeshConfig():
         require(

@@ -33,7 +33,7 @@ from gptjax.infer import predictor
 from gptjax.infer.predictor import LoadedGPT, Predictions
 from gptjax.io import console
 from gptjax.io import files as files_lib
-from gptjax.report import tables
+from gptjax.report import plots, tables
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
 """Ending of an output file -> what separates its columns; "" for JSON lines."""
@@ -48,7 +48,7 @@ def train(command: Command) -> None:
 
     summary = run.run(command.experiment, command.workdir, command.overrides)
     if is_main():
-        tables.loss_plot(command.workdir)
+        plots.draw_plots(command.workdir)
         print(_results(command.workdir, summary))
 
 

@@ -2,7 +2,9 @@
 
 import signal
 import types
+from collections.abc import Callable
 
+from gptjax.errors import StopRequested
 from gptjax.io.console import tell
 
 # Sent by a scheduler, by Ctrl-C, and by a terminal that closes.
@@ -42,3 +44,13 @@ class StopRequest:
 
     def __exit__(self, *_: object) -> None:
         self._restore()
+
+
+def raising(asked: Callable[[], bool]) -> Callable[[], None]:
+    """Returns a function that calls `asked`, and raises `StopRequested` if it returns True."""
+
+    def check_stop() -> None:
+        if asked():
+            raise StopRequested
+
+    return check_stop

@@ -235,8 +235,8 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
         "parameters": parameters,
         "batch": {"rows": rows, "row_length": length, "tokens": tokens,
                   "sequence_length": sequence_length(spec),
-                  "accumulation": spec.optimizer.accumulation},
-        "optimizer": schema.to_dict(spec.optimizer),
+                  "accumulation": spec.optimizer.config.accumulation},
+        "optimizer": schema.to_dict(spec.optimizer.config),
         **_speed(seconds, tokens, model_flops_per_token(spec) * tokens, spec, mesh),
         "compile_seconds": compile_seconds,
         **peak,
@@ -344,7 +344,7 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     mesh = mesh_lib.make_mesh(experiment.mesh)
     console.say(f"{request.stage}: loading the data")
     start = time.perf_counter()
-    _, model, stages = run_lib.prepare(experiment, _NO_WORKDIR, mesh)
+    setup, stages = run_lib.prepare(experiment, _NO_WORKDIR, mesh)
     stage = next(each for each in stages if each.name == request.stage)
     load_seconds = time.perf_counter() - start
     console.say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")
@@ -364,7 +364,7 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     return {
         "stage": request.stage,
         "batch": {"rows": rows, "row_length": length, "tokens": tokens / request.timed},
-        "vocab_size": model.vocab_size,
+        "vocab_size": setup.model.vocab_size,
         "mesh": dict(mesh.shape),
         "batches_per_second": request.timed / seconds,
         "tokens_per_second": tokens / seconds,

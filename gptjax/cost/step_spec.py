@@ -6,7 +6,6 @@ assumed, and the report lists them.
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,9 +34,9 @@ from gptjax.errors import require
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
-from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import stages
 from gptjax.train import step as step_lib
+from gptjax.train.optimizer import Optimizer
 
 STAGES = (Stage.PRETRAIN, Stage.FINETUNE)
 """The stages that differ in their train step."""
@@ -52,8 +51,7 @@ class StepSpec:
 
     model: GPT
     objective: Objective
-    optimizer: OptimizerConfig
-    total_steps: int
+    optimizer: Optimizer
     batch: Batch
     """A batch of `jax.ShapeDtypeStruct`."""
     assumed: dict[str, str]
@@ -111,15 +109,16 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
         assert config is not None
         rows, length = stages.pretrain_shape(config, model, mesh)
         batch = _abstract_batch(rows, length, mesh)
-        return StepSpec(gpt.make_model(model, None, mesh), Objective(), config.optimizer,
-                    _total_steps(config.steps, config.optimizer), batch, assumed)  # fmt: skip
+        optimizer = _optimizer(config.steps, config.optimizer, stage)
+        return StepSpec(gpt.make_model(model, None, mesh), Objective(), optimizer, batch, assumed)
     assert experiment.finetune is not None
     return _finetune_spec(experiment.finetune, model, mesh, assumed)
 
 
-def _total_steps(steps_given: int, optimizer: OptimizerConfig) -> int:
+def _optimizer(steps_given: int, config: OptimizerConfig, stage: str) -> Optimizer:
     # A constant in the schedule: any number above the warm-up compiles to the same program.
-    return steps_given or 2 * optimizer.warmup_steps + 1000
+    total_steps = steps_given or 2 * config.warmup_steps + 1000
+    return Optimizer(config, total_steps, f"{stage}.optimizer")
 
 
 def _finetune_spec(
@@ -145,10 +144,8 @@ def _finetune_spec(
     labels = np.float32 if task.kind is TaskKind.REGRESSION else np.int32
     batch = _abstract_batch(rows, length, mesh, shape, labels)
     objective = Objective(task.kind, config.lm_weight, config.task_weight)
-    return StepSpec(
-        gpt.make_model(model, task, mesh), objective, config.optimizer,
-        _total_steps(config.steps, config.optimizer), batch, assumed,
-    )  # fmt: skip
+    optimizer = _optimizer(config.steps, config.optimizer, Stage.FINETUNE)
+    return StepSpec(gpt.make_model(model, task, mesh), objective, optimizer, batch, assumed)
 
 
 def _abstract_batch(
@@ -176,24 +173,16 @@ def _abstract_batch(
     )
 
 
-def _initial_state(spec: StepSpec) -> Callable[[jax.Array], state.TrainState]:
-    """Returns a function that makes the training state from a random key."""
-    optimizer = optimizer_lib.build(spec.optimizer, spec.total_steps)
-
-    def make(key: jax.Array) -> state.TrainState:
-        return state.create(gpt.init_params(spec.model, key), optimizer)
-
-    return make
-
-
 def abstract_state(spec: StepSpec, mesh: Mesh) -> Any:
     """Returns the shapes and shardings of the training state, a `TrainState`."""
-    return state.abstract(_initial_state(spec), mesh, jax.eval_shape(lambda: jax.random.key(0)))
+    make = step_lib.initial_state(spec.model, spec.optimizer)
+    return state.abstract(make, mesh, jax.eval_shape(lambda: jax.random.key(0)))
 
 
 def new_state(spec: StepSpec, mesh: Mesh) -> state.TrainState:
     """Returns a training state with random weights."""
-    return state.born_sharded(_initial_state(spec), mesh, jax.random.key(0))
+    make = step_lib.initial_state(spec.model, spec.optimizer)
+    return state.born_sharded(make, mesh, jax.random.key(0))
 
 
 def lower(spec: StepSpec, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
@@ -208,8 +197,8 @@ def lower(spec: StepSpec, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
         mesh,
         model=spec.model,
         objective=spec.objective,
-        optimizer=optimizer_lib.build(spec.optimizer, spec.total_steps),
-        micro=spec.optimizer.accumulation,
+        optimizer=spec.optimizer.transformation,
+        micro=spec.optimizer.config.accumulation,
     )
     seed = jax.ShapeDtypeStruct((), np.uint32)
     return step.lower(state_like, spec.batch, seed)  # type: ignore[attr-defined]

@@ -253,7 +253,7 @@ def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
     """Returns a batch of padding for these examples."""
     tokens = np.zeros((height, length), np.int32)
     candidates = examples.num_candidates
-    dtype = np.int32 if examples.labels is None else examples.labels.dtype
+    labels = examples.labels
     return Batch(
         tokens=tokens,
         segment_ids=np.zeros_like(tokens),
@@ -263,5 +263,5 @@ def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
         extract=np.zeros((height, slots, candidates), np.int32),
         candidate_mask=np.zeros((height, slots, candidates), np.float32),
         example_mask=np.zeros((height, slots), np.float32),
-        labels=np.zeros((height, slots), dtype),
+        labels=None if labels is None else np.zeros((height, slots), labels.dtype),
     )

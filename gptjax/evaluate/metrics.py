@@ -1,7 +1,7 @@
-"""Scores of predictions against labels, by scikit-learn and SciPy, and the score to beat.
+"""Metrics: scores of predictions against labels, computed by scikit-learn and SciPy.
 
-The functions take whole arrays, gathered from all hosts: F1, Matthews and the correlations are not
-means over examples, so they cannot be summed batch by batch as the losses are.
+The functions take the arrays of a whole split, gathered from all hosts. F1, Matthews and the
+correlations are not means over examples, so unlike the losses they cannot be summed over batches.
 """
 
 import difflib
@@ -16,46 +16,47 @@ _CLASS_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
 _REGRESSION_METRICS = ("pearson", "spearman", "mse")
 
 NAMES: tuple[str, ...] = (*_CLASS_METRICS, *_REGRESSION_METRICS)
-"""Every name that `finetune.metrics` takes."""
+"""All names that `finetune.metrics` accepts."""
 
 FITTING: dict[TaskKind, tuple[str, ...]] = {
     TaskKind.CLASSIFICATION: _CLASS_METRICS,
     TaskKind.ENTAILMENT: _CLASS_METRICS,
     TaskKind.SIMILARITY: _CLASS_METRICS,
-    # A label is the place of the right answer in its row, not a class with an F1 of its own.
+    # The label is the position of the right answer, which is no class that could have an F1.
     TaskKind.MULTIPLE_CHOICE: ("accuracy",),
     TaskKind.REGRESSION: _REGRESSION_METRICS,
 }
-"""Kind of task -> the metrics that mean something for it."""
+"""Kind of task -> the metrics that are defined for it."""
 
 DEFAULTS: dict[TaskKind, tuple[str, ...]] = {
     kind: _REGRESSION_METRICS if kind is TaskKind.REGRESSION else ("accuracy",) for kind in FITTING
 }
-"""Kind of task -> the metrics when the user names none."""
-
-PRIMARY = 0
-"""``names[PRIMARY]`` selects the best checkpoint."""
+"""Kind of task -> the metrics that are computed where the user names none."""
 
 PERCENT = frozenset({"accuracy", "f1", "macro_f1"})
-"""The metrics that people read as percentages."""
+"""The metrics that are shown as percentages."""
 
 
 def parse(names: str, kind: str) -> tuple[str, ...]:
-    """The metric names in a comma-separated string, checked against the kind of task.
+    """Splits a comma-separated string of metric names and checks them against the kind of task.
 
     Args:
-      names: such as ``"f1, accuracy"``; the first selects the best checkpoint. Empty: `DEFAULTS`.
+      names: such as ``"f1, accuracy"``. An empty string means `DEFAULTS[kind]`.
       kind: a `TaskKind`.
 
+    Returns:
+      The names in their order, each once. The first selects the best checkpoint.
+
     Raises:
-      UserError: for an unknown name, or one that means nothing for `kind`.
+      UserError: an unknown name, or a metric that is not defined for `kind`.
 
     >>> parse("f1, accuracy", "entailment")
     ('f1', 'accuracy')
     """
     fitting = FITTING[TaskKind(kind)]
-    asked = tuple(dict.fromkeys(n for n in (p.strip().lower() for p in names.split(",")) if n))
-    for name in asked:
+    parts = (part.strip().lower() for part in names.split(","))
+    chosen = tuple(dict.fromkeys(part for part in parts if part))
+    for name in chosen:
         if name not in NAMES:
             nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
             raise UserError(
@@ -67,28 +68,28 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
             f"`finetune.metrics`: {name!r} does not fit a {kind} task; "
             f"write {' or '.join(fitting)}",
         )
-    return asked or DEFAULTS[TaskKind(kind)]
+    return chosen or DEFAULTS[TaskKind(kind)]
 
 
 def compute(
     names: Iterable[str], labels: np.ndarray, predictions: np.ndarray, num_labels: int
 ) -> dict[str, float]:
-    """The score of `predictions` by each of `names`.
+    """Computes metrics of predictions.
 
-    A score that its formula leaves as 0/0 (a correlation with a constant, F1 without a positive)
-    is 0.0; every score of predictions that are not finite is NaN.
+    A score is 0.0 where its formula gives 0/0, as a correlation with a constant does, or F1 without
+    a positive. All scores are NaN where a prediction is not finite.
 
     Args:
       names: from `parse`.
       labels: [N] int class ids, or float targets of a regression.
       predictions: [N] like `labels`.
-      num_labels: number of classes; not used by the metrics of a regression.
+      num_labels: number of classes; the metrics of a regression do not use it.
 
     Returns:
-      name -> score, in the order of `names`. Fractions, not percentages.
+      name -> score, in the order of `names`. Scores are fractions, not percentages.
 
     Raises:
-      UserError: for no examples at all, or ``f1`` of more than two classes.
+      UserError: there are no examples, or `names` has ``f1`` and there are more than two classes.
     """
     labels, predictions = np.asarray(labels), np.asarray(predictions)
     if labels.shape != predictions.shape or labels.ndim != 1:
@@ -99,10 +100,13 @@ def compute(
     return {n: float(_score(n, labels, predictions, num_labels)) for n in names}
 
 
-def floor(names: Sequence[str], labels: np.ndarray, num_labels: int) -> dict[str, float]:
-    """What always answering the most frequent label scores (regression: the mean label).
+def majority_baseline(
+    names: Sequence[str], labels: np.ndarray, num_labels: int
+) -> dict[str, float]:
+    """Computes the metrics of always answering the most frequent label (regression: the mean).
 
-    A model below it has learned nothing of the task. Arguments and errors as in `compute`.
+    A model that scores lower has learned nothing about the task. Arguments, result and errors are
+    those of `compute`.
     """
     labels = np.asarray(labels)
     if not labels.size:
@@ -115,7 +119,7 @@ def floor(names: Sequence[str], labels: np.ndarray, num_labels: int) -> dict[str
 
 
 def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> float:
-    # Imported here: a run that only pretrains, or generates, should not wait for them.
+    # Imported here, so that pretraining and generation do not wait for these libraries.
     from scipy import stats
     from sklearn import metrics as sk
 
@@ -125,10 +129,10 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: i
             f"`finetune.metrics`: 'f1' is for two labels, this task has {num_labels}; "
             "write 'macro_f1'",
         )
-        # As 0/1 for "is the last label", so that a split without that label is no special case.
+        # Booleans for "is the second label", so that a split without it is no special case.
         return sk.f1_score(labels == 1, predictions == 1, zero_division=0.0)
     if name == "macro_f1":
-        # Over the labels that occur: one absent from a small split should not count as a failure.
+        # The mean is over the labels that occur. A label that a small split lacks has no F1.
         return sk.f1_score(labels, predictions, average="macro", zero_division=0.0)
     if name in _REGRESSION_METRICS:
         labels, predictions = labels.astype(np.float64), predictions.astype(np.float64)
@@ -146,5 +150,5 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: i
 
 
 def _constant(values: np.ndarray) -> bool:
-    # The bound is above the one under which SciPy warns that a correlation is rounding noise.
+    # SciPy warns that a correlation is rounding noise from a somewhat smaller spread on.
     return bool(np.ptp(values) <= 1e-12 * np.abs(np.mean(values)))

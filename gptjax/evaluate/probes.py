@@ -1,21 +1,22 @@
-"""Zero-shot probes: what a language model knows of a task that nobody has taught it.
+"""Zero-shot probes: how well a language model does tasks that it was never trained on.
 
 The four of Radford et al. 2018, section 5, "Zero-shot Behaviors":
 
-acceptability    (CoLA) the mean log-probability of a sentence's tokens, and a threshold. The
-                 threshold of each half of the rows is the one that is best on the other half.
-next_word        (SST-2) "very" is appended to the text; the label is that of the word, "negative"
-                 or "positive", that is then more likely.
-multiple_choice  (RACE) the answer whose tokens have the highest mean log-probability after the
+acceptability    (CoLA) The score of a sentence is the mean log-probability of its tokens; a
+                 sentence above a threshold is called acceptable. The threshold of each half of the
+                 rows is the one that is best on the other half.
+next_word        (SST-2) "very" is appended to the text; the answer is the label whose word,
+                 "negative" or "positive", is then more likely.
+multiple_choice  (RACE) The answer whose tokens have the highest mean log-probability after the
                  context.
-substitution     (Winograd schemas) the candidate after which the rest of the text has the highest
+substitution     (Winograd schemas) The candidate after which the rest of the text has the highest
                  mean log-probability.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,41 +39,45 @@ from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics
-from gptjax.evaluate.score import never
+from gptjax.evaluate.score import Evaluator
 from gptjax.mesh import Params
 from gptjax.model import gpt, losses
 from gptjax.model.gpt import GPT
 
-# Logits held at a time, in elements (64 MiB of float32).
+# The most logits of a batch, in elements (64 MiB of float32).
 _LOGITS = 2**24
-# Lengths are rounded up to a multiple of this: few shapes are compiled.
-_STEP = 32
-
-# (params, batch) -> float32 [B], [B]: summed log-probability and number of the tokens scored.
-SpanStep = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
+# Lengths are rounded up to a multiple of this, so that few shapes are compiled.
+_LENGTH_STEP = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-    """A probe's rows, tokenised."""
+    """The tokenised rows of a probe: n rows with C candidates each."""
 
     name: str
     kind: str
     num_candidates: int
     tokens: list[np.ndarray]
-    """int32 [length]: candidate c of row i at i * num_candidates + c."""
+    """int32 [length] for each sequence. Candidate c of row i is at index i * C + c."""
     first: np.ndarray
-    """int32 [n * C]: the first token that is scored, and all after it are."""
+    """int32 [n * C]: index of the first scored token of each sequence. All later ones are scored
+    too."""
     labels: np.ndarray
-    """int32 [n]"""
+    """int32 [n]: the right class or candidate."""
 
     @property
     def metric(self) -> str:
-        """What the answers are scored by."""
+        """Name of the metric that compares the answers with the labels."""
         return "matthews" if self.kind == ProbeKind.ACCEPTABILITY else "accuracy"
+
+    @property
+    def num_classes(self) -> int:
+        """Number of different labels."""
+        return max(self.num_candidates, 2)
 
 
 def _table(config: ProbeConfig, needed: tuple[str, ...]) -> LabelledTable:
+    """Reads the rows of a probe."""
     if config.file:
         return splits.read_labelled(config.file, config.columns, needed)
     source = FinetuneConfig(dataset=config.dataset)
@@ -80,6 +85,7 @@ def _table(config: ProbeConfig, needed: tuple[str, ...]) -> LabelledTable:
 
 
 def _needed(config: ProbeConfig) -> tuple[str, ...]:
+    """Returns the columns that a probe reads."""
     names = (config.text, *split_names(config.choices), config.pronoun, config.pronoun_start)
     return tuple(name for name in (*names, config.label) if name)
 
@@ -87,10 +93,19 @@ def _needed(config: ProbeConfig) -> tuple[str, ...]:
 def _join(
     parts: Sequence[tuple[str, str]], tokenizer: Tokenizer, context_length: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Returns the tokens of (before, scored) and the first scored one of each.
+    """Tokenises pairs of texts: one to condition on, and one to score.
 
-    Each is begun by a line break, as generated text is; of one longer than the context the end is
-    kept. The first token of a sequence is never scored: nothing comes before it.
+    Each sequence begins with a line break, as generated text does. A sequence that is longer than
+    the context loses its beginning. The first token of a sequence is never scored, because no token
+    precedes it.
+
+    Args:
+      parts: pairs (text before, scored text).
+      tokenizer: text -> ids.
+      context_length: the most tokens of a sequence.
+
+    Returns:
+      `Probe.tokens` and `Probe.first` of the pairs.
     """
     start = np.array(tokenizer.encode("\n")[:1] or [tokenizer.start_id], np.int32)
     before, scored = (tokenizer.encode_batch([part[i] for part in parts]) for i in (0, 1))
@@ -102,14 +117,16 @@ def _join(
     return tokens, np.array(first, np.int32)
 
 
-def _parts(config: ProbeConfig, rows: dict[str, list[Any]], i: int, where: str):
-    """Yields (what comes before, what is scored) for each candidate of row i."""
+def _parts(
+    config: ProbeConfig, rows: dict[str, list[Any]], i: int, where: str
+) -> Iterator[tuple[str, str]]:
+    """Yields (text before, scored text) for each candidate of row i."""
     text = as_text(rows[config.text][i])
     if config.kind == ProbeKind.ACCEPTABILITY:
         yield "", text
         return
     if config.kind == ProbeKind.NEXT_WORD:
-        # The space is for character tokenizers; others drop it.
+        # A tokenizer of characters needs the space; the other tokenizers drop it.
         for word in split_names(config.words):
             yield f"{text} {config.append} ", word
         return
@@ -126,10 +143,10 @@ def _parts(config: ProbeConfig, rows: dict[str, list[Any]], i: int, where: str):
 def _divided(
     config: ProbeConfig, rows: dict[str, list[Any]], text: str, i: int, where: str
 ) -> tuple[str, str]:
-    """What stands before and after the place where the candidates are put."""
+    """Returns the text before and the text after the place of the candidates."""
     if not config.pronoun:
-        before, found, after = text.partition("_")
-        require(found, f"{where}: no _ for what the candidates replace")
+        before, blank, after = text.partition("_")
+        require(blank, f"{where}: no _ for what the candidates replace")
         return before, after
     pronoun = as_text(rows[config.pronoun][i])
     places = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(pronoun)}(?!\w)", text)]
@@ -156,10 +173,13 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
     rows = table.columns(_needed(config))
     if config.limit:
         rows = {column: values[: config.limit] for column, values in rows.items()}
-    chosen = ProbeKind(config.kind).has_candidates
-    choices = split_names(config.choices) if chosen else ()
-    kind = TaskKind.MULTIPLE_CHOICE if chosen else TaskKind.CLASSIFICATION
-    spec = TaskSpec(kind, config.text, choices=choices, label=config.label)
+    has_choices = ProbeKind(config.kind).has_candidates
+    spec = TaskSpec(
+        kind=TaskKind.MULTIPLE_CHOICE if has_choices else TaskKind.CLASSIFICATION,
+        text=config.text,
+        choices=split_names(config.choices) if has_choices else (),
+        label=config.label,
+    )
     table = LabelledTable(rows, table.source)
     spec = tasks.find_labels(spec, table)
     words = split_names(config.words)
@@ -181,33 +201,23 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
 
 
 def log_probabilities(
-    step: SpanStep,
-    params: Params,
-    probe: Probe,
-    vocab_size: int,
-    mesh: Mesh,
-    stop: Callable[[], bool] = never,
-) -> tuple[np.ndarray, np.ndarray] | None:
-    """Returns summed log-probabilities (nats) of the scored tokens and their number, [n, C] both.
+    evaluator: Evaluator, params: Params, probe: Probe
+) -> tuple[np.ndarray, np.ndarray]:
+    """Scores the candidates of a probe.
 
-    None if stopped.
-
-    Args:
-      step: from `steps.jit_span_step`.
-      params: of the model.
-      probe: what to score.
-      vocab_size: of the model, which decides how many rows fit a batch.
-      mesh: the devices.
-      stop: asked between batches.
+    Returns:
+      float32 [n, C]: summed log-probability of the scored tokens, in nats.
+      float32 [n, C]: number of the scored tokens.
     """
+    mesh, vocab_size = evaluator.mesh, evaluator.model.config.vocab_size
+    step = jit_span_step(mesh, evaluator.model)
     lengths = np.array([len(tokens) for tokens in probe.tokens])
     outputs = []
     order, divisor, start = np.argsort(lengths, kind="stable"), mesh_lib.batch_divisor(mesh), 0
     while start < len(order):
-        if stop():
-            return None
-        # Shortest first; the length of a batch is that of its longest row.
-        length = -(-int(lengths[order[start]]) // _STEP) * _STEP
+        evaluator.check_stop()
+        # From short to long sequences; the length of a batch is the rounded length of its first.
+        length = -(-int(lengths[order[start]]) // _LENGTH_STEP) * _LENGTH_STEP
         rows = max(1, _LOGITS // (length * vocab_size) // divisor) * divisor
         fits = order[start:][lengths[order[start:]] <= length][:rows]
         batch = loader.lm_batch([probe.tokens[i] for i in fits], length, rows)
@@ -215,77 +225,86 @@ def log_probabilities(
             batch.lm_weights[row, : probe.first[i] - 1] = 0
         outputs.append((fits, step(params, mesh_lib.to_devices(batch, mesh))))
         start += len(fits)
-    found = np.zeros((2, len(lengths)), np.float32)
-    # Fetched at the end: the device never waits for the host.
+    sums = np.zeros((2, len(lengths)), np.float32)
+    # Fetched at the end, so that the device never waits for the host.
     for fits, output in jax.device_get(outputs):
-        found[:, fits] = np.stack(output)[:, : len(fits)]
-    totals, counts = found.reshape(2, -1, probe.num_candidates)
+        sums[:, fits] = np.stack(output)[:, : len(fits)]
+    totals, counts = sums.reshape(2, -1, probe.num_candidates)
     return totals, counts
 
 
 def threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the bound above which to answer 1, so that most of `labels` (0, 1) are met."""
+    """Returns the threshold with the most right answers, where the answer to scores above it is 1.
+
+    Args:
+      scores: float [n].
+      labels: int [n], the right answers 0 and 1.
+    """
     distinct, place = np.unique(scores, return_inverse=True)
     ones = np.bincount(place, labels == 1, len(distinct))
     zeros = np.bincount(place, labels != 1, len(distinct))
-    # Right answers with the bound at each distinct score, and below all of them.
+    # Number of right answers with the threshold below all scores, then at each distinct score.
     right = np.concatenate([[0], np.cumsum(zeros - ones)]) + ones.sum()
     best = int(right.argmax())
     if best == 0:
         return float(distinct[0]) - 1
-    # Half-way to the next score: where the other half's scores will lie is not known.
+    # Half-way to the next score, because new scores may fall anywhere between the two.
     return float(distinct[best - 1 : best + 1].mean())
 
 
 def answers(kind: str, totals: np.ndarray, counts: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Returns int [n]: the class or candidate that the log-probabilities say."""
+    """Chooses the model's answer to each row.
+
+    Args:
+      kind: as in `ProbeConfig.kind`.
+      totals, counts: float [n, C], from `log_probabilities`.
+      labels: int [n]. Only acceptability uses them, to fit its two thresholds.
+
+    Returns:
+      int [n]: a class, or the index of a candidate.
+    """
     if kind == ProbeKind.NEXT_WORD:
         return totals.argmax(axis=1)
-    # No token is no answer.
+    # A candidate without tokens is never chosen.
     means = np.where(counts > 0, totals / np.maximum(counts, 1), -np.inf)
     if kind != ProbeKind.ACCEPTABILITY:
         return means.argmax(axis=1)
-    found = np.zeros(len(labels), np.int64)
-    # Rows often come sorted by their label, or with their labels in turn.
+    acceptable = np.zeros(len(labels), np.int64)
+    # At random, because files are often sorted by label, or alternate between the labels.
     halves = np.random.default_rng(0).permutation(len(labels)) % 2
     for half in (0, 1):
         bound = threshold(means[halves != half, 0], labels[halves != half])
-        found[halves == half] = means[halves == half, 0] > bound
-    return found
+        acceptable[halves == half] = means[halves == half, 0] > bound
+    return acceptable
 
 
 def run(
-    probes: Sequence[Probe],
-    step: SpanStep,
-    params: Params,
-    vocab_size: int,
-    mesh: Mesh,
-    stop: Callable[[], bool] = never,
-) -> dict[str, dict[str, float]] | None:
-    """Returns name -> the probe's score by its metric, the commonest answer's "floor", "rows".
+    evaluator: Evaluator, params: Params, probes: Sequence[Probe]
+) -> dict[str, dict[str, float]]:
+    """Scores a language model on probes.
 
-    None if stopped.
+    Returns:
+      Name of the probe -> its score under the name of its metric, "floor" (the score of always
+      giving the most frequent answer) and "rows" (their number).
     """
-    found = {}
+    scores = {}
     for probe in probes:
-        scored = log_probabilities(step, params, probe, vocab_size, mesh, stop)
-        if scored is None:
-            return None
-        totals, counts = scored
-        said = answers(probe.kind, totals, counts, probe.labels)
-        names, classes = (probe.metric,), max(probe.num_candidates, 2)
-        score = metrics.compute(names, probe.labels, said, classes)
-        floor = metrics.floor(names, probe.labels, classes)
-        found[probe.name] = {
-            **score, "floor": floor[probe.metric], "rows": float(len(probe.labels)),
-        }  # fmt: skip
-    return found
+        totals, counts = log_probabilities(evaluator, params, probe)
+        chosen = answers(probe.kind, totals, counts, probe.labels)
+        names = (probe.metric,)
+        score = metrics.compute(names, probe.labels, chosen, probe.num_classes)
+        baseline = metrics.majority_baseline(names, probe.labels, probe.num_classes)
+        rows = float(len(probe.labels))
+        scores[probe.name] = {**score, "floor": baseline[probe.metric], "rows": rows}
+    return scores
 
 
 @functools.cache
 def jit_span_step(mesh: Mesh, model: GPT) -> Callable[[Params, Batch], Any]:
-    """Returns the jitted (params, batch) -> for each row the sum of the log-probabilities of the
-    tokens that `lm_weights` predict, and the sum of these weights: float32 [B] both, replicated.
+    """Returns a jitted function (params, batch) -> (log-probabilities, weights).
+
+    Both are float32 [B], replicated: for each row the sum of the log-probabilities of its tokens,
+    weighted by `lm_weights`, and the sum of these weights.
     """
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

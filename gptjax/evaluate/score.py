@@ -1,10 +1,10 @@
-"""Scores of a model on a split: every predicted token and every example counts exactly once."""
+"""Losses and task outputs of a model on a split: every token and every example counts once."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -22,13 +22,126 @@ from gptjax.model.gpt import GPT
 from gptjax.model.losses import Sum
 from gptjax.model.objective import Losses, Objective, forward
 
-# (params, batch) -> (Losses, task logits), from `steps.jit_eval_step`.
-EvalStep = Callable[[Params, Any], Any]
+T = TypeVar("T")
 
 
-def never() -> bool:
-    """The default of `stop`: evaluate to the end."""
-    return False
+def never_stop() -> None:
+    """Never raises `StopRequested`: the evaluation runs to its end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Task outputs of a model for all examples of a split, and its losses on the split."""
+
+    logits: np.ndarray
+    """float32 [n, O]: class logits, scores of the answers, or [n, 1] regression values."""
+    lm_loss: float
+    """Nats per token over all sequences."""
+    task_loss: float | None
+    """Mean over the examples; None where they have no labels."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Runs a model over whole splits, without dropout.
+
+    Attributes:
+      model: the model, with the task's head where tasks are evaluated.
+      mesh: the devices.
+      objective: the losses that are computed, and their weights.
+      check_stop: called before each batch; raises `StopRequested` to end the evaluation.
+    """
+
+    model: GPT
+    mesh: Mesh
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    check_stop: Callable[[], None] = never_stop
+
+    def stoppable(self, batches: Iterable[T]) -> Iterator[T]:
+        """Yields the batches; calls `check_stop` before each of them is used."""
+        for batch in batches:
+            self.check_stop()
+            yield batch
+
+    def language_model(
+        self, params: Params, stream: np.ndarray, window: int, rows: int, limit: int = 0
+    ) -> dict[str, float]:
+        """Scores the language model on a token stream, window by window.
+
+        Args:
+          params: parameters of the model.
+          stream: integers [n], token ids.
+          window: tokens of a window. The first token of each window is not predicted.
+          rows: windows of a batch.
+          limit: the number of batches to read from the start; 0 means all of them.
+
+        Returns:
+          {"loss" (nats per token), "perplexity"}.
+        """
+        step = jit_eval_step(self.mesh, self.model, self.objective)
+        local = functools.partial(mesh_lib.local_rows, self.mesh)
+        sums = [
+            step(params, mesh_lib.to_devices(batch, self.mesh))[0].lm
+            for batch in self.stoppable(loader.text_in_order(stream, window, rows, limit, local))
+        ]
+        loss = _mean(jax.device_get(sums))
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+
+    def outputs(self, params: Params, examples: Examples, packer: Packer) -> Outputs:
+        """Runs the model on all examples, packed; the outputs are in the order of the examples."""
+        step = jit_eval_step(self.mesh, self.model, self.objective)
+        waiting, sums = [], []
+        logits: np.ndarray | None = None
+        local = functools.partial(mesh_lib.local_rows, self.mesh)
+        for batch, index in self.stoppable(loader.every_example(examples, packer, local)):
+            losses, out = step(params, mesh_lib.to_devices(batch, self.mesh))
+            waiting.append((index, out))
+            sums.append(losses)
+            if len(waiting) > 1:  # fetched one batch late, so that the device never waits
+                logits = _scatter(logits, len(examples), *waiting.pop(0))
+        for pair in waiting:
+            logits = _scatter(logits, len(examples), *pair)
+        assert logits is not None
+        parts = jax.device_get(sums)
+        labelled = examples.labels is not None
+        task_loss = _mean([part.task for part in parts]) if labelled else None
+        return Outputs(logits, _mean([part.lm for part in parts]), task_loss)
+
+    def task(
+        self,
+        params: Params,
+        examples: Examples,
+        packer: Packer,
+        spec: TaskSpec,
+        metric_names: tuple[str, ...],
+    ) -> dict[str, float]:
+        """Scores the model on labelled examples.
+
+        Args:
+          params: parameters of the model.
+          examples: the examples, with their labels.
+          packer: packs them into batches.
+          spec: the task.
+          metric_names: from `metrics.parse`.
+
+        Returns:
+          "loss" (joint), "task_loss", "lm_loss" and the metrics.
+        """
+        outputs = self.outputs(params, examples, packer)
+        assert examples.labels is not None
+        assert outputs.task_loss is not None
+        answers = predictions(spec, outputs.logits)
+        losses = {
+            "loss": self.objective.total(outputs.task_loss, outputs.lm_loss),
+            "task_loss": outputs.task_loss,
+            "lm_loss": outputs.lm_loss,
+        }
+        return losses | metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
+
+
+def predictions(spec: TaskSpec, logits: np.ndarray) -> np.ndarray:
+    """Returns int [n] best classes or answers, or float32 [n] regression values."""
+    return logits[:, 0] if spec.kind == TaskKind.REGRESSION else logits.argmax(axis=1)
 
 
 def _mean(parts: list[Sum]) -> float:
@@ -37,115 +150,14 @@ def _mean(parts: list[Sum]) -> float:
     return total / max(sum(float(part.weight) for part in parts), 1e-9)
 
 
-def language_model(
-    step: EvalStep,
-    params: Params,
-    stream: np.ndarray,
-    window: int,
-    rows: int,
-    mesh: Mesh,
-    limit: int = 0,
-    stop: Callable[[], bool] = never,
-) -> dict[str, float] | None:
-    """Returns {"loss": nats per token, "perplexity"} over windows in order; None if stopped.
-
-    Args:
-      step: the jitted eval step.
-      params: of the model.
-      stream: integers [n], token ids.
-      window: tokens seen at once; the first of each is not predicted.
-      rows: windows a batch.
-      mesh: the devices.
-      limit: batches at most; 0: all.
-      stop: asked between batches.
-    """
-    sums = []
-    local = functools.partial(mesh_lib.local_rows, mesh)
-    for batch in loader.text_in_order(stream, window, rows, limit, local):
-        if stop():
-            return None
-        sums.append(step(params, mesh_lib.to_devices(batch, mesh))[0].lm)
-    loss = _mean(jax.device_get(sums))
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """What the model says about every example of a split."""
-
-    logits: np.ndarray
-    """float32 [n, O]: class logits, answer scores, or [n, 1] regression values."""
-    lm_loss: float
-    """Nats per token over all sequences."""
-    task_loss: float
-    """Mean over the examples; 0 without labels."""
-
-
-def run_task(
-    step: EvalStep,
-    params: Params,
-    examples: Examples,
-    packer: Packer,
-    mesh: Mesh,
-    stop: Callable[[], bool] = never,
-) -> Outputs | None:
-    """Runs every example once, packed, and returns the outputs in order; None if stopped."""
-    waiting, sums = [], []
-    logits: np.ndarray | None = None
-    local = functools.partial(mesh_lib.local_rows, mesh)
-    for batch, index in loader.every_example(examples, packer, local):
-        if stop():
-            return None
-        losses, out = step(params, mesh_lib.to_devices(batch, mesh))
-        waiting.append((index, out))
-        sums.append(losses)
-        if len(waiting) > 1:  # fetched one batch late, so that the device never waits
-            logits = _scatter(logits, len(examples), *waiting.pop(0))
-    for pair in waiting:
-        logits = _scatter(logits, len(examples), *pair)
-    assert logits is not None
-    parts = jax.device_get(sums)
-    return Outputs(logits, _mean([p.lm for p in parts]), _mean([p.task for p in parts]))
-
-
 def _scatter(logits: np.ndarray | None, count: int, index: np.ndarray, out: Any) -> np.ndarray:
+    """Writes the logits of a batch to the rows of its examples in [count, O]."""
     out = jax.device_get(out)
     if logits is None:
         logits = np.zeros((count, out.shape[-1]), np.float32)
     real = index >= 0
     logits[index[real]] = out[real]
     return logits
-
-
-def predictions(spec: TaskSpec, logits: np.ndarray) -> np.ndarray:
-    """Returns int [n] best classes or answers, or float32 [n] regression values."""
-    return logits[:, 0] if spec.kind == TaskKind.REGRESSION else logits.argmax(axis=1)
-
-
-def task(
-    spec: TaskSpec,
-    names: tuple[str, ...],
-    step: EvalStep,
-    params: Params,
-    examples: Examples,
-    packer: Packer,
-    mesh: Mesh,
-    objective: Objective,
-    stop: Callable[[], bool] = never,
-) -> dict[str, float] | None:
-    """Returns "loss" (joint), "task_loss", "lm_loss" and the metrics `names`; None if stopped."""
-    outputs = run_task(step, params, examples, packer, mesh, stop)
-    if outputs is None:
-        return None
-    assert examples.labels is not None
-    found = predictions(spec, outputs.logits)
-    scores = metrics.compute(names, examples.labels, found, len(spec.labels))
-    losses = {
-        "loss": objective.total(outputs.task_loss, outputs.lm_loss),
-        "task_loss": outputs.task_loss,
-        "lm_loss": outputs.lm_loss,
-    }
-    return losses | scores
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -216,11 +216,12 @@ class LoadedGPT:
         require(len(examples), f"{where}: no rows")
         chosen = metrics.parse(names, self.task.kind)
         outputs = self._run(examples, Objective(self.task.kind))
+        assert outputs.task_loss is not None
         found = score_lib.predictions(self.task, outputs.logits)
         scores = metrics.compute(chosen, examples.labels, found, len(self.task.labels))
-        floor = metrics.floor(chosen, examples.labels, len(self.task.labels))
+        baseline = metrics.majority_baseline(chosen, examples.labels, len(self.task.labels))
         losses = {"task_loss": outputs.task_loss, "lm_loss": outputs.lm_loss}
-        return losses | scores | {f"floor_{name}": value for name, value in floor.items()}
+        return losses | scores | {f"floor_{name}": value for name, value in baseline.items()}
 
     def score_text(self, texts: Iterable[str], window: int = 0) -> dict[str, float]:
         """Returns {"loss" (nats per token), "perplexity"} of the LM on the texts in a row.
@@ -231,27 +232,21 @@ class LoadedGPT:
         """
         stream = store.token_stream(texts, self.tokenizer)
         require(len(stream) > 1, "evaluate: the text has fewer than two tokens")
-        step = self._step(Objective())
         rows = mesh_lib.batch_divisor(self.mesh) * 8
-        scores = score_lib.language_model(
-            step, self.params, stream, window or self.config.context_length, rows, self.mesh
+        return self._evaluator(Objective()).language_model(
+            self.params, stream, window or self.config.context_length, rows
         )
-        assert scores is not None
-        return scores
 
     def probe(self, configs: Mapping[str, ProbeConfig]) -> dict[str, dict[str, float]]:
         """Returns name -> score, floor and rows of each zero-shot probe (see `probes.py`)."""
-        asked = [
+        built = [
             probes.build(name, each, self.tokenizer, self.config.context_length)
             for name, each in configs.items()
         ]
-        step = probes.jit_span_step(self.mesh, self._batched())
-        found = probes.run(asked, step, self.params, self.config.vocab_size, self.mesh)
-        assert found is not None
-        return found
+        return probes.run(self._evaluator(Objective()), self.params, built)
 
-    def _step(self, objective: Objective, longest: int | None = None) -> Callable[..., Any]:
-        return score_lib.jit_eval_step(self.mesh, self._batched(longest), objective)
+    def _evaluator(self, objective: Objective, longest: int | None = None) -> score_lib.Evaluator:
+        return score_lib.Evaluator(self._batched(longest), self.mesh, objective)
 
     def _run(self, examples: Examples, objective: Objective) -> score_lib.Outputs:
         divisor = mesh_lib.batch_divisor(self.mesh)
@@ -261,10 +256,8 @@ class LoadedGPT:
         means = finetune is not None and finetune.lm_mean == LmMean.SEQUENCE
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
-        step = self._step(objective, _power(examples.max_sequence_length))
-        outputs = score_lib.run_task(step, self.params, examples, packer, self.mesh)
-        assert outputs is not None
-        return outputs
+        evaluator = self._evaluator(objective, _power(examples.max_sequence_length))
+        return evaluator.outputs(self.params, examples, packer)
 
 
 def _power(number: int) -> int:

@@ -28,42 +28,47 @@ class Objective:
     task_weight: float = 1.0
 
     def total(self, task: Any, lm: Any) -> Any:
-        """Returns the objective from the mean losses (numbers or arrays)."""
+        """Returns the objective from the mean losses, numbers or arrays.
+
+        Without a task, `task` is not used and may be None.
+        """
         lm = self.lm_weight * lm
         return lm + self.task_weight * task if self.kind else lm
 
 
 @flax.struct.dataclass
 class Losses:
-    """The loss sums of a batch. In pretraining `task` has the weight 0."""
+    """Sums of the losses of one batch."""
 
     lm: Sum
-    task: Sum
-
-    def __add__(self, other: "Losses") -> "Losses":
-        return Losses(self.lm + other.lm, self.task + other.task)
+    """The LM loss; its total is 0 where the objective has no LM loss."""
+    task: Sum | None
+    """The task loss; None where the batch has no labels, as in pretraining and prediction."""
 
 
 def weights(batch: Batch) -> Losses:
     """Returns the weights of a batch's losses; the totals are 0."""
     zero = jnp.float32(0)
-    task = zero if batch.example_mask is None else batch.example_mask.sum()
-    return Losses(Sum(zero, batch.lm_weights.sum()), Sum(zero, task))
+    task = None if batch.labels is None else Sum(zero, batch.example_mask.sum())
+    return Losses(Sum(zero, batch.lm_weights.sum()), task)
 
 
 def joint(objective: Objective, sums: Losses, weight: Losses) -> jax.Array:
-    """Returns the objective of loss sums, a scalar.
+    """Returns the objective of a batch or micro-batch, a float32 scalar.
 
     Args:
-      objective: the weights of the losses.
-      sums: of a batch, or of a part of it. The objectives of all parts add up to that of the batch.
-      weight: from `weights`, of the whole batch.
+      objective: the losses and their weights in the objective.
+      sums: the losses of the batch or micro-batch.
+      weight: from `weights`, of the whole batch; each sum is divided by its weight there.
     """
 
     def mean(part: Sum, whole: Sum) -> jax.Array:
         return part.total / jnp.maximum(whole.weight, 1e-9)
 
-    return objective.total(mean(sums.task, weight.task), mean(sums.lm, weight.lm))
+    task = None
+    if sums.task is not None and weight.task is not None:
+        task = mean(sums.task, weight.task)
+    return objective.total(task, mean(sums.lm, weight.lm))
 
 
 def forward(
@@ -76,18 +81,20 @@ def forward(
     """Runs the model on a batch.
 
     Args:
-      model: the module.
-      objective: a loss whose weight is 0 in it is not computed.
-      params: of the model.
-      batch: the data.
-      key: of the dropout; None: no dropout.
+      model: the model.
+      objective: the losses to compute. The LM loss is left out where its weight is 0.
+      params: parameters of the model.
+      batch: the packed rows.
+      key: random key of the dropout masks; None: no dropout.
 
     Returns:
-      The loss sums, and the logits of the task (None in pretraining).
+      The sums of the losses, and the task logits (float32 [B, E, O] or [B, E, C]; None without a
+      task).
     """
     deterministic, table = key is None, None
     if model.config.tied and model.ops.is_sharded:
-        # One table for both of its uses, so that its gradient is summed over the devices once.
+        # One table for the look-up and the LM head, so that its gradient is summed over the devices
+        # once.
         table = run(model, params, deterministic, method="replicated_table", key=key)
     x_BTD = run(
         model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
@@ -100,11 +107,16 @@ def forward(
     if not objective.kind:
         return sums, None
     logits = run(model, params, x_BTD, batch.extract, deterministic, method="task_logits", key=key)
+    if batch.labels is None:
+        return sums, logits
     return Losses(sums.lm, losses.task_loss(objective.kind, logits, batch)), logits
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
-    """[B, ...] -> [count, B / count, ...]; all rows stay on their devices."""
+    """Returns the fields of a batch as [count, B / count, ...].
+
+    Micro-batch i has the rows i, i + count, ..., so that no row moves to another device.
+    """
 
     def split(x: jax.Array) -> jax.Array:
         return jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0)
@@ -115,15 +127,21 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 def gradients(
     model: GPT, objective: Objective, params: Params, batch: Batch, key: jax.Array, micro: int
 ) -> tuple[Params, Losses]:
-    """Returns the gradient of the objective and the loss sums.
+    """Computes the gradient of the joint loss, in `micro` micro-batches one after the other.
 
-    The losses of a micro-batch are divided by the weights of the whole batch. So the gradients of
-    the micro-batches add up to that of the batch, whatever share of it each of them has.
+    The loss of each micro-batch is divided by the weights of the whole batch. The gradients then
+    add up to that of the whole batch, even if some micro-batches have more padding than others.
 
     Args:
-      model, objective, params, batch: as for `forward`.
-      key: of the dropout.
-      micro: number of micro-batches, which are computed one after the other.
+      model: the model.
+      objective: the joint loss.
+      params: parameters of the model.
+      batch: the packed rows.
+      key: random key of the dropout masks.
+      micro: number of micro-batches; it divides B.
+
+    Returns:
+      The gradient, and the sums of the losses of the whole batch.
     """
     whole = weights(batch)
 

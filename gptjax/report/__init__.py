@@ -1,1 +1,1 @@
-"""The results of a run as tables and plots."""
+"""The results of a run as plots and a table."""

@@ -1,8 +1,8 @@
-"""Checksums that are the same on every mesh, and the ledger of the batches of a training.
+"""The ledger: a hash of all batches that a training has used, in their order.
 
-Every record of a training step in metrics.jsonl holds a hash of all batches up to it, each as the
-devices saw it: two runs that trained on the same batches, on whatever devices and hosts and however
-often interrupted, have the same ledger.
+Each record of a training step in metrics.jsonl holds the ledger up to this step. It is computed
+from the batches in the memory of the devices. Two runs with the same batches have the same ledger,
+whatever their devices and hosts, and however often they were interrupted.
 """
 
 import hashlib
@@ -15,10 +15,10 @@ from gptjax.checkpoint.checksum import checksum
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """The words of x, each replaced by one of 32 random bits, zero by zero.
+    """Returns the 32-bit words of x, each mapped to a word that looks random; 0 is mapped to 0.
 
-    Words of few bits, as of small numbers and of masks, would add up to equal sums too often. The
-    finalizer of MurmurHash3 (Austin Appleby, public domain), a bijection.
+    Without it, small numbers and masks, which have few bits, would often add up to equal sums. The
+    map is the finalizer of MurmurHash3 (Austin Appleby, public domain), a bijection.
     """
     words = jax.lax.bitcast_convert_type(x, jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -27,9 +27,9 @@ def _mixed(x: jax.Array) -> jax.Array:
 
 
 def of_batch(batch: Batch) -> jax.Array:
-    """Returns a uint32 of all fields of a batch.
+    """Returns the checksum of all fields of a batch, a uint32.
 
-    Rows of padding at the end, which other numbers of devices ask for, leave it as it is.
+    Rows of padding at the end do not change it: their number depends on the number of devices.
     """
     total = jnp.uint32(0)
     for field in jax.tree.leaves(batch):
@@ -38,5 +38,10 @@ def of_batch(batch: Batch) -> jax.Array:
 
 
 def entry(before: str, batch_checksum: int) -> str:
-    """Returns the ledger, 16 hexadecimal digits, after one more batch; "" is before the first."""
+    """Returns the ledger after one more batch, 16 hexadecimal digits.
+
+    Args:
+      before: the ledger before this batch; "" before the first one.
+      batch_checksum: from `of_batch`.
+    """
     return hashlib.blake2b(f"{before}:{batch_checksum}".encode(), digest_size=8).hexdigest()

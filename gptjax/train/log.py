@@ -1,4 +1,4 @@
-"""The measurements of a run: metrics.jsonl and the events of TensorBoard."""
+"""The metrics of a run: metrics.jsonl, and the same numbers for TensorBoard."""
 
 import contextlib
 import json
@@ -18,7 +18,10 @@ _FLUSH_SECONDS = 10.0
 
 
 def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """The whole lines of metrics.jsonl and their records, without what a killed process left."""
+    """Yields the complete lines of metrics.jsonl and their records.
+
+    A killed process may have left half a line, which is left out.
+    """
     with contextlib.suppress(FileNotFoundError):
         for line in epath.Path(path).read_bytes().splitlines(keepends=True):
             with contextlib.suppress(ValueError):
@@ -28,22 +31,26 @@ def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def read(workdir: PathLike) -> list[dict[str, Any]]:
-    """The records of ``WORKDIR/metrics.jsonl``, oldest first; [] when there is none."""
+    """Returns the records of ``WORKDIR/metrics.jsonl``, oldest first; [] if there is no file."""
     return [record for _, record in _lines(os.path.join(workdir, "metrics.jsonl"))]
 
 
 def _event(**fields: Any) -> bytes:
-    """A TensorBoard event; messages inside it are given as dicts."""
+    """Returns the bytes of a TensorBoard event; messages inside it are given as dicts."""
     from tensorboardX.proto import event_pb2
 
     return event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
 
 
 def _open_events(folder: str, purge_from: int | None) -> Any:
-    """A new file of events in `folder`, which tells TensorBoard to forget older ones' last steps.
+    """Opens a new file of events in `folder`.
 
-    Not tensorboardX' SummaryWriter: its queue blocks for ever once a full disk has killed its
-    thread, and two of its files made in one second are the same file.
+    tensorboardX's SummaryWriter is not used, for two reasons: its queue blocks forever once a full
+    disk has ended its thread, and two of its files that are opened within a second are one file.
+
+    Args:
+      folder: made if missing.
+      purge_from: TensorBoard ignores this step and later ones in older files; None: no step.
     """
     from tensorboardX import RecordWriter, record_writer
 
@@ -51,7 +58,7 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
         record_writer.register_writer_factory("gs", remote_lib.RemoteFiles)
     else:
         os.makedirs(folder, exist_ok=True)
-    # TensorBoard reads the files of a folder in the order of their names.
+    # The time is in the name because TensorBoard reads the files of a folder in order of name.
     writer = RecordWriter(os.path.join(folder, f"events.out.tfevents.{time.time_ns()}"))
     writer.write(_event(file_version="brain.Event:2"))
     if purge_from is not None:
@@ -62,14 +69,17 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
 class MetricsLog:
     """``metrics.jsonl`` in a working directory, and the same numbers under ``tensorboard/``.
 
-    A line is ``{"step", "stage", "split", NAME: float or null, ...}``, of a training step with the
-    ``"ledger"`` of its batches (see `train.ledger`), on disk when `write` returns; in a bucket,
-    which cannot append, some seconds later, or when `sync` returns. Use as a
-    context manager, or call `close`. A full disk is a `UserError` everywhere.
+    A line is ``{"step", "stage", "split", NAME: float or null, ...}``. Lines of training steps also
+    have the ``"ledger"`` of the batches (see `gptjax.train.ledger`). A line is on disk when `write`
+    returns. A bucket cannot append to a file, and has the line some seconds later, or when `sync`
+    returns. Use it as a context manager, or call `close`.
 
     Args:
-      workdir: made if missing.
-      enabled: False in every process but one: all methods then do nothing.
+      workdir: folder of the run, made if missing.
+      enabled: False in every process but one; all methods do nothing then.
+
+    Raises:
+      UserError: in all methods, where the disk is full or cannot be written to.
     """
 
     def __init__(self, workdir: PathLike, enabled: bool = True):
@@ -84,7 +94,7 @@ class MetricsLog:
             self._open(lambda record: True)
 
     def _open(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        # Rewritten even to keep all: a new line must not be glued to half a line.
+        # The file is rewritten even if all records stay, so that it ends with a complete line.
         with disk_errors(self._path):
             kept = b"".join(line for line, record in _lines(self._path) if keep(record))
         write_atomically(self._path, kept)
@@ -97,7 +107,15 @@ class MetricsLog:
     def write(
         self, stage: str, split: str, step: int, values: Mapping[str, float], ledger: str = ""
     ) -> None:
-        """Adds one line. `values` are host numbers; one that is not finite is written as null."""
+        """Adds one line.
+
+        Args:
+          stage: name of the stage.
+          split: "train", "validation" or "test".
+          step: number of steps done.
+          values: NAME -> number on the host. A number that is not finite is written as null.
+          ledger: of the batches up to this step; "" writes none.
+        """
         if not self._enabled:
             return
         floats = {name: float(value) for name, value in values.items()}
@@ -113,25 +131,29 @@ class MetricsLog:
         scalars = [{"tag": tag, "simple_value": value} for tag, value in tagged]
         with disk_errors(self._events_dir):
             if stage not in self._events:
-                # A folder for each stage, because steps, and what to forget, start again in each.
+                # A folder for each stage: each counts its steps from 1, and TensorBoard applies
+                # `purge_from` to a whole folder.
                 folder = os.path.join(self._events_dir, stage)
                 self._events[stage] = _open_events(folder, self._purge_from.pop(stage, None))
             self._events[stage].write(_event(step=int(step), summary={"value": scalars}))
-            if due:  # it waits for the disk: not on every line
+            if due:  # not after every line, because it waits for the disk
                 self._events[stage].flush()
                 self._next_flush = time.monotonic() + _FLUSH_SECONDS
 
     def sync(self) -> None:
-        """Puts the lines where a kill cannot reach them: for before a state is saved."""
+        """Writes all lines to the disk or bucket, so that they survive if the process is killed.
+
+        It is called before a state is saved: a run that resumes there needs the lines before it.
+        """
         if self._enabled:
             with disk_errors(self._path):
                 self._file.flush()
 
     def rewind(self, stage: str, step: int) -> None:
-        """Forgets what follows `step` of a stage: a resumed run repeats it.
+        """Deletes the records of a stage that a run resumed at `step` writes again.
 
-        So is the score on the test split, which comes last. Other stages are left alone: each
-        rewinds itself when it starts.
+        These are the records of later steps, and that of the test split, which comes after the last
+        step. Each stage rewinds its own records when it starts.
         """
         if not self._enabled:
             return
@@ -145,7 +167,11 @@ class MetricsLog:
         self._purge_from = {stage: step + 1}
 
     def write_once(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
-        """Writes a record unless there is one: a kill may come between a save and its record."""
+        """Writes a record unless there is one already.
+
+        There is none where the process was killed between saving a checkpoint and writing its
+        record.
+        """
         key = {"stage": stage, "split": split, "step": step}
         self.sync()
         if not self._enabled or any(key.items() <= old.items() for old in read(self._workdir)):

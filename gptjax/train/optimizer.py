@@ -1,5 +1,7 @@
-"""Schedules, the decay mask and the optax chain."""
+"""The optimizer of a stage: its learning rate schedule, Adam, weight decay and clipping."""
 
+import dataclasses
+import functools
 import math
 
 import jax
@@ -11,18 +13,60 @@ from gptjax.errors import require
 from gptjax.parameters import PARAMETERS
 
 
-def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns the learning rate by step: linear warm-up from 0, then down to 0 at `total_steps`.
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """The optimizer of one stage. Two of them are equal if their configuration and length are.
 
-    The first update has rate peak / warm-up (not 0), the last one is still above 0. (With the
-    algorithm openai it is `openai_schedule`.)
+    Raises:
+      UserError: the warm-up is not shorter than the stage.
     """
-    if config.algorithm == Algorithm.OPENAI:
-        return openai_schedule(config, total_steps)
-    require(
-        config.warmup_steps < total_steps,
-        f"`optimizer.warmup_steps`={config.warmup_steps}: must be below the {total_steps} steps",
-    )
+
+    config: OptimizerConfig
+    total_steps: int
+    section: str = dataclasses.field(default="optimizer", compare=False)
+    """Name of the configuration in error messages, such as "pretrain.optimizer"."""
+
+    def __post_init__(self) -> None:
+        warmup = self.config.warmup_steps
+        require(
+            warmup < self.total_steps,
+            f"`{self.section}.warmup_steps`={warmup}: must be below the {self.total_steps} steps",
+        )
+
+    @functools.cached_property
+    def learning_rate(self) -> optax.Schedule:
+        """The learning rate of an update, counted from 0."""
+        make = openai_schedule if self.config.algorithm == Algorithm.OPENAI else schedule
+        return make(self.config, self.total_steps)
+
+    @functools.cached_property
+    def transformation(self) -> optax.GradientTransformation:
+        """Clipping -> Adam -> decoupled decay -> schedule. Non-finite updates are skipped.
+
+        The state is `optax.ApplyIfFiniteState`. It counts the skipped updates: `notfinite_count`
+        those in a row, `total_notfinite` all of them. Adam and the schedule do not advance on a
+        skipped update.
+        """
+        config = self.config
+        if config.algorithm == Algorithm.OPENAI:
+            parts = [openai_adam(config, self.learning_rate)]
+        else:
+            parts = [
+                optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
+                optax.add_decayed_weights(config.weight_decay, decay_mask),
+                optax.scale_by_learning_rate(self.learning_rate),
+            ]
+        if config.clip_norm:
+            parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
+        return skip_nonfinite(optax.chain(*parts))
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Returns our schedules: linear warm-up from 0, then the decay to 0 at `total_steps`.
+
+    The first update has the rate peak / warm-up steps, which is above 0. The last one is above 0
+    too, because the rate reaches 0 one update later.
+    """
     share = min(math.ceil(config.warmup_fraction * total_steps), total_steps - 1)
     warmup = config.warmup_steps or share
     peak, rest = config.learning_rate, total_steps - warmup
@@ -38,10 +82,11 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def openai_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns the schedules of the authors' code: of x = step / total, the step counted from 0.
+    """Returns the schedules of the authors' code, functions of x = update / total from 0.
 
-    With w the share of the warm-up, x / w up to w and 1 after it; linear multiplies both by 1 - x.
-    Other than ours the first update has rate 0, and linear is at 1 - w after the warm-up, not at 1.
+    With w, the warm-up's share of all updates, the factor is x / w up to w, and after it 1 or the
+    half wave of the cosine. `linear` multiplies both by 1 - x. A warm-up differs from that of
+    `schedule` in two points: the first update has the rate 0, and after it `linear` is at 1 - w.
     """
     w = config.warmup_steps / total_steps or config.warmup_fraction
 
@@ -61,14 +106,15 @@ def openai_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule
     return rate
 
 
-def openai_adam(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+def openai_adam(
+    config: OptimizerConfig, learning_rate: optax.Schedule
+) -> optax.GradientTransformation:
     """Returns the Adam of the authors' code (its `opt.py`).
 
     rate_t = rate * sqrt(1 - beta2^t) / (1 - beta1^t), t from 1, and the update is
-    -rate_t * (m / (sqrt(v) + epsilon) + decay * p): epsilon is added to the root of the uncorrected
-    v, and the decay is scaled by the bias correction. Neither is so in `optax.adamw`.
+    -rate_t * (m / (sqrt(v) + epsilon) + decay * p). It differs from `optax.adamw` in two points:
+    epsilon is added to the root of the uncorrected v, and the bias correction scales the decay too.
     """
-    rate = openai_schedule(config, total_steps)
     beta1, beta2 = config.beta1, config.beta2
 
     def init(params: optax.Params) -> optax.ScaleByAdamState:
@@ -80,11 +126,11 @@ def openai_adam(config: OptimizerConfig, total_steps: int) -> optax.GradientTran
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         assert params is not None
         t = (state.count + 1).astype(jnp.float32)
-        # 1 - beta^t by expm1: in float32 the difference would lose four digits at first.
+        # 1 - beta^t by expm1: a float32 difference would lose four digits in the first updates.
         correction1, correction2 = (
             -jnp.expm1(t * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2)
         )
-        rate_t = rate(state.count) * jnp.sqrt(correction2) / correction1
+        rate_t = learning_rate(state.count) * jnp.sqrt(correction2) / correction1
         m = jax.tree.map(lambda m, g: beta1 * m + (1 - beta1) * g, state.mu, gradients)
         v = jax.tree.map(lambda v, g: beta2 * v + (1 - beta2) * g * g, state.nu, gradients)
 
@@ -112,10 +158,12 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `inner`, with no update and no change of its state where a gradient is not finite.
+    """Returns `inner` changed so that gradients that are not finite update nothing.
 
-    As `optax.apply_if_finite`, by the norm of all gradients, which the step reports anyway: a look
-    at each element takes a CPU longer. Gradients whose squares overflow count as not finite.
+    Neither the parameters nor the state of `inner` change then. It differs from
+    `optax.apply_if_finite` in testing the norm of all gradients instead of each element: the train
+    step computes the norm anyway, and testing each element takes a CPU longer. Gradients whose
+    squares overflow count as not finite.
     """
 
     def init(params: optax.Params) -> optax.ApplyIfFiniteState:
@@ -140,22 +188,3 @@ def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransfo
         return updates, optax.ApplyIfFiniteState(in_a_row, finite, total, inner_state)
 
     return optax.GradientTransformation(init, update)
-
-
-def build(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Returns clip -> Adam -> decoupled decay -> schedule; non-finite updates are skipped, counted.
-
-    The state is `optax.ApplyIfFiniteState`: `notfinite_count` in a row, `total_notfinite` in all.
-    Adam's step and the schedule do not advance on a skipped update.
-    """
-    if config.algorithm == Algorithm.OPENAI:
-        parts = [openai_adam(config, total_steps)]
-    else:
-        parts = [
-            optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-            optax.add_decayed_weights(config.weight_decay, decay_mask),
-            optax.scale_by_learning_rate(schedule(config, total_steps)),
-        ]
-    if config.clip_norm:
-        parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
-    return skip_nonfinite(optax.chain(*parts))

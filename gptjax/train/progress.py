@@ -1,6 +1,7 @@
-"""The progress of a training on a terminal, and its speed."""
+"""The progress of a training: its speed, and where messages about it go."""
 
 import contextlib
+import dataclasses
 import math
 import sys
 import time
@@ -12,48 +13,128 @@ _PLAIN_LINE_SECONDS = 10.0
 T = TypeVar("T")
 
 
-class Progress:
-    """Step, loss, tokens per second and time left on stderr: a bar, or lines if no terminal.
+@dataclasses.dataclass(frozen=True)
+class Status:
+    """State of a stage after a step."""
 
-    Speed and time left are measured from the end of the first update, which compiles. Every process
-    may read `tokens_per_second`; only an enabled one writes. A context manager.
+    stage: str
+    step: int
+    """Number of steps that are done."""
+    total_steps: int
+    loss: float
+    """Training loss of the step."""
+    tokens_per_second: float
+    """Speed since the first update; 0.0 before the second one."""
+    seconds_left: int | None
+    """Estimate of the time to the end of the stage; None before the second update."""
 
-    Args:
-      stage: shown at the front.
-      total_steps: the last step of the stage.
-      start_step: steps done before (a resumed run).
-      enabled: whether to write.
+    def __str__(self) -> str:
+        """Returns the loss, the speed and the time left."""
+        text = f"loss {self.loss:.4f}"
+        if self.seconds_left is None:
+            return text
+        minutes, seconds = divmod(self.seconds_left, 60)
+        left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+        return f"{text}, {self.tokens_per_second:,.0f} tokens/s, {left} left"
+
+
+class Reporter:
+    """Receives the messages and the progress of a training, and ignores them.
+
+    Subclasses show them somewhere. In a run of several processes only process 0 reports.
     """
 
-    def __init__(self, stage: str, total_steps: int, start_step: int = 0, enabled: bool = True):
-        self._stage, self._total, self._enabled = stage, total_steps, enabled
-        self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
-        self._first_step: int | None = None
-        self._last_time = self._last_line = -math.inf
-        self._bar = None
-        if enabled and sys.stderr.isatty():
+    def say(self, text: str) -> None:
+        """Receives a line for the user."""
+
+    def begin(self, stage: str, total_steps: int, start_step: int) -> None:
+        """Is called before the first step of a stage; `start_step` steps were done earlier."""
+
+    def update(self, status: Status) -> None:
+        """Is called after each step."""
+
+    def end(self) -> None:
+        """Is called after the last step of a stage, also where an error ends it."""
+
+
+class TerminalReporter(Reporter):
+    """Prints messages on stdout, and progress on stderr.
+
+    The progress is a bar where stderr is a terminal. Elsewhere it is a line every ten seconds.
+    """
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._last_line = -math.inf
+
+    def say(self, text: str) -> None:
+        """Prints a line on stdout."""
+        print(text, flush=True)
+
+    def begin(self, stage: str, total_steps: int, start_step: int) -> None:
+        """Opens the bar."""
+        self._last_line = -math.inf
+        if sys.stderr.isatty():
             from tqdm import tqdm
 
-            # Not tqdm's own rate: it counts the compilation, and evaluations.
+            # Without tqdm's own rate, which includes compilation and evaluations.
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}"
             shape: dict[str, Any] = {"bar_format": layout, "dynamic_ncols": True}
             self._bar = tqdm(desc=stage, total=total_steps, initial=start_step, **shape)
 
+    def update(self, status: Status) -> None:
+        """Moves the bar, or prints a line where one is due."""
+        now = time.perf_counter()
+        if self._bar is not None:
+            self._bar.set_postfix_str(str(status), refresh=False)
+            self._bar.update(status.step - self._bar.n)
+        elif now - self._last_line >= _PLAIN_LINE_SECONDS or status.step >= status.total_steps:
+            line = f"{status.stage} {status.step}/{status.total_steps} {status}"
+            print(line, file=sys.stderr, flush=True)
+            self._last_line = now
+
+    def end(self) -> None:
+        """Closes the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class Progress:
+    """Measures the speed of a stage and reports its progress. A context manager.
+
+    Speed and time left are measured from the end of the first update, which includes compilation.
+
+    Args:
+      stage: name of the stage.
+      total_steps: steps of the stage.
+      start_step: steps that an earlier run has done.
+      reporter: receives the progress.
+    """
+
+    def __init__(self, stage: str, total_steps: int, start_step: int, reporter: Reporter):
+        self._stage, self._total, self._start = stage, total_steps, start_step
+        self._reporter = reporter
+        self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
+        self._first_step: int | None = None
+        self._last_time = -math.inf
+
     @property
     def tokens_per_second(self) -> float:
-        """Since the first update, without pauses; 0.0 before the second."""
+        """Speed since the first update, without pauses; 0.0 before the second update."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     @property
     def input_wait(self) -> float:
-        """Share of that time in which the host waited for a batch; 0.0 before the second update.
+        """Share of that time that the host waited for batches; 0.0 before the second update.
 
-        The device may have had work then: what training lost is at most this.
+        The device may have had work meanwhile, so that this is the most that training can have lost
+        by waiting.
         """
         return self._waited / self._seconds if self._seconds else 0.0
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yields the batches, and counts the time until each is there."""
+        """Yields the batches, and measures how long each is waited for."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -64,7 +145,13 @@ class Progress:
             yield batch
 
     def update(self, step: int, loss: float, tokens: int) -> None:
-        """Shows that `step` steps of the stage are done, `tokens` more than at the last update."""
+        """Reports that `step` steps of the stage are done.
+
+        Args:
+          step: the number of steps.
+          loss: training loss of the last of them.
+          tokens: number of tokens since the last update.
+        """
         now = time.perf_counter()
         if self._first_step is None:
             self._first_step = step
@@ -72,31 +159,23 @@ class Progress:
             self._tokens += tokens
             self._seconds += now - self._last_time
         self._last_time = now
-        if not self._enabled:
-            return
-        text = f"loss {loss:.4f}"
+        seconds_left = None
         if self._seconds:
             left = (self._total - step) * self._seconds / max(step - self._first_step, 1)
-            minutes, seconds = divmod(max(round(left), 0), 60)
-            text += f", {self.tokens_per_second:,.0f} tokens/s, "
-            text += f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left"
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
-        elif now - self._last_line >= _PLAIN_LINE_SECONDS or step >= self._total:
-            print(f"{self._stage} {step}/{self._total} {text}", file=sys.stderr, flush=True)
-            self._last_line = now
+            seconds_left = max(round(left), 0)
+        speed = self.tokens_per_second
+        self._reporter.update(Status(self._stage, step, self._total, loss, speed, seconds_left))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Around what is not training (evaluation, saving), so that the speed does not count it."""
+        """Leaves the time of its block (evaluation, saving) out of the speed."""
         start = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - start
 
     def __enter__(self) -> "Progress":
+        self._reporter.begin(self._stage, self._total, self._start)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._reporter.end()

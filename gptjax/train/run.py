@@ -1,4 +1,4 @@
-"""The orchestrator of training: data -> stages -> steps, checkpoints, scores, report."""
+"""One run: the stages of an experiment, with checkpoints, scores and a summary."""
 
 import dataclasses
 import os
@@ -9,11 +9,12 @@ import jax
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
-from gptjax import state
+from gptjax import state as state_lib
 from gptjax.checkpoint import load
 from gptjax.checkpoint.memory import MemoryStore, Store
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import CheckpointStore
+from gptjax.cluster import stop as stop_lib
 from gptjax.cluster.processes import (
     broadcast,
     require_same,
@@ -26,35 +27,56 @@ from gptjax.config.schema import INHERITED_SIZES, Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import Tokenizer
-from gptjax.errors import Preempted, require
+from gptjax.errors import Preempted, StopRequested, require
 from gptjax.evaluate import probes
+from gptjax.evaluate.score import never_stop
 from gptjax.io import files
 from gptjax.io.remote import exists, is_folder, require_workdir
 from gptjax.mesh import Params
-from gptjax.model import flops, gpt
+from gptjax.model import flops
 from gptjax.parameters import TASK_HEAD
 from gptjax.state import TrainState
-from gptjax.train import log as log_lib
-from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import stages as stages_lib
-from gptjax.train.loop import Run, Trainer
+from gptjax.train.context import RunContext, Setup
+from gptjax.train.log import MetricsLog
+from gptjax.train.loop import Trainer
+from gptjax.train.progress import Reporter, TerminalReporter
 from gptjax.train.stages import Scores, Stage
+from gptjax.train.step import initial_state
 
 
-def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> dict[str, Any]:
-    """Trains the experiment's stages in order, continuing where `workdir` stands.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of a run besides its experiment."""
+
+    given: Collection[str] = ()
+    """Fields ("model.width") that the user set by flag. They may not be overruled silently."""
+    reporter: Reporter = dataclasses.field(default_factory=TerminalReporter)
+    """Receives messages and progress."""
+    trial: bool = False
+    """Whether the best parameters are kept in memory, and no checkpoints are written."""
+
+
+def run(
+    experiment: Experiment,
+    workdir: str,
+    given: Collection[str] = (),
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Trains the experiment's stages in order. A run that was stopped continues where it was.
 
     Args:
-      experiment: what to train.
+      experiment: the configuration.
       workdir: folder of the run.
-      given: the fields ("model.width") that the user asked for by flag: not silently overruled.
+      given: fields ("model.width") that the user set by flag. They may not be overruled silently.
+      reporter: receives messages and progress; None means stdout and stderr.
 
     Returns:
-      The summary, also written to WORKDIR/summary.json.
+      The summary, which is also written to WORKDIR/summary.json.
 
     Raises:
-      UserError: wrong configuration, data, or a workdir of another experiment.
-      Preempted: asked to stop; the state is saved.
+      UserError: wrong configuration or data, or a workdir of another experiment.
+      Preempted: the run was asked to stop; the state is saved.
       TrainingDiverged: several updates in a row were not finite.
     """
     experiment = validation.validate(experiment)
@@ -62,70 +84,95 @@ def run(experiment: Experiment, workdir: str, given: Collection[str] = ()) -> di
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
     )
-    # Before the devices: those of a process that has another mesh would differ too.
+    # Compared first: where the meshes differ, only some processes would fail to make theirs.
     require_same({"config": schema.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
-        summary, _ = train(experiment, workdir, mesh, synchronised_stop(stop), given)
-    return summary
+        check_stop = stop_lib.raising(synchronised_stop(stop))
+        options = Options(given, reporter or TerminalReporter())
+        return train(experiment, workdir, mesh, check_stop, options)
 
 
 def train(
     experiment: Experiment,
     workdir: str,
     mesh: Mesh,
-    stop: Callable[[], bool],
-    given: Collection[str] = (),
-    trial: bool = False,
-) -> tuple[dict[str, Any], list[Stage]]:
-    """Trains a validated experiment on a mesh until `stop`; returns the summary and the stages.
+    check_stop: Callable[[], None],
+    options: Options,
+) -> dict[str, Any]:
+    """Trains a validated experiment on a mesh; returns the summary.
 
-    Arguments and errors besides these as in `run`; a `trial` prints nothing and keeps its best
-    weights in memory only.
+    Args:
+      experiment: the configuration.
+      workdir: folder of the run.
+      mesh: the devices.
+      check_stop: as in `Setup`.
+      options: the other options.
+
+    Raises:
+      The exceptions of `run`.
     """
     is_main = jax.process_index() == 0
     check_workdir(experiment, workdir, "checkpoints")
-    tokenizer, model, stages = prepare(experiment, workdir, mesh, given)
-    # What decides the steps. Nothing is written before all of the input has been found good.
-    facts = {each.name: {"data": each.fingerprint, "steps": each.total_steps} for each in stages}
+    setup, stages = prepare(experiment, workdir, mesh, options.given, check_stop)
+    # Nothing is written before all processes have found all input good, and the same.
+    facts = {
+        stage.name: {"data": stage.fingerprint, "steps": stage.total_steps} for stage in stages
+    }
     devices = jax.local_device_count()
-    require_same({"tokenizer": tokenizer.hash, "devices": devices, **facts})
-    with log_lib.MetricsLog(workdir, enabled=is_main) as log:
-        context = Run(experiment, workdir, mesh, tokenizer, model, log, stop, is_main, trial)
-        _write_start(context)
-        return _train_stages(context, stages), stages
+    require_same({"tokenizer": setup.tokenizer.hash, "devices": devices, **facts})
+    with MetricsLog(workdir, enabled=is_main) as log:
+        reporter = options.reporter if is_main else Reporter()
+        context = RunContext(
+            experiment, workdir, setup, log, reporter, is_main, trial=options.trial
+        )
+        _write_configuration(context)
+        return _train_stages(context, stages)
 
 
 def prepare(
-    experiment: Experiment, workdir: str, mesh: Mesh, given: Collection[str] = ()
-) -> tuple[Tokenizer, ModelConfig, list[Stage]]:
-    """Loads the data of a validated experiment; returns tokenizer, sizes and stages.
+    experiment: Experiment,
+    workdir: str,
+    mesh: Mesh,
+    given: Collection[str] = (),
+    check_stop: Callable[[], None] = never_stop,
+) -> tuple[Setup, list[Stage]]:
+    """Loads the data of a validated experiment and builds its stages.
 
-    Arguments and errors as in `run`. Nothing is written to `workdir`.
+    Nothing is written to `workdir`. Arguments and errors are those of `train`.
     """
     data = _load_data(experiment)
-    tokenizer, model = _tokenizer_and_model(experiment, workdir, data, given)
-    return tokenizer, model, _build_stages(experiment, model, tokenizer, mesh, data)
+    tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, given)
+    setup = Setup(model, tokenizer, mesh, experiment.seed, check_stop)
+    return setup, _build_stages(experiment, setup, data)
 
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
-    """Refuses a place that cannot be written, or whose `product` has another configuration."""
+    """Refuses a workdir that cannot be written to, or that holds another experiment.
+
+    Args:
+      experiment: the configuration.
+      workdir: folder of the run.
+      product: name of a file or folder in it. While the workdir lacks it, nothing was computed yet,
+        and any configuration is accepted.
+    """
     require_workdir(workdir)
     path = os.path.join(workdir, "config.json")
     if not (exists(path) and exists(os.path.join(workdir, product))):
         return
-    # Through the configuration: a file of an older version lacks newer fields.
+    # Converted to a configuration and back, because a file of an older version lacks new fields.
     old = schema.from_dict(Experiment, files.read_json(path), path)
-    found = schema.differences(schema.to_dict(old), schema.to_dict(experiment))
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    changes = schema.differences(schema.to_dict(old), schema.to_dict(experiment))
+    more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     require(
-        not found,
-        f"`workdir`={workdir}: holds another experiment ({'; '.join(found[:3])}{more}); "
+        not changes,
+        f"`workdir`={workdir}: holds another experiment ({'; '.join(changes[:3])}{more}); "
         "choose another `workdir` or give the same configuration",
     )
 
 
 def _load_data(experiment: Experiment) -> dict[str, Any]:
+    """Returns stage -> the tables of its splits."""
     data: dict[str, Any] = {}
     if experiment.pretrain:
         data["pretrain"] = splits.text_splits(experiment.pretrain)
@@ -134,10 +181,13 @@ def _load_data(experiment: Experiment) -> dict[str, Any]:
     return data
 
 
-def _tokenizer_and_model(
+def _choose_tokenizer_and_sizes(
     experiment: Experiment, workdir: str, data: dict[str, Any], given: Collection[str]
 ) -> tuple[Tokenizer, ModelConfig]:
-    """The tokenizer (of `init_from`, the workdir, or new) and the sizes that go with it."""
+    """Returns the tokenizer, and the model's configuration with the tokenizer's vocabulary size.
+
+    The tokenizer is that of `init_from`, else that of the workdir, else a new one.
+    """
     model = experiment.model
     if experiment.init_from:
         meta = load.open_checkpoint(experiment.init_from, "init_from").meta
@@ -145,7 +195,7 @@ def _tokenizer_and_model(
         model = dataclasses.replace(
             model, **{name: getattr(meta.model, name) for name in INHERITED_SIZES}
         )
-        # What suited the experiment's own sizes may not suit these.
+        # Other fields of the experiment may not fit the sizes of the checkpoint.
         validation.validate_model(model)
         if experiment.finetune:
             validation.validate_head(experiment.finetune, model)
@@ -170,7 +220,7 @@ def _tokenizer_and_model(
 
 
 def _refuse_overruled(experiment: Experiment, meta: Meta, given: Collection[str]) -> None:
-    """Refuses a flag that asks for another tokenizer or size than the checkpoint's."""
+    """Refuses fields, set by flag, that differ from the checkpoint in `init_from`."""
     own = f"is that of `init_from`={experiment.init_from}"
     for name in sorted(given):
         part, _, field = name.partition(".")
@@ -178,161 +228,166 @@ def _refuse_overruled(experiment: Experiment, meta: Meta, given: Collection[str]
         if part != "model" or field not in INHERITED_SIZES:
             continue
         ours, theirs = getattr(experiment.model, field), getattr(meta.model, field)
-        # What a 0 stands for.
-        usual = {"vocab_size": meta.model.vocab_size, "ffn_width": 4 * meta.model.width}.get(field)
+        # The meaning of 0 in these fields.
+        default = {"vocab_size": meta.model.vocab_size, "ffn_width": 4 * meta.model.width}
         require(
-            (ours or usual) == (theirs or usual),
+            (ours or default.get(field)) == (theirs or default.get(field)),
             f"`{name}`={ours}: the size {own}, {theirs}; leave this flag out",
         )
 
 
-def _build_stages(
-    experiment: Experiment,
-    model: ModelConfig,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    data: dict[str, Any],
-) -> list[Stage]:
-    shared = (tokenizer, mesh, experiment.seed)
+def _build_stages(experiment: Experiment, setup: Setup, data: dict[str, Any]) -> list[Stage]:
+    """Builds the stages in the order in which they are trained."""
     stages = []
     if experiment.pretrain:
-        asked = [
-            probes.build(name, each, tokenizer, model.context_length)
-            for name, each in experiment.probes.items()
+        built_probes = [
+            probes.build(name, config, setup.tokenizer, setup.model.context_length)
+            for name, config in experiment.probes.items()
         ]
         stages.append(
-            stages_lib.pretrain(experiment.pretrain, model, data["pretrain"], *shared, asked)
+            stages_lib.pretrain(experiment.pretrain, data["pretrain"], setup, built_probes)
         )
     if experiment.finetune:
-        stage = stages_lib.finetune(experiment.finetune, model, data["finetune"], *shared)
+        stage = stages_lib.finetune(experiment.finetune, data["finetune"], setup)
         stages.append(stage)
         if experiment.finetune.compare_from_scratch:
             name = schema.Stage.FINETUNE_FROM_SCRATCH
             stages.append(dataclasses.replace(stage, name=name, notes=()))
-    for stage in stages:
-        part = schema.Stage.FINETUNE if stage.spec else schema.Stage.PRETRAIN
-        warmup = stage.optimizer.warmup_steps
-        require(
-            warmup < stage.total_steps,
-            f"`{part}.optimizer.warmup_steps`={warmup}: must be below the "
-            f"{stage.total_steps} steps",
-        )
-        require(
-            not stage.transfer.isdecimal() or int(stage.transfer) <= model.num_layers,
-            f"`finetune.transfer`={stage.transfer}: the model has {model.num_layers} layers",
-        )
     return stages
 
 
-def _write_start(context: Run) -> None:
-    """Writes what describes the run."""
+def _write_configuration(context: RunContext) -> None:
+    """Writes config.json and tokenizer.json, and checks that all processes share the workdir."""
     if context.is_main:
         path = os.path.join(context.workdir, "config.json")
         files.write_json(path, schema.to_dict(context.experiment))
         path = os.path.join(context.workdir, "tokenizer.json")
-        files.write_atomically(path, context.tokenizer.to_json().encode())
+        files.write_atomically(path, context.setup.tokenizer.to_json().encode())
     if not context.trial:
         require_shared(context.workdir)
 
 
-def _train_stages(context: Run, stages: list[Stage]) -> dict[str, Any]:
+def _train_stages(context: RunContext, stages: list[Stage]) -> dict[str, Any]:
+    """Trains the stages in order; returns the summary."""
     path = os.path.join(context.workdir, "summary.json")
     old = broadcast("summary.json", lambda: files.read_json(path) if exists(path) else {})
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
-    context.say(mesh_lib.describe_machine())
+    context.reporter.say(mesh_lib.describe_machine())
     for stage in stages:
         for note in stage.notes:
-            context.say(note)
-        alone = stage.name == schema.Stage.FINETUNE_FROM_SCRATCH or stage.transfer == "none"
-        start_from = None if alone else _starting_point(context, pretrained)
-        params, summary[stage.name] = _train_stage(context, stage, start_from, old.get(stage.name))
+            context.reporter.say(note)
+        from_scratch = stage.name == schema.Stage.FINETUNE_FROM_SCRATCH or stage.transfer == "none"
+        start = None if from_scratch else _pretrained_params(context, pretrained)
+        params, summary[stage.name] = _train_stage(context, stage, start, old.get(stage.name))
         if stage.name == schema.Stage.PRETRAIN:
             pretrained = params
         if context.is_main:
-            # Later stages that are done stay in the file, should this run not reach them.
-            later = {each.name: old[each.name] for each in stages if each.name in old}
+            # Entries of later stages stay: this run may be stopped before it reaches them.
+            later = {stage.name: old[stage.name] for stage in stages if stage.name in old}
             files.write_json(path, later | summary)
     return summary
 
 
-def _starting_point(context: Run, pretrained: Params | None) -> Callable[[], Params] | None:
-    """Where a stage's weights come from, asked only by a stage that has no checkpoint yet."""
+def _pretrained_params(
+    context: RunContext, pretrained: Params | None
+) -> Callable[[], Params] | None:
+    """Returns a function that returns the pretrained parameters; None if there are none.
+
+    A function, because a stage that continues from a checkpoint does not need them.
+    """
     if pretrained is not None:
         return lambda: pretrained
-    path = context.experiment.init_from
+    path, mesh = context.experiment.init_from, context.setup.mesh
     if not path:
         return None
-    return lambda: load.open_checkpoint(path, "init_from").load_params(context.mesh)
-
-
-def _initial_state(context: Run, stage: Stage) -> Callable[[jax.Array], TrainState]:
-    optimizer = optimizer_lib.build(stage.optimizer, stage.total_steps)
-    return lambda key: state.create(gpt.init_params(stage.model, key), optimizer)
+    return lambda: load.open_checkpoint(path, "init_from").load_params(mesh)
 
 
 def _train_stage(
-    context: Run,
+    context: RunContext,
     stage: Stage,
     pretrained: Callable[[], Params] | None,
     old: dict[str, Any] | None,
 ) -> tuple[Params, dict[str, Any]]:
-    """Trains one stage to its end; returns its best parameters and its part of the summary."""
-    make = _initial_state(context, stage)
-    meta = _meta(context, stage)
-    checkpoints: Store
-    if context.trial:
-        checkpoints = MemoryStore(context.workdir, stage.metric)
-    else:
-        checkpoints = CheckpointStore(
-            context.workdir, stage.name, context.experiment.checkpoint, stage.metric
-        )
-    with checkpoints:
-        key = jax.random.key(context.experiment.seed)
-        like = state.abstract(make, context.mesh, key)
-        found = checkpoints.restore_newest(like, lambda other: _same_run(meta, other))
-        if found is None:
-            train_state = _begin(make, context.mesh, key, pretrained, stage.transfer)
-            start = 0
+    """Trains one stage to its end.
+
+    Args:
+      context: the run.
+      stage: the stage.
+      pretrained: returns the parameters to start from; None means random parameters.
+      old: the stage's entry in the summary of an earlier run.
+
+    Returns:
+      The best parameters, and the stage's entry in the summary.
+    """
+    meta = _make_meta(context, stage)
+    with _open_checkpoints(context, stage) as checkpoints:
+        make, mesh = initial_state(stage.model, stage.optimizer), context.setup.mesh
+        key = jax.random.key(context.setup.seed)
+        like = state_lib.abstract(make, mesh, key)
+        restored = checkpoints.restore_newest(like, lambda other: _require_same_run(meta, other))
+        if restored is None:
+            state, start = _first_state(make, mesh, key, pretrained, stage.transfer), 0
         else:
-            train_state, start = found
-            context.say(f"{stage.name}: continuing at step {start:,} of {stage.total_steps:,}")
+            state, start = restored
+            context.reporter.say(
+                f"{stage.name}: continuing at step {start:,} of {stage.total_steps:,}"
+            )
         finished = old if start == stage.total_steps else None
         if not finished:
             context.log.rewind(stage.name, start)
-        speed = Trainer(context, stage, checkpoints, meta).train(train_state, start)
-        del train_state
+        trainer = Trainer(context, stage, checkpoints, meta, state, start)
+        speed = trainer.train()
+        del state, restored, trainer  # they hold the buffers of the training state
         best, params = checkpoints.restore_best_params(like.params)
         scores = checkpoints.metrics(best)
-    # A run that was stopped after its last step has nothing left to measure.
+    # A run that was stopped after its last step has no speed of its own.
     measured = speed or old or {}
     speed = {name: measured.get(name, 0.0) for name in ("tokens_per_second", "input_wait")}
-    return params, finished or _stage_summary(context, stage, params, scores, speed)
+    return params, finished or _summarise_stage(context, stage, params, scores, speed)
 
 
-def _begin(
+def _open_checkpoints(context: RunContext, stage: Stage) -> Store:
+    if context.trial:
+        return MemoryStore(context.workdir, stage.metric)
+    policy = context.experiment.checkpoint
+    return CheckpointStore(context.workdir, stage.name, policy, stage.metric)
+
+
+def _first_state(
     make: Callable[[jax.Array], TrainState],
     mesh: Mesh,
     key: jax.Array,
     pretrained: Callable[[], Params] | None,
     transfer: str,
 ) -> TrainState:
-    """A state at step 0, from random weights or (all but the task head) from `pretrained` ones."""
-    fresh = state.born_sharded(make, mesh, key)
+    """Returns the state before the first step.
+
+    Args:
+      make: from `initial_state`.
+      mesh: the devices.
+      key: of the random parameters.
+      pretrained: returns the parameters to start from, all but the task head; None: random ones.
+      transfer: the layers that are used of them, as in `FinetuneConfig.transfer`.
+    """
+    state = state_lib.born_sharded(make, mesh, key)
     if pretrained is None:
-        return fresh
-    params = state.merge_params(pretrained(), fresh.params, (TASK_HEAD,))
+        return state
+    params = state_lib.merge_params(pretrained(), state.params, (TASK_HEAD,))
     if transfer != "all":
-        params = state.keep_layers(params, fresh.params, int(transfer))
-    return fresh.replace(params=params)
+        params = state_lib.transfer_layers(params, state.params, int(transfer))
+    return state.replace(params=params)
 
 
-def _meta(context: Run, stage: Stage) -> Meta:
+def _make_meta(context: RunContext, stage: Stage) -> Meta:
+    """Returns the metadata of the stage's checkpoints, without a ledger."""
+    tokenizer = context.setup.tokenizer
     return Meta(
         stage=stage.name,
-        model=context.model,
-        tokenizer_json=context.tokenizer.to_json(),
-        tokenizer_hash=context.tokenizer.hash,
+        model=context.setup.model,
+        tokenizer_json=tokenizer.to_json(),
+        tokenizer_hash=tokenizer.hash,
         task=stage.spec,
         metric=stage.metric,
         experiment=schema.to_dict(context.experiment),
@@ -340,44 +395,62 @@ def _meta(context: Run, stage: Stage) -> Meta:
     )
 
 
-def _same_run(ours: Meta, other: Meta) -> None:
-    """Refuses to continue a checkpoint of another tokenizer, task or training data."""
-    for name, what in (
+def _require_same_run(ours: Meta, other: Meta) -> None:
+    """Refuses to continue from a checkpoint of another tokenizer, task or training data."""
+    for name, text in (
         ("tokenizer_hash", "tokenizer"),
         ("task", "task"),
         ("data_fingerprint", "training data"),
     ):
         require(
             getattr(ours, name) == getattr(other, name),
-            f"`workdir`: its {ours.stage} checkpoint was made with another {what}; "
+            f"`workdir`: its {ours.stage} checkpoint was made with another {text}; "
             "restore what it was, or choose another `workdir`",
         )
 
 
-def _stage_summary(
-    context: Run, stage: Stage, params: Params, scores: Scores, speed: dict[str, float]
+def _summarise_stage(
+    context: RunContext, stage: Stage, params: Params, scores: Scores, speed: dict[str, float]
 ) -> dict[str, Any]:
+    """Returns the stage's entry in the summary; scores the test split if there is one.
+
+    Args:
+      context: the run.
+      stage: the stage.
+      params: its best parameters.
+      scores: their validation scores.
+      speed: from `Trainer.train`.
+
+    Raises:
+      Preempted: the run was asked to stop.
+    """
     if stage.spec is None:
-        window = context.experiment.pretrain.window if context.experiment.pretrain else 0
-        per_token = flops.train_flops_per_token(
-            context.model, window or context.model.context_length
-        )
-        # Virtual CPU devices share the cores that one device's products already use in full.
-        devices = 1 if jax.default_backend() == "cpu" else context.mesh.size
-        ceiling = flops.matmul_ceiling(context.model.dtype) * devices
-        found = {name: score for name, score in scores.items() if name.startswith("probe_")}
-        return {
-            "steps": stage.total_steps,
-            "validation_loss": scores["loss"],
-            "validation_perplexity": scores["perplexity"],
-            **speed,
-            "mfu": per_token * speed["tokens_per_second"] / ceiling,
-            **found,
-        }
+        return _summarise_pretraining(context, stage, scores, speed)
     summary: dict[str, Any] = {"steps": stage.total_steps, "validation": scores}
     if stage.test is not None:
-        summary["test"] = stage.test(params, context.stop)
-        if summary["test"] is None:
-            raise Preempted(f"{stage.name}: asked to stop; saved; the same command tests it")
+        try:
+            summary["test"] = stage.test(params)
+        except StopRequested:
+            text = f"{stage.name}: asked to stop; saved; the same command tests it"
+            raise Preempted(text) from None
         context.log.write(stage.name, "test", stage.total_steps, summary["test"])
-    return summary | {"floor": stage.floors, **speed}
+    return summary | {"floor": stage.baselines, **speed}
+
+
+def _summarise_pretraining(
+    context: RunContext, stage: Stage, scores: Scores, speed: dict[str, float]
+) -> dict[str, Any]:
+    model = context.setup.model
+    window = context.experiment.pretrain.window if context.experiment.pretrain else 0
+    per_token = flops.train_flops_per_token(model, window or model.context_length)
+    # Virtual CPU devices share the cores, which the matrix products of one device use in full.
+    devices = 1 if jax.default_backend() == "cpu" else context.setup.mesh.size
+    ceiling = flops.matmul_ceiling(model.dtype) * devices
+    return {
+        "steps": stage.total_steps,
+        "validation_loss": scores["loss"],
+        "validation_perplexity": scores["perplexity"],
+        **speed,
+        "mfu": per_token * speed["tokens_per_second"] / ceiling,
+        **{name: score for name, score in scores.items() if name.startswith("probe_")},
+    }

@@ -1,9 +1,9 @@
-"""The stages of an experiment: configuration and tokenised data -> what the loop trains."""
+"""The stages of an experiment: configuration and data become what the training loop needs."""
 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +17,6 @@ from gptjax.config.schema import (
     Head,
     LmMean,
     ModelConfig,
-    OptimizerConfig,
     PretrainConfig,
     TaskSpec,
 )
@@ -29,94 +28,134 @@ from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
-from gptjax.evaluate import metrics, probes
-from gptjax.evaluate import score as score_lib
+from gptjax.evaluate import metrics
+from gptjax.evaluate import probes as probes_lib
+from gptjax.evaluate.probes import Probe
+from gptjax.evaluate.score import Evaluator
 from gptjax.mesh import Params
 from gptjax.model.gpt import GPT, make_model
 from gptjax.model.objective import Objective
+from gptjax.train.context import Setup
+from gptjax.train.optimizer import Optimizer
 
 Scores = dict[str, float]
 
 
 class Batches(Protocol):
-    """The training batches, by step."""
+    """The training batches, a function of the step."""
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps [start, stop)."""
 
 
-@dataclasses.dataclass(frozen=True)
+class Scorer(Protocol):
+    """Scores parameters on one split."""
+
+    def __call__(self, params: Params) -> Scores:
+        """Returns the losses and metrics.
+
+        Raises:
+          StopRequested: the run was asked to stop.
+        """
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextScorer:
+    """Scores a language model on a token stream, and on probes."""
+
+    evaluator: Evaluator
+    stream: np.ndarray
+    """Integers [n], token ids."""
+    window: int
+    """Tokens of a window."""
+    rows: int
+    """Windows of a batch."""
+    limit: int
+    """The number of batches that are read; 0 means all of them."""
+    probes: Sequence[Probe] = ()
+
+    def __call__(self, params: Params) -> Scores:
+        """Returns "loss" and "perplexity", and "probe_NAME_METRIC" and "probe_NAME_floor"."""
+        scores = self.evaluator.language_model(
+            params, self.stream, self.window, self.rows, self.limit
+        )
+        results = probes_lib.run(self.evaluator, params, self.probes)
+        for probe in self.probes:
+            for name in (probe.metric, "floor"):
+                scores[f"probe_{probe.name}_{name}"] = results[probe.name][name]
+        return scores
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskScorer:
+    """Scores a model on the labelled examples of a split."""
+
+    evaluator: Evaluator
+    examples: Examples
+    packer: Packer
+    spec: TaskSpec
+    metric_names: tuple[str, ...]
+
+    def __call__(self, params: Params) -> Scores:
+        """Returns "loss" (joint), "task_loss", "lm_loss" and the metrics."""
+        return self.evaluator.task(params, self.examples, self.packer, self.spec, self.metric_names)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Stage:
-    """All that the loop needs to know of a stage."""
+    """One stage, ready to be trained."""
 
     name: str
     model: GPT
     objective: Objective
-    optimizer: OptimizerConfig
-    total_steps: int
-    eval_every: int
-    save_every: int
+    optimizer: Optimizer
     batches: Batches
-    validate: Callable[[Params, Callable[[], bool]], Scores | None]
-    """(params, stop) -> scores on the validation split; None if stopped."""
-    test: Callable[[Params, Callable[[], bool]], Scores | None] | None
+    validate: Scorer
+    """Scores the validation split."""
+    test: Scorer | None = None
+    """Scores the test split; None if there is none."""
     metric: str
-    """The validation score that ranks checkpoints."""
+    """The validation score that selects the best checkpoint."""
+    eval_every: int
+    """Steps between two validations."""
+    save_every: int
+    """Steps between two checkpoints; each validation saves too."""
     fingerprint: str
     """Hash of the training data."""
     spec: TaskSpec | None = None
+    """The task; None in pretraining."""
     transfer: str = "all"
-    """What is taken of pretrained weights, as in `FinetuneConfig.transfer`."""
-    floors: dict[str, Scores] = dataclasses.field(default_factory=dict)
-    """Split -> scores of the majority answer."""
+    """The part of the pretrained weights that is used, as in `FinetuneConfig.transfer`."""
+    baselines: dict[str, Scores] = dataclasses.field(default_factory=dict)
+    """Split -> scores of always giving the most frequent answer."""
     notes: tuple[str, ...] = ()
-    """What to tell the user about the data."""
+    """Lines about the data and the steps, for the user."""
+
+    @property
+    def total_steps(self) -> int:
+        """Number of steps of the whole stage."""
+        return self.optimizer.total_steps
 
 
 def pretrain_texts(data: dict[str, Texts]) -> Texts:
-    """Returns the training texts, for the tokenizer to learn from."""
+    """Returns the training texts of pretraining, for the tokenizer to learn from."""
     return data["train"]
 
 
 def finetune_texts(data: dict[str, LabelledTable], config: FinetuneConfig) -> Iterator[str]:
-    """Yields the training texts, for the tokenizer to learn from."""
+    """Yields the training texts of fine-tuning, for the tokenizer to learn from."""
     for values in data["train"].columns(splits.task_spec(config).text_columns).values():
         yield from map(as_text, values)
-
-
-def _text_scorer(
-    config: PretrainConfig,
-    model: GPT,
-    stream: np.ndarray,
-    window: int,
-    mesh: Mesh,
-    asked: Sequence[probes.Probe],
-) -> Callable[[Params, Callable[[], bool]], Scores | None]:
-    """Returns what scores the LM on the validation text, and on the probes."""
-    step = score_lib.jit_eval_step(mesh, model, Objective())
-
-    def validate(params: Params, stop: Callable[[], bool]) -> Scores | None:
-        scores = score_lib.language_model(
-            step, params, stream, window, config.batch_size, mesh, config.eval_batches, stop
-        )
-        if scores is None or not asked:
-            return scores
-        span_step = probes.jit_span_step(mesh, model)
-        found = probes.run(asked, span_step, params, model.config.vocab_size, mesh, stop)
-        if found is None:
-            return None
-        for each in asked:
-            for name in (each.metric, "floor"):
-                scores[f"probe_{each.name}_{name}"] = found[each.name][name]
-        return scores
-
-    return validate
 
 
 def pretrain_shape(
     config: PretrainConfig, model_config: ModelConfig, mesh: Mesh
 ) -> tuple[int, int]:
-    """Returns rows and tokens a row of a pretraining batch; a `UserError` if they do not fit."""
+    """Returns the shape of a pretraining batch: rows, and tokens of a row.
+
+    Raises:
+      UserError: the rows cannot be divided among the devices, or are longer than the context.
+    """
     window = config.window or model_config.context_length
     require(
         window <= model_config.context_length,
@@ -132,49 +171,60 @@ def pretrain_shape(
 
 
 def pretrain(
-    config: PretrainConfig,
-    model_config: ModelConfig,
-    data: dict[str, Texts],
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    seed: int,
-    asked: Sequence[probes.Probe] = (),
+    config: PretrainConfig, data: dict[str, Texts], setup: Setup, probes: Sequence[Probe] = ()
 ) -> Stage:
-    """Builds the pretraining stage from the texts of `splits.text_splits`.
+    """Builds the pretraining stage.
 
-    Every validation scores the probes `asked` too, as "probe_NAME_METRIC" and "probe_NAME_floor".
+    Args:
+      config: the stage's configuration.
+      data: the tables of `splits.text_splits`.
+      setup: what all stages share.
+      probes: are scored at each validation.
     """
+    mesh, tokenizer = setup.mesh, setup.tokenizer
     stream = {
-        name: store.token_stream(each, tokenizer, each.fingerprint) for name, each in data.items()
+        name: store.token_stream(texts, tokenizer, texts.fingerprint)
+        for name, texts in data.items()
     }
     statistics = store.statistics(stream["train"], tokenizer, data["train"].fingerprint)
-    _, window = pretrain_shape(config, model_config, mesh)
+    rows, window = pretrain_shape(config, setup.model, mesh)
     require(
         len(stream["validation"]) > 1,
         "`pretrain`: the validation text is empty; give validation_files or more text",
     )
     local = functools.partial(mesh_lib.local_rows, mesh)
-    batches = loader.TextBatches(stream["train"], window, config.batch_size, seed, local)
-    total = config.steps or math.ceil(config.epochs * batches.windows / config.batch_size)
-    model, objective = make_model(model_config, None, mesh), Objective()
-    validate = _text_scorer(config, model, stream["validation"], window, mesh, asked)
+    batches = loader.TextBatches(stream["train"], window, rows, setup.seed, local)
+    total = config.steps or math.ceil(config.epochs * batches.windows / rows)
+    model, objective = make_model(setup.model, None, mesh), Objective()
+    evaluator = Evaluator(model, mesh, objective, setup.check_stop)
     unknown = statistics.unknown / len(stream["train"])
-    epochs = total * config.batch_size / batches.windows
+    epochs = total * rows / batches.windows
     notes = (
         f"pretrain: {len(stream['train']):,} training tokens ({unknown:.2%} unknown), "
         f"{len(stream['validation']):,} for validation",
-        f"pretrain: {total:,} steps of {config.batch_size} x {window} tokens, {epochs:.1f} epochs",
+        f"pretrain: {total:,} steps of {rows} x {window} tokens, {epochs:.1f} epochs",
     )
     return Stage(
-        schema.Stage.PRETRAIN, model, objective, config.optimizer, total,
-        config.eval_every or total, config.save_every, batches, validate, None,
-        "loss", statistics.fingerprint, notes=notes,
-    )  # fmt: skip
+        name=schema.Stage.PRETRAIN,
+        model=model,
+        objective=objective,
+        optimizer=Optimizer(config.optimizer, total, "pretrain.optimizer"),
+        batches=batches,
+        validate=TextScorer(
+            evaluator, stream["validation"], window, rows, config.eval_batches, probes
+        ),
+        metric="loss",
+        eval_every=config.eval_every or total,
+        save_every=config.save_every,
+        fingerprint=statistics.fingerprint,
+        notes=notes,
+    )
 
 
 def _encode(
     data: dict[str, LabelledTable], spec: TaskSpec, tokenizer: Tokenizer, context_length: int
 ) -> dict[str, Examples]:
+    """Tokenises the rows of all splits."""
     examples = {}
     for name, table in data.items():
         examples[name] = tasks.encode(spec, table, tokenizer, context_length, use_cache=True)
@@ -182,7 +232,10 @@ def _encode(
 
 
 def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
-    """The labels of the training file, of the part that was held out of it too."""
+    """Returns the task with its label names, which are those of the whole training file.
+
+    Where the validation split was held out of this file, its labels count too.
+    """
     train = data["train"]
     tables = [table for table in data.values() if table is train or table.part_of == train.source]
     values = [value for table in tables for value in table.columns((spec.label,))[spec.label]]
@@ -193,18 +246,19 @@ def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
     return tasks.find_labels(spec, labels)
 
 
-def _floors(
-    names: tuple[str, ...], examples: dict[str, Examples], spec: TaskSpec
+def _baselines(
+    metric_names: tuple[str, ...], examples: dict[str, Examples], spec: TaskSpec
 ) -> dict[str, Scores]:
+    """Returns the scores of the most frequent answer on each split but the training split."""
     return {
-        name: metrics.floor(names, split.labels, len(spec.labels))
+        name: metrics.majority_baseline(metric_names, split.labels, len(spec.labels))
         for name, split in examples.items()
         if name != "train" and split.labels is not None
     }
 
 
-def _epoch_steps(config: FinetuneConfig, examples: int) -> float:
-    """Steps of an epoch."""
+def _steps_per_epoch(config: FinetuneConfig, examples: int) -> float:
+    """Returns the number of steps of an epoch; it is whole only where batches do not span two."""
     if not config.drop_last:
         return examples / config.batch_size
     require(
@@ -215,7 +269,11 @@ def _epoch_steps(config: FinetuneConfig, examples: int) -> float:
     return examples // config.batch_size
 
 
-def _note(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
+def _describe_split(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
+    """Returns a line with the size of a split, and the number of rows of which a part is missing.
+
+    `ignored` is the number of rows that were left out for their label.
+    """
     text = f"finetune: {len(examples):,} {name} examples"
     if examples.cut:
         text += f", {examples.cut:,} cut to fit {model.context_length} tokens"
@@ -226,7 +284,8 @@ def _note(name: str, examples: Examples, ignored: int, model: ModelConfig) -> st
     return text
 
 
-def _what(config: FinetuneConfig, total: int, packer: Packer) -> str:
+def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
+    """Returns a line with the steps, the shape of a batch and the joint loss."""
     task = "task" if config.task_weight == 1 else f"{config.task_weight:g} * task"
     return (
         f"finetune: {total:,} steps of {config.batch_size} examples packed in {packer.rows} rows "
@@ -234,64 +293,78 @@ def _what(config: FinetuneConfig, total: int, packer: Packer) -> str:
     )
 
 
-def _spec(
-    config: FinetuneConfig, model: ModelConfig, data: dict[str, LabelledTable], tokenizer: Tokenizer
-) -> TaskSpec:
-    """The task with its label names and, for a flattened head, its length."""
+def _task_spec(config: FinetuneConfig, setup: Setup, data: dict[str, LabelledTable]) -> TaskSpec:
+    """Returns the task with its label names and, for a flattened head, its length."""
     spec = _with_labels(splits.task_spec(config), data)
     if config.head != Head.FLATTEN:
         return spec
-    length = tasks.padded_length(spec, data["train"], tokenizer, model.context_length)
+    length = tasks.padded_length(spec, data["train"], setup.tokenizer, setup.model.context_length)
     return dataclasses.replace(spec, flatten=length)
 
 
-def finetune(
-    config: FinetuneConfig,
-    model_config: ModelConfig,
-    data: dict[str, LabelledTable],
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    seed: int,
-) -> Stage:
-    """Builds the fine-tuning stage from the tables of `splits.labelled_splits`."""
-    names = metrics.parse(config.metrics, config.task)
-    spec = _spec(config, model_config, data, tokenizer)
-    examples = _encode(data, spec, tokenizer, model_config.context_length)
+def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setup) -> Stage:
+    """Builds the fine-tuning stage.
+
+    Args:
+      config: the stage's configuration.
+      data: the tables of `splits.labelled_splits`.
+      setup: what all stages share.
+    """
+    mesh = setup.mesh
+    require(
+        not config.transfer.isdecimal() or int(config.transfer) <= setup.model.num_layers,
+        f"`finetune.transfer`={config.transfer}: the model has {setup.model.num_layers} layers",
+    )
+    metric_names = metrics.parse(config.metrics, config.task)
+    spec = _task_spec(config, setup, data)
+    examples = _encode(data, spec, setup.tokenizer, setup.model.context_length)
     train = examples["train"]
-    floors = _floors(names, examples, spec)
-    devices, means = mesh_lib.batch_divisor(mesh), config.lm_mean == LmMean.SEQUENCE
+    baselines = _baselines(metric_names, examples, spec)
+    devices, sequence_means = mesh_lib.batch_divisor(mesh), config.lm_mean == LmMean.SEQUENCE
     divisor = devices * config.optimizer.accumulation
-    packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, means)
-    epoch = _epoch_steps(config, len(train))
+    packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, sequence_means)
+    epoch = _steps_per_epoch(config, len(train))
     total = config.steps or math.ceil(config.epochs * epoch)
-    longest = max(each.max_sequence_length for each in examples.values())
-    model = make_model(model_config, spec, mesh, max_sequence_length=longest)
+    longest = max(split.max_sequence_length for split in examples.values())
+    model = make_model(setup.model, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
-    eval_step = score_lib.jit_eval_step(mesh, model, objective)
-
-    def score(name: str) -> Callable[[Params, Callable[[], bool]], Scores | None]:
-        lengths = examples[name].lengths
-        split_packer = Packer(lengths, config.batch_size, packer.row_length, devices, means)
-
-        def run(params: Params, stop: Callable[[], bool]) -> Scores | None:
-            return score_lib.task(
-                spec, names, eval_step, params, examples[name], split_packer, mesh, objective, stop
-            )
-
-        return run
-
+    evaluator = Evaluator(model, mesh, objective, setup.check_stop)
+    scorers = {
+        name: TaskScorer(
+            evaluator,
+            split,
+            Packer(split.lengths, config.batch_size, packer.row_length, devices, sequence_means),
+            spec,
+            metric_names,
+        )
+        for name, split in examples.items()
+        if name != "train"
+    }
     local = functools.partial(mesh_lib.local_rows, mesh)
     kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
-    batches = kind(train, packer, config.batch_size, seed, local)
-    every = max(1, round(epoch / config.evals_per_epoch))
-    notes = [_note(name, each, data[name].ignored, model_config) for name, each in examples.items()]
-    notes.append(_what(config, total, packer))
-    if "f1" in names:
+    notes = [
+        _describe_split(name, split, data[name].ignored, setup.model)
+        for name, split in examples.items()
+    ]
+    notes.append(_describe_stage(config, total, packer))
+    if "f1" in metric_names:
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
-    arrays = [np.concatenate(train.tokens), train.lengths, train.labels]
     return Stage(
-        schema.Stage.FINETUNE, model, objective, config.optimizer, total, every, config.save_every,
-        batches, score("validation"), score("test") if "test" in examples else None,
-        names[metrics.PRIMARY], fingerprints.of_arrays(*arrays), spec, config.transfer, floors,
-        tuple(notes),
-    )  # fmt: skip
+        name=schema.Stage.FINETUNE,
+        model=model,
+        objective=objective,
+        optimizer=Optimizer(config.optimizer, total, "finetune.optimizer"),
+        batches=kind(train, packer, config.batch_size, setup.seed, local),
+        validate=scorers["validation"],
+        test=scorers.get("test"),
+        metric=metric_names[0],
+        eval_every=max(1, round(epoch / config.evals_per_epoch)),
+        save_every=config.save_every,
+        fingerprint=fingerprints.of_arrays(
+            np.concatenate(train.tokens), train.lengths, train.labels
+        ),
+        spec=spec,
+        transfer=config.transfer,
+        baselines=baselines,
+        notes=tuple(notes),
+    )

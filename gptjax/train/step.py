@@ -1,4 +1,4 @@
-"""The pure train and eval steps, and their jitted wrappers. No I/O here."""
+"""The train step: a pure function and its jitted wrapper. There is no I/O here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,23 +9,46 @@ import optax
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
+from gptjax import state as state_lib
 from gptjax.batch import Batch
+from gptjax.mesh import Params
+from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Losses, Objective, gradients
 from gptjax.state import TrainState
 from gptjax.train import ledger
+from gptjax.train.optimizer import Optimizer
 
 
 @flax.struct.dataclass
 class StepOutput:
-    """What a train step reports, all scalars."""
+    """Measurements of one train step, all scalars."""
 
     losses: Losses
     gradient_norm: jax.Array
     bad_steps: jax.Array
-    """Non-finite updates in a row, all of them skipped."""
+    """Number of skipped updates in a row, up to this one. An update that is not finite is
+    skipped."""
     batch_checksum: jax.Array
     """uint32, from `ledger.of_batch`."""
+
+
+def initial_state(
+    model: GPT, optimizer: Optimizer, params: Params | None = None
+) -> Callable[[jax.Array], TrainState]:
+    """Returns a function of a random key that returns the state before the first step.
+
+    Args:
+      model: the model.
+      optimizer: its optimizer.
+      params: the first parameters; None: the function draws them with its key.
+    """
+
+    def make(key: jax.Array) -> TrainState:
+        first = gpt.init_params(model, key) if params is None else params
+        return state_lib.create(first, optimizer.transformation)
+
+    return make
 
 
 def train_step(
@@ -38,23 +61,38 @@ def train_step(
     micro: int,
     seed: int | jax.Array,
 ) -> tuple[TrainState, StepOutput]:
-    """One update: gradients of the joint loss, then the optimizer; dropout keys from the step."""
+    """Updates the state by one batch.
+
+    Args:
+      state: parameters, optimizer state and step.
+      batch: the packed rows.
+      model: the model.
+      objective: the loss that is minimised.
+      optimizer: the update rule; its state is an `optax.ApplyIfFiniteState`.
+      micro: number of micro-batches that the batch is divided into; their gradients are summed.
+      seed: the dropout masks are a function of the seed and the step.
+
+    Returns:
+      The next state, and the losses and gradient norm before the update.
+    """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     grads, sums = gradients(model, objective, state.params, batch, key, micro)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    seen = ledger.of_batch(batch)
-    output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count, seen)
+    checksum = ledger.of_batch(batch)
+    output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count, checksum)
     return TrainState(state.step + 1, params, opt_state), output
 
 
 def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch, Any], Any]:
-    """Returns the jitted `train_step`: state donated and kept in its layout, output replicated.
+    """Returns the jitted function (state, batch, seed) -> (state, output) of `train_step`.
+
+    The state is donated and keeps its layout; the output is replicated. The seed is a uint32
+    argument, so that one program serves all seeds.
 
     Args:
       mesh: the devices.
-      **kwargs: the keyword arguments of `train_step` but for the seed, the third argument (uint32)
-        of what is returned: one program serves all seeds.
+      **kwargs: the other keyword arguments of `train_step`.
     """
 
     def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, StepOutput]:

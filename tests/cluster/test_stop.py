@@ -15,7 +15,8 @@ import runs
 
 from gptjax.cli import malloc
 from gptjax.cluster.stop import StopRequest
-from gptjax.evaluate import score
+from gptjax.errors import StopRequested
+from gptjax.evaluate.score import Evaluator
 from gptjax.train import run
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -174,16 +175,16 @@ def test_output_that_nobody_reads_any_more_changes_nothing(tmp_path, output):
 
 
 def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
-    evaluated = score.language_model
+    evaluated = Evaluator.language_model
 
     def terminated(*args, **kwargs):
         signal.raise_signal(signal.SIGTERM)
-        scores = evaluated(*args, **kwargs)
-        assert scores is None  # it does not keep the scheduler waiting
-        return scores
+        with pytest.raises(StopRequested) as stopped:  # it does not keep the scheduler waiting
+            evaluated(*args, **kwargs)
+        raise stopped.value
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "language_model", terminated)
+        patch.setattr(Evaluator, "language_model", terminated)
         stopped = runs.main(*command(tmp_path))
     assert stopped.code == 75
     assert "saved at step 10 of 20" in stopped.err.splitlines()[-1]
@@ -195,7 +196,7 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
 def test_a_signal_during_the_test(tmp_path, monkeypatch):
     """The run stops during the test as well. The same command then tests and reports."""
     flags = [*runs.TINY, *runs.files().finetune, "--config.pretrain=none", f"--workdir={tmp_path}"]
-    evaluated = score.task
+    evaluated = Evaluator.task
     asked = []
 
     def terminated(*args, **kwargs):
@@ -204,7 +205,7 @@ def test_a_signal_during_the_test(tmp_path, monkeypatch):
         return evaluated(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(score, "task", terminated)
+        patch.setattr(Evaluator, "task", terminated)
         stopped = runs.main(*flags)
     assert (stopped.code, len(asked)) == (75, 1)
     last = stopped.err.splitlines()[-1]

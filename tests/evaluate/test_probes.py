@@ -12,6 +12,7 @@ import gptjax
 from gptjax.config.schema import ProbeConfig
 from gptjax.errors import UserError
 from gptjax.evaluate import probes
+from gptjax.evaluate.score import Evaluator
 from gptjax.model.gpt import GPT
 
 ROWS = [
@@ -96,9 +97,9 @@ def test_a_pronoun_is_a_word(tmp_path):
 def test_log_probabilities_are_those_of_a_plain_softmax(tmp_path, kind, mesh):
     probe = built(tmp_path, kind)
     model = GPT(small.config())
-    params, on = small.params(model), small.mesh(*mesh)
-    step = probes.jit_span_step(on, model)
-    totals, counts = probes.log_probabilities(step, params, probe, 97, on)
+    params = small.params(model)
+    evaluator = Evaluator(model, small.mesh(*mesh))
+    totals, counts = probes.log_probabilities(evaluator, params, probe)
     for n, (ids, first) in enumerate(zip(probe.tokens, probe.first, strict=True)):
         ones = np.ones((1, len(ids)), np.int32)
         x = gptjax.model.gpt.run(

@@ -1,5 +1,6 @@
 """Every token and every example counts once: against the definitions, computed another way."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,8 +11,10 @@ import small
 from sklearn import metrics as sk
 
 from gptjax.data.packing import Packer
+from gptjax.errors import StopRequested
 from gptjax.evaluate import metrics, score
-from gptjax.model import gpt
+from gptjax.evaluate.score import Evaluator
+from gptjax.model import gpt, losses
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
 
@@ -20,10 +23,9 @@ WINDOW, ROWS = 16, 8
 
 @pytest.fixture(scope="module")
 def language_model():
-    """(model, parameters, eval step, mesh)."""
+    """An evaluator of a small model on eight devices, and parameters."""
     model = GPT(small.config())
-    mesh = small.mesh(8)
-    return model, small.params(model), score.jit_eval_step(mesh, model, Objective()), mesh
+    return Evaluator(model, small.mesh(8)), small.params(model)
 
 
 def nats(model, params, windows) -> np.ndarray:
@@ -49,35 +51,38 @@ def nats(model, params, windows) -> np.ndarray:
 
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 200, 256, 259])
 def test_the_loss_is_the_mean_over_all_predicted_tokens(language_model, length):
-    model, params, step, mesh = language_model
+    evaluator, params = language_model
     stream = np.random.default_rng(length).integers(0, 97, length).astype(np.int32)
     windows = [stream[i : i + WINDOW] for i in range(0, length, WINDOW)]
-    expected = nats(model, params, windows)
+    expected = nats(evaluator.model, params, windows)
     assert len(expected) == length - len(windows)
-    found = score.language_model(step, params, stream, WINDOW, ROWS, mesh)
+    found = evaluator.language_model(params, stream, WINDOW, ROWS)
     assert found["loss"] == pytest.approx(expected.mean(), rel=1e-5)
     assert found["perplexity"] == pytest.approx(math.exp(expected.mean()), rel=1e-4)
 
 
 def test_a_limit_takes_the_first_batches(language_model):
-    _, params, step, mesh = language_model
+    evaluator, params = language_model
     stream = np.random.default_rng(0).integers(0, 97, 1000).astype(np.int32)
-    found = score.language_model(step, params, stream, WINDOW, ROWS, mesh, limit=2)
+    found = evaluator.language_model(params, stream, WINDOW, ROWS, limit=2)
     cut = stream[: 2 * ROWS * WINDOW]
-    assert found == score.language_model(step, params, cut, WINDOW, ROWS, mesh)
+    assert found == evaluator.language_model(params, cut, WINDOW, ROWS)
 
 
 def test_a_stop_is_obeyed_between_batches(language_model):
-    _, params, step, mesh = language_model
+    evaluator, params = language_model
     stream = np.zeros(1000, np.int32)
-    asked = []
+    calls = []
 
-    def stop():
-        asked.append(1)
-        return len(asked) == 3
+    def check_stop():
+        calls.append(1)
+        if len(calls) == 3:
+            raise StopRequested
 
-    assert score.language_model(step, params, stream, WINDOW, ROWS, mesh, stop=stop) is None
-    assert len(asked) == 3
+    stopping = dataclasses.replace(evaluator, check_stop=check_stop)
+    with pytest.raises(StopRequested):
+        stopping.language_model(params, stream, WINDOW, ROWS)
+    assert len(calls) == 3
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +94,11 @@ def scorer():
         if kind not in found:
             spec, _ = small.examples(kind)
             model = gpt.make_model(small.config(), spec)
-            mesh = small.mesh(1)
-            step = score.jit_eval_step(mesh, model, Objective(kind))
-            found[kind] = spec, small.params(model), step, mesh
-        spec, params, step, mesh = found[kind]
+            evaluator = Evaluator(model, small.mesh(1), Objective(kind))
+            found[kind] = spec, small.params(model), evaluator
+        spec, params, evaluator = found[kind]
         packer = Packer(examples.lengths, batch_size, 64)
-        return spec, score.run_task(step, params, examples, packer, mesh)
+        return spec, evaluator.outputs(params, examples, packer)
 
     return run
 
@@ -119,6 +123,22 @@ def test_every_example_is_answered_once_whatever_the_batch_size(scorer, kind):
     assert spec.kind == kind
 
 
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice", "regression"])
+def test_without_labels_no_task_loss_is_computed(monkeypatch, kind):
+    spec, examples = small.examples(kind, count=7)
+    model = gpt.make_model(small.config(num_layers=1), spec)
+    params, packer = small.params(model), Packer(examples.lengths, 4, 64)
+    evaluator = Evaluator(model, small.mesh(1), Objective(kind))
+    labelled = evaluator.outputs(params, examples, packer)
+    monkeypatch.setattr(losses, "task_loss", None)  # calling it would fail
+    unlabelled = dataclasses.replace(examples, labels=None)
+    outputs = evaluator.outputs(params, unlabelled, packer)
+    assert labelled.task_loss > 0
+    assert outputs.task_loss is None
+    assert outputs.lm_loss == pytest.approx(labelled.lm_loss, rel=1e-6)
+    np.testing.assert_allclose(outputs.logits, labelled.logits, atol=1e-6)
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     exp = np.exp(logits.astype(np.float64))
     return exp / exp.sum(axis=1, keepdims=True)
@@ -139,18 +159,8 @@ def test_scores_are_those_of_scikit_learn_over_all_examples(scorer):
 
 def test_the_joint_loss_adds_its_parts():
     task = small.task("classification")
-    mesh = small.mesh(1)
-    step = score.jit_eval_step(mesh, task.model, Objective("classification"))
+    evaluator = Evaluator(task.model, small.mesh(1), Objective("classification", 0.3))
     packer = Packer(task.examples.lengths, 4, 0)
-    scores = score.task(
-        task.spec,
-        ("accuracy",),
-        step,
-        task.params,
-        task.examples,
-        packer,
-        mesh,
-        Objective("classification", 0.3),
-    )
+    scores = evaluator.task(task.params, task.examples, packer, task.spec, ("accuracy",))
     assert list(scores) == ["loss", "task_loss", "lm_loss", "accuracy"]
     assert scores["loss"] == pytest.approx(scores["task_loss"] + 0.3 * scores["lm_loss"])

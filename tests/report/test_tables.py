@@ -1,4 +1,4 @@
-"""The end of a run: plots that show something, a table that puts floors beside scores."""
+"""The end of a run: plots that show something, a table with baselines beside scores."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from gptjax.config import schema
-from gptjax.report import tables
+from gptjax.report import plots, tables
 from gptjax.train import log as log_lib
 
 
@@ -45,7 +45,7 @@ def colours_in(png):
 @pytest.mark.parametrize("steps", [range(1, 301), [1]], ids=["300 points", "1 point"])
 def test_plots_show_something_for_every_stage(tmp_path, num_stages, steps):
     made_up_run(tmp_path, tuple(schema.Stage)[:num_stages], steps)
-    paths = tables.loss_plot(tmp_path)
+    paths = plots.draw_plots(tmp_path)
     names = ["loss.png", "score.png"][: 1 if num_stages == 1 else 2]
     assert [os.path.relpath(p, tmp_path / "plots") for p in paths] == names
     for path in paths:
@@ -57,13 +57,13 @@ def test_plots_show_something_for_every_stage(tmp_path, num_stages, steps):
 
 
 def test_plots_of_a_diverged_or_an_empty_run_do_not_fail(tmp_path):
-    assert tables.loss_plot(tmp_path / "nothing") == []
+    assert plots.draw_plots(tmp_path / "nothing") == []
     assert not (tmp_path / "nothing").exists()
     with log_lib.MetricsLog(tmp_path) as log:
         for step in range(60):
             log.write("pretrain", "train", step, {"loss": 3.0 if step < 30 else float("nan")})
             log.write("finetune", "train", step, {"loss": float("inf")})
-    assert len(tables.loss_plot(tmp_path)) == 1
+    assert len(plots.draw_plots(tmp_path)) == 1
 
 
 def split_scores(accuracy):
@@ -81,11 +81,11 @@ SUMMARY = {
     "finetune": {"steps": 300, "validation": split_scores(0.8125), "test": split_scores(0.75)},
     "finetune_from_scratch": {"steps": 300, "validation": split_scores(0.625)},
 }
-FLOORS = {"validation": {"accuracy": 0.5, "matthews": 0.0}}
+BASELINES = {"validation": {"accuracy": 0.5, "matthews": 0.0}}
 
 
-def test_table_puts_floor_and_no_pretraining_beside_each_score():
-    text = tables.results_table(SUMMARY, FLOORS, "runs/x", ["python launch.py --mode=explain"])
+def test_table_puts_baseline_and_no_pretraining_beside_each_score():
+    text = tables.results_table(SUMMARY, BASELINES, "runs/x", ["python launch.py --mode=explain"])
     lines = text.splitlines()
 
     def cells(*start):
@@ -115,7 +115,7 @@ def test_table_works_without_any_stage_or_split(stages, tmp_path):
     tables.results_table({s: {"steps": 3} for s in stages}, {}, tmp_path, [])
 
 
-def test_table_of_a_regression_calls_the_floor_the_mean():
+def test_table_of_a_regression_calls_the_baseline_the_mean():
     summary = {"finetune": {"test": {"mse": 0.5, "pearson": float("nan")}}}
     lines = tables.results_table(summary, {"test": {"mse": 2.0}}, "x", []).splitlines()
     assert lines[0].split() == ["stage", "split", "metric", "score", "mean"]
@@ -127,7 +127,7 @@ def test_table_fits_the_terminal_and_its_commands_still_run(tmp_path):
     for i in range(40):
         (tmp_path / f"file{i}").write_text("")
     command = "python launch.py " + " ".join(f"--config.field{i}=value{i}" for i in range(20))
-    text = tables.results_table(SUMMARY, FLOORS, tmp_path, [command])
+    text = tables.results_table(SUMMARY, BASELINES, tmp_path, [command])
     assert max(map(len, text.splitlines())) <= tables.WIDTH
     text.encode("ascii")
     pasted = text.split("Try next:\n")[1].replace("python launch.py", "printf '%s\\n'")

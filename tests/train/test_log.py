@@ -19,6 +19,7 @@ from gptjax.errors import UserError
 from gptjax.io import console, files
 from gptjax.train import log as log_lib
 from gptjax.train import progress as progress_lib
+from gptjax.train.progress import Progress, Reporter, TerminalReporter
 
 
 def strict_json(text):
@@ -74,7 +75,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     with log_lib.MetricsLog(tmp_path / "none", enabled=False) as log:
         log.write("pretrain", "train", 1, {"loss": 1.0})
         log.rewind("pretrain", 0)
-    with progress_lib.Progress("pretrain", 2, enabled=False) as progress:
+    with Progress("pretrain", 2, 0, Reporter()) as progress:
         progress.update(1, 1.0, 10)
         progress.update(2, 1.0, 10)
     assert not (tmp_path / "none").exists()
@@ -223,7 +224,7 @@ def test_the_wait_for_input_is_a_share_of_what_counts_as_training(clock, slow, s
             clock.now += 100.0 if step == 1 else slow
             yield step
 
-    with progress_lib.Progress("pretrain", 7, enabled=False) as progress:
+    with Progress("pretrain", 7, 0, Reporter()) as progress:
         found = []
         for step in progress.waiting(batches()):
             found.append(step)
@@ -238,7 +239,7 @@ def test_the_wait_for_input_is_a_share_of_what_counts_as_training(clock, slow, s
 
 
 def test_speed_excludes_compilation_and_pauses(clock):
-    with progress_lib.Progress("pretrain", 100, start_step=40, enabled=False) as progress:
+    with Progress("pretrain", 100, 40, Reporter()) as progress:
         clock.now += 60.0  # compiles
         progress.update(41, 3.0, 1000)
         assert progress.tokens_per_second == 0.0
@@ -251,7 +252,7 @@ def test_speed_excludes_compilation_and_pauses(clock):
 
 
 def test_plain_lines_are_rare_and_the_last_step_is_shown(clock, capsys):
-    with progress_lib.Progress("finetune", 1000) as progress:
+    with Progress("finetune", 1000, 0, TerminalReporter()) as progress:
         for step in range(1, 1001):
             clock.now += 0.1
             progress.update(step, 1.25, 50)
@@ -271,7 +272,7 @@ def test_plain_lines_are_rare_and_the_last_step_is_shown(clock, capsys):
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    with progress_lib.Progress("pretrain", 10, start_step=7) as progress:
+    with Progress("pretrain", 10, 7, TerminalReporter()) as progress:
         for step in (8, 9, 10):
             progress.update(step, 2.0, 5)
     err = capsys.readouterr().err

@@ -13,6 +13,7 @@ from gptjax.errors import UserError
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 from gptjax.train import optimizer as optimizer_lib
+from gptjax.train.optimizer import Optimizer
 
 
 def rate(step, config, total):
@@ -46,7 +47,7 @@ def rate(step, config, total):
 )
 def test_schedules_are_the_closed_forms(name, warmup, total):
     config = OptimizerConfig(learning_rate=3e-3, schedule=name, **warmup)
-    schedule = optimizer_lib.schedule(config, total)
+    schedule = Optimizer(config, total).learning_rate
     rates = np.array([float(schedule(step)) for step in range(total)])
     expected = [rate(step, config, total) for step in range(total)]
     np.testing.assert_allclose(rates, expected, rtol=1e-5, atol=1e-9)
@@ -63,7 +64,7 @@ def test_a_warm_up_without_a_step_after_it(warmup, total):
     with pytest.raises(
         UserError, match=f"`optimizer.warmup_steps`={warmup}: must be below the {total} steps"
     ):
-        optimizer_lib.schedule(config, total)
+        Optimizer(config, total)
 
 
 @pytest.mark.parametrize("segment_types", [0, 2])
@@ -118,7 +119,7 @@ def problem(steps, scale=1.0):
 
 def stepper(config, total):
     """Returns (initial state of params, run(params, gradients, state) -> params, state)."""
-    optimizer = optimizer_lib.build(config, total)
+    optimizer = Optimizer(config, total).transformation
 
     @jax.jit
     def step(params, state, gradient):
@@ -219,7 +220,7 @@ def test_twenty_steps_of_the_authors_adam(name, changes):
     assert np.abs(other["lm_head/kernel"] - expected["lm_head/kernel"]).max() > 1e-4, (
         "and not those of AdamW"
     )
-    rates = [float(optimizer_lib.schedule(config, 25)(step)) for step in range(25)]
+    rates = [float(Optimizer(config, 25).learning_rate(step)) for step in range(25)]
     closed = [openai_rate(step, config, 25) for step in range(25)]
     np.testing.assert_allclose(rates, closed, rtol=1e-5, atol=1e-9)
 
@@ -266,7 +267,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(clip_norm):
 
 
 def test_gradients_whose_squares_overflow_are_skipped_too():
-    optimizer = optimizer_lib.build(OptimizerConfig(), 10)
+    optimizer = Optimizer(OptimizerConfig(), 10).transformation
     params = {"lm_head/kernel": jnp.ones(3)}
     state = optimizer.init(params)
     updates, after = optimizer.update({"lm_head/kernel": jnp.full(3, 1e30)}, state, params)

@@ -14,6 +14,7 @@ from gptjax.data.tables.texts import Texts
 from gptjax.errors import UserError
 from gptjax.model import gpt
 from gptjax.train import stages
+from gptjax.train.context import Setup
 
 TEXT = [f"{text}\n" for text in small.texts(60, longest=9)]
 
@@ -29,11 +30,12 @@ def text_data(train=TEXT, validation=TEXT[:7]):
 
 
 def pretrain(tokenizer, mesh=None, data=None, **changes):
-    values = {"dataset": "builtin", "batch_size": 4, "steps": 10, "window": 16} | changes
-    config = PretrainConfig(**values)
+    values = {"dataset": "builtin", "batch_size": 4, "steps": 10, "window": 16}
+    values |= {"optimizer": OptimizerConfig()}  # without warm-up
+    config = PretrainConfig(**(values | changes))
     model = small.config(vocab_size=len(tokenizer))
     return stages.pretrain(
-        config, model, data or text_data(), tokenizer, mesh or small.mesh(), seed=0
+        config, data or text_data(), Setup(model, tokenizer, mesh or small.mesh(), seed=0)
     )
 
 
@@ -51,7 +53,7 @@ def finetune(tokenizer, mesh=None, data=None, **changes):
     config = FinetuneConfig(**({"train_file": "train.csv", "batch_size": 4} | changes))
     model = small.config(vocab_size=len(tokenizer))
     return stages.finetune(
-        config, model, data or label_data(), tokenizer, mesh or small.mesh(), seed=0
+        config, data or label_data(), Setup(model, tokenizer, mesh or small.mesh(), seed=0)
     )
 
 
@@ -117,6 +119,8 @@ def test_pretraining_mistakes(tokenizer):
     message = fails(pretrain, tokenizer, mesh=mesh, batch_size=8, optimizer=optimizer)
     assert "multiple of 12" in message
     pretrain(tokenizer, mesh=mesh, batch_size=12, optimizer=optimizer)
+    message = fails(pretrain, tokenizer, optimizer=OptimizerConfig(warmup_steps=10))
+    assert message == "`pretrain.optimizer.warmup_steps`=10: must be below the 10 steps"
     message = fails(pretrain, tokenizer, data=text_data(validation=["\n"]))
     assert "the validation text is empty; give validation_files" in message
     assert "`pretrain`" in fails(pretrain, tokenizer, data=text_data(TEXT[:1]))
@@ -163,13 +167,13 @@ def test_the_longest_sequence_is_that_of_any_split(tokenizer, split):
     assert longest > finetune(tokenizer).model.max_sequence_length
 
 
-def test_floors_are_the_majority_answer(tokenizer):
+def test_baselines_are_the_majority_answer(tokenizer):
     data = label_data(labels=("a", "b"))
     rows = {"text": small.texts(8), "label": list("aaabaaab")}
     data["validation"] = LabelledTable(datasets.Dataset.from_dict(rows), "valid.csv")
-    floors = finetune(tokenizer, data=data, metrics="accuracy").floors
-    assert list(floors) == ["validation"]
-    assert floors["validation"]["accuracy"] == pytest.approx(6 / 8)
+    baselines = finetune(tokenizer, data=data, metrics="accuracy").baselines
+    assert list(baselines) == ["validation"]
+    assert baselines["validation"]["accuracy"] == pytest.approx(6 / 8)
 
 
 def test_rows_divide_among_devices_and_micro_batches(tokenizer):
@@ -199,6 +203,13 @@ def test_finetuning_mistakes(tokenizer):
     assert message.startswith("valid.csv: row 2, column label: label 'perhaps'")
     message = fails(finetune, tokenizer, data=label_data(labels=("same",)))
     assert message.startswith("train.csv: column label: ")
+    for algorithm in ("adamw", "openai"):
+        optimizer = OptimizerConfig(warmup_steps=7, algorithm=algorithm)
+        message = fails(finetune, tokenizer, steps=7, optimizer=optimizer)
+        assert message == "`finetune.optimizer.warmup_steps`=7: must be below the 7 steps"
+    assert fails(finetune, tokenizer, transfer="3") == (
+        "`finetune.transfer`=3: the model has 2 layers"
+    )
 
 
 def test_texts_for_the_tokenizer_are_those_of_training():

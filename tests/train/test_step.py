@@ -13,8 +13,9 @@ from gptjax.config.schema import OptimizerConfig
 from gptjax.data import loader
 from gptjax.evaluate import score
 from gptjax.model import objective
-from gptjax.train import optimizer as optimizer_lib
+from gptjax.model.losses import Sum
 from gptjax.train import step as step_lib
+from gptjax.train.optimizer import Optimizer
 
 ADAM = OptimizerConfig(learning_rate=1e-2, epsilon=1e-3, schedule="constant", weight_decay=0.1)
 EPS = 2e-5  # as in test_model: float32 rounding in another order of sums
@@ -73,7 +74,7 @@ def test_micro_batches_hold_every_row_once(tasked):
 
 @pytest.fixture(scope="module")
 def optimizer():
-    return optimizer_lib.build(ADAM, 100)
+    return Optimizer(ADAM, 100).transformation
 
 
 @pytest.fixture(scope="module")
@@ -193,10 +194,8 @@ def test_eval_step_is_the_forward_without_dropout(tasked):
 
 def test_objective_without_lm_or_without_task():
     """lambda = 0 is the task alone; pretraining is the LM alone; joint is their weighted sum."""
-    lm, task = (
-        step_lib.Sum(jnp.float32(6), jnp.float32(3)),
-        step_lib.Sum(jnp.float32(5), jnp.float32(2)),
-    )
+    lm = Sum(jnp.float32(6), jnp.float32(3))
+    task = Sum(jnp.float32(5), jnp.float32(2))
     sums = objective.Losses(lm, task)
     assert float(objective.joint(objective.Objective("similarity", 0.5), sums, sums)) == 3.5
     assert float(objective.joint(objective.Objective("similarity", 0.0), sums, sums)) == 2.5
