@@ -74,8 +74,8 @@ def get_or_make(
 @functools.cache  # one warning for each folder
 def _warn(directory: str, reason: str) -> None:
     logging.warning(
-        "%s: cannot keep data there (%s); it is held in memory instead; set GPTJAX_CACHE to "
-        "another folder, or to nothing to keep none",
+        "%s: cannot write the cache there (%s); the data stays in memory; set GPTJAX_CACHE to "
+        "another folder, or to nothing for no cache",
         directory, reason,
     )  # fmt: skip
 

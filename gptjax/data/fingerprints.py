@@ -1,4 +1,4 @@
-"""Fingerprints: 32 hexadecimal digits that are equal where the contents are equal.
+"""Fingerprints: 32 hexadecimal digits that tell contents apart.
 
 They name the entries of the cache, and they tell a checkpoint whether its training data is still
 the same. They depend on contents alone: not on paths, times, processes or the kind of machine.
@@ -19,13 +19,14 @@ def _new_hash() -> Any:
 
 
 def of_values(*values: str | int) -> str:
-    """Returns the fingerprint of a list of short values.
+    """Returns the fingerprint of a list of short values; members of enumerations are strings.
 
     >>> of_values("a", "b") == of_values("ab"), len(of_values())
     (False, 32)
     """
     digest = _new_hash()
-    digest.update(repr(values).encode())
+    plain = tuple(str(value) if isinstance(value, str) else value for value in values)
+    digest.update(repr(plain).encode())
     return digest.hexdigest()
 
 

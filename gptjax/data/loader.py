@@ -201,9 +201,10 @@ class BalancedBatches(TaskBatches):
         return functools.lru_cache(maxsize=2)(self._balanced)
 
     def _balanced(self, epoch: int) -> tuple[int, np.ndarray]:
-        """Returns the first step that is in this epoch as a whole, and the examples of all such.
+        """Returns the first step whose batch is within an epoch, and the batches from there on.
 
-        The examples are int [steps, batch_size].
+        The batches, as many as are within the epoch, are int [steps, batch_size]: the indices of
+        the examples of each step.
         """
         count, size = len(self._examples), self._batch_size
         first, last = -(-epoch * count // size), (epoch + 1) * count // size

@@ -195,7 +195,7 @@ def test_the_same_in_another_process_and_without_a_cache(cache, tmp_path):
     here = [*map(fingerprints.of_texts, rows), builtin_text("test").fingerprint]
     assert out.stdout.split() == here
     (warning,) = out.stderr.splitlines()
-    assert f"{unwritable}/data: cannot keep data there" in warning
+    assert f"{unwritable}/data: cannot write the cache there" in warning
 
 
 def test_cache_is_used_and_a_broken_one_is_rebuilt(tmp_path, monkeypatch):

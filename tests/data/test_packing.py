@@ -1,10 +1,13 @@
 """Packing loses nothing, wastes little, and changes nothing."""
 
+import doctest
+
 import jax
 import numpy as np
 import pytest
 import small
 
+from gptjax import batch as batch_lib
 from gptjax.data import loader
 from gptjax.data.packing import Packer, balance_batches, first_fit
 from gptjax.data.tasks import Examples
@@ -135,6 +138,26 @@ def test_balancing_gives_every_example_to_one_batch(seed):
     found = balance_batches(lengths, batch_size, rng)
     assert found.shape == (batches, batch_size)
     assert sorted(found.ravel()) == list(range(len(lengths)))
+
+
+def test_the_example_of_the_contract_is_what_the_packer_makes():
+    """The batch in the docstring of `Batch`, which is also run as a doctest here."""
+    (doctest_of_batch,) = [
+        test for test in doctest.DocTestFinder().find(batch_lib.Batch) if test.examples
+    ]
+    runner = doctest.DocTestRunner()
+    runner.run(doctest_of_batch, clear_globs=False)
+    assert runner.summarize().failed == 0
+    expected = doctest_of_batch.globs["batch"]
+    sequences = [np.array(ids, np.int32) for ids in ([1, 7, 8, 9, 2], [1, 5, 2], [1, 6, 2])]
+    ends = np.array([5, 3, 3], np.int32)
+    data = Examples(1, sequences, ends, np.array([1, 0, 1], np.int32), 0, 0)
+    packer = Packer(data.lengths, 3)
+    packer.rows, packer.row_length, packer.slots = 1, 12, 4
+    found, index = packer.pack(data, np.arange(3))
+    assert index.tolist() == [[0, 1, 2, -1]]
+    for name, array in vars(found).items():
+        np.testing.assert_array_equal(array, getattr(expected, name), name)
 
 
 def test_devices_change_only_the_padding():

@@ -225,9 +225,9 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     "write one JSON object a line"
                 ) from error
             if not isinstance(row, dict):
-                name = {list: "array", str: "string", type(None): "null"}.get(type(row), "number")
+                value = {list: "array", str: "string", type(None): "null"}.get(type(row), "number")
                 raise UserError(
-                    f"{path}, line {number}: a JSON {name}, not an object; "
+                    f"{path}, line {number}: a JSON {value}, not an object; "
                     'write one object a line, such as {"text": "...", "label": "..."}'
                 )
             yield number, row

@@ -25,7 +25,8 @@ class Texts:
     rows: pa.ChunkedArray
     """Strings."""
     fingerprint: str
-    """Equal fingerprints, equal rows. It is computed once, where the rows are read."""
+    """Names the rows: texts of equal fingerprints have equal rows. It is computed once, where the
+    rows are read. Equal rows may have different fingerprints if they come from different places."""
 
     @classmethod
     def of(cls, rows: pa.ChunkedArray | Iterable[str]) -> Texts:

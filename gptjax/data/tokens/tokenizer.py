@@ -354,7 +354,7 @@ def build(config: TokenizerConfig, texts: Iterable[str], fingerprint: str = "") 
     if not fingerprint:
         return train()
     name = fingerprints.of_values(
-        "tokenizer", _VERSION, fingerprint, str(config.kind), config.vocab_size,
+        "tokenizer", _VERSION, fingerprint, config.kind, config.vocab_size,
         _bpe({}, []).to_str(), tokenizers.__version__,
     )  # fmt: skip
     return cache.get_or_make(name, ".json", write, load) or train()
