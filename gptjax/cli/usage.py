@@ -155,6 +155,8 @@ def of_mode(name: str, config: str) -> str:
 def _heading(part: Part, experiment: Experiment) -> Iterator[str]:
     paths = [f"--config.{path}.FIELD" if path else "--config.FIELD" for path in part.paths]
     yield from _paragraph(f"{part.title}: {' and '.join(paths)}")
+    if not _docs(part.config):  # then the docstring of the class explains its fields
+        yield from _paragraph(inspect.getdoc(part.config) or "")
     for path in part.paths:
         if _value(experiment, path) is None and "." not in path:
             yield from _paragraph(
