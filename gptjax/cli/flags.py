@@ -31,7 +31,7 @@ class Mode:
     """What the mode does: one sentence."""
     example: str
     """The arguments of an example, without the name of the mode."""
-    flags: Mapping[str, str]
+    flags: dict[str, str]
     """NAME=PLACEHOLDER (a switch is NAME alone) -> the help text of the flag in this mode."""
     parts: tuple[str, ...] = ()
     """The parts of the experiment that the mode reads, the most important first: keys of
