@@ -4,7 +4,7 @@ import os
 import re
 import sys
 
-from gptjax.cli.flags import MODES
+from gptjax.cli.flags import MODES, general_field
 from gptjax.config import schema
 
 
@@ -44,11 +44,9 @@ def with_flags(message: str, mode: str) -> str:
 
     def flag(match: re.Match[str]) -> str:
         name = match[1]
-        # The experiment chooses the names of its ablation tasks and its probes.
-        general = re.sub(r"^(ablation\.tasks|probes)\.[\w-]+", r"\1.NAME", name)
         if name in own:
             return f"--{name}"
-        if general in fields or name in fields:
+        if general_field(name) in fields:
             return f"--config.{name}"
         return f"--{name}" if name in others else match[0]
 

@@ -31,7 +31,7 @@ class Mode:
     """What the mode does: one sentence."""
     example: str
     """The arguments of an example, without the name of the mode."""
-    flags: Mapping[str, str]
+    flags: dict[str, str]
     """NAME=PLACEHOLDER (a switch is NAME alone) -> the help text of the flag in this mode."""
     parts: tuple[str, ...] = ()
     """The parts of the experiment that the mode reads, the most important first: keys of
@@ -387,13 +387,23 @@ def _forget() -> None:
     FLAGS.unparse_flags()
 
 
+def general_field(field: str) -> str:
+    """Returns the dotted name of a field as `schema.field_names` has it.
+
+    An experiment chooses the names of its ablation tasks and probes; there they are called NAME.
+
+    >>> general_field("probes.cola.limit")
+    'probes.NAME.limit'
+    """
+    return re.sub(r"^(ablation\.tasks|probes)\.[^.]+", r"\1.NAME", field)
+
+
 def _check_fields(names: Sequence[str]) -> None:
     """Refuses a `--config.FIELD` that no experiment has."""
     fields = list(schema.field_names(Experiment))
     for name in names:
         field = name.removeprefix("config.")
-        # The experiment chooses the names of its ablation tasks and its probes.
-        general = re.sub(r"^(ablation\.tasks|probes)\.[^.]+", r"\1.NAME", field)
+        general = general_field(field)
         require(
             field == name or general in fields,
             f"--{name}: no such field{nearest(general, fields)}",

@@ -6,7 +6,7 @@ import functools
 import inspect
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from gptjax.cli import console, experiments
@@ -19,7 +19,13 @@ _WIDTHS = (60, 100)
 _COLUMN = 26
 """Width of the left column, with the names of flags and fields."""
 
-_FIRST_FLAGS = ("workdir=DIR", "checkpoint=DIR", "input=FILE", "output=FILE")
+_FIRST_FLAGS = {
+    "workdir=DIR": MODES["train"].flags["workdir=DIR"],
+    "checkpoint=DIR": MODES["predict"].flags["checkpoint=DIR"],
+    "input=FILE": "The file or folder to read.",
+    "output=FILE": "The file or folder to write.",
+}
+"""The flags that the overview explains, besides those of all modes."""
 
 RECIPE_FIELDS = frozenset({
     "model.activation", "model.segment_types", "model.tied", "model.one_matrix",
@@ -61,7 +67,6 @@ PARTS: dict[str, Part] = {
 def overview() -> str:
     """Returns the help without a mode: the modes with an example, and the first flags."""
     program = console.program()
-    texts = {flag: text for mode in reversed(MODES.values()) for flag, text in mode.flags.items()}
     lines = [
         *_paragraph("Trains GPT-1 on text, fine-tunes it on labelled rows, and uses the result."),
         "",
@@ -81,10 +86,9 @@ def overview() -> str:
     lines += ["", "The flags that matter first:", ""]
     for flag, text in COMMON.items():
         lines += _row(f"--{flag}", text)
-    for flag in _FIRST_FLAGS:
-        name = flag.partition("=")[0]
-        modes = ", ".join(mode for mode, table in MODES.items() if name in table.names)
-        lines += _row(f"--{flag}", f"({modes}) {_FIRST_TEXTS.get(name) or texts[flag]}")
+    for flag, text in _FIRST_FLAGS.items():
+        modes = [name for name, mode in MODES.items() if flag.partition("=")[0] in mode.names]
+        lines += _row(f"--{flag}", f"({', '.join(modes)}) {text}")
     lines += [
         "",
         "More:",
@@ -94,12 +98,6 @@ def overview() -> str:
         *_row("README.md, docs/", "in the repository: examples, results and how it works", 30),
     ]
     return "\n".join(lines) + "\n"
-
-
-_FIRST_TEXTS = {
-    "input": "The file or folder to read.",
-    "output": "The file or folder to write.",
-}
 
 
 def of_mode(name: str, config: str) -> str:
@@ -122,39 +120,45 @@ def of_mode(name: str, config: str) -> str:
         "Flags:",
         "",
     ]
-    for flag, text in (COMMON if mode.parts else {}).items():
-        lines += _row(f"--{flag}", text)
-    for flag, text in mode.flags.items():
+    for flag, text in ((COMMON if mode.parts else {}) | mode.flags).items():
         lines += _row(f"--{flag}", text + _default(flag.partition("=")[0]))
     if name == "train":
         lines += ["", "Experiments that come with gptjax:", ""]
         for each in experiments.names():
             lines += _row(each, experiments.summary(each), 18)
     if mode.parts:
-        lines += ["", *_paragraph(
-            f"Fields of the experiment, with their values in {config}. "
-            "A field is changed by --config.FIELD=VALUE."
-        )]  # fmt: skip
-        experiment = experiments.load(config)
-        last: list[str] = []
-        for key in mode.parts:
-            part = PARTS[key]
-            rows: list[str] = []
-            for field, values, text in _fields(part, experiment):
-                recipe = f"{key}.{field}" in RECIPE_FIELDS
-                shown = f"{part.paths[-1]}.{field}" if recipe else field
-                (last if recipe else rows).extend(_row(f"{shown}={values}", text))
-            lines += ["", *_heading(part, experiment), "", *rows]
-        if last:
-            title = "Fields that only recipes set (as in --config=gpt1_task:rte,original): "
-            lines += ["", *_paragraph(title + "--config.FIELD"), "", *last]
+        lines += _parts(mode.parts, config)
     lines += ["", f"{program} --help lists all modes."]
     return "\n".join(lines) + "\n"
+
+
+def _parts(keys: Sequence[str], config: str) -> list[str]:
+    """Returns the fields of the parts with these keys; those that recipes set come last."""
+    experiment = experiments.load(config)
+    lines = ["", *_paragraph(
+        f"Fields of the experiment, with their values in {config}. A field is changed by "
+        "--config.FIELD=VALUE."
+    )]  # fmt: skip
+    last: list[str] = []
+    for key in keys:
+        part = PARTS[key]
+        lines += ["", *_heading(part, experiment), ""]
+        for field, values, text in _fields(part, experiment):
+            if f"{key}.{field}" in RECIPE_FIELDS:
+                last += _row(f"{part.paths[-1]}.{field}={values}", text)
+            else:
+                lines += _row(f"{field}={values}", text)
+    if last:
+        title = "Fields that only recipes set (as in --config=gpt1_task:rte,original): "
+        lines += ["", *_paragraph(title + "--config.FIELD"), "", *last]
+    return lines
 
 
 def _heading(part: Part, experiment: Experiment) -> Iterator[str]:
     paths = [f"--config.{path}.FIELD" if path else "--config.FIELD" for path in part.paths]
     yield from _paragraph(f"{part.title}: {' and '.join(paths)}")
+    if not _docs(part.config):  # then the docstring of the class explains its fields
+        yield from _paragraph(inspect.getdoc(part.config) or "")
     for path in part.paths:
         if _value(experiment, path) is None and "." not in path:
             yield from _paragraph(
@@ -211,9 +215,9 @@ def _docs(config: type) -> dict[str, str]:
 
 
 def _default(flag: str) -> str:
-    """Returns a note on the default of a flag; "" if it has none that says something."""
+    """Returns a note on the default of a flag, or "" for defaults that its help text explains."""
     default = FLAGS[flag].default if flag in FLAGS else None
-    return "" if default in (None, "", False) else f" (default: {default})"
+    return f" (default: {default})" if default and isinstance(default, str | int | float) else ""
 
 
 def _width() -> int:

@@ -114,7 +114,7 @@ def test_the_experiment_is_a_name_or_a_path(tmp_path, monkeypatch):
 
 
 def test_an_installed_package_has_the_experiments_inside(tmp_path, monkeypatch):
-    """Whatever the current folder is, and beside it nothing counts."""
+    """They are found from any folder; a folder `experiments` beside the package is not used."""
     package = tmp_path / "site-packages" / "gptjax"
     (package / "experiments").mkdir(parents=True)
     (tmp_path / "site-packages" / "experiments").mkdir()

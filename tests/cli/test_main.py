@@ -1,6 +1,6 @@
-"""Wrong input through the command line: one line that says what and where, exit code 2, no trace.
+"""Wrong input ends the program with exit code 2 and one line that names the place, without a trace.
 
-And odd input that is not wrong, which must train.
+Other tests train on input that is odd and yet valid.
 """
 
 import json
@@ -282,7 +282,7 @@ def test_a_workdir_that_cannot_be_made():
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 400 KiB, where root may mount one."""
+    """A file system of 400 KiB; the test is skipped where mounting is not allowed."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)]

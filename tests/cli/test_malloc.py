@@ -1,3 +1,5 @@
+"""The restart of the program with huge pages."""
+
 import os
 import pathlib
 import resource
@@ -9,7 +11,8 @@ import pytest
 from gptjax.cli import malloc
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-# Prints what a program that asks for huge pages sees, and the page faults of 256 MiB.
+# A program that asks for huge pages. It prints its process id before and after, its setting and its
+# arguments, and the page faults that 256 MiB cause.
 PROGRAM = """
 import os, resource, sys
 sys.path.insert(0, {root!r})
@@ -36,14 +39,14 @@ def run(tmp_path: pathlib.Path, *options: str, **environment: str) -> list[str]:
 
 @pytest.fixture
 def executed(monkeypatch, tmp_path):
-    """What would be executed where the kernel offers huge pages."""
+    """The calls of `os.execv`, in a process for which the kernel has huge pages on request."""
     calls = []
     monkeypatch.setattr(os, "execv", lambda *args: calls.append(args))
     monkeypatch.setenv("GLIBC_TUNABLES", "")  # so that its absence is restored too
     monkeypatch.delenv("GLIBC_TUNABLES")
     monkeypatch.setattr(malloc, "_KERNEL", tmp_path / "enabled")
     monkeypatch.setattr(os, "confstr", lambda _: "glibc 2.35")
-    # pytest was started in whatever way.
+    # However pytest itself was started.
     monkeypatch.setattr(sys, "argv", ["launch.py", "--mode=train"])
     monkeypatch.setattr(sys, "orig_argv", ["python", "-B", "launch.py", "--mode=train"])
     (tmp_path / "enabled").write_text("always [madvise] never\n")

@@ -1,4 +1,4 @@
-"""The modes that use a trained model: files in, files or text out."""
+"""The modes that read a trained model or write a tokenizer, and the trace of `bench`."""
 
 import csv
 import itertools
@@ -185,7 +185,7 @@ def test_tokenizer_writes_what_loads(tmp_path, kind):
     pair = tokenizer.load_gpt1(str(output / "vocab.json"), str(output / "merges.txt"))
     assert pair.encode("the old man") == ids
     assert len(loaded) == 90 + 4
-    # A run takes it as it is.
+    # A training uses the file as it is.
     done = runs.main(
         *runs.TINY, *runs.files().pretrain, "--config.finetune=none",
         f"--workdir={tmp_path}/w", f"--config.tokenizer.file={output}/tokenizer.json",
@@ -210,7 +210,7 @@ def test_a_damaged_best_checkpoint_is_one_line(tmp_path):
     path.write_bytes(data)
     flags = ["--mode=predict", f"--checkpoint={workdir}", f"--input={runs.files().test}"]
     flags.append(f"--output={tmp_path}/out.csv")
-    # In a process of its own, with all that orbax prints.
+    # In a process of its own, whose output includes whatever Orbax prints.
     process = runs.start(*flags)
     out, err = process.communicate(timeout=200)
     error = runs.Result(process.returncode, out, err).error

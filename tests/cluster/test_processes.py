@@ -162,3 +162,20 @@ def test_other_modes_run_alone():
         "--process_id=0",
     ).error  # fmt: skip
     assert "--mode=predict: runs in one process" in error
+
+
+def test_the_hash_of_the_sources_is_that_of_the_installed_package(tmp_path, monkeypatch):
+    """An installed package has the experiments inside, a repository beside it."""
+    hashes = []
+    for name, files in {
+        "repository": ["cluster/processes.py", "cli/experiments.py"],
+        "installed": ["cluster/processes.py", "cli/experiments.py", "experiments/quickstart.py"],
+        "other": ["cluster/processes.py"],
+    }.items():
+        for file in files:
+            path = tmp_path / name / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(file)
+        monkeypatch.setattr(processes, "__file__", str(tmp_path / name / files[0]))
+        hashes.append(processes._code())
+    assert hashes[0] == hashes[1] != hashes[2]
