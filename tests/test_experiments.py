@@ -1,6 +1,7 @@
 """The experiments that come with gptjax load and are valid; their docstrings' commands parse."""
 
 import ast
+import dataclasses
 import json
 import pathlib
 import re
@@ -98,10 +99,28 @@ def test_a_stage_is_dropped_and_a_field_is_changed_by_flags():
     assert command.overrides == {"finetune": None, "pretrain.steps": 200}
 
 
+def test_a_user_s_file_may_change_fields_and_the_flags_are_the_last_to_do_so(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from gptjax.config import Experiment, FinetuneConfig\n"
+        "def get_config():\n"
+        "    experiment = Experiment(finetune=FinetuneConfig(train_file='a.csv'))\n"
+        "    experiment.model.width = 96\n"
+        "    experiment.finetune.optimizer.beta1 = 0.5\n"
+        "    return experiment\n"
+    )
+    experiment = parse(f"--config={path}", "--config.model.num_heads=3").experiment
+    model, optimizer = experiment.model, experiment.finetune.optimizer
+    assert (model.width, model.num_heads, optimizer.beta1) == (96, 3, 0.5)
+    for part, field in ((experiment, "seed"), (model, "width"), (optimizer, "beta1")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(part, field, 1)
+
+
 def test_the_paper_s_model_has_its_size():
     experiment = parse("--config=gpt1_pretrain", *NEEDED["gpt1_pretrain"]).experiment
-    model = experiment.model
-    model.vocab_size = 40478 + 4  # the four special tokens
+    # The four special tokens.
+    model = dataclasses.replace(experiment.model, vocab_size=40478 + 4)
     validation.validate(experiment)
     shapes = jax.eval_shape(lambda key: gpt.init_params(gpt.GPT(model), key),
                             jax.random.key(0))  # fmt: skip

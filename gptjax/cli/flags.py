@@ -333,7 +333,7 @@ def parse(argv: Sequence[str]) -> Command | HelpRequest:
             f"{argument}: unexpected argument; the mode comes first, and flags begin with --"
         )
     overrides = config_flags.get_override_values(FLAGS["config"])
-    return Command(MODE.value, CONFIG.value, overrides, bool(configs))
+    return Command(MODE.value, schema.frozen(CONFIG.value), overrides, bool(configs))
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

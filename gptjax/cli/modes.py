@@ -21,7 +21,6 @@ from gptjax.config.schema import (
     ProbeConfig,
     TaskKind,
     TaskSpec,
-    TokenizerKind,
     Words,
 )
 from gptjax.data import splits
@@ -302,14 +301,7 @@ def tokenizer(command: Command) -> None:
     config, output_path = command.experiment.tokenizer, flags.OUTPUT.value
     require(flags.INPUT.value, "--input: give the text files (comma-separated globs)")
     require(output_path, "--output: give the folder to write")
-    require(
-        config.vocab_size > 0,
-        f"--config.tokenizer.vocab_size={config.vocab_size}: must be greater than 0",
-    )
-    require(
-        config.kind in tuple(TokenizerKind),
-        f"--config.tokenizer.kind={config.kind}: must be one of {', '.join(TokenizerKind)}",
-    )
+    validation.validate_tokenizer(config)
     texts = text_files.read_text(flags.INPUT.value)
     trained = tokenizer_lib.build(config, texts)
     files = {"tokenizer.json": trained.to_json()}

@@ -62,7 +62,9 @@ def validate_model(model: ModelConfig) -> None:
     )
 
 
-def _validate_tokenizer(tokenizer: TokenizerConfig) -> None:
+def validate_tokenizer(tokenizer: TokenizerConfig) -> None:
+    """Checks kind and size of the tokenizer; a wrong field is a `UserError`."""
+    _check_fields(tokenizer, "tokenizer")
     require(
         tokenizer.words == Words.FAST or tokenizer.kind == TokenizerKind.GPT1,
         "`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1",
@@ -203,7 +205,7 @@ def validate(experiment: Experiment) -> Experiment:
     """
     _check_fields(experiment, "")
     validate_model(experiment.model)
-    _validate_tokenizer(experiment.tokenizer)
+    validate_tokenizer(experiment.tokenizer)
     require(
         experiment.pretrain or experiment.finetune or experiment.ablation,
         "`config`: the experiment has no stage; give it a pretrain or a finetune part",
