@@ -9,9 +9,9 @@ import orbax.checkpoint as ocp
 class SaveMonitor:
     """Notices a save that fails in a background thread of this process.
 
-    Where a save fails, orbax still goes to the barrier that ends it, and waits there for the other
-    processes, as they wait for it at another one: each for twenty minutes. The monitor replaces
-    that barrier: it raises where the thread is handling an exception.
+    When a save fails in one process, orbax waits there at one barrier and in the other processes at
+    another one, for twenty minutes each. The monitor replaces orbax's barrier: a thread that comes
+    to it while it handles an exception raises that exception again, instead of waiting.
     """
 
     def __init__(self) -> None:

@@ -36,14 +36,14 @@ class MemoryStore:
         self._scores[step] = dict(metrics)
 
     def ledger(self, step: int) -> str:
-        """Returns "": a run always starts at step 0, with no batch behind it."""
+        """Returns "": a run always starts at step 0, so there are no earlier batches."""
         del step
         return ""
 
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
     ) -> None:
-        """Copies the parameters if no earlier step has better scores; does nothing without any."""
+        """Copies the parameters, if there are scores and no earlier step has a better one."""
         del meta
         if not metrics:
             return
@@ -72,4 +72,4 @@ class MemoryStore:
 
 
 Store = CheckpointStore | MemoryStore
-"""What the training loop saves to."""
+"""The stores that the training loop can save to."""

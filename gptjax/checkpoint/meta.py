@@ -30,7 +30,7 @@ class Meta:
     """Hash of all batches that the weights were trained on, from `gptjax.train.ledger`."""
 
     def experiment_config(self) -> Experiment:
-        """Returns the configuration of the run; fields that its version did not have are default.
+        """Returns the configuration of the run; fields that are not stored have their defaults.
 
         Raises:
           UserError: a field that this version does not have.
@@ -46,7 +46,7 @@ class Meta:
         """Reads the values of `to_dict`.
 
         Args:
-          values: also after they were written as JSON and read again.
+          values: from `to_dict`, possibly written as JSON and read again.
           where: name of the checkpoint in error messages.
 
         Raises:

@@ -136,9 +136,9 @@ class CheckpointStore:
         """Starts a save in the background, after the one before it has ended.
 
         Raises:
-          UserError: the disk is full, or refuses the earlier save.
+          UserError: the disk is full or refuses writes, in this save or in the one before.
         """
-        # Before the save: orbax asks `should_preserve` in its course, which ranks by the scores.
+        # The scores come first: a save of orbax calls `should_preserve`, which ranks by them.
         if metrics:
             self.set_metrics(step, metrics)
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
@@ -173,7 +173,7 @@ class CheckpointStore:
         return self.meta_and_checksums(step)[0]
 
     def meta_and_checksums(self, step: int) -> tuple[Meta, dict[str, int]]:
-        """Returns the metadata of a step, and the checksums of its arrays; errors as `meta`."""
+        """Returns the metadata of a step, and the checksums of its arrays; errors as in `meta`."""
         values = dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
         if values.pop("digest", None) != digest(values):
             raise ValueError("its meta does not have the checksum it was saved with")
@@ -206,7 +206,7 @@ class CheckpointStore:
         return state
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """Returns the parameters alone, a third of the bytes. Arguments and errors as `restore`."""
+        """Returns the parameters, a third of the bytes; arguments and errors as in `restore`."""
         params = self._read(step, params=ocp.args.StandardRestore(_abstract(like)))["params"]
         saved = self.meta_and_checksums(step)[1]
         prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey("params"),))

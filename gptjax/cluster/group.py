@@ -197,7 +197,7 @@ class Group:
         )  # fmt: skip
 
     def _end_after(self, peer: int, code: int, text: str) -> None:
-        """Ends this process some seconds after another ended with an error, by the same code."""
+        """Ends this process some seconds after another one failed, with the same exit code."""
         if not code:
             return
         self._following = True

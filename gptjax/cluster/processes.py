@@ -2,8 +2,8 @@
 
 `jax.distributed` joins the devices and transfers arrays, and its cluster detection (TPU VMs, GKE,
 Slurm, Open MPI) finds the number and index of this process. `rendezvous` checks that all processes
-have started, before `jax.distributed` does; `group` notices lost ones. In a run of one process the
-functions here return their argument's value at once.
+have started, before `jax.distributed` does; `group` notices lost ones. In a run of one process,
+these functions return at once, with the value of their argument.
 """
 
 import contextlib
@@ -66,11 +66,11 @@ def place(options: Options) -> Place | None:
     """Returns the place of this process by its options or its environment; None if it is alone.
 
     Raises:
-      ProcessLost: the host of process 0 is not known by its name in time.
+      ProcessLost: the name of process 0's host could not be resolved in time.
       UserError: wrong options, or some of them without the others.
     """
     given = (options.coordinator_address or None, options.num_processes, options.process_id)
-    if given == (None, 1, None):  # the way to switch the detection off
+    if given == (None, 1, None):  # `num_processes`=1 alone switches the detection off
         return None
     if given == (None, None, None):
         return _detect(options.initialization_timeout)
@@ -94,7 +94,7 @@ def _detect(timeout: int) -> Place | None:
     slurm = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
     mpi = int(env.get("OMPI_COMM_WORLD_SIZE") or 1)
     pods = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    # JAX takes an interactive shell of Slurm, or any pod, for a part of a job: not so here.
+    # JAX would take an interactive shell of Slurm, or any pod, for a part of a larger job.
     hidden = [] if slurm > 1 else ["slurm"]
     hidden += [] if mpi > 1 else ["ompi"]
     hidden += [] if pods else ["k8s"]
@@ -135,7 +135,7 @@ def _code() -> str:
     root = pathlib.Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        # The experiments are in the package only once it is installed; their fields are compared.
+        # The experiments are in the package only after an installation. Their fields are compared.
         if name.parts[0] != "experiments":
             digest.update(str(name).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

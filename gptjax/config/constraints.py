@@ -1,7 +1,7 @@
 """Fields of configurations with a constraint: `width: int = positive(768)`.
 
 The constraint is a function in the field's metadata. It takes a value and returns what is wrong
-with it, or "". `validation` calls it with the field's name at hand.
+with it, or "". `validation` calls it and adds the name of the field.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ def positive(default: Number) -> Number:
     """Returns a field of finite numbers above 0."""
 
     def check(value: Number) -> str:
-        if not value > 0:  # NaN too
+        if not value > 0:  # refuses NaN too
             return "must be greater than 0"
         return "" if value < math.inf else "must be finite"
 

@@ -88,12 +88,13 @@ class Dtype(enum.StrEnum):
 
 
 class Remat(enum.StrEnum):
-    """How much of a block the backward pass computes again instead of reading it from memory."""
+    """The values that the backward pass of a block computes again, to save memory."""
 
     NONE = "none"
     DOTS = "dots"
-    """Everything except matrix products."""
+    """All values but those of matrix products."""
     FULL = "full"
+    """All values."""
 
 
 class AttentionKind(enum.StrEnum):
@@ -245,8 +246,8 @@ class ModelConfig(_Config):
     """Dtype of activations and matrix products: float32 or bfloat16. Parameters, softmax, logits
     and losses are float32 in any case."""
     remat: str = one_of(Remat.NONE)
-    """How much of a block the backward pass computes again instead of reading it from memory: none,
-    dots (all but matrix products) or full."""
+    """The values that the backward pass of a block computes again, to save memory: none, dots (all
+    but matrix products) or full (all)."""
     unroll: int = not_negative(0)
     """Layers in one iteration of the scan over layers. More of them make steps faster and
     compilation slower. 0 means all layers on a CPU without `remat`, where the gain is largest, and
@@ -283,8 +284,8 @@ class TokenizerConfig(_Config):
     merges_file: str = ""
     """For kind gpt1: the merges, `vocab_40000.bpe`."""
     words: str = one_of(Words.FAST)
-    """For kind gpt1, how text is split into words: fast, or exact (as the authors' code does, which
-    needs ftfy and spaCy)."""
+    """For kind gpt1, the way to split text into words: fast, or exact (as the authors' code does,
+    which needs ftfy and spaCy)."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -394,11 +395,11 @@ class FinetuneConfig(_Config):
     """The LM loss is the mean over all tokens (token), or the mean of each sequence's mean
     (sequence)."""
     cut: str = one_of(Cut.LONGEST)
-    """How two texts that exceed the context are shortened: longest (the longer text loses tokens)
+    """The way to shorten two texts that exceed the context: longest (the longer text loses tokens)
     or half (each text keeps half a context less two tokens, as in the authors' code)."""
     head: str = one_of(Head.EXTRACT)
-    """What the task head reads: extract (the state at the last token) or flatten (the states of all
-    positions of `start text delimiter [text_pair delimiter]`, padded to the longest)."""
+    """The input of the task head: extract (the state at the last token) or flatten (the states of
+    all positions of `start text delimiter [text_pair delimiter]`, padded to the longest)."""
     drop_last: bool = False
     """Whether the last, smaller batch of each epoch is dropped. Otherwise batches run across
     epochs."""
@@ -470,7 +471,7 @@ class MeshConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class CheckpointConfig(_Config):
-    """How many checkpoints of a stage are kept."""
+    """The numbers of checkpoints of a stage that are kept."""
 
     keep_newest: int = positive(2)
     keep_best: int = not_negative(1)
@@ -576,11 +577,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Builds a frozen configuration from the values of `to_dict`; missing fields are default.
+    """Builds a frozen configuration from the values of `to_dict`; missing fields have defaults.
 
     Args:
       cls: the configuration class.
-      values: also after they were written as JSON and read again.
+      values: from `to_dict`, possibly written as JSON and read again.
       where: name of their source in error messages.
 
     Raises:
@@ -628,7 +629,7 @@ class TaskSpec:
     """The task of a head: what it predicts, and from which columns."""
 
     kind: TaskKind
-    """May be given as a string."""
+    """A string is converted."""
     text: str
     """Column of the text, as in `FinetuneConfig.text`."""
     text_pair: str = ""
@@ -640,7 +641,7 @@ class TaskSpec:
     labels: tuple[str, ...] = ()
     """Names of the classes, or of the answers, in the order of the head's outputs."""
     cut: str = Cut.LONGEST
-    """How two texts that exceed the context are shortened, as in `FinetuneConfig.cut`."""
+    """The way to shorten two texts that exceed the context, as in `FinetuneConfig.cut`."""
     flatten: int = 0
     """Tokens that each sequence is padded or cut to, for a head that reads all positions. 0 means a
     head that reads the last token alone."""
@@ -656,9 +657,9 @@ class TaskSpec:
 
     @property
     def ends_in_question(self) -> bool:
-        """Whether the text is joined columns, which end in the question.
+        """Whether the text consists of joined columns, the last of which is a question.
 
-        Too long a text is then cut at its beginning.
+        Such a text is cut at its beginning if it is too long.
         """
         return "+" in self.text
 

@@ -33,7 +33,8 @@ from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
 
 PROMPT_TOKENS = 16
-# Timed runs unless the user gives a number. A batch of input takes little time, so more of them.
+# Timed runs unless the user gives a number. Batches of input take little time, so there are
+# more of them.
 _STEPS: dict[str, int] = {BenchKind.TRAIN: 10, BenchKind.GENERATE: 10, BenchKind.INPUT: 100}
 # Runs that are not timed: the first ones are slower, because the system maps their memory.
 _WARMUP: dict[str, int] = {BenchKind.TRAIN: 2, BenchKind.GENERATE: 1, BenchKind.INPUT: 8}
