@@ -44,8 +44,8 @@ class Parameter:
     """Place in OpenAI's release, from 0: an embedding's among all arrays; that of a parameter of a
     block among the twelve arrays of its layer, which follow the embeddings. None: not released."""
     huggingface: str | None = None
-    """Name in Hugging Face's `openai-gpt` models: what follows "transformer.", or in a block
-    "transformer.h.LAYER.". None: no name that all of these models share."""
+    """Name in Hugging Face's `openai-gpt` models, without the prefix "transformer." or, for a
+    parameter of a block, "transformer.h.LAYER.". None: these models do not share a name for it."""
 
     @property
     def stacked(self) -> bool:

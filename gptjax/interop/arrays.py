@@ -1,4 +1,4 @@
-"""A model as named arrays: what the formats of OpenAI and of Hugging Face have in common.
+"""A model as named arrays, the part that the formats of OpenAI and Hugging Face share.
 
 Both formats store the same numbers as our checkpoints, but every layer by itself, where our arrays
 hold all layers; and the heads, and query, key and value, are side by side in one matrix. What a

@@ -100,7 +100,7 @@ def import_weights(
     count = sum(array.size for array in found.arrays.values())
     lines = [f"{count:,} parameters{what} -> {output_path}"]
     if found.tokenizer.exact:
-        lines.append("text is cut into words as GPT-1's authors did, with ftfy and spaCy")
+        lines.append("text is split into words as GPT-1's authors did, with ftfy and spaCy")
     return lines
 
 
@@ -174,6 +174,6 @@ def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
     lines = [f"{checkpoint.path} -> {output_path} ({note})"]
     if tokenizer.exact:
         lines.append(
-            "its tokenizer there does not cut text into words as ours: not all ids will be equal"
+            "its tokenizer there splits text into words in another way: some token ids will differ"
         )
     return lines

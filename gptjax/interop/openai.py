@@ -123,7 +123,7 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
       folder: that exists.
 
     Returns:
-      What the side files hold, in words.
+      The contents of the side files, in words.
 
     Raises:
       UserError: the format has no place for a part of the model.

@@ -65,6 +65,7 @@ def task_loss(kind: TaskKind, logits: Array, batch: Batch) -> Sum:
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)
         losses_BE = -jnp.take_along_axis(log_probabilities, batch.labels[..., None], -1)[..., 0]
     weights_BE = batch.example_mask
-    # `where` besides the product: NaN or infinity in a slot without an example, times 0, is NaN.
+    # The product alone is not enough: a slot without an example may have the loss NaN, and NaN
+    # times 0 is NaN.
     losses_BE = jnp.where(weights_BE > 0, losses_BE * weights_BE, 0.0)
     return Sum(losses_BE.sum(), weights_BE.sum())

@@ -1,7 +1,7 @@
-"""The language model's cross-entropy, computed piece by piece along the sequence.
+"""The language model's cross-entropy, computed for one piece of the sequence at a time.
 
-A vocabulary of 40,000 makes the logits of a batch larger than everything else in the memory. So
-only the logits of one piece exist at a time. This file has the computation of one device;
+With a vocabulary of 40,000 the logits of a batch need more memory than everything else. Therefore
+only the logits of one piece exist at a time. This file has the computation on a single device;
 `gptjax.ops.sharded` runs it on several.
 """
 
@@ -16,9 +16,9 @@ from gptjax.ops import matmul
 
 Array = jax.Array
 
-# The most logits of a piece, 128 MiB of float32. Smaller pieces re-read and re-write the float32
-# gradient of the table once for each piece, which on accelerators is limited by the speed of their
-# memory. A CPU prefers half of it, because of its caches.
+# The most logits of a piece. 2^25 are 128 MiB of float32. Each piece reads and writes the float32
+# gradient of the whole table, so that small pieces are slow on an accelerator. On a CPU half of it
+# is faster, because of its caches.
 _MAX_LOGITS = 2**25
 _MAX_LOGITS_ON_CPU = 2**24
 
@@ -67,8 +67,8 @@ def _piece_loss(
     Args:
       x_BTD, targets_BT, weights_BT: the piece.
       table_VD: the table, or this device's rows of it.
-      vocab_size: number of rows of the whole table where the devices along the axis `tensor` have
-        some of its rows each, which may include rows of padding; None: `table_VD` is the table.
+      vocab_size: None if `table_VD` is the whole table. If each device along `tensor` has a part of
+        the rows: the number of rows of the whole table, without its padding.
 
     Returns:
       The loss, and for its gradient: exp(logits - largest) [B, T, V], its sum over the whole
@@ -172,7 +172,7 @@ def cross_entropy(
       table_VD: float32; its gradient is float32 and is not rounded to that dtype.
       targets_BT: int32, the tokens to predict.
       weights_BT: float32, 0 where nothing is predicted; has no gradient.
-      pieces: into which the sequence is divided, from `num_pieces`.
+      pieces: number of pieces that the sequence is divided into, from `num_pieces`.
     """
     return total_loss(x_BTD, table_VD, targets_BT, weights_BT, pieces)
 

@@ -18,8 +18,8 @@ from gptjax.batch import Batch
 from gptjax.config.schema import OptimizerConfig, TaskKind, TaskSpec
 from gptjax.model import gpt
 from gptjax.model.objective import Objective
-from gptjax.train import optimizer as optimizer_lib
 from gptjax.train import step as step_lib
+from gptjax.train.optimizer import Optimizer
 
 STEPS, TOTAL = 3, 10
 # Epsilon is far above the rounding errors of gradients. With a tiny epsilon Adam's first update
@@ -122,7 +122,7 @@ def test_three_steps_are_those_of_the_reference(expected):
     (test_gpt.py). The tolerance of 1e-4 covers both.
     """
     model, start, batch = problem()
-    optimizer = optimizer_lib.build(CONFIG, TOTAL)
+    optimizer = Optimizer(CONFIG, TOTAL).transformation
     step = small.fast_jit(
         lambda current: step_lib.train_step(
             current, batch, model=model, objective=Objective(TaskKind.CLASSIFICATION, LM_WEIGHT),

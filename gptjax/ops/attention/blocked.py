@@ -102,7 +102,7 @@ class _Tiling:
         return rows[:, : self.length]
 
     def sum_keys(self, x: Array) -> Array:
-        """Adds up what the tiles have for each key: the gradient of `split_keys`."""
+        """Adds up the values of each key in all tiles; it is the gradient of `split_keys`."""
         if not self.lookback:
             return x
         count = self.lookback // self.queries + 1
@@ -113,9 +113,9 @@ class _Tiling:
         return self.join_queries(total[:, count - 1 :].reshape(-1, *x.shape[3:]))
 
     def first_index(self, heads_BH: Array) -> Array:
-        """Returns uint32 [U, H]: where the first query and key of each tile and head are.
+        """Returns the index of the first score of each tile and head, uint32 [U, H].
 
-        It is the row-major index of that score in [B, H, T, T], all scores of the whole batch.
+        It is the row-major index in [B, H, T, T], the scores of the whole batch.
 
         Args:
           heads_BH: as in `blocked`.
@@ -164,9 +164,9 @@ class _Group:
         return jnp.where(visible_RHQS, scores_RHQS, _HIDDEN_SCORE).reshape(scores_NQS.shape)
 
     def drop(self, x_NQS: Array, lo: int) -> Array:
-        """Sets to 0 what dropout drops of the weights of the queries from `lo` on.
+        """Applies dropout to the weights of the queries from `lo` on, without scaling the others.
 
-        The others are not scaled. The mask is a part of `dropout.keep(key, [B, H, T, T])`.
+        The mask is a part of `dropout.keep(key, [B, H, T, T])`.
         """
         key = self.dropout_key
         if not key.rate:
@@ -210,8 +210,8 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     """Returns the gradients of q, k and v of a group.
 
-    Those of k and v are float32 where the windows of tiles overlap, because they are added up
-    later; otherwise they have the dtype of q.
+    If the windows of tiles overlap, those of k and v are float32, because they are added up later.
+    Otherwise they have the dtype of q.
     """
     heads, _, width = q_NTK.shape
     scale = 1 / (1 - group.dropout_key.rate)

@@ -4,7 +4,7 @@ from typing import Any
 
 import flax.struct
 
-# jax.Array; or for each of them its layout, or its gradient.
+# Usually jax.Array. The same class also has the layouts, or the gradients, of the arrays.
 Array = Any
 
 # Ids besides those of `Batch.segment_ids`, which are 0 for padding and above 0 for segments.
