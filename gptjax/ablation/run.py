@@ -131,7 +131,8 @@ def run(
     run_lib.check_workdir(experiment, workdir, _RESULTS)
     with StopRequest() as stop:
         check_stop = stop_lib.raising(stop)
-        pretrained = _pretrain(ablation, check_stop, run_lib.Options(given, reporter))
+        options = run_lib.Options(given=given, reporter=reporter)
+        pretrained = _pretrain(ablation, check_stop, options)
         # The fields of the model and tokenizer may not overrule those of a given checkpoint.
         checked = () if experiment.pretrain else given
         runner = _Runner(ablation, pretrained, checked, reporter, check_stop)
@@ -280,7 +281,7 @@ class _Runner:
             finetune=config,
         )
         folder = os.path.join(ablation.workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
-        options = run_lib.Options(self._given, Reporter(), trial=True)
+        options = run_lib.Options(given=self._given, reporter=Reporter(), trial=True)
         began = time.monotonic()
         try:
             summary = run_lib.train(

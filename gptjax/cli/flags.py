@@ -72,6 +72,8 @@ MODES: dict[str, Mode] = {
             "initialization_timeout=SECONDS": "How long to wait for all processes to start.",
             "heartbeat_timeout=SECONDS": "A process that is silent for so long counts as lost, and "
             "the others end.",
+            "profile=STEPS": "Traces this many steps of each stage with JAX's profiler, into "
+            "WORKDIR/profile. The first steps, which compile, are left out. 0 means no trace.",
         },
         (*_TRAINING, "probes"),
     ),

@@ -45,7 +45,7 @@ def train(command: Command) -> None:
     """Trains the experiment; prints its results, and commands to try next."""
     from gptjax.train import run
 
-    summary = run.run(command.experiment, command.workdir, command.overrides)
+    summary = run.run(command.experiment, command.workdir, command.overrides, flags.PROFILE.value)
     if is_main():
         plots.draw_plots(command.workdir)
         print(_results(command.workdir, summary))
@@ -57,8 +57,8 @@ def _results(workdir: str, summary: Mapping[str, Any]) -> str:
         commands.append(
             f"{program()} predict --checkpoint={workdir} --input=ROWS.csv --output=predictions.csv"
         )
-    floors = (summary.get("finetune") or {}).get("floor", {})
-    return tables.results_table(summary, floors, workdir, commands)
+    baselines = (summary.get("finetune") or {}).get("floor", {})
+    return tables.results_table(summary, baselines, workdir, commands)
 
 
 def ablate(command: Command) -> None:

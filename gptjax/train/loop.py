@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,7 @@ from gptjax.train import ledger
 from gptjax.train import step as step_lib
 from gptjax.train.context import RunContext
 from gptjax.train.optimizer import Optimizer
+from gptjax.train.profile import StepProfiler
 from gptjax.train.progress import Progress
 from gptjax.train.stages import Scores, Stage
 from gptjax.train.step import StepOutput
@@ -87,6 +89,9 @@ class Trainer:
             context.setup.mesh, stage.model, stage.objective, stage.optimizer
         )
         self._progress = Progress(stage.name, stage.total_steps, start, context.reporter)
+        folder = os.path.join(context.workdir, "profile", stage.name)
+        count = context.profile if context.is_main else 0
+        self._profiler = StepProfiler(folder, count, start, stage.total_steps)
 
     def train(self) -> dict[str, float]:
         """Trains to the end of the stage.
@@ -99,13 +104,18 @@ class Trainer:
           Preempted: the run was asked to stop; the state is saved.
           TrainingDiverged: several updates in a row were not finite.
         """
-        progress, name = self._progress, self._stage.name
+        progress, profiler, name = self._progress, self._profiler, self._stage.name
         with progress:
             try:
                 self._run_steps()
             except StopRequested:
                 self._save_and_stop()
+            finally:
+                profiler.end()
         self._checkpoints.wait()
+        if profiler.steps:
+            steps = f"{len(profiler.steps)} steps from {profiler.steps[0]:,} on"
+            self._context.reporter.say(f"{name}: trace of {steps} -> {profiler.folder}")
         if not progress.tokens_per_second:
             return {}
         if progress.input_wait > _LONG_WAIT:
@@ -123,13 +133,26 @@ class Trainer:
         batches = stage.batches.iterate(self._done, stage.total_steps)
         for batch in self._progress.waiting(batches):
             self._context.setup.check_stop()
-            self._step(batch)
+            self._profiled_step(batch)
             if self._done % stage.save_every == 0 or self._validation_is_due():
                 self._read_pending()
                 with self._progress.paused():
                     self._validate_if_due()
                     self._save()
         self._read_pending()
+
+    def _profiled_step(self, batch: Batch) -> None:
+        """Takes the next step, and begins or ends the profiler trace where it is due."""
+        profiler, step = self._profiler, self._done + 1
+        if step in profiler.steps[:1]:
+            with self._progress.paused():
+                profiler.begin()
+        with profiler.annotate(step):
+            self._step(batch)
+        if step in profiler.steps[-1:]:
+            self._read_pending()
+            with self._progress.paused():
+                profiler.end()
 
     def _step(self, batch: Batch) -> None:
         """Starts the next step, then reads the output of the one before.

@@ -2,8 +2,8 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import jax
 from jax.sharding import Mesh
@@ -31,7 +31,7 @@ from gptjax.errors import Preempted, StopRequested, require
 from gptjax.evaluate import probes
 from gptjax.evaluate.score import never_stop
 from gptjax.io import files
-from gptjax.io.remote import exists, is_folder, require_workdir
+from gptjax.io.remote import exists, is_folder, is_remote, require_workdir
 from gptjax.mesh import Params
 from gptjax.model import flops
 from gptjax.parameters import TASK_HEAD
@@ -44,13 +44,23 @@ from gptjax.train.progress import Reporter, TerminalReporter
 from gptjax.train.stages import Scores, Stage
 from gptjax.train.step import initial_state
 
+if TYPE_CHECKING:
+    from datasets import Dataset
 
-@dataclasses.dataclass(frozen=True)
+Tables: TypeAlias = Mapping[str, Mapping[str, "Dataset"]]
+"""Stage -> split -> rows in memory."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Options of a run besides its experiment."""
 
     given: Collection[str] = ()
     """Fields ("model.width") that the user set by flag. They may not be overruled silently."""
+    tables: Tables = dataclasses.field(default_factory=dict)
+    """Rows to train on, instead of files or a data set in the experiment."""
+    profile: int = 0
+    """Number of steps of each stage to write a profiler trace of; 0 means none."""
     reporter: Reporter = dataclasses.field(default_factory=TerminalReporter)
     """Receives messages and progress."""
     trial: bool = False
@@ -61,6 +71,8 @@ def run(
     experiment: Experiment,
     workdir: str,
     given: Collection[str] = (),
+    profile: int = 0,
+    tables: Tables | None = None,
     reporter: Reporter | None = None,
 ) -> dict[str, Any]:
     """Trains the experiment's stages in order. A run that was stopped continues where it was.
@@ -69,6 +81,10 @@ def run(
       experiment: the configuration.
       workdir: folder of the run.
       given: fields ("model.width") that the user set by flag. They may not be overruled silently.
+      profile: the number of steps of each stage to write a profiler trace of, below
+        WORKDIR/profile. The first steps of a stage, which compile, are left out. 0 means no trace.
+      tables: stage -> split -> rows to train on, instead of files or a data set in the experiment.
+        The splits are "train" and, if there are such, "validation" and "test".
       reporter: receives messages and progress; None means stdout and stderr.
 
     Returns:
@@ -79,7 +95,14 @@ def run(
       Preempted: the run was asked to stop; the state is saved.
       TrainingDiverged: several updates in a row were not finite.
     """
-    experiment = validation.validate(experiment)
+    tables = tables or {}
+    experiment = _validated(experiment, tables)
+    require(profile >= 0, f"`profile`={profile}: must not be negative")
+    require(
+        not (profile and is_remote(workdir)),
+        f"`profile`={profile}: a trace is written to a folder, and `workdir`={workdir} is in a "
+        "bucket",
+    )
     require(
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
@@ -89,8 +112,32 @@ def run(
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
         check_stop = stop_lib.raising(synchronised_stop(stop))
-        options = Options(given, reporter or TerminalReporter())
+        options = Options(
+            given=given, tables=tables, profile=profile, reporter=reporter or TerminalReporter()
+        )
         return train(experiment, workdir, mesh, check_stop, options)
+
+
+def _validated(experiment: Experiment, tables: Tables) -> Experiment:
+    """Returns a checked and frozen copy of an experiment; stages in `tables` need no other data."""
+    for stage in tables:
+        known = stage in (schema.Stage.PRETRAIN, schema.Stage.FINETUNE)
+        require(
+            known and getattr(experiment, stage),
+            f"`tables`: the experiment has no stage {stage!r}",
+        )
+    sources = {stage: getattr(experiment, stage).dataset for stage in tables}
+    with_data = _with_datasets(experiment, dict.fromkeys(tables, "rows in memory"))
+    return schema.frozen(_with_datasets(validation.validate(with_data), sources))
+
+
+def _with_datasets(experiment: Experiment, names: Mapping[str, str]) -> Experiment:
+    """Returns the experiment with the names of the data sets of some stages replaced."""
+    stages = {
+        stage: dataclasses.replace(getattr(experiment, stage), dataset=name)
+        for stage, name in names.items()
+    }
+    return dataclasses.replace(experiment, **stages)
 
 
 def train(
@@ -114,7 +161,7 @@ def train(
     """
     is_main = jax.process_index() == 0
     check_workdir(experiment, workdir, "checkpoints")
-    setup, stages = prepare(experiment, workdir, mesh, options.given, check_stop)
+    setup, stages = prepare(experiment, workdir, mesh, options, check_stop)
     # Nothing is written before all processes have found all input good, and the same.
     facts = {
         stage.name: {"data": stage.fingerprint, "steps": stage.total_steps} for stage in stages
@@ -124,7 +171,7 @@ def train(
     with MetricsLog(workdir, enabled=is_main) as log:
         reporter = options.reporter if is_main else Reporter()
         context = RunContext(
-            experiment, workdir, setup, log, reporter, is_main, trial=options.trial
+            experiment, workdir, setup, log, reporter, is_main, options.trial, options.profile
         )
         _write_configuration(context)
         return _train_stages(context, stages)
@@ -134,15 +181,15 @@ def prepare(
     experiment: Experiment,
     workdir: str,
     mesh: Mesh,
-    given: Collection[str] = (),
+    options: Options = Options(),
     check_stop: Callable[[], None] = never_stop,
 ) -> tuple[Setup, list[Stage]]:
     """Loads the data of a validated experiment and builds its stages.
 
     Nothing is written to `workdir`. Arguments and errors are those of `train`.
     """
-    data = _load_data(experiment)
-    tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, given)
+    data = _load_data(experiment, options.tables)
+    tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, options.given)
     setup = Setup(model, tokenizer, mesh, experiment.seed, check_stop)
     return setup, _build_stages(experiment, setup, data)
 
@@ -171,13 +218,15 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     )
 
 
-def _load_data(experiment: Experiment) -> dict[str, Any]:
-    """Returns stage -> the tables of its splits."""
+def _load_data(experiment: Experiment, tables: Tables) -> dict[str, Any]:
+    """Returns stage -> split -> texts or labelled rows."""
     data: dict[str, Any] = {}
     if experiment.pretrain:
-        data["pretrain"] = splits.text_splits(experiment.pretrain)
+        rows = tables.get(schema.Stage.PRETRAIN)
+        data["pretrain"] = splits.text_splits(experiment.pretrain, rows)
     if experiment.finetune:
-        data["finetune"] = splits.labelled_splits(experiment.finetune, experiment.seed)
+        rows = tables.get(schema.Stage.FINETUNE)
+        data["finetune"] = splits.labelled_splits(experiment.finetune, experiment.seed, rows)
     return data
 
 
