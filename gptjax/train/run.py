@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,9 @@ from gptjax.train.progress import Reporter, TerminalReporter
 from gptjax.train.stages import Scores, Stage
 from gptjax.train.step import initial_state
 
+Tables = Mapping[str, Mapping[str, Any]]
+"""Stage -> split -> `datasets.Dataset`, as the functions of `gptjax.data.splits` take them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -55,6 +58,8 @@ class Options:
     """Receives messages and progress."""
     trial: bool = False
     """Whether the best parameters are kept in memory, and no checkpoints are written."""
+    tables: Tables = dataclasses.field(default_factory=dict)
+    """Data in memory, instead of the data that the experiment names."""
 
 
 def run(
@@ -62,6 +67,7 @@ def run(
     workdir: str,
     given: Collection[str] = (),
     reporter: Reporter | None = None,
+    tables: Tables | None = None,
 ) -> dict[str, Any]:
     """Trains the experiment's stages in order. A run that was stopped continues where it was.
 
@@ -70,6 +76,7 @@ def run(
       workdir: folder of the run.
       given: fields ("model.width") that the user set by flag. They may not be overruled silently.
       reporter: receives messages and progress; None means stdout and stderr.
+      tables: data in memory, instead of the data that the experiment names.
 
     Returns:
       The summary, which is also written to WORKDIR/summary.json.
@@ -79,7 +86,8 @@ def run(
       Preempted: the run was asked to stop; the state is saved.
       TrainingDiverged: several updates in a row were not finite.
     """
-    experiment = validation.validate(experiment)
+    tables = tables or {}
+    experiment = validation.validate(experiment, tables)
     require(
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
@@ -89,8 +97,12 @@ def run(
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
         check_stop = stop_lib.raising(synchronised_stop(stop))
-        options = Options(given, reporter or TerminalReporter())
-        return train(experiment, workdir, mesh, check_stop, options)
+        options = Options(given, reporter or TerminalReporter(), tables=tables)
+        try:
+            return train(experiment, workdir, mesh, check_stop, options)
+        except Preempted as error:
+            error.interrupted = stop.interrupted
+            raise
 
 
 def train(
@@ -114,7 +126,7 @@ def train(
     """
     is_main = jax.process_index() == 0
     check_workdir(experiment, workdir, "checkpoints")
-    setup, stages = prepare(experiment, workdir, mesh, options.given, check_stop)
+    setup, stages = prepare(experiment, workdir, mesh, options, check_stop)
     # Nothing is written before all processes have found all input good, and the same.
     facts = {
         stage.name: {"data": stage.fingerprint, "steps": stage.total_steps} for stage in stages
@@ -134,15 +146,16 @@ def prepare(
     experiment: Experiment,
     workdir: str,
     mesh: Mesh,
-    given: Collection[str] = (),
+    options: Options | None = None,
     check_stop: Callable[[], None] = never_stop,
 ) -> tuple[Setup, list[Stage]]:
     """Loads the data of a validated experiment and builds its stages.
 
     Nothing is written to `workdir`. Arguments and errors are those of `train`.
     """
-    data = _load_data(experiment)
-    tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, given)
+    options = options or Options()
+    data = _load_data(experiment, options.tables)
+    tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, options.given)
     setup = Setup(model, tokenizer, mesh, experiment.seed, check_stop)
     return setup, _build_stages(experiment, setup, data)
 
@@ -171,13 +184,17 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     )
 
 
-def _load_data(experiment: Experiment) -> dict[str, Any]:
+def _load_data(experiment: Experiment, tables: Tables) -> dict[str, Any]:
     """Returns stage -> the tables of its splits."""
     data: dict[str, Any] = {}
     if experiment.pretrain:
-        data["pretrain"] = splits.text_splits(experiment.pretrain)
+        data["pretrain"] = splits.text_splits(
+            experiment.pretrain, tables.get(schema.Stage.PRETRAIN)
+        )
     if experiment.finetune:
-        data["finetune"] = splits.labelled_splits(experiment.finetune, experiment.seed)
+        data["finetune"] = splits.labelled_splits(
+            experiment.finetune, experiment.seed, tables.get(schema.Stage.FINETUNE)
+        )
     return data
 
 
