@@ -1,21 +1,40 @@
 """GPT-1 in JAX and Flax: pretrain, fine-tune with the joint loss, evaluate, predict, generate.
 
->>> gpt = gptjax.load("runs/quickstart")     # doctest: +SKIP
->>> gpt.generate("The ", max_new_tokens=50)  # doctest: +SKIP
+>>> gpt = gptjax.finetune("train.csv", text="review", label="stars")  # doctest: +SKIP
+>>> gpt.predict({"text": ["A good film."]}).labels                    # doctest: +SKIP
+['5']
+
+A file, a mapping of columns, a pandas DataFrame, a pyarrow Table or a `datasets.Dataset` goes in; a
+`GPT` comes out. `gptjax.pretrain` trains on plain text, and `gptjax.load` reads a model from disk.
+The command `python launch.py` does the same and more; `launch.py --help` lists its modes.
 """
 
-import os
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gptjax.infer.predictor import LoadedGPT
+    from gptjax.api import finetune, pretrain
+    from gptjax.infer.predictor import GPT, load
 
-__all__ = ["__version__", "load"]
+__all__ = ["GPT", "__version__", "finetune", "load", "pretrain"]
 __version__ = "0.1.0"
 
+# The modules of the public names. They are imported at the first use of a name, because they import
+# JAX, which takes seconds.
+_MODULES = {
+    "GPT": "gptjax.infer.predictor",
+    "load": "gptjax.infer.predictor",
+    "finetune": "gptjax.api",
+    "pretrain": "gptjax.api",
+}
 
-def load(path: str | os.PathLike[str], **kwargs: Any) -> "LoadedGPT":
-    """Loads a checkpoint (see `gptjax.infer.predictor.load`); JAX is imported only now."""
-    from gptjax.infer import predictor
 
-    return predictor.load(path, **kwargs)
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

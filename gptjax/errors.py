@@ -35,6 +35,9 @@ class StopRequested(Exception):
 class Preempted(Exception):
     """The run received a request to stop and has saved its state. The exit code is 75."""
 
+    interrupted: bool = False
+    """Whether Ctrl-C asked to stop, and not a scheduler or a closed terminal."""
+
 
 def require(condition: object, message: str) -> None:
     """Raises `UserError` with `message` unless `condition` is true."""

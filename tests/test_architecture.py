@@ -33,7 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "ablation": {"train", "infer"},
     "cost": {"train", "infer"},
     "report": {"train", "infer"},
-    "cli": {"ablation", "cost", "report"},
+    "api": {"train", "infer"},
+    "cli": {"api", "ablation", "cost", "report"},
     "__main__": {"cli"},
 }
 

@@ -11,9 +11,9 @@ import jax
 import pytest
 import runs
 
-from gptjax.cli import experiments, flags
+from gptjax.cli import flags
 from gptjax.cli.flags import Command
-from gptjax.config import schema, validation
+from gptjax.config import experiments, schema, validation
 from gptjax.errors import UserError
 from gptjax.model import gpt
 

@@ -17,6 +17,7 @@ class SaveMonitor:
     def __init__(self) -> None:
         self._error: BaseException | None = None
         self._failed = threading.Event()
+        self._training_thread = threading.current_thread()
 
     @property
     def failed(self) -> bool:
@@ -29,7 +30,7 @@ class SaveMonitor:
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
         error = sys.exc_info()[1]  # orbax calls the barrier in a `finally` block
-        if error is not None and threading.current_thread() is not threading.main_thread():
+        if error is not None and threading.current_thread() is not self._training_thread:
             self._error = error
             self._failed.set()
             raise error

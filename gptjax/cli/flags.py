@@ -14,8 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from gptjax.cli import experiments
-from gptjax.config import schema
+from gptjax.config import experiments, schema
 from gptjax.config.paper_tasks import SUBMISSIONS
 from gptjax.config.schema import BenchKind, Experiment, Stage, WeightFormat
 from gptjax.errors import UserError, nearest, require

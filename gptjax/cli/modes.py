@@ -29,7 +29,7 @@ from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
-from gptjax.infer.predictor import LoadedGPT, Predictions
+from gptjax.infer.predictor import GPT, Predictions
 from gptjax.io import console
 from gptjax.io import files as files_lib
 from gptjax.report import plots, tables
@@ -85,22 +85,22 @@ def evaluate(command: Command) -> None:
     print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, **scores})))
 
 
-def _load() -> LoadedGPT:
+def _load() -> GPT:
     return predictor.load(flags.CHECKPOINT.value, argument="checkpoint")
 
 
-def _probes_of_training(gpt: LoadedGPT) -> dict[str, ProbeConfig]:
+def _probes_of_training(gpt: GPT) -> dict[str, ProbeConfig]:
     own = gpt.meta.experiment_config().probes
     require(own, f"--probes: {gpt.path} was trained without any; give --config=probes")
     return own
 
 
-def _finetune_config(gpt: LoadedGPT) -> FinetuneConfig:
+def _finetune_config(gpt: GPT) -> FinetuneConfig:
     """Returns the fine-tuning of the run that trained the model; the defaults if it had none."""
     return gpt.meta.experiment_config().finetune or FinetuneConfig()
 
 
-def _score_task(gpt: LoadedGPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
+def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
     """Returns the name of the labelled rows, and the losses and metrics on them."""
     finetune = _finetune_config(gpt)
     if flags.INPUT.value:
@@ -113,7 +113,7 @@ def _score_task(gpt: LoadedGPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
     return table.source, gpt.score(table, table.source, finetune.metrics)
 
 
-def _score_text(gpt: LoadedGPT) -> tuple[str, dict[str, float]]:
+def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
     """Returns the name of a text, and the loss and perplexity of a language model on it."""
     pretrain = gpt.meta.experiment_config().pretrain or PretrainConfig()
     if flags.INPUT.value:
@@ -126,7 +126,7 @@ def _score_text(gpt: LoadedGPT) -> tuple[str, dict[str, float]]:
     return source, gpt.score_text(texts, pretrain.window)
 
 
-def _require_data(gpt: LoadedGPT, source: str) -> None:
+def _require_data(gpt: GPT, source: str) -> None:
     require(source, f"--checkpoint: {gpt.path} was imported, without data; give --input")
 
 
@@ -144,9 +144,7 @@ def _split(tables: Mapping[str, Any]) -> Any:
     return tables[name]
 
 
-def _read_rows(
-    gpt: LoadedGPT, task: TaskSpec, path: str, columns: tuple[str, ...]
-) -> LabelledTable:
+def _read_rows(gpt: GPT, task: TaskSpec, path: str, columns: tuple[str, ...]) -> LabelledTable:
     """Reads a file that has at least these columns; one without a header has those of training."""
     names = _finetune_config(gpt).columns
     if task.label not in columns and task.label in schema.split_names(names):
@@ -166,11 +164,10 @@ def predict(_: Command) -> None:
     output_path, glue = flags.OUTPUT.value, flags.GLUE.value
     delimiter = _check_predict_flags()
     gpt = _load()
-    require(gpt.task, f"--checkpoint: {gpt.path} was not fine-tuned for a task")
-    assert gpt.task is not None
-    table = _unlabelled_rows(gpt, gpt.task)
+    task = gpt.require_task()
+    table = _unlabelled_rows(gpt, task)
     found = gpt.predict(table)
-    records = _submission(glue, gpt.task, table, found.labels) if glue else _records(found)
+    records = _submission(glue, task, table, found.labels) if glue else _records(found)
     files_lib.write_atomically(output_path, _table(records, delimiter).encode())
     notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
     notes += [f"{found.empty:,} with an empty text"] if found.empty else []
@@ -204,7 +201,7 @@ def _check_predict_flags() -> str:
     return _DELIMITERS[ending]
 
 
-def _unlabelled_rows(gpt: LoadedGPT, task: TaskSpec) -> LabelledTable:
+def _unlabelled_rows(gpt: GPT, task: TaskSpec) -> LabelledTable:
     """Returns the rows of `--input`, or of a split of the hub's data set."""
     if flags.INPUT.value:
         return _read_rows(gpt, task, flags.INPUT.value, task.text_columns)
@@ -277,12 +274,13 @@ def generate(_: Command) -> None:
     """Prints texts that begin with the prompt."""
     require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
     gpt = _load()
-    prompt, samples = flags.PROMPT.value, flags.NUM_SAMPLES.value
-    unknown = gpt.tokenizer.encode(prompt).count(gpt.tokenizer.unknown_id)
+    samples = flags.NUM_SAMPLES.value
+    ids = gpt.tokenizer.encode(flags.PROMPT.value)
+    unknown = ids.count(gpt.tokenizer.unknown_id)
     if unknown:
         console.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
     texts = gpt.generate(
-        prompt,
+        ids,
         flags.MAX_NEW_TOKENS.value,
         temperature=flags.TEMPERATURE.value,
         top_k=flags.TOP_K.value,

@@ -9,9 +9,9 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gptjax.cli import console, experiments
+from gptjax.cli import console
 from gptjax.cli.flags import COMMON, FLAGS, MODES
-from gptjax.config import schema
+from gptjax.config import experiments, schema
 from gptjax.config.schema import Experiment
 
 _WIDTHS = (60, 100)

@@ -6,6 +6,7 @@ are here.
 
 import dataclasses
 import re
+from collections.abc import Collection
 from typing import Any
 
 from gptjax.config import constraints
@@ -19,6 +20,7 @@ from gptjax.config.schema import (
     PretrainConfig,
     ProbeConfig,
     ProbeKind,
+    Stage,
     TaskKind,
     TokenizerConfig,
     TokenizerKind,
@@ -71,13 +73,13 @@ def validate_tokenizer(tokenizer: TokenizerConfig) -> None:
     )
 
 
-def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig) -> None:
+def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig, in_memory: bool) -> None:
     require(
         pretrain.steps > 0 or pretrain.epochs > 0,
         "`pretrain.steps`: give the number of steps (or `pretrain.epochs`)",
     )
     require(
-        bool(pretrain.dataset) != bool(pretrain.train_files),
+        in_memory or bool(pretrain.dataset) != bool(pretrain.train_files),
         "`pretrain.train_files`: give text files, or `pretrain.dataset`, not both",
     )
     require(
@@ -109,7 +111,7 @@ def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
     )
 
 
-def _validate_finetune(finetune: FinetuneConfig) -> None:
+def _validate_finetune(finetune: FinetuneConfig, in_memory: bool = False) -> None:
     require(
         finetune.dataset != "builtin",
         "`finetune.dataset`=builtin: write builtin:classification, builtin:entailment, "
@@ -120,7 +122,7 @@ def _validate_finetune(finetune: FinetuneConfig) -> None:
         f"`finetune.epochs`={finetune.epochs}: must be greater than 0",
     )
     require(
-        bool(finetune.dataset) != bool(finetune.train_file),
+        in_memory or bool(finetune.dataset) != bool(finetune.train_file),
         "`finetune.train_file`: give a labelled file, or `finetune.dataset`, and not both",
     )
     require(
@@ -197,8 +199,12 @@ def _validate_mesh(mesh: MeshConfig) -> None:
     )
 
 
-def validate(experiment: Experiment) -> Experiment:
+def validate(experiment: Experiment, in_memory: Collection[str] = ()) -> Experiment:
     """Checks every field, and returns a frozen copy of the experiment.
+
+    Args:
+      experiment: the configuration.
+      in_memory: the stages whose data are tables in memory. Their fields need not name any data.
 
     Raises:
       UserError: the first wrong field, with what to write instead.
@@ -211,9 +217,9 @@ def validate(experiment: Experiment) -> Experiment:
         "`config`: the experiment has no stage; give it a pretrain or a finetune part",
     )
     if experiment.pretrain:
-        _validate_pretrain(experiment.pretrain, experiment.model)
+        _validate_pretrain(experiment.pretrain, experiment.model, Stage.PRETRAIN in in_memory)
     if experiment.finetune:
-        _validate_finetune(experiment.finetune)
+        _validate_finetune(experiment.finetune, Stage.FINETUNE in in_memory)
         validate_head(experiment.finetune, experiment.model)
         pretrained = bool(experiment.pretrain or experiment.init_from)
         require(

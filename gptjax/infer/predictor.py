@@ -1,5 +1,6 @@
-"""A trained model in Python: for notebooks, services, and the modes of `launch.py`."""
+"""A trained model in Python: `GPT`, for notebooks, services and the modes of the command line."""
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,6 +17,7 @@ from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.load import open_checkpoint
 from gptjax.config.schema import (
     AttentionKind,
+    Experiment,
     LmMean,
     MeshConfig,
     ModelConfig,
@@ -25,53 +27,62 @@ from gptjax.config.schema import (
 )
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
+from gptjax.data.tables import memory
 from gptjax.data.tables.labelled import LabelledTable
+from gptjax.data.tables.memory import Table
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
-from gptjax.errors import require
+from gptjax.errors import UserError, require
 from gptjax.evaluate import metrics, probes
 from gptjax.evaluate import score as score_lib
 from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate as generate_lib
 from gptjax.infer.decoder import Decoder
 from gptjax.infer.generate import Sampling
+from gptjax.io import files, remote
 from gptjax.mesh import Params
-from gptjax.model import gpt
-from gptjax.model.gpt import GPT
+from gptjax.model import gpt as gpt_lib
 from gptjax.model.objective import Objective
 
-# Examples of a batch: enough to fill the device, few enough to need little memory.
+# Examples of a batch: enough to keep a device busy, and few enough for a small memory.
 _BATCH = 64
-Rows = Mapping[str, Sequence[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Predictions:
-    """What the model says about rows, in their order."""
+    """The predictions of a model for some rows, in the order of the rows."""
 
     labels: list[Any]
-    """Class names, answer names, or numbers (regression)."""
+    """The most likely class or answer by its name; the number in a regression."""
     probabilities: np.ndarray | None
-    """float32 [n, number of labels]; None in a regression."""
+    """float32 [number of rows, number of labels]; None in a regression and without rows."""
     label_names: tuple[str, ...]
+    """The label of each column of `probabilities`; () in a regression."""
     cut: int
-    """Rows whose text was cut to fit the context."""
+    """Number of rows whose text was shortened to fit into the context."""
     empty: int
-    """Rows with an empty text."""
+    """Number of rows with an empty text."""
 
 
-@dataclasses.dataclass(frozen=True)
-class LoadedGPT:
-    """A checkpoint in memory.
+@dataclasses.dataclass(frozen=True, eq=False)
+class GPT:
+    """A trained model in memory; `gptjax.load`, `finetune` and `pretrain` return one.
+
+    Every model computes logits and generates text. Only one that was fine-tuned for a task (`task`
+    is not None) predicts and scores labelled rows.
 
     Attributes:
-      config: sizes and numerics.
-      params: nested dict of arrays.
-      tokenizer: text <-> ids.
-      task: the task it was fine-tuned for, or None.
-      path: the checkpoint that was loaded.
+      config: sizes and numerics of the model.
+      params: the parameters, nested dictionaries of arrays.
+      tokenizer: converts text to token ids and back.
+      task: the task of the fine-tuning, with the names of its labels; None for a language model.
+      meta: everything that the checkpoint holds besides the arrays.
+      mesh: the devices that hold the parameters.
+      path: the folder of the checkpoint, WORKDIR/checkpoints/STAGE/STEP.
+      summary: the scores of the run, as in WORKDIR/summary.json; empty if there is no such file.
+      folder: keeps a temporary workdir alive as long as this object; None if the user chose one.
     """
 
     config: ModelConfig
@@ -81,60 +92,76 @@ class LoadedGPT:
     meta: meta_lib.Meta = dataclasses.field(repr=False)
     mesh: Mesh = dataclasses.field(repr=False)
     path: str
+    summary: dict[str, Any] = dataclasses.field(repr=False, default_factory=dict)
+    folder: object = dataclasses.field(repr=False, default=None)
 
-    @property
-    def model(self) -> GPT:
-        """The Flax module of the parameters, for any number of rows."""
-        # The kernels share the rows between the devices, which needs enough of them.
-        return self._make(AttentionKind.PLAIN if self.mesh.size > 1 else AttentionKind.AUTO)
+    @functools.cached_property
+    def model(self) -> gpt_lib.GPT:
+        """The Flax module of the parameters, for batches of any number of rows."""
+        # The attention kernels share the rows of a batch among the devices. The number of rows must
+        # then be a multiple of the number of devices, which a user's batch need not be.
+        several = self.mesh.size > 1
+        return self._module(AttentionKind.PLAIN if several else AttentionKind.AUTO)
 
-    def _batched(self, longest: int | None = None) -> GPT:
-        """The same for batches whose rows the devices share."""
-        return self._make(AttentionKind.AUTO, self.mesh, longest)
+    @functools.cached_property
+    def experiment(self) -> Experiment:
+        """The configuration of the run; defaults only for an imported model."""
+        return self.meta.experiment_config()
 
     @functools.cached_property
     def _decoder(self) -> Decoder:
-        """A second copy of the weights, from the first generation on: later ones begin at once."""
+        """The decoder with its own copy of the weights, made at the first generation."""
         return decoder_lib.prepare(self.model, self.params)
 
-    def _make(
+    def _module(
         self, attention: AttentionKind, mesh: Mesh | None = None, longest: int | None = None
-    ) -> GPT:
-        # The attention of the training was for its devices, not for these.
+    ) -> gpt_lib.GPT:
+        # The kernel of the training is replaced: it was chosen for other devices.
         config = dataclasses.replace(self.config, attention=attention)
-        return gpt.make_model(config, self.task, mesh, longest)
+        return gpt_lib.make_model(config, self.task, mesh, longest)
+
+    def require_task(self) -> TaskSpec:
+        """Returns the task; a language model raises `UserError`."""
+        if self.task is None:
+            raise UserError(
+                f"{self.path}: was not fine-tuned for a task; use a finetune checkpoint"
+            )
+        return self.task
 
     def lm_logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
-        """Returns float32 [B, T, V]: logits of the token after each token.
+        """Returns the logits of the token that follows each token, float32 [B, T, V].
 
         Args:
-          tokens: int32 [B, T], T at most the context length (per segment where packed).
-          segment_ids: int32 [B, T]: padding 0, packed sequences any other number, another than
-            that of the one before; None: one a row.
+          tokens: int32 [B, T], token ids. No sequence may be longer than the context.
+          segment_ids: int32 [B, T], tells packed sequences apart: 0 marks padding, and adjacent
+            sequences have different nonzero ids. None: each row is one sequence.
+
+        Raises:
+          UserError: wrong shapes, token ids outside of the vocabulary, or too long a sequence.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
-        require(tokens.ndim == 2, f"lm_logits: tokens must be [B, T], not {tokens.shape}")
+        require(tokens.ndim == 2, f"`tokens`: must be [B, T], not {tokens.shape}")
         segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
         require(
             segments.shape == tokens.shape,
-            f"lm_logits: segment_ids {segments.shape} must have the shape of tokens {tokens.shape}",
+            f"`segment_ids`: {segments.shape} must have the shape of tokens {tokens.shape}",
         )
         require(
             int(tokens.min(initial=0)) >= 0 and int(tokens.max(initial=0)) < self.config.vocab_size,
-            f"lm_logits: token ids must be 0 to {self.config.vocab_size - 1}",
+            f"`tokens`: ids must be 0 to {self.config.vocab_size - 1}",
         )
-        positions, segments = _packing(segments)
+        positions, segments = _positions(segments)
         longest = int(positions.max(initial=0)) + 1
         require(
             longest <= self.config.context_length,
-            f"lm_logits: a sequence of {longest} tokens exceeds the context of "
+            f"`tokens`: a sequence of {longest} tokens exceeds the context of "
             f"{self.config.context_length}",
         )
         return _lm_logits(self.model, self.params, tokens, segments, positions)
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[int],
         max_new_tokens: int = 100,
         temperature: float = 1.0,
         top_k: int = 0,
@@ -142,20 +169,24 @@ class LoadedGPT:
         num_samples: int = 1,
         seed: int = 0,
     ) -> list[str]:
-        """Returns `num_samples` texts: the prompt and up to `max_new_tokens` more tokens.
+        """Returns texts that begin with the prompt.
 
         Args:
-          prompt: may be empty.
-          max_new_tokens: may exceed the context; the window then moves by half a context.
-          temperature, top_k, top_p: see `Sampling`.
-          num_samples: texts to draw.
+          prompt: a text, or its token ids; may be empty.
+          max_new_tokens: number of tokens after the prompt. It may exceed the context: the model
+            then reads the last half context of the text.
+          temperature, top_k, top_p: the rule by which tokens are drawn, see `Sampling`.
+          num_samples: number of texts.
           seed: equal seeds give equal texts.
+
+        Returns:
+          `num_samples` texts.
         """
         require(max_new_tokens >= 0, f"`max_new_tokens`={max_new_tokens}: must not be negative")
         require(num_samples > 0, f"`num_samples`={num_samples}: must be greater than 0")
         sampling = Sampling(temperature, top_k, top_p)
-        prompt_ids = self.tokenizer.encode(prompt)
-        # Something must be read before anything can be said: a line break begins a new text.
+        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        # The model needs a token to read. A line break precedes a new text in the training data.
         ids = prompt_ids or self.tokenizer.encode("\n") or [self.tokenizer.start_id]
         banned = np.zeros(self.config.vocab_size, bool)
         banned[len(self.tokenizer) :] = True
@@ -166,94 +197,112 @@ class LoadedGPT:
         )  # fmt: skip
         return [self.tokenizer.decode([*prompt_ids, *row]) for row in new]
 
-    def encode(
-        self, rows: Rows | LabelledTable, where: str = "rows", labelled: bool = False
-    ) -> Examples:
-        """Tokenises rows (column name -> values) for the task; errors name `where`."""
-        require(self.task, f"{self.path}: was not fine-tuned for a task; use a finetune checkpoint")
-        assert self.task is not None
-        wanted = [*self.task.text_columns, *([self.task.label] if labelled else [])]
-        table = rows if isinstance(rows, LabelledTable) else LabelledTable(rows, where)
-        table.require_columns(wanted)
-        return tasks.encode(self.task, table, self.tokenizer, self.config.context_length, labelled)
-
-    def predict(self, rows: Rows | Sequence[Mapping[str, Any]] | LabelledTable) -> Predictions:
-        """Returns labels and probabilities (or numbers) of every row, in order.
+    def predict(self, rows: Table) -> Predictions:
+        """Returns the label and the probabilities (or the number) of every row, in order.
 
         Args:
-          rows: the task's text columns, as column name -> values or as one mapping a row; or the
-            table of a file.
+          rows: a table with the text columns of the task: a mapping of column names to lists, a
+            list of mappings, a pandas DataFrame, a pyarrow Table or a `datasets.Dataset`. Other
+            columns are not read.
+
+        Raises:
+          UserError: the model is a language model, or a column is missing.
         """
-        if not isinstance(rows, Mapping | LabelledTable):
-            none = self.task.text_columns if self.task else ()
-            names = dict.fromkeys([name for row in rows for name in row] or none)
-            rows = {name: [row.get(name) for row in rows] for name in names}
+        task = self.require_task()
         examples = self.encode(rows)
-        assert self.task is not None
         if not len(examples):
-            return Predictions([], None, self.task.labels, 0, 0)
-        outputs = self._run(examples, Objective(self.task.kind, lm_weight=0.0))
-        found = score_lib.predictions(self.task, outputs.logits)
-        if self.task.kind is TaskKind.REGRESSION:
+            return Predictions([], None, task.labels, 0, 0)
+        outputs = self._run(examples, Objective(task.kind, lm_weight=0.0))
+        found = score_lib.predictions(task, outputs.logits)
+        if task.kind is TaskKind.REGRESSION:
             return Predictions(found.tolist(), None, (), examples.cut, examples.empty)
         probabilities = np.asarray(jax.nn.softmax(outputs.logits, axis=-1))
-        labels = [self.task.labels[i] for i in found]
-        return Predictions(labels, probabilities, self.task.labels, examples.cut, examples.empty)
+        labels = [task.labels[i] for i in found]
+        return Predictions(labels, probabilities, task.labels, examples.cut, examples.empty)
 
-    def score(
-        self, rows: Rows | LabelledTable, where: str = "rows", names: str = ""
-    ) -> dict[str, float]:
-        """Returns losses and metrics on labelled rows.
+    def score(self, rows: Table, where: str = "`rows`", names: str = "") -> dict[str, float]:
+        """Returns the losses, the metrics, and the metrics of the most frequent answer.
 
         Args:
-          rows: text columns and the label column.
-          where: what to call the rows in an error message.
-          names: metrics, comma-separated; empty: the usual ones of the task.
+          rows: a table as for `predict`, with the label column of the task.
+          where: the name of the rows in error messages.
+          names: metrics, comma-separated; "" stands for the usual ones of the task.
+
+        Returns:
+          "task_loss" and "lm_loss" (nats), every metric by its name, and as "floor_METRIC" the
+          score of always giving the most frequent label (in a regression: the mean).
+
+        Raises:
+          UserError: the model is a language model, a column is missing, there are no rows, or a
+            label is unknown.
         """
+        task = self.require_task()
         examples = self.encode(rows, where, labelled=True)
-        assert self.task is not None
         assert examples.labels is not None
         require(len(examples), f"{where}: no rows")
-        chosen = metrics.parse(names, self.task.kind)
-        outputs = self._run(examples, Objective(self.task.kind))
+        chosen = metrics.parse(names, task.kind)
+        outputs = self._run(examples, Objective(task.kind))
         assert outputs.task_loss is not None
-        found = score_lib.predictions(self.task, outputs.logits)
-        scores = metrics.compute(chosen, examples.labels, found, len(self.task.labels))
-        baseline = metrics.majority_baseline(chosen, examples.labels, len(self.task.labels))
+        found = score_lib.predictions(task, outputs.logits)
+        scores = metrics.compute(chosen, examples.labels, found, len(task.labels))
+        baseline = metrics.majority_baseline(chosen, examples.labels, len(task.labels))
         losses = {"task_loss": outputs.task_loss, "lm_loss": outputs.lm_loss}
         return losses | scores | {f"floor_{name}": value for name, value in baseline.items()}
 
-    def score_text(self, texts: Iterable[str], window: int = 0) -> dict[str, float]:
-        """Returns {"loss" (nats per token), "perplexity"} of the LM on the texts in a row.
+    def encode(self, rows: Table, where: str = "`rows`", labelled: bool = False) -> Examples:
+        """Returns rows as token sequences, the input of the task head.
 
         Args:
-          texts: read once, in order.
-          window: tokens seen at once; 0: the context length.
+          rows: a table as for `predict`.
+          where: the name of the rows in error messages.
+          labelled: whether to read the label column too.
+        """
+        task = self.require_task()
+        wanted = [*task.text_columns, *([task.label] if labelled else [])]
+        if not isinstance(rows, LabelledTable):
+            rows = LabelledTable(memory.columns(rows, where, wanted), where)
+        rows.require_columns(wanted)
+        return tasks.encode(task, rows, self.tokenizer, self.config.context_length, labelled)
+
+    def score_text(self, texts: Iterable[str], window: int = 0) -> dict[str, float]:
+        """Returns the language model's {"loss", "perplexity"} on the texts, joined in their order.
+
+        Args:
+          texts: read once.
+          window: number of tokens that the model reads at once; 0 stands for the context length.
+
+        Returns:
+          The loss in nats per token, and its exponential.
         """
         stream = store.token_stream(texts, self.tokenizer)
-        require(len(stream) > 1, "evaluate: the text has fewer than two tokens")
+        require(len(stream) > 1, "`texts`: fewer than two tokens")
         rows = mesh_lib.batch_divisor(self.mesh) * 8
         return self._evaluator(Objective()).language_model(
             self.params, stream, window or self.config.context_length, rows
         )
 
     def probe(self, configs: Mapping[str, ProbeConfig]) -> dict[str, dict[str, float]]:
-        """Returns name -> score, floor and rows of each zero-shot probe (see `probes.py`)."""
+        """Returns the score, the floor and the number of rows of zero-shot probes, by their names.
+
+        Args:
+          configs: name -> the probe; see `gptjax.evaluate.probes`.
+        """
         built = [
-            probes.build(name, each, self.tokenizer, self.config.context_length)
-            for name, each in configs.items()
+            probes.build(name, config, self.tokenizer, self.config.context_length)
+            for name, config in configs.items()
         ]
         return probes.run(self._evaluator(Objective()), self.params, built)
 
     def _evaluator(self, objective: Objective, longest: int | None = None) -> score_lib.Evaluator:
-        return score_lib.Evaluator(self._batched(longest), self.mesh, objective)
+        module = self._module(AttentionKind.AUTO, self.mesh, longest)
+        return score_lib.Evaluator(module, self.mesh, objective)
 
     def _run(self, examples: Examples, objective: Objective) -> score_lib.Outputs:
-        divisor = mesh_lib.batch_divisor(self.mesh)
-        # Powers of two: requests of about the same size find their program compiled.
-        wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
-        finetune = self.meta.experiment_config().finetune
+        finetune = self.experiment.finetune
         means = finetune is not None and finetune.lm_mean == LmMean.SEQUENCE
+        divisor = mesh_lib.batch_divisor(self.mesh)
+        wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
+        # Sizes are powers of two, so that requests of similar sizes share compiled programs.
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
         evaluator = self._evaluator(objective, _power(examples.max_sequence_length))
@@ -261,48 +310,74 @@ class LoadedGPT:
 
 
 def _power(number: int) -> int:
-    """The next power of two."""
+    """Returns the smallest power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()
 
 
-def _packing(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Positions within each run of one number, and the runs numbered 1, 2, ...; 0 where padding."""
-    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+def _positions(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the positions of tokens in their segments, and new segment ids, int32 [B, T] both.
+
+    A segment is a run of equal ids. The new ids are 1, 2, ... in each row. Padding (id 0) gets 0 in
+    both arrays.
+    """
+    index = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
     first = jnp.concatenate(
-        [jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], axis=1
+        [jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
     )
     positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
     runs = jnp.cumsum(first, axis=1, dtype=jnp.int32)
-    return jnp.where(segments != 0, positions, 0), jnp.where(segments != 0, runs, 0)
+    return jnp.where(segments_BT != 0, positions, 0), jnp.where(segments_BT != 0, runs, 0)
 
 
-def _lm_logits_of(
-    model: GPT, params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array
+@functools.partial(jax.jit, static_argnames=("model",))
+def _lm_logits(
+    model: gpt_lib.GPT,
+    params: Params,
+    tokens: jax.Array,
+    segments: jax.Array,
+    positions: jax.Array,
 ) -> jax.Array:
-    x_BTD = gpt.run(model, params, tokens, segments, positions, method="hidden")
-    return gpt.run(model, params, x_BTD, method="lm_logits")
-
-
-_lm_logits = jax.jit(_lm_logits_of, static_argnames=("model",))
+    x_BTD = gpt_lib.run(model, params, tokens, segments, positions, method="hidden")
+    return gpt_lib.run(model, params, x_BTD, method="lm_logits")
 
 
 def load(
     path: str | os.PathLike[str],
     mesh_config: MeshConfig | None = None,
     argument: str = "path",
-) -> LoadedGPT:
-    """Loads a checkpoint.
+) -> GPT:
+    """Loads a trained model.
+
+    >>> gpt = gptjax.load("runs/quickstart")     # doctest: +SKIP
+    >>> gpt.generate("The ", max_new_tokens=50)  # doctest: +SKIP
 
     Args:
-      path: a workdir (its last stage's best step), WORKDIR/checkpoints/STAGE, or a step below that.
-      mesh_config: how to lay it out; by default over all devices along `data`.
-      argument: name of the path in error messages.
+      path: a workdir (the best step of its last stage), WORKDIR/checkpoints/STAGE (its best step),
+        WORKDIR/checkpoints/STAGE/STEP, or an imported checkpoint.
+      mesh_config: the layout of the parameters; None: all devices along the axis `data`.
+      argument: the name of the path in error messages.
 
     Raises:
-      UserError: nothing there, or it is damaged.
+      UserError: there is no checkpoint, or it is damaged.
     """
     mesh = mesh_lib.make_mesh(mesh_config or MeshConfig())
-    found = open_checkpoint(os.fspath(path), argument)
-    meta, where = found.meta, found.path
-    tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, where)
-    return LoadedGPT(meta.model, found.load_params(mesh), tokenizer, meta.task, meta, mesh, where)
+    checkpoint = open_checkpoint(os.fspath(path), argument)
+    meta = checkpoint.meta
+    return GPT(
+        config=meta.model,
+        params=checkpoint.load_params(mesh),
+        tokenizer=tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path),
+        task=meta.task,
+        meta=meta,
+        mesh=mesh,
+        path=checkpoint.path,
+        summary=_summary(checkpoint.path),
+    )
+
+
+def _summary(path: str) -> dict[str, Any]:
+    """Returns summary.json of the workdir of a checkpoint; {} if it is missing or damaged."""
+    file = remote.absolute(path).parents[2] / "summary.json"
+    with contextlib.suppress(UserError):
+        return files.read_json(file) if file.exists() else {}
+    return {}

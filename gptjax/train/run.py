@@ -96,7 +96,13 @@ def run(
       TrainingDiverged: several updates in a row were not finite.
     """
     tables = tables or {}
-    experiment = _validated(experiment, tables)
+    for stage in tables:
+        known = stage in (schema.Stage.PRETRAIN, schema.Stage.FINETUNE)
+        require(
+            known and getattr(experiment, stage),
+            f"`tables`: the experiment has no stage {stage!r}",
+        )
+    experiment = validation.validate(experiment, tables)
     require(profile >= 0, f"`profile`={profile}: must not be negative")
     require(
         not (profile and is_remote(workdir)),
@@ -113,31 +119,14 @@ def run(
         mesh = mesh_lib.make_mesh(experiment.mesh)
         check_stop = stop_lib.raising(synchronised_stop(stop))
         options = Options(
-            given=given, tables=tables, profile=profile, reporter=reporter or TerminalReporter()
-        )
-        return train(experiment, workdir, mesh, check_stop, options)
-
-
-def _validated(experiment: Experiment, tables: Tables) -> Experiment:
-    """Returns a checked and frozen copy of an experiment; stages in `tables` need no other data."""
-    for stage in tables:
-        known = stage in (schema.Stage.PRETRAIN, schema.Stage.FINETUNE)
-        require(
-            known and getattr(experiment, stage),
-            f"`tables`: the experiment has no stage {stage!r}",
-        )
-    sources = {stage: getattr(experiment, stage).dataset for stage in tables}
-    with_data = _with_datasets(experiment, dict.fromkeys(tables, "rows in memory"))
-    return schema.frozen(_with_datasets(validation.validate(with_data), sources))
-
-
-def _with_datasets(experiment: Experiment, names: Mapping[str, str]) -> Experiment:
-    """Returns the experiment with the names of the data sets of some stages replaced."""
-    stages = {
-        stage: dataclasses.replace(getattr(experiment, stage), dataset=name)
-        for stage, name in names.items()
-    }
-    return dataclasses.replace(experiment, **stages)
+            given=given, tables=tables, profile=profile,
+            reporter=reporter or TerminalReporter(),
+        )  # fmt: skip
+        try:
+            return train(experiment, workdir, mesh, check_stop, options)
+        except Preempted as error:
+            error.interrupted = stop.interrupted
+            raise
 
 
 def train(

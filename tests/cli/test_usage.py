@@ -9,9 +9,9 @@ import sys
 import pytest
 import runs
 
-from gptjax.cli import experiments, usage
+from gptjax.cli import usage
 from gptjax.cli.flags import FLAGS, MODES
-from gptjax.config import recipes, schema
+from gptjax.config import experiments, recipes, schema
 
 
 @pytest.fixture(autouse=True)

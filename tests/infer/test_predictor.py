@@ -1,11 +1,17 @@
 """A trained model in Python: `gptjax.load`."""
 
 import dataclasses
+import os
 import pathlib
+import subprocess
+import sys
 
+import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pytest
 import runs
 
@@ -27,6 +33,9 @@ def test_what_a_loaded_model_has(gpt):
     text = "the old man saw a tree"
     assert " ".join(gpt.tokenizer.decode(gpt.tokenizer.encode(text)).split()) == text
     assert gpt.path.startswith(runs.trained())
+    assert gpt.summary == runs.summary(runs.trained())
+    assert gpt.experiment.finetune.train_file == runs.files().train
+    assert gpt.model is gpt.model
 
 
 def test_what_is_loaded_is_the_best_step_or_the_one_asked_for(gpt):
@@ -104,6 +113,84 @@ def test_rows_may_come_as_mappings_or_as_columns(gpt):
     assert one.label_names == ("no", "yes")
     assert [one.label_names[i] for i in one.probabilities.argmax(axis=1)] == one.labels
     assert (one.cut, one.empty) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda rows: {"text": tuple(row["text"] for row in rows)},
+        lambda rows: {"text": np.array([row["text"] for row in rows])},
+        lambda rows: {"text": pd.Series([row["text"] for row in rows])},
+        pd.DataFrame,
+        # Columns that are not read may hold anything; the rows count, not their index.
+        lambda rows: pd.DataFrame(rows, index=range(5, 16)).assign(other=[object()] * 11),
+        pa.Table.from_pylist,
+        datasets.Dataset.from_list,
+        lambda rows: datasets.Dataset.from_list(rows).with_format("numpy"),
+    ],
+)
+def test_tables_of_all_kinds_give_the_same_predictions(gpt, form):
+    rows = runs.rows(11, 5)
+    expected, found = gpt.predict(rows), gpt.predict(form(rows))
+    assert found.labels == expected.labels
+    np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+
+
+@pytest.mark.parametrize("missing", [None, np.nan, pd.NA])
+def test_a_missing_text_is_an_empty_one(gpt, missing):
+    frame = pd.DataFrame({"text": ["a cat", missing]}, dtype=object)
+    assert gpt.predict(frame).empty == 1
+
+
+def test_the_labels_of_a_data_frame_are_scored(gpt):
+    rows = runs.rows(20, 6)
+    expected = gpt.score({name: [row[name] for row in rows] for name in ("text", "label")})
+    assert gpt.score(pd.DataFrame(rows)) == expected
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("a cat", "`rows`: is a str; give a mapping of column names to lists"),
+        ({"text": "a cat"}, "`rows`: column 'text' is a str; give a list with one value a row"),
+        (["a cat"], "`rows`: row 1 is a str; give a mapping of column names to values"),
+        (
+            datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a"]})),
+            "`rows`: has several splits; give one of them, such as ['test']",
+        ),
+        (
+            datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(),
+            "`rows`: is a stream; give a datasets.Dataset",
+        ),
+        (pd.DataFrame({"texts": ["a"]}), "`rows`: no column 'text'; did you mean 'texts'?"),
+    ],
+)
+def test_what_is_no_table_of_the_task_is_one_line(gpt, rows, message):
+    with pytest.raises(UserError) as error:
+        gpt.predict(rows)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_loading_and_using_a_model_prints_nothing(tmp_path):
+    """Neither Python code nor the libraries that it calls."""
+    code = (
+        "import gptjax\n"
+        f"gpt = gptjax.load({runs.trained()!r})\n"
+        "gpt.predict([{'text': 'a cat'}])\n"
+        "gpt.generate('the', 3)\n"
+        "gpt.lm_logits([[1, 2, 3]])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False,
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": os.path.dirname(runs.LAUNCH)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_prompt_may_be_given_as_token_ids(gpt):
+    ids = gpt.tokenizer.encode("the cat")
+    assert gpt.generate(ids, 5, seed=3) == gpt.generate("the cat", 5, seed=3)
 
 
 def test_the_model_has_learned_what_is_separable(gpt):

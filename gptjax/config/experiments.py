@@ -1,4 +1,4 @@
-"""Experiment files: how `--config` finds one by its name or path, and what it contains.
+"""Experiment files: found by name or path, and read.
 
 The repository has them in the folder `experiments`. An installed gptjax has the same folder inside
 the package.
@@ -16,7 +16,7 @@ from gptjax.config.schema import Experiment
 from gptjax.errors import UserError, brief, nearest, require
 
 QUICKSTART = "quickstart"
-"""The experiment that runs without `--config`."""
+"""The experiment that the command line runs if none is given."""
 
 _MODULE = "gptjax_experiment"
 
@@ -40,7 +40,7 @@ def summary(name: str) -> str:
 
 
 def find(config: str) -> pathlib.Path:
-    """Returns the file that a value of `--config` means.
+    """Returns the file of an experiment.
 
     Args:
       config: the path of a file, or one of `names()`; a colon and an argument may follow.
@@ -55,12 +55,12 @@ def find(config: str) -> pathlib.Path:
     if name not in known:
         near = nearest(pathlib.PurePath(name).stem, known)
         hint = near or f"; the experiments are {', '.join(known)}"
-        raise UserError(f"--config={config}: no such file or experiment{hint}")
+        raise UserError(f"`config`={config}: no such file or experiment{hint}")
     return folder() / f"{name}.py"
 
 
 def load(config: str) -> Experiment:
-    """Returns the experiment that a value of `--config` means.
+    """Reads an experiment.
 
     Args:
       config: as in `find`. What follows a colon is the argument of the file's `get_config`.
@@ -81,10 +81,10 @@ def load(config: str) -> Experiment:
     except UserError as error:
         raise UserError(f"--config={config}: {error}") from error
     except Exception as error:  # a mistake in the file, which may be of any kind
-        raise UserError(f"--config={config}: {_where(error, path)}{brief(error)}") from error
+        raise UserError(f"`config`={config}: {_where(error, path)}{brief(error)}") from error
     require(
         isinstance(experiment, Experiment),
-        f"--config={config}: get_config() of {path} must return a gptjax.config.Experiment, not "
+        f"`config`={config}: get_config() of {path} must return a gptjax.config.Experiment, not "
         f"{type(experiment).__name__}",
     )
     return experiment

@@ -1,0 +1,148 @@
+"""Tables in memory, in the forms that Python programs use.
+
+A table is a mapping of column names to values, a list of mappings (one for each row), a pandas
+DataFrame, a pyarrow Table, a `datasets.Dataset`, or another object that exports Arrow data, such as
+a polars DataFrame. The libraries are recognised by their methods, so that pandas need not be
+installed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gptjax.data.tables import expressions, files
+from gptjax.errors import UserError, require
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
+
+Table = Any
+"""One of the forms above."""
+Columns = Mapping[str, Sequence[Any]]
+"""Column name -> values, one for each row."""
+
+
+class _LazyColumns(Mapping[str, Sequence[Any]]):
+    """Columns that are converted when they are read: the others may hold anything."""
+
+    def __init__(self, names: Iterable[Any], read: Callable[[str], Any]):
+        """Args: names: of the columns; read: name -> a column of any library."""
+        self._names, self._read = list(map(str, names)), read
+
+    def __getitem__(self, name: str) -> list[Any]:
+        return _values(self._read(name))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
+    """Returns the columns of a table as lists of Python values; missing values are None.
+
+    >>> dict(columns([{"text": "a", "label": 1}, {"text": "b"}], "`rows`"))
+    {'text': ['a', 'b'], 'label': [1, None]}
+
+    Args:
+      table: in one of the forms of this module.
+      source: the name of the table in error messages.
+      default: the names of the columns if the table is an empty list, which names none.
+
+    Raises:
+      UserError: the object is not a table.
+    """
+    if hasattr(table, "iloc") and hasattr(table, "columns"):  # pandas
+        names = list(map(str, table.columns))
+        return _LazyColumns(names, lambda name: table.iloc[:, names.index(name)])
+    if hasattr(table, "features") and hasattr(table, "column_names"):  # datasets
+        require(hasattr(table, "__len__"), f"{source}: is a stream; give a datasets.Dataset")
+        rows = table.with_format(None)  # another format, such as "torch", gives tensors
+        return _LazyColumns(rows.column_names, rows.__getitem__)
+    if isinstance(table, Mapping):
+        by_name = {str(name): cells for name, cells in table.items()}
+        for name, cells in by_name.items():
+            _check_column(name, cells, source)
+        return _LazyColumns(by_name, by_name.__getitem__)
+    if hasattr(table, "__arrow_c_stream__"):
+        import pyarrow as pa
+
+        arrow = table if isinstance(table, pa.Table) else pa.table(table)
+        return _LazyColumns(arrow.column_names, arrow.column)
+    if isinstance(table, Sequence) and not isinstance(table, str | bytes):
+        return _of_rows(table, source, default)
+    raise UserError(
+        f"{source}: is a {type(table).__name__}; give a mapping of column names to lists, a list "
+        "of mappings, a pandas DataFrame, a pyarrow Table or a datasets.Dataset"
+    )
+
+
+def dataset(table: Table, source: str, needed: Iterable[str]) -> Dataset:
+    """Returns the columns of a table that `needed` reads, as a `datasets.Dataset`.
+
+    Args:
+      table: in one of the forms of this module.
+      source: the name of the table in error messages.
+      needed: column names, or expressions (see `expressions.py`).
+
+    Raises:
+      UserError: the object is not a table, a column is missing, or the lengths differ.
+    """
+    import pyarrow as pa
+
+    found, needed = columns(table, source), list(needed)
+    expressions.require_columns(list(found), needed, source)
+    names = dict.fromkeys(name for each in needed for name in expressions.sources(each, found))
+    cells = {name: found[name] for name in names}
+    lengths = {len(column) for column in cells.values()}
+    require(len(lengths) < 2, f"{source}: columns of different lengths {sorted(lengths)}")
+    return files.to_dataset(pa.table({name: _array(column) for name, column in cells.items()}))
+
+
+def _check_column(name: Any, cells: Any, source: str) -> None:
+    """Refuses what a user may easily confuse with a column: one text, or a whole table."""
+    split = hasattr(cells, "column_names")
+    require(not split, f"{source}: has several splits; give one of them, such as [{name!r}]")
+    require(
+        hasattr(cells, "__len__") and not isinstance(cells, str | bytes | Mapping),
+        f"{source}: column {name!r} is a {type(cells).__name__}; give a list with one value a row",
+    )
+
+
+def _of_rows(rows: Sequence[Any], source: str, default: Sequence[str]) -> Columns:
+    for number, row in enumerate(rows, 1):
+        require(
+            isinstance(row, Mapping),
+            f"{source}: row {number} is a {type(row).__name__}; give a mapping of column names to "
+            "values",
+        )
+    names = dict.fromkeys([name for row in rows for name in row] or default)
+    return {str(name): _values([row.get(name) for row in rows]) for name in names}
+
+
+def _values(column: Any) -> list[Any]:
+    """Returns a column of any library as a list; NaN, pandas' mark of a missing value, is None."""
+    if hasattr(column, "isna"):  # pandas, which has other marks too
+        missing = column.isna().tolist()
+        return [None if no else cell for cell, no in zip(column.tolist(), missing, strict=True)]
+    for method in ("to_pylist", "tolist"):  # of Arrow and NumPy
+        if hasattr(column, method):
+            column = getattr(column, method)()
+            break
+    return [None if isinstance(x, float) and math.isnan(x) else x for x in column]
+
+
+def _array(cells: Sequence[Any]) -> pa.Array:
+    """Returns an Arrow array; cells of several types become texts, as they are read in the end."""
+    import pyarrow as pa
+
+    if len({type(cell) for cell in cells if cell is not None}) < 2:
+        try:
+            return pa.array(cells)
+        except (ValueError, TypeError, NotImplementedError, OverflowError):  # no type of Arrow's
+            pass
+    return pa.array([None if cell is None else str(cell) for cell in cells], pa.string())
