@@ -72,16 +72,18 @@ def finetune(
 ) -> GPT:
     """Trains a model on labelled rows, with the joint loss of the task and of language modelling.
 
+    >>> import gptjax
     >>> rows = {
     ...     "text": [f"a {word} film {i}" for i in range(20) for word in ("good", "bad")],
     ...     "label": ["yes", "no"] * 20,
     ... }
     >>> tiny = {
-    ...     "model.width": 16, "model.context_length": 32, "tokenizer.vocab_size": 80,
-    ...     "finetune.epochs": 10.0, "finetune.optimizer.learning_rate": 0.02,
+    ...     "model.width": 16, "model.context_length": 32, "model.init_std": 0.2,
+    ...     "model.embedding_dropout": 0.0, "tokenizer.vocab_size": 80,
+    ...     "finetune.epochs": 20.0, "finetune.optimizer.learning_rate": 0.02,
     ... }
     >>> gpt = gptjax.finetune(rows, overrides=tiny, progress=False)
-    >>> gpt.predict([{"text": "a good film"}, {"text": "a bad film"}]).labels
+    >>> gpt.predict([{"text": "a good film 7"}, {"text": "a bad film 7"}]).labels
     ['yes', 'no']
     >>> sorted(gpt.summary["finetune"]["validation"])
     ['accuracy', 'lm_loss', 'loss', 'task_loss']
@@ -164,6 +166,7 @@ def pretrain(
 ) -> GPT:
     """Trains a language model on text.
 
+    >>> import gptjax
     >>> texts = {"text": [f"the cat saw {i} mice and the dog saw {i} cats" for i in range(50)]}
     >>> tiny = {
     ...     "model.width": 18, "model.context_length": 16, "tokenizer.vocab_size": 80,
