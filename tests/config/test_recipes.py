@@ -153,7 +153,7 @@ def test_original_drops_the_end_of_each_epoch_and_shuffles_anew():
     whole = loader.WholeEpochBatches(data, packer, size, seed=3)
     orders = []
     for epoch in range(epochs):
-        seen = np.concatenate([whole._batches[epoch * 2 + i] for i in range(2)])
+        seen = np.concatenate([whole.chosen(epoch * 2 + i) for i in range(2)])
         assert len(set(seen.tolist())) == 8, "an example is visited twice in an epoch"
         orders.append(tuple(seen))
     assert len(set(orders)) == epochs
