@@ -13,8 +13,8 @@ start text delimiter, and for a pair of texts then text_pair delimiter.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -240,21 +240,22 @@ class _Builder:
 
 
 def _encode_columns(
-    spec: TaskSpec, table: LabelledTable, tokenizer: Tokenizer, use_cache: bool
+    spec: TaskSpec, columns: Mapping[str, list[Any]], tokenizer: Tokenizer, use_cache: bool
 ) -> Iterator[tuple[np.ndarray, ...]]:
     """Returns the tokenised texts of each row, in the order of `spec.text_columns`."""
-    columns = {}
-    for name, values in table.columns(spec.text_columns).items():
-        texts = list(map(as_text, values))
-        columns[name] = store.encode_texts(texts, tokenizer, use_cache)
-    return zip(*(columns[name] for name in spec.text_columns), strict=True)
+    encoded = {}
+    for name in dict.fromkeys(spec.text_columns):
+        texts = list(map(as_text, columns[name]))
+        encoded[name] = store.encode_texts(texts, tokenizer, use_cache)
+    return zip(*(encoded[name] for name in spec.text_columns), strict=True)
 
 
 def padded_length(
     spec: TaskSpec, table: LabelledTable, tokenizer: Tokenizer, context_length: int
 ) -> int:
     """Returns the sequence length of a flattened head: that of the longest row, if it fits."""
-    rows = _encode_columns(spec, table, tokenizer, use_cache=True)
+    columns = table.columns(spec.text_columns)
+    rows = _encode_columns(spec, columns, tokenizer, use_cache=True)
     lengths = (1 + sum(len(text) + 1 for text in texts) for texts in rows)
     return min(max(lengths, default=0), context_length)
 
@@ -279,12 +280,14 @@ def encode(
       use_cache: whether to keep the ids of long columns in the cache.
 
     Raises:
-      UserError: a label that training did not have, or a target that is not a number.
+      UserError: a label that training did not have, a target that is not a number, or columns of
+        different lengths.
     """
+    columns = table.columns([*spec.text_columns, *([spec.label] if labelled else [])])
     builder = _Builder(tokenizer, context_length, halves=spec.cut == Cut.HALF)
     sequences: list[_Sequence] = []
     cut = empty = 0
-    for texts in _encode_columns(spec, table, tokenizer, use_cache):
+    for texts in _encode_columns(spec, columns, tokenizer, use_cache):
         builder.cut = False
         sequences += builder.build(spec, texts)
         cut += builder.cut

@@ -77,7 +77,7 @@ def test_tokens_from_the_cache_train_the_same_model(tmp_path, monkeypatch):
         assert runs.arrays(workdir, "pretrain", 20) == expected
 
     train("cold", tmp_path / "cache")
-    assert sorted(path.suffix for path in kept.iterdir()) == [".json", ".npy", ".npy"]
+    assert sorted(path.suffix for path in kept.iterdir()) == [".bin", ".bin", ".json", ".json"]
     with monkeypatch.context() as patch:  # nothing is tokenised a second time
         patch.setattr(tokenizer.Tokenizer, "encode_batch", None)
         patch.setattr(tokenizer, "train_bpe", None)
