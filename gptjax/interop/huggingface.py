@@ -101,8 +101,8 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     _untie(arrays, folder)
     side = arrays_lib.read_side_files(files)
     if side or not _has_our_tokens(folder):
-        # The side files have the task head with its bias. A head of other people reads the state at
-        # a token that is not our extract token, so that it cannot be used.
+        # Such a task head is not used. The side files have ours with its bias. A head of another
+        # program was trained to read the state at another token than our extract token.
         arrays = {
             name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
         }

@@ -64,7 +64,7 @@ def _decoding_layer(stacked: Params, layer: int, dtype: str) -> Params:
         if isinstance(value, dict):
             params[name] = _decoding_layer(value, layer, dtype)
         elif name == "kernel":
-            # The bias has the axes of the features (and, as the kernel, that of the layers).
+            # The bias has the feature axes of the kernel; both have a leading axis of the layers.
             inputs = value.ndim - stacked["bias"].ndim
             kernel = value[layer].astype(dtype)
             params["transposed_kernel"] = jnp.moveaxis(kernel, range(inputs), range(-inputs, 0))
@@ -110,8 +110,8 @@ class Linear(nn.Module):
         x = x.astype(self.config.dtype)
         shape = x.shape[x.ndim - self.inputs :]
         init = nn.initializers.normal(self.config.init_std)
-        # The kernel before the bias: the keys of Flax, and so the initial values that belong to a
-        # seed, depend on the order in which a module creates its parameters.
+        # The kernel must be created before the bias. Flax derives the random key of a parameter
+        # from its place in this order: another order would change the initial values of a seed.
         if self.layout == KernelLayout.DECODING:
             kernel = self.param("transposed_kernel", init, self.features + shape)
             y = matmul.matmul_transposed(x, kernel, len(self.features))
@@ -288,8 +288,9 @@ class GPT(nn.Module):
             names = jax.checkpoint_policies.save_only_these_names(_MATMUL_RESULT)
             policy = names if config.remat == Remat.DOTS else None
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
-        # On a CPU all layers are unrolled, which is faster. Not with remat: in an unrolled program
-        # XLA finds that the recomputed values are equal to the first ones and keeps those.
+        # All layers are unrolled on a CPU, because that is faster. With remat they are not: in an
+        # unrolled program XLA would notice that the recomputed values equal the first ones, and
+        # keep those in memory instead.
         unroll_all = self.ops.platform == "cpu" and config.remat == Remat.NONE
         unroll = config.unroll or (config.num_layers if unroll_all else 1)
         self.blocks = nn.scan(
@@ -495,7 +496,7 @@ def run(model: GPT, params: Params, *args: Any, method: str, key: Array | None =
 
 def init_params(model: GPT, key: Array) -> Params:
     """Returns the parameter tree: N(0, init_std) weights, zero biases, unit gains."""
-    # Without the mesh, because several devices cannot share the single row that `init` runs on.
+    # The mesh is left out, because several devices cannot share the single row that `init` uses.
     alone = model.clone(mesh=None)
     return alone.init(key, jnp.zeros((1, max(2, model.head_length or 0)), jnp.int32))["params"]
 

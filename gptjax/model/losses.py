@@ -59,8 +59,8 @@ def task_loss(kind: TaskKind, logits: Array, batch: Batch) -> Sum:
         losses_BE = jnp.square(logits[..., 0] - batch.labels)
     else:
         if kind == TaskKind.MULTIPLE_CHOICE:
-            # The smallest float32 and not -inf: in a slot without an example no candidate is left,
-            # and the softmax of it must not be NaN.
+            # Empty places get the smallest float32 and not -inf, because a slot without an example
+            # has no candidate at all, and its softmax must not be NaN.
             logits = jnp.where(batch.candidate_mask > 0, logits, jnp.finfo(jnp.float32).min)
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)
         losses_BE = -jnp.take_along_axis(log_probabilities, batch.labels[..., None], -1)[..., 0]

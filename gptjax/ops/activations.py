@@ -35,8 +35,8 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
-    # Twice as fast as the gradient that JAX derives. Without the barrier XLA would store the tanh
-    # of the forward pass instead of computing it again.
+    # This takes half the time of the gradient that JAX derives. Without the barrier XLA would store
+    # the tanh of the forward pass instead of computing it again.
     y = jax.lax.optimization_barrier(x).astype(jnp.float32)
     tanh = _tanh(y)
     slope = _SLOPE * (1 + 3 * _CUBIC * y * y)

@@ -17,8 +17,8 @@ from gptjax.ops import matmul
 Array = jax.Array
 
 # The most logits of a piece. 2^25 are 128 MiB of float32. Each piece reads and writes the float32
-# gradient of the whole table, so that small pieces are slow on an accelerator. On a CPU half of it
-# is faster, because of its caches.
+# gradient of the whole table, so that small pieces are slow on an accelerator. On a CPU pieces of
+# half this size are faster, because of its caches.
 _MAX_LOGITS = 2**25
 _MAX_LOGITS_ON_CPU = 2**24
 
@@ -89,8 +89,8 @@ def _piece_loss(
         picked_BT = jnp.where(one_hot_BTV, logits_BTV, 0).sum(-1)
     else:
         picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
-    # The barrier makes XLA compute the exponentials once, and not again inside of both matrix
-    # products of the gradient: on a CPU they take half of the time here.
+    # On a CPU the exponentials take half of the time here. The barrier makes XLA compute them once,
+    # instead of once more inside of each matrix product of the gradient.
     exp_BTV = jax.lax.optimization_barrier(jnp.exp(logits_BTV - largest_BT1))
     sum_BT = exp_BTV.sum(axis=-1)
     if vocab_size is not None:
@@ -210,7 +210,7 @@ def add_bias_column(x_BTD: Array, table: Array, bias_V: Array | None) -> tuple[A
         return x_BTD, table
     column_VD = bias_V[:, None]
     if table.ndim == 3:
-        # A replicated table has V' rows, those after the first V are padding.
+        # A replicated table has V' rows; those after the first V are padding.
         column_VD = jnp.pad(column_VD, ((0, table.shape[1] - len(bias_V)), (0, 0)))[None]
         column_VD = jnp.broadcast_to(column_VD, (*table.shape[:2], 1))
     table = jnp.concatenate([table, column_VD], axis=-1)

@@ -66,7 +66,7 @@ def keep(key: DropoutKey, shape: tuple[int, ...]) -> Array:
 @jax.custom_vjp
 def dropout(x: Array, key: DropoutKey) -> Array:
     """Sets elements of `x` to 0 with probability `rate` and scales the others by 1 / (1 - rate)."""
-    # In float32: bfloat16 would round the scale factor, and so bias the expectation.
+    # The product is float32, because bfloat16 would round the factor and so bias the expectation.
     scaled = x.astype(jnp.float32) * (1 / (1 - key.rate))
     return jnp.where(keep(key, x.shape), scaled, 0).astype(x.dtype)
 

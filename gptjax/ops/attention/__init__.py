@@ -126,7 +126,7 @@ def causal(
         assert dropout_key is None, "`choose` excludes it"
         return cudnn(inputs)
     if kind == AttentionKind.PALLAS:
-        # Imported here, because only TPUs need Pallas.
+        # The import is here, because only TPUs need Pallas.
         from gptjax.ops.attention import flash
 
         return flash.flash(inputs, dropout_key, mesh=mesh)

@@ -351,8 +351,8 @@ def _blocked_backward(
     qkv, y_GNTK, lse_GNT1, problem = residuals
     heads, tiling = d_y_BTHK.shape[2], problem.tiling
     tiles = y_GNTK.shape[1] // heads
-    # Without the barrier XLA would take the regrouped q, k and v of the forward pass: it would keep
-    # them in memory until now, and copy them for the loop.
+    # q, k and v are regrouped again. Without the barrier XLA would reuse the regrouped arrays of
+    # the forward pass: it would keep them in memory until now, and copy them for the loop.
     q, k, v, d_y = lax.optimization_barrier((*qkv, d_y_BTHK))
     split = (
         tiling.split_queries(q), tiling.split_keys(k), tiling.split_keys(v),

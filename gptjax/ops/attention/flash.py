@@ -161,8 +161,8 @@ def _forward_kernel(
     )
     first = first_ref[b * pl.num_programs(2) + i]
     max_1T, sum_1T, y_KT = lax.fori_loop(first, i + 1, step, start)
-    # The sum is at least 1, the term of the largest score; but 0 where no key is visible, for which
-    # y must be 0 and not NaN.
+    # The largest score adds 1 to the sum, so that it is at least 1. Only a query that sees no key
+    # has the sum 0; with 1 instead its y is 0 and not NaN.
     sum_1T = jnp.maximum(sum_1T, 1)
     y_KT = y_KT / (sum_1T * (1 - config.rate))
     y_ref[...] = y_KT.astype(y_ref.dtype)
@@ -332,8 +332,8 @@ def _backward(config: _KernelConfig, saved: _Residuals, g: Array) -> tuple[_Kern
     (q, k, v, query_ids, key_ids, scalars), y, error, lse = saved
     common = _common(query_ids, key_ids, config.block)
     last = common.shape[1] - 1 - jnp.argmax(common[:, ::-1], axis=1).astype(jnp.int32).ravel()
-    # y in float32: an error of delta shifts the gradients of all scores of a query by the same
-    # amount. With y in bfloat16 it would be the largest error of dq and dk.
+    # delta needs y in float32. An error of delta changes the gradients of all scores of a query in
+    # the same direction; with y in bfloat16 it would be the largest error of dq and dk.
     y = y.astype(jnp.float32) + error.astype(jnp.float32)
     delta = (g.astype(jnp.float32) * y).sum(2, keepdims=True)
     dq, dk, dv = _call(
