@@ -84,7 +84,9 @@ class Trainer:
         self._ledger = checkpoints.ledger(start)
         self._pending: _Pending | None = None
         self._record_every = max(1, stage.total_steps // _RECORDS)
-        self._seed = np.uint32(context.setup.seed)
+        # Placed once, so that the steps transfer nothing but their batches.
+        seed, replicated = np.uint32(context.setup.seed), mesh_lib.replicated(context.setup.mesh)
+        self._seed = jax.make_array_from_callback((), replicated, lambda _: seed)
         self._train_step = _train_step(
             context.setup.mesh, stage.model, stage.objective, stage.optimizer
         )
@@ -183,7 +185,7 @@ class Trainer:
         self._progress.update(step, values["loss"], tokens)
         if step % self._record_every == 0 or step in (1, stage.total_steps):
             values["gradient_norm"] = float(output.gradient_norm)
-            values["learning_rate"] = float(stage.optimizer.learning_rate(step - 1))
+            values["learning_rate"] = stage.optimizer.rate_at(step - 1)
             self._context.log.write(stage.name, "train", step, values, self._ledger)
         bad, limit = int(output.bad_steps), stage.optimizer.config.max_bad_steps
         if bad == 1:

@@ -39,6 +39,13 @@ class Optimizer:
         make = openai_schedule if self.config.algorithm == Algorithm.OPENAI else schedule
         return make(self.config, self.total_steps)
 
+    def rate_at(self, update: int) -> float:
+        """Returns the learning rate of an update, counted from 0, as a number on the host."""
+        # Allowed, because the update's number and the constants of the schedule have to get to the
+        # device. In the train step the schedule is part of the program.
+        with jax.transfer_guard("allow"):
+            return float(jax.device_get(self.learning_rate(update)))
+
     @functools.cached_property
     def transformation(self) -> optax.GradientTransformation:
         """Clipping -> Adam -> decoupled decay -> schedule. Non-finite updates are skipped.
