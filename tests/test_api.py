@@ -231,7 +231,9 @@ print(gpt.summary["finetune"]["steps"])
     ("name", "error"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "Preempted")]
 )
 def test_an_interrupted_run_is_saved_and_continues(name, error, tmp_path):
-    overrides = TINY | {"finetune.steps": 2000, "finetune.batch_size": 4}
+    # One validation, at the end: each one saves, which takes longer than its steps.
+    few = {"finetune.steps": 300, "finetune.batch_size": 4, "finetune.evals_per_epoch": 0.001}
+    overrides = TINY | few
     code = INTERRUPTED.replace("OVERRIDES", repr(overrides))
     done = subprocess.run(
         [sys.executable, "-c", code, name], capture_output=True, text=True, check=False,
@@ -240,11 +242,11 @@ def test_an_interrupted_run_is_saved_and_continues(name, error, tmp_path):
     assert done.returncode == 0, done.stderr
     stopped, steps = done.stdout.splitlines()
     assert re.fullmatch(
-        rf"{error} finetune: asked to stop; saved at step [\d,]+ of 2,000; "
+        rf"{error} finetune: asked to stop; saved at step [\d,]+ of 300; "
         "the same call with workdir=run continues there",
         stopped,
     )
-    assert steps == "2000"
+    assert steps == "300"
     ledgers = [
         record["step"] for record in runs.records(str(tmp_path / "run")) if "ledger" in record
     ]
