@@ -79,7 +79,7 @@ def load(config: str) -> Experiment:
         loader.exec_module(module)
         experiment = module.get_config(*([argument] if colon else []))
     except UserError as error:
-        raise UserError(f"--config={config}: {error}") from error
+        raise UserError(f"`config`={config}: {error}") from error
     except Exception as error:  # a mistake in the file, which may be of any kind
         raise UserError(f"`config`={config}: {_where(error, path)}{brief(error)}") from error
     require(

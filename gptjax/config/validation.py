@@ -79,7 +79,7 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig, in_memory: 
         "`pretrain.steps`: give the number of steps (or `pretrain.epochs`)",
     )
     require(
-        in_memory or bool(pretrain.dataset) != bool(pretrain.train_files),
+        in_memory + bool(pretrain.dataset) + bool(pretrain.train_files) == 1,
         "`pretrain.train_files`: give text files, or `pretrain.dataset`, not both",
     )
     require(
@@ -122,7 +122,7 @@ def _validate_finetune(finetune: FinetuneConfig, in_memory: bool = False) -> Non
         f"`finetune.epochs`={finetune.epochs}: must be greater than 0",
     )
     require(
-        in_memory or bool(finetune.dataset) != bool(finetune.train_file),
+        in_memory + bool(finetune.dataset) + bool(finetune.train_file) == 1,
         "`finetune.train_file`: give a labelled file, or `finetune.dataset`, and not both",
     )
     require(

@@ -145,7 +145,7 @@ def test_a_wrong_experiment_file_is_one_line(tmp_path, case):
     config = runs.write(tmp_path / "mine.py", text) + (":x" if case == "an argument" else "")
     with pytest.raises(UserError, match=message) as info:
         parse(f"--config={config}")
-    assert str(info.value).startswith(f"--config={config}: ")
+    assert str(info.value).startswith(f"`config`={config}: ")
 
 
 # Fields

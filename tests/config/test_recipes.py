@@ -158,9 +158,9 @@ def test_original_drops_the_end_of_each_epoch_and_shuffles_anew():
         orders.append(tuple(seen))
     assert len(set(orders)) == epochs
     config = FinetuneConfig(batch_size=size, epochs=epochs, drop_last=True)
-    assert stages._epoch_steps(config, 10) == 2
+    assert stages._steps_per_epoch(config, 10) == 2
     with pytest.raises(UserError, match="batch_size`=4"):
-        stages._epoch_steps(config, 3)
+        stages._steps_per_epoch(config, 3)
 
 
 # ---- tutorial ----

@@ -70,7 +70,7 @@ def test_choices_are_compiled_ranked_and_counted(monkeypatch, capsys):
         assert entry["tokens_per_second"] == 6 * 16 / entry["step_seconds"]
         assert 0 < entry["peak_memory_bytes_per_device"] < 2**30
     assert "not a measurement" in printed.err
-    assert "7 choices not tried" in printed.err
+    assert "7 choices not compiled" in printed.err
 
 
 def test_what_does_not_fit_is_not_tried_with_more(monkeypatch, capsys):

@@ -8,13 +8,14 @@ import pyarrow as pa
 import pytest
 import small
 
-from gptjax.config.schema import PretrainConfig, TokenizerConfig
+from gptjax.config.schema import OptimizerConfig, PretrainConfig, TokenizerConfig
 from gptjax.data import fingerprints, splits
 from gptjax.data.tables import text_files
 from gptjax.data.tables.holdout import holdout_text
 from gptjax.data.tables.texts import Texts
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.train import stages
+from gptjax.train.context import Setup
 
 
 def test_arrays():
@@ -112,7 +113,7 @@ def prepare(config: PretrainConfig, tables=None):
     train = texts["train"]
     tokenizer = tokenizer_lib.build(TokenizerConfig(vocab_size=200), train, train.fingerprint)
     model = small.config(vocab_size=len(tokenizer))
-    return stages.pretrain(config, model, texts, tokenizer, small.mesh(), seed=0)
+    return stages.pretrain(config, texts, Setup(model, tokenizer, small.mesh(), seed=0))
 
 
 def test_a_text_is_hashed_once_before_the_first_step(tmp_path, monkeypatch, hashed):
@@ -122,8 +123,9 @@ def test_a_text_is_hashed_once_before_the_first_step(tmp_path, monkeypatch, hash
     size = len(text.encode())
     (tmp_path / "a.txt").write_text(text)
     config = PretrainConfig(
-        train_files=str(tmp_path / "a.txt"), line_breaks="keep", batch_size=4, steps=1, window=16
-    )
+        train_files=str(tmp_path / "a.txt"), line_breaks="keep", batch_size=4, steps=1, window=16,
+        optimizer=OptimizerConfig(),
+    )  # fmt: skip
     # Cached rows: the file, for its name in the cache; and the cached rows themselves.
     # Rows in memory: the rows.
     for worth, passes in ((0, 2), (1 << 30, 1)):
