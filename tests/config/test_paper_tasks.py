@@ -9,7 +9,7 @@ from gptjax.config import paper_tasks
 from gptjax.config.paper_tasks import SUBMISSIONS, TASKS
 from gptjax.config.schema import FinetuneConfig
 from gptjax.data.tables import files as files_lib
-from gptjax.data.tables import text_files
+from gptjax.data.tables import hub
 from gptjax.errors import UserError
 from gptjax.infer import predictor
 from gptjax.io import files
@@ -138,11 +138,11 @@ def check_submission(tmp_path, name, predictions, monkeypatch):
         return files_lib.read_table(path, ())
 
     # The run read a file. A run on the hub would have the task's data set in its configuration.
-    monkeypatch.setattr(text_files, "load_hub", load_hub)
+    monkeypatch.setattr(hub, "load_hub", load_hub)
     loaded = predictor.load
 
-    def load(*args):
-        gpt = loaded(*args)
+    def load(*args, **kwargs):
+        gpt = loaded(*args, **kwargs)
         gpt.meta.experiment["finetune"]["dataset"] = TASKS[name]["dataset"]
         return gpt
 
@@ -151,7 +151,7 @@ def check_submission(tmp_path, name, predictions, monkeypatch):
     assert made.code == 0, made.err
     assert asked == [(TASKS[name]["dataset"], "test")]
     assert (tmp_path / "hub.tsv").read_bytes() == (tmp_path / "glue.tsv").read_bytes()
-    assert "or, where the model" in runs.main(*flags, f"--output={tmp_path}/hub.tsv").error
+    assert "or --split, if the model" in runs.main(*flags, f"--output={tmp_path}/hub.tsv").error
 
 
 @pytest.mark.parametrize(
