@@ -140,7 +140,7 @@ def _values(column: Any) -> list[Any]:
 
 
 def _array(cells: Sequence[Any]) -> pa.Array:
-    """Returns an Arrow array. Cells of several types become texts, as which all are read later."""
+    """Returns an Arrow array. Cells of several types become texts; they are read as such anyway."""
     import pyarrow as pa
 
     if len({type(cell) for cell in cells if cell is not None}) < 2:
