@@ -147,7 +147,8 @@ def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
     """Returns how many tokens of two texts to keep, so that together they fit into `budget`.
 
-    The longer text is cut first. No text is cut to less than half of the budget.
+    The longer text is cut first. A text that is longer than half of the budget keeps at least this
+    half.
     >>> cut_pair(10, 2, 8), cut_pair(10, 9, 8), cut_pair(3, 3, 8)
     ((6, 2), (4, 4), (3, 3))
     """
@@ -253,7 +254,7 @@ def _encode_columns(
 def padded_length(
     spec: TaskSpec, table: LabelledTable, tokenizer: Tokenizer, context_length: int
 ) -> int:
-    """Returns the sequence length of a flattened head: that of the longest row, if it fits."""
+    """Returns the tokens of the longest row of a flattened head, at most the context length."""
     columns = table.columns(spec.text_columns)
     rows = _encode_columns(spec, columns, tokenizer, use_cache=True)
     lengths = (1 + sum(len(text) + 1 for text in texts) for texts in rows)

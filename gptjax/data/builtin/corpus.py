@@ -63,7 +63,7 @@ class Entry(NamedTuple):
 
 
 def name_hash(text: str) -> bytes:
-    """Returns 8 bytes that decide orders and splits: random, but the same on every machine."""
+    """Returns a hash of 8 bytes. It decides orders and splits, the same on every machine."""
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
 
 

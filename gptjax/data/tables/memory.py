@@ -26,10 +26,10 @@ Columns = Mapping[str, Sequence[Any]]
 
 
 class _LazyColumns(Mapping[str, Sequence[Any]]):
-    """Columns that are converted when they are read: the others may hold anything."""
+    """Columns that are converted when they are read, so that unused ones may contain anything."""
 
     def __init__(self, names: Iterable[Any], read: Callable[[str], Any]):
-        """Args: names: of the columns; read: name -> a column of any library."""
+        """Takes the names of the columns, and a function from a name to a column of any library."""
         self._names, self._read = list(map(str, names)), read
 
     def __getitem__(self, name: str) -> list[Any]:
@@ -94,10 +94,12 @@ def dataset(table: Table, source: str, needed: Iterable[str]) -> Dataset:
     """
     import pyarrow as pa
 
-    found, needed = columns(table, source), list(needed)
-    expressions.require_columns(list(found), needed, source)
-    names = dict.fromkeys(name for each in needed for name in expressions.sources(each, found))
-    cells = {name: found[name] for name in names}
+    existing, needed = columns(table, source), list(needed)
+    expressions.require_columns(list(existing), needed, source)
+    names = dict.fromkeys(
+        name for expression in needed for name in expressions.sources(expression, existing)
+    )
+    cells = {name: existing[name] for name in names}
     lengths = {len(column) for column in cells.values()}
     require(len(lengths) < 2, f"{source}: columns of different lengths {sorted(lengths)}")
     return files.to_dataset(pa.table({name: _array(column) for name, column in cells.items()}))
@@ -114,6 +116,7 @@ def _check_column(name: Any, cells: Any, source: str) -> None:
 
 
 def _of_rows(rows: Sequence[Any], source: str, default: Sequence[str]) -> Columns:
+    """Returns the columns of a list of rows, each a mapping of column names to values."""
     for number, row in enumerate(rows, 1):
         require(
             isinstance(row, Mapping),
@@ -125,11 +128,11 @@ def _of_rows(rows: Sequence[Any], source: str, default: Sequence[str]) -> Column
 
 
 def _values(column: Any) -> list[Any]:
-    """Returns a column of any library as a list; NaN, pandas' mark of a missing value, is None."""
-    if hasattr(column, "isna"):  # pandas, which has other marks too
+    """Returns a column of any library as a list. Missing values, which may be NaN, become None."""
+    if hasattr(column, "isna"):  # pandas has other marks of a missing value besides NaN
         missing = column.isna().tolist()
         return [None if no else cell for cell, no in zip(column.tolist(), missing, strict=True)]
-    for method in ("to_pylist", "tolist"):  # of Arrow and NumPy
+    for method in ("to_pylist", "tolist"):  # the first is Arrow's, the second NumPy's
         if hasattr(column, method):
             column = getattr(column, method)()
             break
@@ -137,12 +140,12 @@ def _values(column: Any) -> list[Any]:
 
 
 def _array(cells: Sequence[Any]) -> pa.Array:
-    """Returns an Arrow array; cells of several types become texts, as they are read in the end."""
+    """Returns an Arrow array. Cells of several types become texts; they are read as such anyway."""
     import pyarrow as pa
 
     if len({type(cell) for cell in cells if cell is not None}) < 2:
         try:
             return pa.array(cells)
-        except (ValueError, TypeError, NotImplementedError, OverflowError):  # no type of Arrow's
+        except (ValueError, TypeError, NotImplementedError, OverflowError):  # not an Arrow type
             pass
     return pa.array([None if cell is None else str(cell) for cell in cells], pa.string())

@@ -34,7 +34,7 @@ def standardize(text: str) -> str:
 
 @functools.cache
 def _libraries() -> tuple[Callable[[str], str], Callable[[str], Any]]:
-    """Returns (repair a text, divide it into tokens), of ftfy and spaCy."""
+    """Returns the function of ftfy that repairs a text, and that of spaCy that divides it."""
     try:
         import ftfy
         import spacy

@@ -12,7 +12,8 @@ differences).
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-# The authors' `text_standardize` maps the first five to ASCII; ftfy the curly quotes.
+# The authors' `text_standardize` maps the first five to ASCII; ftfy straightens the
+# curly quotes.
 _PUNCTUATION = {
     "—": "-",
     "–": "-",

@@ -217,7 +217,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = _bpe({}, [])
     if iter(texts) is texts:
         texts = list(texts)
-    # The limit leaves room for merges in texts with many rare characters. GPT-1's alphabet has 238.
+    # The limit leaves room for merges in texts with many rare characters. GPT-1's alphabet
+    # has 238 symbols.
     symbols = _alphabet(texts, min(1000, max(1, vocab_size // 4)))
     ends = [symbol + END_OF_WORD for symbol in (*symbols, normalize.NEWLINE)]
     trainer = trainers.BpeTrainer(
