@@ -117,7 +117,7 @@ def run(
     require_same({"config": schema.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
-        check_stop = stop_lib.raising(synchronised_stop(stop))
+        check_stop = stop_lib.make_check(synchronised_stop(stop))
         options = Options(
             given=given, tables=tables, profile=profile,
             reporter=reporter or TerminalReporter(),

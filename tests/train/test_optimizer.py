@@ -67,6 +67,16 @@ def test_a_warm_up_without_a_step_after_it(warmup, total):
         Optimizer(config, total)
 
 
+def test_equal_configurations_are_equal_optimizers():
+    """The training loop compiles one program for all stages with equal optimizers."""
+    one, other = (Optimizer(OptimizerConfig(clip_norm=0.5), 10, name) for name in "ab")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Optimizer(OptimizerConfig(clip_norm=0.5), 11)
+    assert one != Optimizer(OptimizerConfig(clip_norm=0.6), 10)
+    assert one.transformation is one.transformation
+
+
 @pytest.mark.parametrize("segment_types", [0, 2])
 def test_decay_is_on_all_but_biases_and_gains(segment_types):
     config = small.config(segment_types=segment_types)
