@@ -16,7 +16,7 @@ SPLITS = {"train": (64, 1), "validation": (21, 2), "test": (19, 3)}
 
 
 class Recorder(Reporter):
-    """Keeps what it receives."""
+    """Keeps all messages and progress."""
 
     def __init__(self):
         self.lines, self.statuses, self.calls = [], [], []
@@ -35,7 +35,7 @@ class Recorder(Reporter):
 
 
 def experiment(**changes) -> Experiment:
-    """The shared model of `runs.TINY`."""
+    """Returns an experiment with the model of `runs.TINY`."""
     model = ModelConfig(
         num_layers=1, width=16, num_heads=2, context_length=16, unroll=1, init_std=0.2,
         vocab_size=96, embedding_dropout=0.0, attention_dropout=0.0, residual_dropout=0.0,
@@ -45,12 +45,12 @@ def experiment(**changes) -> Experiment:
 
 
 def finetuning(**changes) -> FinetuneConfig:
-    """The shared fine-tuning of `runs.files().finetune`, without its files."""
+    """Returns the fine-tuning of `runs.files().finetune`, without its files."""
     optimizer = OptimizerConfig(learning_rate=0.02, schedule="linear", warmup_fraction=0.002)
     return FinetuneConfig(**({"batch_size": 8, "steps": 40, "optimizer": optimizer} | changes))
 
 
 def tables() -> dict[str, dict[str, datasets.Dataset]]:
-    """The rows of the shared files."""
+    """Returns the rows of the files in `runs.files()`."""
     rows = {name: datasets.Dataset.from_list(runs.rows(*size)) for name, size in SPLITS.items()}
     return {"finetune": rows}

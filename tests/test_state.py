@@ -1,4 +1,4 @@
-"""State is born in its place, and loaded weights fit or every misfit is named."""
+"""A state is created sharded; loaded weights either fit, or the error names all that do not."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def maker():
 
 @pytest.mark.slow
 def test_born_sharded_creates_each_array_in_its_pieces_and_with_the_same_values(maker):
-    """The state on eight devices is that on one, bit for bit: weights do not depend on the mesh."""
+    """The initial weights on eight devices are those on one, bit for bit."""
     mesh = small.mesh(2, 2, 2)
     born = state.born_sharded(maker, mesh, jax.random.key(3))
     places = mesh_lib.state_sharding(born, mesh)

@@ -130,7 +130,7 @@ def run(
     meshes = _meshes(experiment)
     run_lib.check_workdir(experiment, workdir, _RESULTS)
     with StopRequest() as stop:
-        check_stop = stop_lib.raising(stop)
+        check_stop = stop_lib.make_check(stop)
         options = run_lib.Options(given=given, reporter=reporter)
         pretrained = _pretrain(ablation, check_stop, options)
         # The fields of the model and tokenizer may not overrule those of a given checkpoint.

@@ -56,7 +56,7 @@ class StopRequest:
         self._restore()
 
 
-def raising(asked: Callable[[], bool]) -> Callable[[], None]:
+def make_check(asked: Callable[[], bool]) -> Callable[[], None]:
     """Returns a function that calls `asked`, and raises `StopRequested` if it returns True."""
 
     def check_stop() -> None:

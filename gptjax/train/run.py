@@ -113,11 +113,11 @@ def run(
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
     )
-    # Compared first: where the meshes differ, only some processes would fail to make theirs.
+    # Before the mesh is made, which may fail in some of the processes if their meshes differ.
     require_same({"config": schema.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
-        check_stop = stop_lib.raising(synchronised_stop(stop))
+        check_stop = stop_lib.make_check(synchronised_stop(stop))
         options = Options(
             given=given, tables=tables, profile=profile,
             reporter=reporter or TerminalReporter(),
@@ -151,7 +151,7 @@ def train(
     is_main = jax.process_index() == 0
     check_workdir(experiment, workdir, "checkpoints")
     setup, stages = prepare(experiment, workdir, mesh, options, check_stop)
-    # Nothing is written before all processes have found all input good, and the same.
+    # Nothing is written before the data is known to be valid, and the same in all processes.
     facts = {
         stage.name: {"data": stage.fingerprint, "steps": stage.total_steps} for stage in stages
     }
@@ -189,8 +189,8 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     Args:
       experiment: the configuration.
       workdir: folder of the run.
-      product: name of a file or folder in it. While the workdir lacks it, nothing was computed yet,
-        and any configuration is accepted.
+      product: name of the file or folder with the results of a run. A workdir without it has no
+        results yet, and is accepted with any configuration.
     """
     require_workdir(workdir)
     path = os.path.join(workdir, "config.json")
@@ -380,7 +380,7 @@ def _train_stage(
         del state, restored, trainer  # they hold the buffers of the training state
         best, params = checkpoints.restore_best_params(like.params)
         scores = checkpoints.metrics(best)
-    # A run that was stopped after its last step has no speed of its own.
+    # If all steps were done before this run, the earlier summary has the speed.
     measured = speed or old or {}
     speed = {name: measured.get(name, 0.0) for name in ("tokens_per_second", "input_wait")}
     return params, finished or _summarise_stage(context, stage, params, scores, speed)

@@ -1,4 +1,4 @@
-"""The stages of an experiment: configuration and data become what the training loop needs."""
+"""The stages of an experiment, built from its configuration and its data."""
 
 import dataclasses
 import functools
@@ -42,7 +42,7 @@ Scores = dict[str, float]
 
 
 class Batches(Protocol):
-    """The training batches, a function of the step."""
+    """The training batches. The batch of a step is the same in every run."""
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Yields the batches of steps [start, stop)."""
@@ -119,7 +119,7 @@ class Stage:
     eval_every: int
     """Steps between two validations."""
     save_every: int
-    """Steps between two checkpoints; each validation saves too."""
+    """Steps between two checkpoints. Each validation saves a checkpoint too."""
     fingerprint: str
     """Hash of the training data."""
     spec: TaskSpec | None = None
@@ -178,8 +178,8 @@ def pretrain(
     Args:
       config: the stage's configuration.
       data: the tables of `splits.text_splits`.
-      setup: what all stages share.
-      probes: are scored at each validation.
+      setup: the inputs that all stages share.
+      probes: the probes that each validation scores.
     """
     mesh, tokenizer = setup.mesh, setup.tokenizer
     stream = {
@@ -258,7 +258,7 @@ def _baselines(
 
 
 def _steps_per_epoch(config: FinetuneConfig, examples: int) -> float:
-    """Returns the number of steps of an epoch; it is whole only where batches do not span two."""
+    """Returns the number of steps in an epoch: a fraction, unless the last batch is dropped."""
     if not config.drop_last:
         return examples / config.batch_size
     require(
@@ -270,7 +270,7 @@ def _steps_per_epoch(config: FinetuneConfig, examples: int) -> float:
 
 
 def _describe_split(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
-    """Returns a line with the size of a split, and the number of rows of which a part is missing.
+    """Returns a line with the number of examples, and how many of them were cut or are empty.
 
     `ignored` is the number of rows that were left out for their label.
     """
@@ -308,7 +308,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     Args:
       config: the stage's configuration.
       data: the tables of `splits.labelled_splits`.
-      setup: what all stages share.
+      setup: the inputs that all stages share.
     """
     mesh = setup.mesh
     require(

@@ -1,4 +1,4 @@
-"""An ablation is many ordinary fine-tunings, told apart by one change each, and a table of them."""
+"""An ablation: fine-tunings that differ in one thing, and a table of their scores."""
 
 import itertools
 import json
@@ -16,17 +16,17 @@ from gptjax.errors import UserError
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "two_tasks.py"
 FINETUNE = FinetuneConfig(lm_weight=0.5)
-# The tokenizer is that of the checkpoint.
+# Without the flags of the tokenizer, which comes from the checkpoint.
 TINY = [flag for flag in runs.TINY if "tokenizer" not in flag]
 
 
 def finetune() -> list[str]:
-    """The shared fine-tuning, shorter."""
+    """Returns the flags of the shared fine-tuning with fewer steps."""
     return [flag.replace("steps=40", "steps=16") for flag in runs.files().finetune]
 
 
 def command(workdir, *more: str) -> tuple[str, ...]:
-    """An ablation of two tasks on the shared rows, from the shared pretraining."""
+    """Returns the arguments of an ablation of two tasks that starts from a shared model."""
     flags = [f.replace("finetune.", "ablation.tasks.one.") for f in finetune()]
     flags = [flag for flag in flags if "compare_from_scratch" not in flag]
     return (
@@ -43,7 +43,7 @@ def results(workdir) -> dict[tuple[str, str, int], dict]:
 
 
 def assert_equal_to_rounding(workdir, other) -> None:
-    """Runs on one device against the same ones that shared eight."""
+    """Compares runs on one device with the same ones on eight devices."""
     for key, record in results(workdir).items():
         expected = results(other)[key]["scores"]
         for split, scores in record["scores"].items():
@@ -52,7 +52,7 @@ def assert_equal_to_rounding(workdir, other) -> None:
 
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
-    """Two tasks, three variants, two seeds."""
+    """Runs two tasks, three variants and two seeds; returns the workdir and stdout."""
     workdir = tmp_path_factory.mktemp("ablation")
     result = runs.main(*command(workdir), "--seeds=2")
     assert (result.code, result.err) == (0, "")
@@ -108,7 +108,7 @@ def test_the_same_command_runs_nothing_again_and_a_new_variant_only(done):
     assert set(after) - set(before) == {
         ("one", "layers=0", 0), ("one", "layers=1", 0), ("one", "lambda=2", 0)
     }  # fmt: skip
-    # The model has one layer: to transfer one is to transfer all.
+    # The model has one layer, so that one transferred layer is all of them.
     assert after["one", "layers=1", 0]["scores"] == before["one", "full", 0]["scores"]
     assert after["one", "layers=0", 0]["scores"] != before["one", "full", 0]["scores"]
 
@@ -165,12 +165,13 @@ def test_the_table_holds_the_medians_and_the_paper_s_numbers_apart():
     assert cells[3][:3] == ["*constant answer*", "50.0", "0.500"]
     paper = f"{100 * paper_tasks.PUBLISHED['full']['sst2']:.1f}"
     assert cells[4][:3] == ["*the paper's full*", paper, "-"]
-    # By another metric than the paper's there is nothing to compare with.
+    # The paper's score is left out where ours is another metric.
     assert "paper" not in report.table([run("sst2", "full", 0, 0.9, "macro_f1")])
 
 
 def test_a_published_average_is_that_of_its_tasks():
-    """The paper prints the averages too; where MNLI's two halves count as one task."""
+    """The expected values are the averages that the paper prints."""
+    # Approximately, because the paper counts the two parts of MNLI as one task.
     averages = {"full": 74.7, "no_pretraining": 59.9, "no_lm": 75.0}
     for variant, average in averages.items():
         scores = paper_tasks.PUBLISHED[variant]
@@ -263,7 +264,7 @@ def test_the_paper_s_tasks_are_known_by_their_experiment(tmp_path):
 
 
 def test_two_on_one_device_score_what_one_scores(done, tmp_path):
-    """What a laptop does, in a process of its own, which has one device."""
+    """The process has a single CPU device, as on a laptop, which two fine-tunings share."""
     one = command(tmp_path, "--config.ablation.only=one", "--config.ablation.variants=full")
     one = [flag for flag in one if "parallel" not in flag]
     process = runs.start(*one, "--seeds=2")

@@ -1,4 +1,4 @@
-"""The metrics against their formulas written out in NumPy, and the errors a user can meet."""
+"""The metrics against their formulas in NumPy, and the errors that a user can cause."""
 
 import numpy as np
 import pytest
@@ -23,12 +23,12 @@ def pearson_by_hand(x, y):
 
 
 def ranks_by_hand(x):
-    """1-based ranks; ties share the mean of their places."""
+    """Returns ranks from 1; equal values have the mean of their ranks."""
     return np.array([np.sum(x < v) + (np.sum(x == v) + 1) / 2 for v in x])
 
 
 def matthews_by_hand(labels, predictions, num_labels):
-    """The multi-class R_k statistic: a correlation of the one-hot matrices."""
+    """Returns the multi-class R_k statistic, a correlation of the one-hot matrices."""
     y, p = np.eye(num_labels)[labels], np.eye(num_labels)[predictions]
     y, p = y - y.mean(0), p - p.mean(0)
     return np.sum(y * p) / np.sqrt(np.sum(y * y) * np.sum(p * p))
@@ -56,7 +56,7 @@ def test_class_metrics_equal_their_formulas(num_labels):
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_regression_metrics_equal_their_formulas(dtype):
     rng = np.random.default_rng(0)
-    labels = np.round(rng.uniform(0, 5, 150), 1).astype(dtype)  # rounded: there are ties
+    labels = np.round(rng.uniform(0, 5, 150), 1).astype(dtype)  # rounded, so that there are ties
     predictions = (labels + rng.normal(size=150)).astype(dtype)
     scores = metrics.compute(REGRESSION, labels, predictions, 1)
     x, y = labels.astype(np.float64), predictions.astype(np.float64)
@@ -163,7 +163,7 @@ def test_no_constant_answer_beats_the_majority_baseline():
     assert metrics.majority_baseline(("accuracy",), labels, 4)["accuracy"] == best
 
 
-def test_every_fitting_name_can_be_asked_for_and_computed():
+def test_every_fitting_metric_can_be_computed():
     values = np.array([0, 1, 1, 0])
     for kind, fitting in metrics.FITTING.items():
         assert metrics.parse(",".join(fitting), kind) == fitting

@@ -1,4 +1,4 @@
-"""Zero-shot probes: spans scored as by a plain softmax, answers as they are defined."""
+"""Zero-shot probes: scores of spans against a plain softmax, answers against definitions."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ def built(path: pathlib.Path, kind: str, rows=ROWS, context: int = 32, **changes
 
 
 def pieces(probe) -> list[tuple[list[int], list[int]]]:
-    """Ids of what comes before (without the line break at the start) and of what is scored."""
+    """Returns the ids of each text before (without its first line break) and scored text."""
     return [
         (ids[1:first].tolist(), ids[first:].tolist())
         for ids, first in zip(probe.tokens, probe.first, strict=True)
@@ -86,7 +86,7 @@ def test_a_pronoun_may_be_named_by_columns(tmp_path):
 
 
 def test_a_pronoun_is_a_word(tmp_path):
-    """ "ran" is in "random" too, and "a" in nearly every word."""
+    """The letters of a pronoun inside of other words do not count."""
     row = ROWS[0] | {"schema": "random cat and a mat", "pronoun": "a"}
     [first, _, *_] = pieces(built(tmp_path, "substitution", [row, *ROWS[1:]], pronoun="pronoun"))
     assert [first] == encoded(("random cat and the dog", "mat"))
@@ -126,7 +126,7 @@ def test_a_text_longer_than_the_context_keeps_its_end(tmp_path):
 def test_answers_follow_the_definitions():
     totals, counts = np.array([[-8.0, -5.0], [-1.0, -2.0]]), np.array([[4, 1], [1, 4]])
     labels = np.array([0, 1])
-    # Of words the probability counts, of answers the mean over their tokens.
+    # A word is chosen by its total log-probability, an answer by the mean over its tokens.
     assert probes.answers("next_word", totals, counts, labels).tolist() == [1, 0]
     assert probes.answers("multiple_choice", totals, counts, labels).tolist() == [0, 1]
     assert probes.answers("substitution", totals, counts, labels).tolist() == [0, 1]
@@ -145,7 +145,7 @@ def test_the_threshold_is_the_best_there_is(seed):
 
 
 def test_a_half_s_threshold_never_saw_the_half():
-    """Labels that only memory could know are not known: 0.5, not 1."""
+    """Random labels are predicted at chance: a threshold is not fitted to its own half."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 2, 2000)
     totals = rng.normal(size=(2000, 1))
@@ -156,7 +156,7 @@ def test_a_half_s_threshold_never_saw_the_half():
 
 
 def probe_file(path: pathlib.Path) -> str:
-    """Sentences of the pretraining text, and the same words shuffled."""
+    """Writes sentences of the pretraining text, every second one with its words shuffled."""
     rng, rows = np.random.default_rng(0), []
     for i, sentence in enumerate(runs.sentences(120, seed=5)):
         if i % 2:
@@ -166,7 +166,7 @@ def probe_file(path: pathlib.Path) -> str:
 
 
 def test_pretraining_learns_to_tell_its_sentences_from_shuffled_ones(tmp_path):
-    """The hook at every validation, the plot, and `evaluate --probes` after it, say the same."""
+    """Validations log the scores, a plot shows them, `evaluate --probes` gives the same."""
     flags = [
         "--config=experiments/probes.py", *runs.TINY, *runs.files().pretrain,
         "--config.probes.cola.dataset=", f"--config.probes.cola.file={probe_file(tmp_path)}",

@@ -1,4 +1,4 @@
-"""Every token and every example counts once: against the definitions, computed another way."""
+"""Losses and outputs on a split against definitions: each token and example counts once."""
 
 import dataclasses
 import math
@@ -23,13 +23,13 @@ WINDOW, ROWS = 16, 8
 
 @pytest.fixture(scope="module")
 def language_model():
-    """An evaluator of a small model on eight devices, and parameters."""
+    """Returns an evaluator of a small model on eight devices, and parameters."""
     model = GPT(small.config())
     return Evaluator(model, small.mesh(8)), small.params(model)
 
 
 def nats(model, params, windows) -> np.ndarray:
-    """-log p of every token but the first of each window, in float64, one window at a time."""
+    """Returns -log p of all tokens but the first of each window, in float64."""
     found = []
 
     @jax.jit
@@ -87,7 +87,7 @@ def test_a_stop_is_obeyed_between_batches(language_model):
 
 @pytest.fixture(scope="module")
 def scorer():
-    """A function of (kind, examples, batch size) -> outputs; each kind compiles once."""
+    """Returns a function (kind, examples, batch size) -> (task, outputs)."""
     found = {}
 
     def run(kind, examples, batch_size):
@@ -130,7 +130,7 @@ def test_without_labels_no_task_loss_is_computed(monkeypatch, kind):
     params, packer = small.params(model), Packer(examples.lengths, 4, 64)
     evaluator = Evaluator(model, small.mesh(1), Objective(kind))
     labelled = evaluator.outputs(params, examples, packer)
-    monkeypatch.setattr(losses, "task_loss", None)  # calling it would fail
+    monkeypatch.setattr(losses, "task_loss", None)  # a call would fail
     unlabelled = dataclasses.replace(examples, labels=None)
     outputs = evaluator.outputs(params, unlabelled, packer)
     assert labelled.task_loss > 0

@@ -1,4 +1,4 @@
-"""The end of a run: plots that show something, a table with baselines beside scores."""
+"""The end of a run: plots that are not empty, and a table with baselines beside scores."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def made_up_run(workdir, stages, steps):
 
 
 def colours_in(png):
-    """Number of pixels that are not grey: lines and points, neither text nor axes nor grid."""
+    """Returns the number of coloured pixels: those of lines and points, not of text or axes."""
     rgb = imread(png)[..., :3]
     return int(np.sum(np.ptp(rgb, axis=-1) > 0.2))
 

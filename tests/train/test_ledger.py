@@ -1,4 +1,4 @@
-"""The ledger tells batches apart, and nothing else: not devices, not padding."""
+"""The ledger differs between different batches, and does not depend on devices or padding."""
 
 import jax
 import numpy as np
@@ -26,14 +26,14 @@ def text_batch():
 
 
 def murmur(word: int) -> int:
-    """fmix32 of MurmurHash3."""
+    """Returns fmix32 of MurmurHash3."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         word = (word ^ word >> shift) * factor % 2**32
     return word ^ word >> 16
 
 
 def by_hand(batch) -> int:
-    """The same sums in Python's integers."""
+    """Returns the checksum of a batch, computed with Python's integers."""
     total = 0
     for field in jax.tree.leaves(batch):
         words = np.ascontiguousarray(field).view(np.uint32).reshape(-1).tolist()
@@ -42,7 +42,7 @@ def by_hand(batch) -> int:
 
 
 def test_the_reference_is_murmur():
-    """Values of the published finalizer."""
+    """The expected values are those of the published finalizer."""
     assert [murmur(word) for word in (0, 1, 2**32 - 1)] == [0, 0x514E28B7, 0x81F16F39]
 
 
@@ -72,7 +72,7 @@ def test_devices_and_their_rows_of_padding_do_not_count(sizes):
 
 
 def test_a_cut_array_is_not_gathered():
-    """Of a checkpoint's arrays, as large as a device's memory, only sums are exchanged."""
+    """Devices exchange sums only: a checkpoint's arrays may be as large as a device's memory."""
     mesh = small.mesh(data=1, fsdp=4, tensor=2)
     array = np.random.default_rng(0).normal(size=(3, 16, 2, 8)).astype(np.float32)
     expected = sum(

@@ -1,4 +1,4 @@
-"""What runs leave behind, read back by other means; what a person sees, with a made-up clock."""
+"""The files of the metrics, read without gptjax, and the displayed progress, by a fake clock."""
 
 import errno
 import json
@@ -23,12 +23,12 @@ from gptjax.train.progress import Progress, Reporter, TerminalReporter
 
 
 def strict_json(text):
-    """JSON as other languages read it: without NaN and Infinity."""
+    """Parses JSON strictly, as other languages do: NaN and Infinity are errors."""
     return json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def scalars(workdir):
-    """(tag, step) -> value as TensorBoard would show them, from the TFRecord format by hand."""
+    """Returns (tag, step) -> value as TensorBoard shows it, parsed from the TFRecord format."""
     shown = {}
     for folder, _, names in sorted(os.walk(os.path.join(workdir, "tensorboard"))):
         here = {}
@@ -145,7 +145,7 @@ def test_lines_survive_sigkill(tmp_path):
     assert [r["step"] for r in log_lib.read(tmp_path)] == list(range(50))
 
 
-def test_importing_telemetry_loads_nothing_heavy():
+def test_importing_the_log_loads_nothing_heavy():
     code = (
         "import sys, gptjax.train.log\n"
         "print({'tensorboardX', 'matplotlib', 'tqdm', 'sklearn', 'scipy'} & set(sys.modules))"
@@ -202,7 +202,7 @@ def test_a_workdir_that_is_a_file_is_a_user_error(tmp_path):
 
 
 class Clock:
-    """Stands in for the `time` module."""
+    """A fake `time` module."""
 
     now = 100.0
 

@@ -1,4 +1,4 @@
-"""The training loop: what it transfers between the host and the devices."""
+"""The training loop's transfers between the host and the devices."""
 
 import threading
 
@@ -75,7 +75,7 @@ def test_steps_transfer_nothing_implicitly(tmp_path):
     ],
 )
 def test_an_implicit_transfer_is_seen(tmp_path, monkeypatch, implicit, error):
-    """The test above would fail if the loop used one."""
+    """The test above can fail: it does if the loop has an implicit transfer."""
     rate = jnp.float32(0.1)
     monkeypatch.setattr(Optimizer, "rate_at", lambda self, update: implicit(rate))
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=error):

@@ -17,7 +17,7 @@ from gptjax.train.optimizer import Optimizer
 
 
 def rate(step, config, total):
-    """The learning rate of update `step` (from 0), in closed form."""
+    """Returns the learning rate of update `step`, counted from 0, in closed form."""
     warmup = config.warmup_steps or min(math.ceil(config.warmup_fraction * total), total - 1)
     peak = config.learning_rate
     if step < warmup:
@@ -67,6 +67,16 @@ def test_a_warm_up_without_a_step_after_it(warmup, total):
         Optimizer(config, total)
 
 
+def test_equal_configurations_are_equal_optimizers():
+    """The training loop compiles one program for all stages with equal optimizers."""
+    one, other = (Optimizer(OptimizerConfig(clip_norm=0.5), 10, name) for name in "ab")
+    assert one == other
+    assert hash(one) == hash(other)
+    assert one != Optimizer(OptimizerConfig(clip_norm=0.5), 11)
+    assert one != Optimizer(OptimizerConfig(clip_norm=0.6), 10)
+    assert one.transformation is one.transformation
+
+
 @pytest.mark.parametrize("segment_types", [0, 2])
 def test_decay_is_on_all_but_biases_and_gains(segment_types):
     config = small.config(segment_types=segment_types)
@@ -74,7 +84,7 @@ def test_decay_is_on_all_but_biases_and_gains(segment_types):
     shapes = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
     mask = optimizer_lib.decay_mask(shapes)
     assert jax.tree.structure(mask) == jax.tree.structure(shapes)
-    # Counted by hand from the architecture: what is decayed is a matrix, what is not a vector.
+    # Counted from the architecture: matrices are decayed, vectors are not.
     w, ffn, layers = config.width, 4 * config.width, config.num_layers
     vectors = layers * (3 * w + w + ffn + w + 2 * 2 * w) + 3
     rows = config.vocab_size + config.context_length + segment_types
@@ -86,7 +96,7 @@ def test_decay_is_on_all_but_biases_and_gains(segment_types):
 
 
 def numpy_adam(params, gradients, config, total):
-    """Adam with decoupled decay on the kernel, global clipping and the schedule, in float64."""
+    """Computes Adam with decoupled decay of kernels, clipping and schedule, in float64."""
     params = {name: np.asarray(value, np.float64) for name, value in params.items()}
     first = {name: np.zeros_like(value) for name, value in params.items()}
     second = {name: np.zeros_like(value) for name, value in params.items()}
@@ -164,7 +174,7 @@ def test_twenty_steps_are_those_of_numpy_in_float64(name, changes):
 
 
 def openai_rate(step, config, total):
-    """The schedules of the authors' `opt.py`, x read before the step is counted."""
+    """Returns the rate of the authors' `opt.py`, which computes x before it counts the step."""
     x = step / total
     w = config.warmup_steps / total or config.warmup_fraction
     if w and x <= w:
@@ -177,7 +187,7 @@ def openai_rate(step, config, total):
 
 
 def numpy_openai_adam(params, gradients, config, total):
-    """`adam` of the authors' `opt.py`, written from the formula, in float64."""
+    """Computes `adam` of the authors' `opt.py` from its formula, in float64."""
     params = {name: np.asarray(value, np.float64) for name, value in params.items()}
     m = {name: np.zeros_like(value) for name, value in params.items()}
     v = {name: np.zeros_like(value) for name, value in params.items()}
@@ -260,7 +270,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(clip_norm):
         jax.tree.map(np.testing.assert_array_equal, before, after)
         jax.tree.map(np.testing.assert_array_equal, state.inner_state, skipped.inner_state)
         assert (int(skipped.notfinite_count), int(skipped.total_notfinite)) == (3, 3)
-        # The run goes on as if the bad steps had not been: schedule and moments stood still.
+        # The next updates are those of a run without bad steps: schedule and moments stayed.
         found, good = run(after, gradients[4:], skipped)
         assert (int(good.notfinite_count), int(good.total_notfinite)) == (0, 3)
         jax.tree.map(np.testing.assert_array_equal, found, straight)

@@ -50,7 +50,7 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     assert recorder.lines[-1] == f"finetune: trace of 3 steps from 4 on -> {folder}"
     (trace,) = folder.glob("plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 1000
-    # The configuration names no data, as that of an imported model does.
+    # Like that of an imported model, the saved configuration names no data.
     config = json.loads(pathlib.Path(workdir, "config.json").read_text())
     assert config["finetune"]["dataset"] == config["finetune"]["train_file"] == ""
     assert gptjax.load(workdir).predict([{"text": "good the cat a wall"}]).labels == ["yes"]

@@ -1,4 +1,4 @@
-"""Killed anywhere, a run continued by the same command ends with the same bits.
+"""A run that is killed at any moment and continued ends with the bits of an uninterrupted one.
 
 GPTJAX_KILLS=N in the environment kills N times, at random moments, instead of a few chosen ones.
 """
@@ -23,7 +23,7 @@ STAGES = tuple(Stage)
 
 
 def command(workdir) -> list[str]:
-    """All three stages, with dropout, a checkpoint every few steps, and BPE training."""
+    """A run of all three stages, with dropout, a checkpoint every few steps, and BPE training."""
     files = runs.files()
     return [
         *runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}",
@@ -64,7 +64,7 @@ def assert_same(workdir: str, expected: str) -> None:
 
 
 def recorded(workdir: str, stage: str) -> int:
-    """The last step of `stage` in the log as it is now."""
+    """Returns the last step of a stage in the log; -1 if there is none yet."""
     path = pathlib.Path(workdir, "metrics.jsonl")
     text = path.read_text() if path.exists() else ""
     found = re.findall(rf'^{{"step": (\d+), "stage": "{stage}", "split": "train"', text, re.M)
@@ -72,12 +72,12 @@ def recorded(workdir: str, stage: str) -> int:
 
 
 def saving(workdir: str, stage: str) -> bool:
-    """Whether a checkpoint is half-written."""
+    """Returns whether a checkpoint is being written."""
     return any(pathlib.Path(workdir, "checkpoints", stage).glob("*orbax-checkpoint-tmp*"))
 
 
 def interrupt(workdir: str, number: signal.Signals, when, **kwargs) -> runs.Result:
-    """Starts the run and sends it a signal as soon as `when` is true."""
+    """Starts the run, sends it a signal as soon as `when()` is true, and waits for its end."""
     process = runs.start(*command(workdir), **kwargs)
     while process.poll() is None and not when():
         time.sleep(0.001)
@@ -89,14 +89,14 @@ def interrupt(workdir: str, number: signal.Signals, when, **kwargs) -> runs.Resu
 @pytest.mark.skipif(KILLS > 0, reason="GPTJAX_KILLS asks for the long version")
 def test_killed_and_terminated_runs_end_like_an_uninterrupted_one(uninterrupted, tmp_path):
     workdir = str(tmp_path / "run")
-    # While it writes a checkpoint.
+    # Killed while it writes a checkpoint.
     killed = interrupt(
         workdir, signal.SIGKILL,
         lambda: recorded(workdir, "pretrain") >= 16 and saving(workdir, "pretrain"),
     )  # fmt: skip
     assert killed.code == -signal.SIGKILL
     assert max(runs.steps(workdir, "pretrain")) < 40
-    # While it trains the second stage.
+    # Terminated while it trains the second stage.
     asked = interrupt(workdir, signal.SIGTERM, lambda: recorded(workdir, "finetune") >= 3)
     assert asked.code == 75, asked.err
     errors = [line for line in asked.err.splitlines() if line.startswith("error")]
@@ -105,7 +105,7 @@ def test_killed_and_terminated_runs_end_like_an_uninterrupted_one(uninterrupted,
     assert 3 <= step < 30
     assert step in runs.steps(workdir, "finetune")
     assert "Traceback" not in asked.err
-    # While it compiles or begins the third.
+    # Killed while it compiles or begins the third stage.
     killed = interrupt(
         workdir, signal.SIGKILL,
         lambda: pathlib.Path(workdir, "checkpoints", STAGES[2]).exists(),
@@ -118,7 +118,7 @@ def test_killed_and_terminated_runs_end_like_an_uninterrupted_one(uninterrupted,
 
 @pytest.mark.slow
 def test_another_number_of_devices_goes_on_with_the_same_batches(uninterrupted, tmp_path):
-    """Losses to float32 rounding, which Adam and 40 steps magnify; the ledger to the bit."""
+    """Ledgers are equal. Losses differ by float32 rounding, which Adam magnifies in 40 steps."""
     workdir = str(tmp_path / "run")
     four = os.environ | {"JAX_NUM_CPU_DEVICES": "4"}
     asked = interrupt(
@@ -145,7 +145,7 @@ def test_another_number_of_devices_goes_on_with_the_same_batches(uninterrupted, 
 
 @pytest.fixture(scope="module", params=[1, 2])
 def several(request, tmp_path_factory):
-    """A number of processes, and a run of theirs that nothing interrupted."""
+    """Returns a number of processes, and the workdir of an uninterrupted run of so many."""
     workdir = str(tmp_path_factory.mktemp("several") / "run")
     for process in start(workdir, request.param):
         assert runs.finish(process).code == 0
@@ -156,7 +156,7 @@ def several(request, tmp_path_factory):
 @pytest.mark.timeout(7200)
 @pytest.mark.skipif(not KILLS, reason="set GPTJAX_KILLS to the number of kills")
 def test_killed_at_random_moments(several, tmp_path):
-    """One of the processes, by a random signal; the others end by themselves."""
+    """A random signal ends one of the processes; the others then end by themselves."""
     count, uninterrupted = several
     rng = random.Random(time.time_ns())
     workdir = str(tmp_path / "run")
@@ -171,7 +171,7 @@ def test_killed_at_random_moments(several, tmp_path):
         results = [runs.finish(process) for process in processes]
         tried = (attempt, rest, chosen, number, results)
         codes = {result.code for result in results}
-        # A SIGTERM before Python itself is up ends it as it ends any program.
+        # Before Python has started, SIGTERM ends the process as it ends any program.
         too_early = {-signal.SIGTERM} if rest < 0.5 * count else set()
         lost = {1} if count > 1 else set()
         assert codes <= {0, 75, -signal.SIGKILL} | lost | too_early, tried

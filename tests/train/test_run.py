@@ -1,4 +1,4 @@
-"""Training as a whole: it learns, keeps what it promises to keep, and ends well when it cannot."""
+"""Whole trainings: they learn, write their files, continue, and end in one line on errors."""
 
 import json
 import math
@@ -64,7 +64,7 @@ def test_the_wait_for_a_slow_loader_is_reported(tmp_path, monkeypatch):
 
 
 def test_tokens_from_the_cache_train_the_same_model(tmp_path, monkeypatch):
-    """And a cache of garbage, or none that can be written, changes nothing either."""
+    """A damaged cache, or one that cannot be written, does not change the result either."""
     expected = runs.arrays(runs.trained(), "pretrain", 20)
     kept = tmp_path / "cache" / "data"
 
@@ -78,7 +78,7 @@ def test_tokens_from_the_cache_train_the_same_model(tmp_path, monkeypatch):
 
     train("cold", tmp_path / "cache")
     assert sorted(path.suffix for path in kept.iterdir()) == [".bin", ".bin", ".json", ".json"]
-    with monkeypatch.context() as patch:  # nothing is tokenised a second time
+    with monkeypatch.context() as patch:  # tokenising again would fail
         patch.setattr(tokenizer.Tokenizer, "encode_batch", None)
         patch.setattr(tokenizer, "train_bpe", None)
         train("warm", tmp_path / "cache")
@@ -89,7 +89,7 @@ def test_tokens_from_the_cache_train_the_same_model(tmp_path, monkeypatch):
 
 
 def test_a_workdir_of_an_older_version_goes_on(tmp_path):
-    """Its config.json lacks the fields that came later; they had their defaults then."""
+    """Its config.json lacks newer fields, which then have their defaults."""
     workdir = runs.copy(tmp_path)
     path = pathlib.Path(workdir, "config.json")
     config = json.loads(path.read_text())
@@ -140,20 +140,20 @@ def test_a_predictable_text_is_learned(tmp_path):
 
 
 class StopAtOnce(StopRequest):
-    """Asked to stop from the start."""
+    """A request to stop that is there from the start."""
 
     def __call__(self) -> bool:
         return True
 
 
 def test_a_separable_task_is_learned_from_a_pretrained_checkpoint(tmp_path, monkeypatch):
-    """And `init_from` fixes tokenizer, sizes and first weights, whatever the experiment says."""
+    """`init_from` decides the tokenizer, the sizes and the first weights of the run."""
     workdir, files = str(tmp_path / "w"), runs.files()
     command = (
         *(flag for flag in runs.TINY if "dropout" in flag), *files.finetune,
         "--config.pretrain=none", f"--workdir={workdir}",
         f"--config.init_from={runs.trained()}/checkpoints/pretrain",
-        # What it has.
+        # These are the sizes of the checkpoint.
         "--config.model.width=16", "--config.model.vocab_size=0", "--config.model.ffn_width=64",
     )  # fmt: skip
     with monkeypatch.context() as patch:
@@ -213,7 +213,7 @@ def test_a_diverging_run_ends_with_code_3_and_keeps_its_checkpoints(tmp_path, mo
     assert runs.steps(workdir, "pretrain") == [10]
     ours, theirs = (runs.arrays(each, "pretrain", 10) for each in (workdir, runs.trained()))
     assert ours == theirs
-    # With the cause removed, the same command ends as if nothing had been wrong.
+    # Without the cause of the divergence, the same command ends as an undisturbed run.
     monkeypatch.undo()
     result = runs.main(
         *runs.TINY, *runs.files().pretrain, "--config.finetune=none", f"--workdir={workdir}"

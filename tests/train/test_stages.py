@@ -1,4 +1,4 @@
-"""Stages: what configuration and data come to, counted by hand."""
+"""Stages: their numbers of steps, shapes and labels, counted by hand."""
 
 import collections
 import math
@@ -141,7 +141,7 @@ def test_finetuning_counts(tokenizer):
     for batch in stage.batches.iterate(0, 5):
         assert batch.example_mask.sum() == 4
         labels.update(batch.labels[batch.example_mask > 0].tolist())
-    assert labels == {1: 7, 2: 7, 0: 6}  # one epoch: no, yes, maybe in turn
+    assert labels == {1: 7, 2: 7, 0: 6}  # one epoch of 20 rows, whose labels take turns
     assert finetune(tokenizer).test is None
     assert finetune(tokenizer, steps=3).total_steps == 3
     assert finetune(tokenizer, evals_per_epoch=2.0).eval_every == 2
@@ -150,7 +150,7 @@ def test_finetuning_counts(tokenizer):
 
 @pytest.mark.parametrize("split", ["train", "validation"])
 def test_the_longest_sequence_is_that_of_any_split(tokenizer, split):
-    """Attention leaves out keys beyond it, so that a longer one anywhere would be cut short."""
+    """Attention ignores keys beyond the longest sequence, so that every split has to count."""
     data = label_data()
     table = data[split].rows
     long = " ".join(["sea"] * 20)

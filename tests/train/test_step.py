@@ -1,4 +1,4 @@
-"""One objective however the batch is cut, and a step that survives what is not finite."""
+"""The objective does not depend on micro-batches; a step skips gradients that are not finite."""
 
 import dataclasses
 
@@ -22,10 +22,10 @@ EPS = 2e-5  # as in test_model: float32 rounding in another order of sums
 
 
 def uneven(task):
-    """Eight rows; of any two or four micro-batches one is full and one nearly or all padding."""
+    """Returns eight rows whose micro-batches differ: one is full, another nearly all padding."""
     batch, _ = small.packed(task.examples, 96, task.shape)
     real = np.flatnonzero(batch.example_mask.any(axis=1))
-    # Micro-batch i takes rows i, i + micro, ...: put the real rows at multiples of 4 and 4 + 1.
+    # Micro-batch i has the rows i, i + micro, ...: rows 0, 4, 1, 5 are those of the first ones.
     order = np.full(8, -1)
     order[[0, 4, 1, 5, 2, 6, 3, 7][: len(real)]] = real
     order[order < 0] = np.setdiff1d(np.arange(8), real)
@@ -79,7 +79,7 @@ def optimizer():
 
 @pytest.fixture(scope="module")
 def step(tasked, optimizer):
-    """The jitted step of the library, micro = 1, on one device; it donates its state."""
+    """Returns the library's jitted step without micro-batches on one device."""
     task, _ = tasked
     step = step_lib.jit_train_step(
         small.mesh(), model=task.model, objective=task.objective, optimizer=optimizer, micro=1
@@ -135,7 +135,7 @@ def test_steps_lower_the_loss(tasked, optimizer, step):
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tasked, optimizer, step, bad):
     task, batch = tasked
-    before, _ = step(born(task, optimizer), batch)  # moments are not 0 any more
+    before, _ = step(born(task, optimizer), batch)  # so that the moments are not 0
     before = jax.device_get(before)
     poisoned = batch.replace(lm_weights=jnp.where(batch.lm_weights > 0, bad, batch.lm_weights))
     after, output = step(small.placed(before, small.mesh()), poisoned)
@@ -161,7 +161,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted(tasked, optimizer,
 
 
 def test_dropout_keys_follow_the_step_and_the_seed(tasked):
-    """Same (seed, step): the same bits; another step or seed: another mask."""
+    """The same seed and step give the same bits; another seed or step gives another mask."""
     task, batch = tasked
     config = dataclasses.replace(task.model.config, residual_dropout=0.5)
     model = task.model.clone(config=config)
@@ -193,7 +193,7 @@ def test_eval_step_is_the_forward_without_dropout(tasked):
 
 
 def test_objective_without_lm_or_without_task():
-    """lambda = 0 is the task alone; pretraining is the LM alone; joint is their weighted sum."""
+    """Lambda 0 leaves the task loss, pretraining has the LM loss, joint training adds both."""
     lm = Sum(jnp.float32(6), jnp.float32(3))
     task = Sum(jnp.float32(5), jnp.float32(2))
     sums = objective.Losses(lm, task)
@@ -203,7 +203,7 @@ def test_objective_without_lm_or_without_task():
 
 
 def test_pretraining_rows_of_any_length_share_one_mean():
-    """Windows cut short leave padding: the loss is the mean over predicted tokens all the same."""
+    """Short windows leave padding, and the loss is the mean over the predicted tokens only."""
     model = small.GPT(small.config(num_layers=1))
     params = small.params(model)
     rng = np.random.default_rng(0)
