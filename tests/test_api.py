@@ -235,12 +235,11 @@ def test_an_interrupted_run_is_saved_and_continues(name, error, tmp_path):
     few = {"finetune.steps": 300, "finetune.batch_size": 4, "finetune.evals_per_epoch": 0.001}
     overrides = TINY | few
     code = INTERRUPTED.replace("OVERRIDES", repr(overrides))
-    done = subprocess.run(
-        [sys.executable, "-c", code, name], capture_output=True, text=True, check=False,
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    stopped, steps = done.stdout.splitlines()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, name]
+    done = runs.finish(runs.spawn(command, cwd=tmp_path, env=environment))
+    assert done.code == 0, done.err
+    stopped, steps = done.out.splitlines()
     assert re.fullmatch(
         rf"{error} finetune: asked to stop; saved at step [\d,]+ of 300; "
         "the same call with workdir=run continues there",
