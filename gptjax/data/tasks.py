@@ -204,6 +204,7 @@ class _Builder:
             return [self._pair(texts[0], texts[1])]
         if spec.kind is TaskKind.MULTIPLE_CHOICE:
             return [self._pair(texts[0], answer, spec.ends_in_question) for answer in texts[1:]]
+        assert spec.kind.sums_candidates, spec.kind
         return [self._pair(texts[0], texts[1]), self._pair(texts[1], texts[0])]
 
     def _single(self, text: np.ndarray) -> _Sequence:

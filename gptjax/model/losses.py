@@ -3,7 +3,7 @@
 They are divided once, after all parts of a batch are added up. So the objective does not depend on
 padding, packing, sharding or gradient accumulation.
 
-The joint loss is L3 = L2 + lambda * L1 (Radford et al. 2018, equation 5) of the two means.
+`objective.py` joins the two losses.
 """
 
 import flax.struct

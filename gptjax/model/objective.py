@@ -1,4 +1,8 @@
-"""The joint objective of a batch: both losses, their weights, and the gradient."""
+"""The joint objective of a batch: both losses, their weights, and the gradient.
+
+The joint loss is L3 = L2 + lambda * L1 (Radford et al. 2018, equation 5): the mean task loss L2,
+and the mean LM loss L1. Lambda is `Objective.lm_weight`.
+"""
 
 import dataclasses
 from typing import Any

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
-TASKS = tuple(kind for kind in TaskKind if kind is not TaskKind.REGRESSION)
+TASKS = (
+    TaskKind.CLASSIFICATION, TaskKind.ENTAILMENT, TaskKind.SIMILARITY, TaskKind.MULTIPLE_CHOICE,
+)  # fmt: skip
 
 _TASK_CHARACTERS = 400
 _MIN_TASK_CHARACTERS = 20

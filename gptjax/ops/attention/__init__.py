@@ -1,4 +1,9 @@
-"""Masked self-attention: of whole sequences (`causal`), and of new tokens to a cache (`cached`)."""
+"""Masked self-attention: of whole sequences (`causal`), and of new tokens to a cache (`cached`).
+
+`inputs.AttentionInputs` has the rule of the mask. Each implementation applies the rule itself:
+`plain` and `cudnn` through `plain.causal_segments`, `blocked` in `_Group.scores`, and `flash` in
+`_scores`.
+"""
 
 from typing import Literal
 

@@ -1,4 +1,7 @@
-"""Attention in the plain way, with all scores in memory at once, and its masks."""
+"""Attention in the plain way, with all scores in memory at once.
+
+Its masks also serve cuDNN and the key/value cache. `blocked` and `flash` have their own.
+"""
 
 import math
 
