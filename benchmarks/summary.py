@@ -33,8 +33,8 @@ class About:
     flops_per_unit: float = 0.0
     """Operations for one unit. 0 means that they are not counted."""
     extra: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Key of a record -> heading of a further column. It shows the value of the first round, and the
-    median of later rounds if it differs."""
+    """Key of a record -> heading of a further column. The column shows the first round's value, and
+    the median of later rounds if it differs."""
     notes: tuple[str, ...] = ()
     single: bool = False
     """Whether each worker makes one timing. The first round includes the compilation. Therefore the
