@@ -1,10 +1,10 @@
-"""What the machine's matrix units can do at best: what the other numbers are shares of."""
+"""The highest speed of matrix products on this machine. Other speeds are given as shares of it."""
 
 from typing import Any
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Returns the operations per second of the best product of an implementation and dtype."""
+    """Returns the operations per second of the fastest product of an implementation and dtype."""
     if spec["implementation"] == "jax":
         from gptjax.model import flops
 

@@ -1,13 +1,14 @@
-"""One epoch of joint fine-tuning, from the file to the last step: ours, transformers, PyTorch.
+"""Times one epoch of joint fine-tuning with gptjax, transformers and PyTorch, reading included.
 
 python benchmarks/finetune.py --size=tutorial --train_file=msr_paraphrase_train.txt \
     '--text=#1 String' '--text_pair=#2 String' --label=Quality
 
-Ours packs; the peers pad each batch, of examples of about equal length, to its longest. All start
-from random weights, read the same CSV file, use the same tokenizer file, make the same sequences
-and minimise task + 0.5 * LM over all sequences. None of them validates or saves. Ours runs whole
-batches only (the last goes on with the next epoch), the peers a smaller last one.
-Without --train_file: synthetic rows with the lengths of MRPC.
+gptjax packs. The others make batches of examples of about equal length, and pad each example to the
+longest of its batch. All start from random weights, read the same CSV file, use the same tokenizer
+file, make the same sequences and minimise task + 0.5 * LM over all sequences. None of them
+validates or saves. gptjax runs full batches only, and fills the last one with examples of the next
+epoch. The last batch of the others is smaller. Without --train_file the rows are synthetic, with
+the lengths of MRPC.
 """
 
 import dataclasses
@@ -63,7 +64,7 @@ _EXTRA = {
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Runs an epoch in a worker; "seconds" holds one number, from process start to last step."""
+    """Runs an epoch in a worker; "seconds" is one number, from process start to last step."""
     run = _ours if spec["implementation"] == "ours" else _peer
     marks, seconds, shapes, losses = run(spec)
     compile_seconds = _compile_seconds(seconds, shapes)
@@ -79,7 +80,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compile_seconds(seconds: list[float], shapes: list[Any]) -> float:
-    """What the first step of each shape took longer than the later ones of its shape.
+    """Returns the time that the first step of each shape takes more than later ones of the shape.
 
     A shape that occurs once is compared with the median of all steps.
     """
@@ -91,7 +92,12 @@ def _compile_seconds(seconds: list[float], shapes: list[Any]) -> float:
 
 
 def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], list[float]]:
-    """Returns marks (started, data ready, model ready), seconds, shapes and losses of the steps."""
+    """Runs an epoch with gptjax.
+
+    Returns:
+      The times at which the run had started, the data was ready and the model was ready; and the
+      seconds, shapes and losses of the steps.
+    """
     from benchmarks import with_gptjax
     from gptjax import mesh as mesh_lib
     from gptjax.config.schema import MeshConfig, TokenizerConfig
@@ -118,7 +124,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
         means = [float(part.total) / float(part.weight) for part in (sums.task, sums.lm)]
         losses.append(stage.objective.total(*means))
         shapes.append(batch.tokens.shape)
-        # With what it waited for the batch.
+        # The time includes the wait for the batch.
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
@@ -126,7 +132,7 @@ def _ours(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
 
 
 def _peer(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], list[float]]:
-    """As `_ours`."""
+    """Runs an epoch with transformers or PyTorch; returns the same as `_ours`."""
     from benchmarks import with_torch, with_transformers
 
     marks = [time.time()]
@@ -151,12 +157,12 @@ def _peer(spec: dict[str, Any]) -> tuple[list[float], list[float], list[Any], li
         now = time.perf_counter()
         seconds.append(now - before)
         before = now
-    # Nothing is compiled: no shape, no compile time.
+    # Without shapes the compile time is 0, because nothing is compiled.
     return marks, seconds, [], losses
 
 
 def prepare(folder: pathlib.Path) -> tuple[dict[str, Any], str]:
-    """Writes what all variants read; returns their common spec and a description of the data."""
+    """Writes the files that all variants read; returns their common spec and what the data is."""
     pair = "" if FLAGS.task == "classification" else FLAGS.text_pair
     data = rows.load(FLAGS.train_file, FLAGS.text, pair, FLAGS.label, FLAGS.rows)
     batch = FLAGS.batch_size

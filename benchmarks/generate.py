@@ -1,9 +1,10 @@
-"""Greedy generation: ours, PyTorch with a cache of its own, transformers.
+"""Times greedy generation with gptjax, PyTorch (with our own cache) and transformers.
 
 python benchmarks/generate.py --size=gpt1 --batch=1,16 --tokens=128
 
-transformers has no key/value cache for GPT-1: its `generate` runs the whole text for each token
-(transformers-openai). Its GPT-2 of the same size, which has one, stands in (transformers-gpt2).
+transformers has no key/value cache for GPT-1. Its `generate` computes the whole text again for each
+token (transformers-openai). Its GPT-2 has a cache, so a GPT-2 of the same size is measured as well
+(transformers-gpt2).
 """
 
 import pathlib
@@ -33,7 +34,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def generation(spec: dict[str, Any], size: sizes.Size) -> Any:
-    """Returns the implementation's (prompt, batch, tokens) -> int [batch, tokens]."""
+    """Returns a function of the implementation: (prompt, batch, tokens) -> int [batch, tokens]."""
     name, _, kind = spec["implementation"].partition("-")
     if name == "ours":
         from benchmarks import with_gptjax
@@ -49,7 +50,7 @@ def generation(spec: dict[str, Any], size: sizes.Size) -> Any:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Times whole continuations in a worker."""
+    """Times the generation of complete texts in a worker."""
     size = sizes.find(spec["size"])
     run = generation(spec, size)
     prompt = np.random.default_rng(0).integers(0, size.vocab_size, spec["prompt_tokens"])

@@ -1,7 +1,7 @@
-"""Runs variants interleaved: in every round each of them once, in a process of its own.
+"""Runs the variants in rounds: each round runs every variant once, in a process of its own.
 
-Rounds alternate the order of the variants, so that a machine that slows down, or is busy for a
-while, does not favour one of them.
+The order of the variants is reversed in every second round. A machine that becomes slower, or is
+busy for a while, then favours no variant.
 """
 
 import dataclasses
@@ -26,7 +26,8 @@ from gptjax.errors import UserError, nearest, require
 WORKER = pathlib.Path(__file__).with_name("worker.py")
 RESULTS = pathlib.Path(__file__).with_name("results")
 
-# GLIBC_TUNABLES by name: the C library as it is; what `launch.py` sets itself; all that helps.
+# Name of an allocator setting -> its value of GLIBC_TUNABLES: the C library's defaults, the setting
+# of gptjax itself, and all settings that make a variant faster.
 ALLOCATORS = {
     "system": "",
     "huge_pages": "glibc.malloc.hugetlb=1",
@@ -36,7 +37,8 @@ ALLOCATORS = {
 OURS_LAUNCHES_WITH = "huge_pages"
 _CEILINGS = ("jax", "torch")
 
-# Of their own: `launch.py` has flags of the same names, and tests hold both.
+# The benchmarks do not use absl's global flags. gptjax defines flags of the same names there, and
+# the tests load both.
 FLAGS = flags.FlagValues()
 flags.DEFINE_string(
     "size", "gpt1", f"Of the model (and batch): {', '.join(SIZES)}.", flag_values=FLAGS
@@ -69,24 +71,24 @@ flags.DEFINE_integer(
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What is measured."""
+    """An implementation with its settings, to be measured."""
 
     name: str
     """IMPLEMENTATION-DTYPE[-MORE]/ALLOCATOR"""
     spec: dict[str, Any]
-    """For the worker."""
+    """The argument of the worker."""
     allocator: str = "system"
 
 
 @dataclasses.dataclass
 class Result:
-    """What came of a variant."""
+    """The measurements of a variant."""
 
     variant: Variant
     records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    """One a round."""
+    """One for each round."""
     error: str = ""
-    """Why a worker died; no further round is tried then."""
+    """The reason why a worker died. The variant runs in no further round then."""
 
 
 def chosen_allocators() -> list[str]:
@@ -105,12 +107,12 @@ def chosen_allocators() -> list[str]:
 
 
 def variants(task: str, cases: dict[str, dict[str, Any]], common: dict[str, Any]) -> list[Variant]:
-    """Returns every case with every allocator, those that --only asks for.
+    """Returns the cases with each allocator, if --only asks for them.
 
     Args:
-      task: the worker's task.
-      cases: name -> the part of the spec that is the case's own.
-      common: the part that all share.
+      task: the task of the worker.
+      cases: name -> the part of the spec that belongs to this case.
+      common: the part of the spec that all cases share.
     """
     every = [
         Variant(f"{name}/{allocator}", {"task": task, **common, **own}, allocator)
@@ -128,13 +130,13 @@ def variants(task: str, cases: dict[str, dict[str, Any]], common: dict[str, Any]
 
 
 def _matches(name: str, pattern: str) -> bool:
-    """Whether a name is meant: in full, without its allocator, by its first part, or a pattern."""
+    """Returns whether a pattern is the name, its part before the slash or dash, or matches it."""
     case = name.rpartition("/")[0]
     return pattern in (name, case, case.partition("-")[0]) or fnmatch.fnmatch(name, pattern)
 
 
 def ceilings() -> list[Variant]:
-    """Returns the measurements of the matrix units, by both libraries in both dtypes."""
+    """Returns the variants that measure matrix products: both libraries in both dtypes."""
     return [
         Variant(f"{library}-{dtype}", {"task": "ceiling", "implementation": library,
                 "dtype": dtype}, OURS_LAUNCHES_WITH)
@@ -149,17 +151,17 @@ def run(
     save: Callable[[list[Result]], None],
     timeout: float,
 ) -> list[Result]:
-    """Runs every variant `rounds` times, interleaved.
+    """Runs every variant once in each round.
 
     Args:
       every: the variants.
-      rounds: at least 1.
-      save: called with all results after every round, so that a run that is stopped leaves them.
-      timeout: seconds a worker.
+      rounds: number of rounds, at least 1.
+      save: called with all results after each round. A run that is stopped keeps these results.
+      timeout: the most seconds of a worker.
     """
     require(rounds > 0, f"--rounds={rounds}: must be greater than 0")
     results = [Result(variant) for variant in every]
-    # The first round compiles, later ones do not, and nothing of earlier runs is found.
+    # The cache of compiled programs is new, so that only the first round compiles, and always does.
     with tempfile.TemporaryDirectory(prefix="benchmark-") as caches:
         for number in range(rounds):
             for result in results if number % 2 == 0 else results[::-1]:
@@ -172,7 +174,7 @@ def run(
 
 def _run_once(result: Result, caches: pathlib.Path, timeout: float) -> None:
     variant = result.variant
-    # One for each: with a common one only the first would compile.
+    # Each variant has a cache of its own. With a common one only the first variant would compile.
     cache = caches / variant.name.replace("/", "_")
     spec = {**variant.spec, "started": time.time()}
     before = os.getloadavg()[0]
@@ -210,7 +212,7 @@ def _environment(allocator: str, cache: pathlib.Path) -> dict[str, str]:
 
 
 def _reason(done: "subprocess.CompletedProcess[str]") -> str:
-    """Why a worker died, on one line."""
+    """Returns the reason why a worker died, in one line."""
     if done.returncode < 0:
         name = signal.Signals(-done.returncode).name
         return f"ended by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
@@ -225,7 +227,7 @@ def _say(number: int, rounds: int, result: Result) -> None:
 
 
 def command(main: Callable[[], None]) -> None:
-    """Runs a benchmark as a program: wrong flags or files are one line and exit code 2."""
+    """Runs a benchmark as a program; prints one line and exits with 2 for wrong flags or files."""
 
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(sys.modules["__main__"].__doc__, FLAGS.get_help(), sep="\n")

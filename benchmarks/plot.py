@@ -1,4 +1,4 @@
-"""Horizontal bars of speeds, fastest on top."""
+"""A plot of the speeds as horizontal bars, the fastest at the top."""
 
 import io
 import pathlib
@@ -15,13 +15,13 @@ _BAR_INCHES = 0.32
 
 
 def bars(title: str, unit: str, document: dict[str, Any], path: pathlib.Path) -> None:
-    """Writes a PNG with one bar a variant: units per second, with p10 to p90.
+    """Writes a PNG with a bar for each variant: its units per second, and the range p10 to p90.
 
     Args:
-      title: above the plot.
-      unit: what is counted per second.
+      title: the text above the plot.
+      unit: the thing that is counted per second.
       document: from `summary.summarise`.
-      path: the file.
+      path: the file to write.
     """
     from matplotlib.figure import Figure
 
@@ -42,10 +42,10 @@ def bars(title: str, unit: str, document: dict[str, Any], path: pathlib.Path) ->
 
 
 def _draw(axis: Any, rows: list[dict[str, Any]], reference: str) -> None:
-    """The bars of rows, slowest first, and their numbers."""
+    """Draws the bars of rows, slowest first, and their numbers."""
     speeds = [row["units_per_second"] for row in rows]
     medians = [row["seconds_median"] for row in rows]
-    # A speed is inverse to its seconds: the fast end is that of p10.
+    # The speed is the inverse of the seconds, so that p10 of the seconds gives the highest speed.
     ends = [
         [s * (1 - m / row["seconds_p90"]) for s, m, row in zip(speeds, medians, rows, strict=True)],
         [s * (m / row["seconds_p10"] - 1) for s, m, row in zip(speeds, medians, rows, strict=True)],

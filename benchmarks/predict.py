@@ -1,9 +1,9 @@
-"""Labels for all rows of a file: ours, and transformers' text-classification pipeline.
+"""Times the prediction of labels for all rows of a file: gptjax, and the pipeline of transformers.
 
 python benchmarks/predict.py --size=gpt1 --input=test.tsv --text=sentence
 
-The same random weights: a model of ours, written by gptjax's own export for transformers, and read
-back by its own import. The table says how many labels agree. Without --input: synthetic rows.
+Both have the same random weights. gptjax exports a model for transformers, and imports it again for
+itself. The table shows how many labels are equal. Without --input the rows are synthetic.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ flags.DEFINE_string(
 )
 
 CASES: dict[str, dict[str, Any]] = {
-    # First: its labels are what the others' are compared with.
+    # This case is the first, because the labels of the others are compared with its labels.
     "ours-float32": {"implementation": "ours", "dtype": "float32"},
     "ours-bfloat16": {"implementation": "ours", "dtype": "bfloat16"},
 } | {
@@ -46,7 +46,7 @@ _EXTRA = {
 
 
 def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
-    """Writes a random classifier for transformers, and imports it; returns where both lie."""
+    """Writes a random classifier for transformers, and imports it; returns the folders of both."""
     import jax
     import numpy as np
 
@@ -61,7 +61,7 @@ def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
     task = TaskSpec(TaskKind.CLASSIFICATION, "text", labels=("0", "1"))
     model = gpt_lib.make_model(config, task)
     arrays = arrays_lib.flatten(gpt_lib.init_params(model, jax.random.key(0)))
-    # Last states have a norm of sqrt(width): logits that differ from text to text.
+    # The last states have a norm of sqrt(width), so that these logits differ from text to text.
     arrays[TASK_HEAD_KERNEL] = np.random.default_rng(0).normal(
         size=arrays[TASK_HEAD_KERNEL].shape
     ).astype(np.float32) / np.sqrt(config.width)  # fmt: skip
@@ -74,7 +74,7 @@ def make_model(spec: dict[str, Any], folder: pathlib.Path) -> dict[str, str]:
 
 
 def classifier(spec: dict[str, Any]) -> Any:
-    """Returns the implementation's texts -> labels."""
+    """Returns a function of the implementation: texts -> labels."""
     folder = spec["folders"][spec["implementation"]]
     if spec["implementation"] == "transformers":
         from benchmarks import with_transformers
@@ -131,7 +131,7 @@ def prepare(folder: pathlib.Path) -> dict[str, Any]:
         "tokenizer": str(folder / "tokenizer.json"), "folder": str(folder),
     }  # fmt: skip
     spec = {"task": "predict", "implementation": "prepare", **common}
-    # In a process of its own: this one starts workers and should hold no memory.
+    # Another process makes the model, because this one starts workers and should hold no memory.
     done = subprocess.run(
         [sys.executable, str(harness.WORKER), json.dumps(spec)],
         stdout=subprocess.PIPE, text=True, check=True,

@@ -1,4 +1,4 @@
-"""Labelled rows for the benchmarks: those of a file, or synthetic ones of about their lengths."""
+"""Labelled rows for the benchmarks: from a file, or synthetic ones with the lengths of MRPC."""
 
 import csv
 import pathlib
@@ -27,7 +27,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string("merges_file", "", "GPT-1's vocab_40000.bpe.", flag_values=FLAGS)
 
-# MRPC's: 4,076 rows, sentences of 22 +- 5 words, two in three pairs are paraphrases.
+# MRPC has 4,076 rows and sentences of 22 +- 5 words. Two of three pairs are paraphrases.
 _COUNT, _WORDS, _SPREAD, _SHORTEST, _LONGEST = 4076, 22, 5, 7, 36
 _POSITIVE = 0.67
 Rows = list[dict[str, str]]
@@ -37,9 +37,9 @@ def load(path: str, text: str, text_pair: str, label: str, limit: int) -> Rows:
     """Returns the rows of a file as text, text_pair (where there is one) and label.
 
     Args:
-      path: CSV, TSV, JSON lines or Parquet; empty: synthetic rows.
-      text, text_pair, label: its columns; either of the last two may be empty.
-      limit: rows at most; 0: all.
+      path: a CSV, TSV, JSON lines or Parquet file; "" means synthetic rows.
+      text, text_pair, label: names of the columns; each of the last two may be empty.
+      limit: the largest number of rows; 0 means all.
     """
     require(limit >= 0, f"--rows={limit}: must not be negative")
     if not path:
@@ -56,12 +56,14 @@ def load(path: str, text: str, text_pair: str, label: str, limit: int) -> Rows:
 
 
 def synthetic(count: int, pairs: bool, seed: int = 0) -> Rows:
-    """Returns random rows with MRPC's lengths; words follow Zipf's law, pairs share half of them.
+    """Returns random rows with the lengths of MRPC.
+
+    The frequencies of the words follow Zipf's law. The two texts of a pair share half of them.
 
     Args:
-      count: of rows.
-      pairs: with a text_pair.
-      seed: of the draws.
+      count: number of rows.
+      pairs: whether the rows have a text_pair.
+      seed: of the random draws.
     """
     rng = np.random.default_rng(seed)
     syllables = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "on", "er", "ut")]
@@ -69,7 +71,7 @@ def synthetic(count: int, pairs: bool, seed: int = 0) -> Rows:
     lengths = rng.integers(1, 5, len(parts))
     words = ["".join(syllables[i] for i in row[:n]) for row, n in zip(parts, lengths, strict=True)]
     frequency = 1 / np.arange(5, len(words) + 5)
-    # All draws at once: each call would sum up the frequencies anew.
+    # One call makes all draws, because each call adds up the frequencies again.
     pool = iter(rng.choice(len(words), 2 * count * _LONGEST, p=frequency / frequency.sum()))
 
     def sentence(share: list[str]) -> list[str]:
@@ -83,7 +85,7 @@ def synthetic(count: int, pairs: bool, seed: int = 0) -> Rows:
         row = {"text": " ".join(first) + " ."}
         if pairs:
             row["text_pair"] = " ".join(sentence(first)) + " ."
-        # Both classes occur in any two rows.
+        # The first two rows have different classes, so that two rows suffice for both.
         positive = i == 0 or (i > 1 and rng.random() < _POSITIVE)
         found.append(row | {"label": str(int(positive))})
     return found
@@ -102,8 +104,8 @@ def make_tokenizer(rows: Rows, vocab_size: int) -> Tokenizer:
     """Returns GPT-1's tokenizer where --vocab_file and --merges_file are given, or trains one.
 
     Args:
-      rows: to train on.
-      vocab_size: tokens of the trained one at most, special ones included.
+      rows: the rows to train on.
+      vocab_size: the largest number of tokens of a trained one, with the special tokens.
     """
     if FLAGS.vocab_file or FLAGS.merges_file:
         require(
@@ -116,7 +118,7 @@ def make_tokenizer(rows: Rows, vocab_size: int) -> Tokenizer:
 
 
 def finetune_config(spec: dict[str, Any]) -> FinetuneConfig:
-    """Returns our configuration of one epoch on the CSV files of a worker's spec."""
+    """Returns gptjax's configuration of one epoch on the CSV files of a worker's spec."""
     return FinetuneConfig(
         train_file=spec["train_file"],
         validation_file=spec["validation_file"],

@@ -1,4 +1,4 @@
-"""The sizes that are measured, and the one place where they become our configuration."""
+"""The sizes that are measured, and their configurations for gptjax."""
 
 import dataclasses
 
@@ -16,16 +16,16 @@ DROPOUT = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """A model and a batch."""
+    """The sizes of a model and of a batch."""
 
     name: str
     num_layers: int
     width: int
     num_heads: int
     vocab_size: int
-    """Tokens, special ones included."""
+    """Number of tokens, with the special ones."""
     context_length: int
-    """Tokens: rows of the position embedding, and length of a pretraining sequence."""
+    """Rows of the position embedding, and tokens of a pretraining sequence."""
     batch_size: int
     """Sequences of a pretraining step."""
 
@@ -36,14 +36,14 @@ SIZES = {
         # The vocabulary of the released model without special tokens.
         Size("gpt1", 12, 768, 12, 40_478, 512, 4),
         Size("tutorial", 4, 256, 4, 14_000, 128, 16),
-        # For trying the harness itself; its timings say nothing.
+        # This size is for tests of the harness itself. Its timings mean nothing.
         Size("tiny", 2, 32, 2, 500, 64, 4),
     )
 }
 
 
 def find(name: str) -> Size:
-    """Returns the size called `name`; `UserError` where there is none."""
+    """Returns the size with this name; raises `UserError` if there is none."""
     require(
         name in SIZES,
         f"--size={name}: must be one of {', '.join(SIZES)}{nearest(name, SIZES)}",
@@ -52,7 +52,7 @@ def find(name: str) -> Size:
 
 
 def model_config(size: Size, dtype: str, dropout: float = DROPOUT) -> ModelConfig:
-    """Returns our configuration of a size, in "float32" or "bfloat16"."""
+    """Returns gptjax's configuration of a size, in "float32" or "bfloat16"."""
     return ModelConfig(
         vocab_size=size.vocab_size,
         context_length=size.context_length,
@@ -70,7 +70,7 @@ def model_config(size: Size, dtype: str, dropout: float = DROPOUT) -> ModelConfi
 
 
 def optimizer_config() -> OptimizerConfig:
-    """Returns AdamW as all implementations run it: constant rate, decay, global clipping."""
+    """Returns AdamW as in all implementations: constant rate, weight decay, global clipping."""
     return OptimizerConfig(
         learning_rate=LEARNING_RATE,
         schedule="constant",

@@ -1,4 +1,4 @@
-"""Medians, ratios, a Markdown table, JSON and a plot of what `harness.run` measured."""
+"""Summarises the results of `harness.run`: medians, ratios, a Markdown table, JSON and a plot."""
 
 import dataclasses
 import datetime
@@ -21,23 +21,24 @@ _GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What a benchmark measures, for its headings."""
+    """The description of a benchmark, for its headings."""
 
     name: str
-    """Of the files."""
+    """Name of the files that are written."""
     title: str
     unit: str
-    """What is processed: token, row, example."""
+    """The thing that is processed: token, row or example."""
     what: str
-    """What one timing is of: step, call, epoch."""
+    """The thing that one timing measures: step, call or epoch."""
     flops_per_unit: float = 0.0
-    """Operations; 0: not counted."""
+    """Operations for one unit. 0 means that they are not counted."""
     extra: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Key of a record -> heading of a further column (seconds; the first round's, then later)."""
+    """Key of a record -> heading of a further column. The column shows the first round's value, and
+    the median of later rounds if it differs."""
     notes: tuple[str, ...] = ()
     single: bool = False
-    """Each worker makes one timing, of which the first round's has the compilation in it: the later
-    rounds alone make the median, where there are any."""
+    """Whether each worker makes one timing. The first round includes the compilation. Therefore the
+    median is that of later rounds, if there are any."""
 
 
 def run(about: About, every: Sequence[Variant]) -> None:
@@ -62,7 +63,7 @@ def run(about: About, every: Sequence[Variant]) -> None:
 
 
 def summarise(about: About, results: Sequence[Result]) -> dict[str, Any]:
-    """Returns all that the table and the plot show, and every single record."""
+    """Returns the numbers that the table and the plot show, and every record."""
     tops = {r.variant.name: r for r in results if r.variant.spec["task"] == "ceiling"}
     best = {
         name: max(record["flops"] for record in r.records) for name, r in tops.items() if r.records
@@ -84,7 +85,7 @@ def summarise(about: About, results: Sequence[Result]) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Returns "2 x Intel(R) Xeon(R) ..., 24 GiB", what the numbers were measured on."""
+    """Returns the machine of the measurement: "2 x Intel(R) Xeon(R) ..., 24 GiB"."""
     kind = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
@@ -106,13 +107,16 @@ def _versions() -> dict[str, str]:
 
 
 def _loads(results: Sequence[Result]) -> dict[str, float]:
-    """How busy the machine was when workers started: median and highest load average."""
+    """Returns the median and the highest load average at the starts of workers."""
     loads = [record["load_before"] for result in results for record in result.records]
     return {"median": float(np.median(loads)), "highest": max(loads)} if loads else {}
 
 
 def _reference(results: Sequence[Result]) -> Result | None:
-    """Ours in bfloat16 as `launch.py` starts, or else the first of ours that ran."""
+    """Returns the variant of gptjax that the ratios refer to.
+
+    It is bfloat16 with gptjax's own allocator setting, or else the first variant that ran.
+    """
     ran = [r for r in results if r.records and r.variant.spec["implementation"] == "ours"]
     usual = f"ours-bfloat16/{harness.OURS_LAUNCHES_WITH}"
     return next((r for r in ran if r.variant.name == usual), ran[0] if ran else None)
@@ -135,7 +139,7 @@ def _row(
         "seconds_p90": float(np.percentile(seconds, 90)),
         "units_per_second": units / median,
         "first_seconds": records[0]["first_seconds"],
-        # Of the first round: later ones find the program in the cache.
+        # Only the first round compiles. Later ones find the program in the cache.
         "compile_seconds": max(0.0, records[0]["first_seconds"] - median),
         "peak_bytes": max(record["peak_bytes"] for record in records),
     }
@@ -153,7 +157,7 @@ def _row(
 
 
 def _tops(ceilings: dict[str, float]) -> dict[str, float]:
-    """The best product of each library, in whatever dtype."""
+    """Returns the speed of the fastest product of each library, in any dtype."""
     found: dict[str, float] = {}
     for name, flops in ceilings.items():
         library = name.partition("-")[0]
@@ -162,9 +166,9 @@ def _tops(ceilings: dict[str, float]) -> dict[str, float]:
 
 
 def _ratio(records: Sequence[dict], reference: Sequence[dict]) -> dict[str, float]:
-    """Seconds over the reference's seconds, round by round: median, lowest, highest.
+    """Returns the median, lowest and highest ratio of the seconds to those of the reference.
 
-    Of the same round, so that what slows the machine for a while slows both.
+    Both are of the same round, so that a machine that is slow for a while slows both.
     """
     pairs = [
         float(np.median(a["seconds"]) / np.median(b["seconds"]))
@@ -174,7 +178,7 @@ def _ratio(records: Sequence[dict], reference: Sequence[dict]) -> dict[str, floa
 
 
 def markdown(about: About, document: dict[str, Any]) -> str:
-    """Returns the table with its headings, fastest first, and what it was measured on."""
+    """Returns the table with its headings, the fastest first, and the conditions of measurement."""
     rows = sorted(document["rows"], key=lambda row: row.get("seconds_median", float("inf")))
     heads = _heads(about, document)
     lines = [f"# {document['title']}", "", _conditions(document), ""]
@@ -235,7 +239,7 @@ def _cells(about: About, document: dict[str, Any], row: dict[str, Any]) -> list[
 
 
 def _extra_cell(values: Sequence[Any]) -> str:
-    """The first round's, and the median of the later ones where they differ by a tenth."""
+    """Returns the first round's value, and the median of later ones if it differs by a tenth."""
     if not isinstance(values[0], int | float):
         return "" if values[0] is None else str(values[0])
     later = float(np.median(values[1:])) if len(values) > 1 else values[0]
@@ -252,7 +256,7 @@ def _ratio_cell(row: dict[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits, without exponents."""
+    """Returns a number with three digits and without an exponent."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
 
 

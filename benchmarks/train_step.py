@@ -1,10 +1,10 @@
-"""One pretraining step: ours, transformers, the fastest PyTorch, plain Flax.
+"""Times one pretraining step with gptjax, transformers, the fastest PyTorch and plain Flax.
 
 python benchmarks/train_step.py --size=gpt1 --allocators=all
 
 All do the same work: dropout 0.1 at the embedding, in attention and on both residuals, the LM loss
-at all positions of random tokens, clipping at norm 1, AdamW with decay 0.01. That they compute the
-same without dropout is tested in tests/test_benchmarks.py.
+at all positions of random tokens, clipping at norm 1, AdamW with decay 0.01. A test in
+tests/test_benchmarks.py compares their losses without dropout.
 """
 
 import pathlib
@@ -41,7 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def training(spec: dict[str, Any], size: sizes.Size) -> Any:
-    """Returns the implementation's object with `step(tokens) -> loss`."""
+    """Returns an object of the implementation with a method `step(tokens) -> loss`."""
     arguments = (size, spec["dtype"], sizes.DROPOUT)
     if spec["implementation"] == "ours":
         from benchmarks import with_gptjax
@@ -61,14 +61,15 @@ def training(spec: dict[str, Any], size: sizes.Size) -> Any:
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Times steps in a worker; returns seconds, losses and tokens a step."""
+    """Times steps in a worker; returns their seconds and losses, and the tokens of a step."""
     size = sizes.find(spec["size"])
     began = time.perf_counter()
     run = training(spec, size)
     setup = time.perf_counter() - began
     rng = np.random.default_rng(0)
     seconds, losses = [], []
-    # The first step compiles, the second finds what the first left behind.
+    # Two steps are not timed. The first compiles. The second still finds the state of memory and
+    # caches that the first left.
     for _ in range(2 + spec["steps"]):
         tokens = rng.integers(0, size.vocab_size, (size.batch_size, size.context_length))
         start = time.perf_counter()

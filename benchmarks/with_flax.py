@@ -1,4 +1,4 @@
-"""GPT-1 in plain Flax Linen, as one would write it from Flax's examples: no tricks."""
+"""GPT-1 in plain Flax Linen, written like Flax's examples, without optimisations of speed."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _NORMAL = nn.initializers.normal(INIT_STD)
 
 
 class Block(nn.Module):
-    """Post-LN decoder block."""
+    """A post-LN decoder block."""
 
     size: Size
     dropout: float
@@ -22,11 +22,11 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array, deterministic: bool) -> jax.Array:
-        """[B, T, D] -> [B, T, D]."""
+        """Returns [B, T, D] of [B, T, D]."""
         width = self.size.width
         y = nn.MultiHeadDotProductAttention(
             self.size.num_heads, dtype=self.dtype, kernel_init=_NORMAL, dropout_rate=self.dropout,
-            # One mask for each sequence, as in the others.
+            # Each sequence has a dropout mask of its own, as in the other implementations.
             broadcast_dropout=False, deterministic=deterministic, name="attention",
         )(x, mask=mask)  # fmt: skip
         y = nn.Dropout(self.dropout)(y, deterministic=deterministic)
@@ -46,7 +46,7 @@ class PlainGPT(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: jax.Array, deterministic: bool) -> jax.Array:
-        """int [B, T] -> float32 logits [B, T, V]."""
+        """Returns float32 logits [B, T, V] of int tokens [B, T]."""
         size = self.size
         embed = nn.Embed(
             size.vocab_size, size.width, dtype=self.dtype, embedding_init=_NORMAL, name="tokens"
@@ -63,7 +63,7 @@ class PlainGPT(nn.Module):
 
 
 def from_ours(params: Any) -> Any:
-    """Our parameter tree -> this model's."""
+    """Returns the parameter tree of this model with the parameters of gptjax's tree."""
     blocks = params["blocks"]
     found: dict[str, Any] = {
         "tokens": {"embedding": params["token_embedding"]},
@@ -82,10 +82,10 @@ def from_ours(params: Any) -> Any:
 
 
 class Training:
-    """The jitted train step with its state."""
+    """The jitted train step and its state."""
 
     def __init__(self, size: Size, dtype: str, dropout: float, params: Any = None):
-        """Args: size; dtype float32 or bfloat16; dropout; params: weights, None: random ones."""
+        """Args: size; dtype, float32 or bfloat16; dropout; params, None means random weights."""
         model = PlainGPT(size, dropout, jnp.dtype(dtype))
         optimizer = optax.chain(
             optax.clip_by_global_norm(CLIP_NORM),
@@ -121,12 +121,12 @@ class Training:
 
 
 def _decayed(params: Any) -> Any:
-    """True for all arrays but biases and gains."""
+    """Returns a tree that is true for all arrays but biases and gains."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[-1].key not in ("bias", "scale"), params
     )
 
 
 def pretraining(size: Size, dtype: str, dropout: float, params: Any = None) -> Training:
-    """Returns the pretraining of a size in "float32" or "bfloat16"; weights as `from_ours`."""
+    """Returns the pretraining of a size in "float32" or "bfloat16"; params are from `from_ours`."""
     return Training(size, dtype, dropout, params)

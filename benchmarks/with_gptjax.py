@@ -1,4 +1,4 @@
-"""Ours, as `gptjax/train/loop.py` and `gptjax/infer/predictor.py` run it."""
+"""gptjax, as `gptjax/train/loop.py` and `gptjax/infer/predictor.py` run it."""
 
 from typing import Any
 
@@ -19,12 +19,12 @@ from gptjax.train import step as step_lib
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import StepOutput
 
-# Any number above the steps that are run: the schedule is constant.
+# Total steps of the schedule. It is constant, so that any number above the steps that run will do.
 _STEPS = 1_000_000
 
 
 class Training:
-    """The jitted train step with its state."""
+    """The jitted train step and its state."""
 
     def __init__(
         self,
@@ -37,9 +37,9 @@ class Training:
 
         Args:
           config: of the model.
-          objective: what is minimised; None: the LM loss.
-          params: weights to start from; None: random ones.
-          model: with the head of a task; None: for language modelling alone.
+          objective: the objective to minimise; None means the LM loss.
+          params: weights to start from; None means random ones.
+          model: a model with a task head; None means one for language modelling alone.
         """
         self.mesh = mesh.make_mesh(MeshConfig(), jax.devices()[:1])
         self.objective = objective or Objective()
@@ -56,7 +56,7 @@ class Training:
         )
 
     def update(self, batch: Any) -> StepOutput:
-        """Runs one step on a host batch to its end; returns what it reports, on the host."""
+        """Runs one step on a host batch to its end; returns the output of the step, on the host."""
         placed = mesh.to_devices(batch, self.mesh)
         self._state, output = self._step(self._state, placed, np.uint32(0))
         jax.block_until_ready(self._state)
@@ -69,7 +69,7 @@ class Training:
 
 
 def lm_batch(tokens: np.ndarray) -> Any:
-    """Returns the pretraining batch of int [B, T], every token but the first predicted."""
+    """Returns the pretraining batch of int [B, T]; it predicts every token but the first."""
     rows, length = tokens.shape
     return loader.lm_batch([row.astype(np.int32) for row in tokens], length, rows)
 
@@ -83,7 +83,7 @@ class Generation:
     """Greedy generation with the key/value cache."""
 
     def __init__(self, size: Size, dtype: str, params: Any = None):
-        """Args: size; dtype float32 or bfloat16; params: weights, None: random ones."""
+        """Args: size; dtype, float32 or bfloat16; params, None means random weights."""
         model = gpt.make_model(sizes.model_config(size, dtype), None)
         if params is None:
             params = jax.jit(lambda key: gpt.init_params(model, key))(jax.random.key(0))

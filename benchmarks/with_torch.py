@@ -15,13 +15,13 @@ from torch.nn import functional
 from benchmarks.sizes import CLIP_NORM, EPSILON, INIT_STD, LEARNING_RATE, WEIGHT_DECAY, Size
 
 Tensor = torch.Tensor
-# Keys and values [B, H, S, K] of each layer.
+# The keys and the values of each layer, both [B, H, S, K].
 Cache = list[tuple[Tensor, Tensor]]
 IGNORED = -100
 
 
 class Block(nn.Module):
-    """Post-LN decoder block with fused q, k and v and PyTorch's own attention kernel."""
+    """A post-LN decoder block with fused q, k and v and PyTorch's own attention kernel."""
 
     def __init__(self, size: Size, dropout: float):
         super().__init__()
@@ -34,7 +34,11 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, cache: tuple[Tensor, Tensor] | None = None, offset: int = 0
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]; with a cache, T tokens at `offset`, written into it."""
+        """Returns states [B, T, D] of states [B, T, D].
+
+        With a cache, the T tokens start at position `offset`, and the cache takes their keys and
+        values.
+        """
         rows, length, width = x.shape
         heads = self.qkv(x).view(rows, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         q, k, v = heads.unbind(0)
@@ -56,7 +60,7 @@ class Block(nn.Module):
 
 
 class FastGPT(nn.Module):
-    """The decoder; its LM head is the token embedding."""
+    """The decoder. Its LM head is the token embedding."""
 
     def __init__(self, size: Size, dropout: float):
         super().__init__()
@@ -71,7 +75,7 @@ class FastGPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def hidden(self, tokens: Tensor, cache: Cache | None = None, offset: int = 0) -> Tensor:
-        """int [B, T] -> last states [B, T, D]."""
+        """Returns the last states [B, T, D] of int tokens [B, T]."""
         places = torch.arange(offset, offset + tokens.shape[1])
         x = self.tokens(tokens) + self.positions(places)
         x = functional.dropout(x, self.dropout, self.training)
@@ -80,20 +84,20 @@ class FastGPT(nn.Module):
         return x
 
     def logits(self, states: Tensor) -> Tensor:
-        """[..., D] -> [..., V]."""
+        """Returns the logits [..., V] of states [..., D]."""
         return functional.linear(states, self.tokens.weight)
 
     def loss(self, tokens: Tensor) -> Tensor:
-        """The LM loss of int [B, T] in nats per predicted token."""
+        """Returns the LM loss of int [B, T] in nats per predicted token."""
         targets = functional.pad(tokens[:, 1:], (0, 1), value=IGNORED)
         logits = self.logits(self.hidden(tokens))
-        # In float32, as all implementations have it.
+        # The loss is computed in float32, as in all implementations.
         return functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
 
     def load_ours(self, arrays: dict[str, np.ndarray]) -> None:
-        """Takes over our weights, as `gptjax.interop.arrays.split_layers` returns them."""
+        """Loads weights of gptjax, as `gptjax.interop.arrays.split_layers` returns them."""
         names = {
             "attention/qkv": "qkv", "attention/out": "out", "ffn_in": "ffn_in",
             "ffn_out": "ffn_out", "norm1": "norm1", "norm2": "norm2",
@@ -111,11 +115,11 @@ class FastGPT(nn.Module):
 
 
 class Training:
-    """A train step of any PyTorch model: loss, backward, clipping, AdamW.
+    """A train step of any PyTorch model: loss, backward pass, clipping, AdamW. The dtypes are:
 
-    float32      as PyTorch has it
-    autocast     float32 parameters, bfloat16 where torch.autocast puts it
-    bfloat16     all in bfloat16 but for the master weights and AdamW, which are float32
+    float32      float32 throughout
+    autocast     float32 parameters, and bfloat16 where torch.autocast chooses it
+    bfloat16     bfloat16 throughout, but float32 for the master weights and AdamW
     """
 
     def __init__(
@@ -129,11 +133,11 @@ class Training:
         """Builds the optimizer.
 
         Args:
-          model: in float32, in training mode or not.
-          loss: batch -> scalar, of the model.
+          model: the model, in float32, in training mode or not.
+          loss: a function of a batch that returns the scalar loss of the model.
           dtype: float32, autocast or bfloat16.
-          compiled: by torch.compile.
-          fused: AdamW in one kernel.
+          compiled: whether torch.compile compiles the loss.
+          fused: whether AdamW runs as one kernel.
         """
         if dtype == "bfloat16":
             masters: list[Tensor] = [
@@ -190,7 +194,7 @@ class Generation:
     """Greedy generation with a key/value cache that is allocated once."""
 
     def __init__(self, size: Size, dtype: str, model: FastGPT | None = None):
-        """Args: size; dtype float32 or bfloat16; model: None: random weights."""
+        """Args: size; dtype, float32 or bfloat16; model, None means random weights."""
         self._size, self._dtype = size, getattr(torch, dtype)
         self._model = (FastGPT(size, 0.0) if model is None else model).to(self._dtype).eval()
 
@@ -214,11 +218,13 @@ class Generation:
 
 
 def matmul_ceiling(dtype: str, repeats: int = 5) -> float:
-    """Returns operations per second of the best of several products, a linear layer's among them.
+    """Returns the operations per second of the fastest of several products.
+
+    The products of a linear layer are among them.
 
     Args:
       dtype: "float32" or "bfloat16".
-      repeats: of each.
+      repeats: number of runs of each product.
     """
     from time import perf_counter
 

@@ -1,4 +1,4 @@
-"""Hugging Face's transformers, used as its documentation says."""
+"""transformers by Hugging Face, used as its documentation describes."""
 
 import csv
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 
 
 def openai_config(size: Size, dropout: float = DROPOUT) -> Any:
-    """Returns the configuration of their GPT-1."""
+    """Returns the configuration of transformers' GPT-1."""
     return transformers.OpenAIGPTConfig(
         vocab_size=size.vocab_size, n_positions=size.context_length, n_embd=size.width,
         n_layer=size.num_layers, n_head=size.num_heads, resid_pdrop=dropout, embd_pdrop=dropout,
@@ -40,7 +40,7 @@ def pretraining(size: Size, dtype: str, dropout: float, model: Any = None) -> Tr
 
 
 class Generation:
-    """`generate`, greedy, always to the full length."""
+    """Greedy generation by `generate`, always to the full length."""
 
     def __init__(self, size: Size, dtype: str, kind: str = "openai", model: Any = None):
         """Builds the model.
@@ -48,9 +48,9 @@ class Generation:
         Args:
           size: of the model.
           dtype: float32 or bfloat16.
-          kind: openai (GPT-1, for which transformers has no cache) or gpt2 (its layers are as large
-            and as many, layer norms stand before the sublayers, and it has a cache).
-          model: None: random weights.
+          kind: openai (GPT-1, for which transformers has no cache) or gpt2 (GPT-2 with layers of
+            the same size and number, layer norms before the sublayers, and a cache).
+          model: None means random weights.
         """
         if model is None and kind == "gpt2":
             config = transformers.GPT2Config(
@@ -79,13 +79,13 @@ class JointModel(nn.Module):
     """A decoder with an LM head and a linear task head on the last state of each sequence."""
 
     def __init__(self, size: Size, kind: str, outputs: int, dropout: float = DROPOUT):
-        """Builds it.
+        """Builds the model.
 
         Args:
           size: of the decoder.
           kind: transformers (OpenAIGPTLMHeadModel) or pytorch (`FastGPT`).
-          outputs: classes.
-          dropout: everywhere.
+          outputs: number of classes.
+          dropout: rate of all dropout layers.
         """
         super().__init__()
         self.kind, self.dropout = kind, dropout
@@ -101,9 +101,11 @@ class JointModel(nn.Module):
         """Returns task + 0.5 * LM.
 
         Args:
-          tokens: int [n * C, T], padded at the right: later tokens are masked from earlier ones.
-          lengths: int [n * C].
-          labels: int [n]; the C sequences of an example lie one after another, states are summed.
+          tokens: int [n * C, T]. The padding at the right needs no mask of its own, because tokens
+            do not see later ones.
+          lengths: int [n * C], tokens of each sequence.
+          labels: int [n]. The C sequences of an example follow each other, and their last states
+            are summed.
         """
         if self.kind == "transformers":
             states = self.decoder.transformer(input_ids=tokens).last_hidden_state
@@ -124,7 +126,7 @@ class JointModel(nn.Module):
 
 
 def fast_tokenizer(path: str) -> Any:
-    """Returns the fast tokenizer of our tokenizer.json."""
+    """Returns the fast tokenizer of transformers for a tokenizer.json of gptjax."""
     return transformers.PreTrainedTokenizerFast(
         tokenizer_file=path, unk_token=UNKNOWN, bos_token=START, sep_token=DELIMITER,
         cls_token=EXTRACT, pad_token=PADDING, split_special_tokens=True,
@@ -140,10 +142,11 @@ def read_examples(
       path: of the file.
       tokenizer: from `fast_tokenizer`.
       task: classification, entailment or similarity, as in `gptjax/data/tasks.py`.
-      context: longest sequence in tokens; of two texts the longer one is cut.
+      context: tokens of the longest sequence. If two texts are too long, the longer one is cut.
 
     Returns:
-      The sequences, C of each example in a row; its class [n]; and the number of classes.
+      The sequences, with the C sequences of an example in a row; the class of each example [n]; and
+      the number of classes.
     """
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -170,17 +173,17 @@ def read_examples(
 
 def _cut(texts: list[list[int]], budget: int) -> list[list[int]]:
     while sum(map(len, texts)) > budget:
-        max(reversed(texts), key=len).pop()  # of two of a length the second one, as ours
+        max(reversed(texts), key=len).pop()  # if equal, the second text, as in gptjax
     return texts
 
 
 def batches(
     sequences: list[list[int]], labels: np.ndarray, batch_size: int, padding: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yields one epoch of (tokens, lengths, labels), each padded to its longest sequence.
+    """Yields the batches (tokens, lengths, labels) of an epoch, padded to their longest sequence.
 
-    Examples of about the same length come together, as in transformers' Trainer with
-    `group_by_length`.
+    A batch has examples of about the same length, as with `group_by_length` in the Trainer of
+    transformers.
     """
     each = len(sequences) // len(labels)
     longest = [max(map(len, sequences[i * each : (i + 1) * each])) for i in range(len(labels))]
@@ -198,10 +201,10 @@ def batches(
 
 
 def classifier(folder: str, dtype: str, batch_size: int) -> Callable[[list[str]], list[str]]:
-    """Returns texts -> labels by the text-classification pipeline.
+    """Returns a function texts -> labels that uses the text-classification pipeline.
 
     Args:
-      folder: what `gptjax.interop.huggingface.write` wrote.
+      folder: a folder that `gptjax.interop.huggingface.write` has written.
       dtype: float32 or bfloat16.
       batch_size: texts that are padded to one length and run together.
     """
@@ -210,7 +213,7 @@ def classifier(folder: str, dtype: str, batch_size: int) -> Callable[[list[str]]
     transformers.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     ends = [(name, tokenizer.convert_tokens_to_ids(name)) for name in (START, EXTRACT)]
-    # The sequence that the model was trained on: start text extract.
+    # The model was trained on sequences of this form: start text extract.
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{START} $A {EXTRACT}", special_tokens=ends
     )
@@ -222,7 +225,7 @@ def classifier(folder: str, dtype: str, batch_size: int) -> Callable[[list[str]]
     )
 
     def classify(texts: list[str]) -> list[str]:
-        # By length, so that little is padding.
+        # The texts are sorted by length, so that there is little padding.
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         context = model.config.n_positions
         found = run(

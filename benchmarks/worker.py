@@ -1,6 +1,7 @@
-"""One measurement in a process of its own: `python benchmarks/worker.py SPEC`, SPEC in JSON.
+"""Makes one measurement: `python benchmarks/worker.py SPEC`, where SPEC is JSON.
 
-Prints one line of JSON. `harness.py` starts it; by hand it shows what a variant does.
+It prints one line of JSON. `harness.py` starts a process for each measurement. You may also start
+one by hand, to look at a single variant.
 """
 
 import importlib
@@ -16,12 +17,12 @@ TASKS = ("train_step", "finetune", "generate", "predict", "ceiling")
 
 
 def cores() -> int:
-    """Returns how many cores this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def peak_bytes() -> int:
-    """Returns the most memory that this process ever held, in bytes."""
+    """Returns the peak memory of this process in bytes."""
     try:
         with open("/proc/self/status", encoding="ascii") as lines:
             line = next(line for line in lines if line.startswith("VmHWM"))
@@ -31,7 +32,7 @@ def peak_bytes() -> int:
 
 
 def main() -> None:
-    """Measures what the first argument describes."""
+    """Makes the measurement that the first argument describes, and prints it."""
     spec = json.loads(sys.argv[1])
     assert spec["task"] in TASKS
     if spec["implementation"].startswith(("pytorch", "transformers", "torch")):
@@ -39,10 +40,10 @@ def main() -> None:
 
         torch.set_num_threads(cores())
         torch.manual_seed(0)
-    # Modules of this folder; each has the function that runs in a worker.
+    # Each task is a module of this folder, with a function `measure` that runs in a worker.
     record = importlib.import_module(f"benchmarks.{spec['task']}").measure(spec)
     record["peak_bytes"] = peak_bytes()
-    # A line of its own, whatever a library has printed.
+    # The line break separates the line from the text that a library may have printed.
     print("\n" + json.dumps(record), flush=True)
 
 

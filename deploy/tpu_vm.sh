@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
-# gptjax on Cloud TPU VMs, one host or a whole slice, from your own machine.
+# Runs gptjax on Cloud TPU VMs, one host or a whole slice, from your own machine.
 #
 #   deploy/tpu_vm.sh [--dry-run] COMMAND [flags of launch.py]
 #
-#   create   asks Google for the slice        run FLAGS     starts launch.py FLAGS on all workers
-#   setup    puts this commit on all workers  resume FLAGS  the same, on a new slice if need be
-#   logs     follows the first worker's log   stop          SIGTERM on all workers: saves and ends
-#   status   the slice's state                delete        gives the slice back
+#   create        creates the slice
+#   setup         copies this commit to all workers and installs the packages
+#   run FLAGS     starts launch.py with these flags on all workers
+#   resume FLAGS  the same, and first replaces a slice that was taken away
+#   logs          shows the first worker's log, and follows it
+#   stop          sends SIGTERM on all workers, and waits until the run is saved and has ended
+#   status        prints the slice's state
+#   delete        deletes the slice
 #
-# --dry-run prints the gcloud commands and runs none. Settings, from the environment:
+# --dry-run prints the gcloud commands and runs none. Settings, with their defaults in brackets, are
+# environment variables:
 #   TPU_NAME      name of the slice (gptjax)
 #   ZONE          zone (us-west4-a)
-#   ACCELERATOR   type and chips (v5litepod-16)
+#   ACCELERATOR   type and number of chips (v5litepod-16)
 #   RUNTIME       image of the VMs (v2-alpha-tpuv5-lite)
 #   PROJECT       Google Cloud project (gcloud's own setting)
-#   SPOT          1: spot capacity, cheaper, may be taken away (0)
+#   SPOT          1 means spot capacity, which is cheaper and may be taken away (0)
 #
-# The workers find each other by themselves. Their disks go with the slice, so that --workdir must
-# be a bucket: gs://BUCKET/RUN.
+# The workers find each other by themselves. Their disks are deleted with the slice. Therefore
+# --workdir must be in a bucket: gs://BUCKET/RUN.
 set -euo pipefail
 
 TPU_NAME=${TPU_NAME:-gptjax}
@@ -37,14 +42,14 @@ fail() {
   exit 2
 }
 
-# The command as it could be pasted into a shell.
+# Prints a command in a form that can be pasted into a shell.
 show() {
   printf '%q' "$1"
   [ $# -lt 2 ] || printf ' %q' "${@:2}"
   printf '\n'
 }
 
-tpu() { # COMMAND ARGUMENTS...: gcloud compute tpus tpu-vm COMMAND ... in our zone and project
+tpu() { # COMMAND ARGUMENTS...: runs gcloud compute tpus tpu-vm COMMAND in the zone and project
   if [ "$dry_run" = 1 ]; then
     show gcloud compute tpus tpu-vm "$@" "${place[@]}"
   else
@@ -65,11 +70,11 @@ create() {
 setup() {
   local archive=gptjax.tar.gz folder
   folder=$(mktemp -d)
-  # shellcheck disable=SC2064  # the folder of now, not of later
+  # shellcheck disable=SC2064  # the value of $folder at this line, not at the exit
   trap "rm -rf '$folder'" EXIT
   [ "$dry_run" = 1 ] || git -C "$root" archive --format=tar.gz --output="$folder/$archive" HEAD
   tpu scp "$folder/$archive" "$TPU_NAME:$archive" --worker=all
-  # The images have an older Python than gptjax needs; uv brings its own.
+  # The Python of the images is too old for gptjax. uv downloads a newer one.
   on_workers all "set -e; mkdir -p gptjax; tar -xzf $archive -C gptjax; cd gptjax
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --clear --python 3.12 .venv
@@ -80,7 +85,7 @@ python3 -m uv pip install --quiet --python .venv/bin/python -r requirements-tpu.
 start() { # FLAGS...
   local flags
   flags=$(show "$@")
-  # A second start of a run that is under way does nothing. The run outlives this connection.
+  # If the run is under way, a second start does nothing. The run continues when this connection ends.
   on_workers all "set -e; cd gptjax
 if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then echo 'runs already'; exit 0; fi
 nohup setsid .venv/bin/python launch.py $flags >>run.log 2>&1 </dev/null &
@@ -97,7 +102,7 @@ check_flags() { # FLAGS...
   fail "give --workdir=gs://BUCKET/RUN: the disks of the workers go with them"
 }
 
-state() { # READY, PREEMPTED, ..., or MISSING
+state() { # Prints READY, PREEMPTED, ..., or MISSING
   local answer
   if answer=$(tpu describe "$TPU_NAME" "--format=value(state)" 2>&1); then
     echo "${answer##*$'\n'}"
@@ -120,7 +125,7 @@ resume() { # FLAGS...
   fi
   case $now in
     READY) ;;
-    # A slice that was taken away can only be deleted.
+    # A slice that was taken away cannot be started again, only deleted.
     PREEMPTED | TERMINATED)
       tpu delete "$TPU_NAME" --quiet
       create

@@ -5,8 +5,8 @@
 
 A tenth of the rows is held out for validation unless `--config.finetune.validation_file` names a
 file. Without more flags the model starts from random weights, for a first result in minutes.
-`--config.init_from=WORKDIR` starts from a pretrained model (see `experiments/pretrain_file.py`),
-which is the point of GPT.
+`--config.init_from=WORKDIR` starts from a pretrained model, as GPT is meant to be used (see
+`experiments/pretrain_file.py`).
 
 Results from random weights on public data sets, on 2 cores of an Intel Xeon (2026-11-23, Python
 3.11, jax 0.10.2). The seed is 0 unless given. The number in brackets is the score of the most
@@ -18,8 +18,8 @@ frequent class (for STS-B, of the mean):
     COPA              validation accuracy 55.0% [55.0], 100 items; 20 seconds
     STS-B             test Pearson 0.277 [0]; 4 minutes
 
-A few thousand rows alone do not teach a model to compare two texts. On the 277 rows of RTE it is
-1.6 standard deviations below the most frequent class. The flags were:
+A few thousand rows alone do not teach a model to compare two texts. On the 277 rows of RTE its
+accuracy is 1.6 standard deviations below that of the most frequent class. The flags were:
 
     SST-2   --config.finetune.text=sentence
     MRPC    --config.finetune.task=similarity '--config.finetune.text=#1 String'

@@ -30,7 +30,7 @@ def get_config(recipe: str = "paper") -> Experiment:
     experiment = Experiment(
         name="gpt1_pretrain",
         model=ModelConfig(dtype="bfloat16"),
-        # <unk>, 2 x 238 symbols, 40,000 merges and the line break.
+        # The tokens are <unk>, 2 x 238 symbols, 40,000 merges and the line break.
         tokenizer=TokenizerConfig(vocab_size=40478),
         pretrain=PretrainConfig(
             batch_size=64,

@@ -4,9 +4,9 @@
 
 TASK is mnli, snli, scitail, qnli, rte, story_cloze, race, cola, sst2, mrpc, stsb or qqp.
 gptjax/config/paper_tasks.py has their data sets and columns. `--config=gpt1_task:rte,original` also
-chooses a recipe of gptjax/config/recipes.py: original reproduces the authors' code, modern is
-GPT-1 as one would train it today. The data comes from the Hugging Face hub, or from files with the
-same columns:
+chooses a recipe of gptjax/config/recipes.py: original reproduces the authors' code, and modern
+trains GPT-1 with today's methods. The data comes from the Hugging Face hub, or from files with
+the same columns:
 
     python launch.py --config=gpt1_task:rte --config.init_from=runs/gpt1 \
         --config.finetune.dataset= --config.finetune.train_file=train.tsv \

@@ -61,7 +61,8 @@ def get_config(size: str = "350m") -> Experiment:
             dtype="bfloat16",
             remat="full",
         ),
-        # With the four special tokens the embedding has 40,960 rows: 128 and all meshes divide it.
+        # With the four special tokens the embedding has 40,960 rows, a multiple of 128 and of the
+        # sizes of all these meshes.
         tokenizer=TokenizerConfig(vocab_size=40956),
         pretrain=PretrainConfig(
             batch_size=own.batch_size,

@@ -1,4 +1,4 @@
-"""The paper's zero-shot probes: they test a language model on tasks without any fine-tuning.
+"""The paper's zero-shot probes, which test a language model on tasks without any fine-tuning.
 
     python launch.py evaluate --probes --config=probes --checkpoint=runs/gpt1
 
@@ -6,9 +6,9 @@ The probes are CoLA, SST-2, RACE and the Winograd schemas of definite pronouns, 
 Face hub. `--config.probes.cola.dataset= --config.probes.cola.file=dev.tsv` and the like read files
 with the same columns instead.
 
-An experiment that pretrains may have the field `probes` as well: each validation then scores them,
-and plots/probes.png shows the scores over the steps. The hub's data was not used in this project,
-which cannot reach it.
+An experiment that pretrains may have the field `probes` as well. Then each validation scores them,
+and plots/probes.png shows the scores over the steps. This project cannot reach the hub, so these
+probes have not been run on its data.
 """
 
 from gptjax.config import Experiment, ModelConfig, PretrainConfig, ProbeConfig

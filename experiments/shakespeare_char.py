@@ -3,8 +3,8 @@
     python launch.py --config=shakespeare_char --config.pretrain.train_files=input.txt
     python launch.py generate --checkpoint=runs/shakespeare_char --prompt='ROMEO:'
 
-It has 4 layers with 4 heads and a width of 128, a context of 64 characters, batches of 12, and
-2,000 steps without dropout. The last tenth of the text is held out.
+The model has 4 layers of width 128 with 4 heads, and a context of 64 characters. It trains for
+2,000 steps with batches of 12 and without dropout. The last tenth of the text is held out.
 
 Result on tiny Shakespeare (1.1 MB), seed 0: validation loss 1.72 nats per character over the whole
 held-out part, after 2 minutes on 2 cores of an Intel Xeon (2026-11-23).

@@ -4,8 +4,8 @@
         --config.finetune.train_file=msr_paraphrase_train.txt \
         --config.finetune.test_file=msr_paraphrase_test.txt
 
-Its task head reads the states of all positions. Tests compare its losses and its head with a
-float64 reference. Its score on MRPC was not measured.
+The task head of this model reads the states of all positions. Tests compare the losses and the head
+with a float64 reference. The score on MRPC was not measured.
 """
 
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig, recipes

@@ -1,8 +1,8 @@
-"""Counts by kind where the fast path of GPT-1's tokenizer differs from the exact one.
+"""Counts the differences between the fast and the exact way of GPT-1's tokenizer, by kind.
 
     python scripts/compare_words.py encoder_bpe_40000.json vocab_40000.bpe FILES...
 
-Needs ftfy and spaCy. docs/tokenization.md has what it found.
+It needs ftfy and spaCy. docs/tokenization.md has its results.
 """
 
 import collections
@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from gptjax.data.tokens import tokenizer
 
-# The first pattern that a differing piece of text meets says its kind.
+# The kind of a difference is that of the first pattern that its text matches.
 KINDS = (
     ("contraction or possessive", r"'"),
     ("run of one mark", r"([^\w\s])\s*\1"),
@@ -28,7 +28,7 @@ KINDS = (
 
 
 def kind(text: str) -> str:
-    """Returns what sort of text two tokenizers disagree on."""
+    """Returns the kind of a text that two tokenizers divide in different ways."""
     return next((name for name, pattern in KINDS if re.search(pattern, text)), "other scripts")
 
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the tests with the oldest versions that requirements.txt allows (CI runs the newest).
+# Runs the tests with the oldest versions of the packages that requirements.txt allows. CI uses the
+# newest versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
