@@ -80,7 +80,7 @@ def finetune(
     >>> tiny = {
     ...     "model.width": 16, "model.context_length": 32, "model.init_std": 0.2,
     ...     "model.embedding_dropout": 0.0, "tokenizer.vocab_size": 80,
-    ...     "finetune.epochs": 20.0, "finetune.optimizer.learning_rate": 0.02,
+    ...     "finetune.epochs": 10.0, "finetune.optimizer.learning_rate": 0.03,
     ... }
     >>> gpt = gptjax.finetune(rows, overrides=tiny, progress=False)
     >>> gpt.predict([{"text": "a good film 7"}, {"text": "a bad film 7"}]).labels

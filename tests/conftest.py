@@ -26,8 +26,32 @@ if "GPTJAX_TESTS_FOLDER" not in os.environ:
 import jax
 import pytest
 
+_all_devices = jax.devices
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _devices(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Lets the tests of a module use one device, or as many as its mark `devices` says.
+
+    Compiling a program for eight devices takes twice as long as for one.
+    """
+    mark = request.node.get_closest_marker("devices")
+    with pytest.MonkeyPatch.context() as patch:
+        _use_devices(patch, mark.args[0] if mark else 1)
+        yield
+
+
+@pytest.fixture
+def eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets one test use eight devices."""
+    _use_devices(monkeypatch, 8)
+
+
+def _use_devices(patch: pytest.MonkeyPatch, count: int) -> None:
+    found = _all_devices()[:count]
+    patch.setattr(jax, "devices", lambda *_: found)
 
 
 @pytest.fixture(autouse=True)

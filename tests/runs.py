@@ -168,7 +168,7 @@ class Result:
 
 
 def main(*arguments: str) -> Result:
-    """`python launch.py ARGUMENTS` in this process (on its eight devices)."""
+    """`python launch.py ARGUMENTS` in this process (on the devices of the test)."""
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

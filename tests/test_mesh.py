@@ -21,6 +21,8 @@ from gptjax.model.gpt import GPT
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import initial_state
 
+pytestmark = pytest.mark.devices(8)
+
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 2), (2, 2, 2)]
 
 # The layout of each array of the 117M model: of a matrix one axis is sharded over fsdp, and the

@@ -13,6 +13,8 @@ from gptjax.model.gpt import GPT
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.step import initial_state
 
+pytestmark = pytest.mark.devices(8)
+
 
 def tree(**changes):
     params = {"a": {"kernel": np.ones((2, 3)), "bias": np.zeros(3)}, "b": np.zeros(4)}

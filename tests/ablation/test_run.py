@@ -43,7 +43,7 @@ def results(workdir) -> dict[tuple[str, str, int], dict]:
 
 
 def assert_equal_to_rounding(workdir, other) -> None:
-    """Compares runs on one device with the same ones on eight devices."""
+    """Compares runs of several fine-tunings at a time with the same ones, one at a time."""
     for key, record in results(workdir).items():
         expected = results(other)[key]["scores"]
         for split, scores in record["scores"].items():

@@ -21,6 +21,8 @@ from gptjax.config.schema import CheckpointConfig, TaskSpec
 from gptjax.errors import UserError
 from gptjax.state import TrainState
 
+pytestmark = pytest.mark.devices(8)
+
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8, jnp.bool_)
 
 

@@ -150,6 +150,7 @@ WRONG_USE = {
 
 
 @pytest.mark.parametrize("case", WRONG_USE)
+@pytest.mark.usefixtures("eight_devices")
 def test_wrong_use_is_one_line(tmp_path, monkeypatch, case):
     monkeypatch.chdir(tmp_path)
     flags, words = WRONG_USE[case]

@@ -15,6 +15,8 @@ from gptjax.cost import bench, step_spec
 from gptjax.errors import UserError
 from gptjax.model import flops
 
+pytestmark = pytest.mark.devices(8)
+
 LENGTH, VOCABULARY, ROWS = 16, 96, 8
 FLAGS = ("--mode=bench", "--steps=3", *runs.TINY, f"--config.pretrain.batch_size={ROWS}")
 MODEL = ModelConfig(

@@ -25,6 +25,8 @@ from gptjax.cost import compile, step_spec
 from gptjax.cost.hlo import parse
 from gptjax.model import flops
 
+pytestmark = pytest.mark.devices(8)
+
 # Bytes of the counters in the state (Adam's, the schedule's, two of bad steps, the step), and of
 # the seed. Whether the last update was finite takes a byte more.
 COUNTERS = 5 * 4

@@ -10,6 +10,8 @@ from gptjax.config.schema import Experiment, MeshConfig, ModelConfig, PretrainCo
 from gptjax.cost import compile, hardware, step_spec, sweep
 from gptjax.errors import UserError
 
+pytestmark = pytest.mark.devices(8)
+
 FLAGS = (*runs.TINY, "--config.pretrain.batch_size=8", "--config.model.attention=plain")
 
 

@@ -15,6 +15,8 @@ from gptjax.evaluate import probes
 from gptjax.evaluate.score import Evaluator
 from gptjax.model.gpt import GPT
 
+pytestmark = pytest.mark.devices(8)
+
 ROWS = [
     {"text": "the cat sat on a mat", "a": "the dog", "b": "a dog ran home", "label": 1,
      "schema": "the cat saw the dog while _ ran far away", "pronoun": "ran",

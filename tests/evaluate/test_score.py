@@ -18,6 +18,8 @@ from gptjax.model import gpt, losses
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
 
+pytestmark = pytest.mark.devices(8)
+
 WINDOW, ROWS = 16, 8
 
 

@@ -217,6 +217,7 @@ def test_strange_rows(gpt):
         gptjax.load(f"{runs.trained()}/checkpoints/pretrain").predict([{"text": "a"}])
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_the_answer_does_not_depend_on_the_mesh(gpt):
     rows = runs.rows(9, 7)
     other = gptjax.load(runs.trained(), mesh_config=MeshConfig(data=2, fsdp=2, tensor=2))

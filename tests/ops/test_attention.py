@@ -17,6 +17,8 @@ from gptjax.ops.attention import plain
 from gptjax.ops.attention.inputs import AttentionInputs
 from gptjax.ops.dropout import DropoutKey
 
+pytestmark = pytest.mark.devices(8)
+
 
 def by_hand(q, k, v, visible):
     """Returns the attention, computed for one query at a time over its visible keys."""

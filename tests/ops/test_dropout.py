@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec as P
 from gptjax.ops import dropout
 from gptjax.ops.dropout import DropoutKey
 
+pytestmark = pytest.mark.devices(8)
+
 SHAPES = [(100_003,), (64, 768), (4, 3, 65, 65), (2, 128, 1, 96)]
 
 

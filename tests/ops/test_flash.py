@@ -24,6 +24,8 @@ from gptjax.ops.attention import plain as plain_lib
 from gptjax.ops.attention.inputs import AttentionInputs
 from gptjax.ops.dropout import DropoutKey
 
+pytestmark = pytest.mark.devices(8)
+
 BITS = np.array([0x9ABCDEF1, 0x80000003], np.uint32)
 # Tolerance relative to the largest value. Both sides sum up to 160 float32 terms in different
 # orders, and each rounding is 2^-24 = 6e-8. Scores are up to about 10, so that the exponential

@@ -17,6 +17,8 @@ from gptjax.model import losses
 from gptjax.ops.cross_entropy import LMHeadWeights
 from gptjax.ops.sharded import ShardedOps
 
+pytestmark = pytest.mark.devices(8)
+
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)]
 LAYERS, WIDTH, LENGTH, VOCABULARY, ROWS = 3, 16, 16, 96, 8
 

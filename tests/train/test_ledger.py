@@ -13,6 +13,8 @@ from gptjax.data import loader
 from gptjax.data.packing import Packer
 from gptjax.train import ledger
 
+pytestmark = pytest.mark.devices(8)
+
 
 def task_batch(divisor=1):
     _, examples = small.examples("similarity")

@@ -16,6 +16,8 @@ from gptjax.model import gpt
 from gptjax.train import stages
 from gptjax.train.context import Setup
 
+pytestmark = pytest.mark.devices(8)
+
 TEXT = [f"{text}\n" for text in small.texts(60, longest=9)]
 
 
