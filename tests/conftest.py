@@ -23,10 +23,10 @@ if "GPTJAX_TESTS_FOLDER" not in os.environ:
     os.environ["GPTJAX_TESTS_FOLDER"] = tempfile.mkdtemp(prefix="gptjax-tests-")
     atexit.register(shutil.rmtree, os.environ["GPTJAX_TESTS_FOLDER"], ignore_errors=True)
 
+import devices
 import jax
 import pytest
 
-_all_devices = jax.devices
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -38,20 +38,15 @@ def _devices(request: pytest.FixtureRequest) -> Iterator[None]:
     Compiling a program for eight devices takes twice as long as for one.
     """
     mark = request.node.get_closest_marker("devices")
-    with pytest.MonkeyPatch.context() as patch:
-        _use_devices(patch, mark.args[0] if mark else 1)
+    with devices.use(mark.args[0] if mark else 1):
         yield
 
 
 @pytest.fixture
-def eight_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+def eight_devices() -> Iterator[None]:
     """Lets one test use eight devices."""
-    _use_devices(monkeypatch, 8)
-
-
-def _use_devices(patch: pytest.MonkeyPatch, count: int) -> None:
-    found = _all_devices()[:count]
-    patch.setattr(jax, "devices", lambda *_: found)
+    with devices.use(8):
+        yield
 
 
 @pytest.fixture(autouse=True)

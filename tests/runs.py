@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import devices
 import filelock
 import jax
 import numpy as np
@@ -140,7 +141,9 @@ def trained() -> str:
     # The workers share it: the first one that needs it trains it, the others wait.
     with filelock.FileLock(_ROOT / "trained.lock"):
         if not os.path.exists(os.path.join(workdir, "summary.json")):
-            result = main(*TINY, *files().pretrain, *files().finetune, f"--workdir={workdir}")
+            flags = (*TINY, *files().pretrain, *files().finetune, f"--workdir={workdir}")
+            with devices.use(1):  # the same model, whichever test comes first
+                result = main(*flags)
             assert result.code == 0, result.err
     return workdir
 
