@@ -9,25 +9,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from gptjax.config import constraints
-from gptjax.config.schema import (
-    AblationConfig,
-    Experiment,
-    FinetuneConfig,
-    Head,
-    MeshConfig,
-    ModelConfig,
-    PretrainConfig,
-    ProbeConfig,
-    ProbeKind,
-    Stage,
-    TaskKind,
-    TokenizerConfig,
-    TokenizerKind,
-    Words,
-    frozen,
-    split_names,
-)
+from gptjax.config import constraints, schema
+from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, PretrainConfig, TaskKind
 from gptjax.errors import UserError, nearest, require
 
 
@@ -54,21 +37,16 @@ def validate_model(model: ModelConfig) -> None:
         f"`model.num_heads`={model.num_heads}: must divide `model.width`={model.width}",
     )
     require(
-        model.segment_types in (0, 2, 3),
-        f"`model.segment_types`={model.segment_types}: must be 0 (none), 2, or 3 (with one "
-        "for padding)",
-    )
-    require(
         model.tied or not model.one_matrix,
         "`model.one_matrix`: its rows are the LM head; needs `model.tied`=true",
     )
 
 
-def validate_tokenizer(tokenizer: TokenizerConfig) -> None:
+def validate_tokenizer(tokenizer: schema.TokenizerConfig) -> None:
     """Checks kind and size of the tokenizer; a wrong field is a `UserError`."""
     _check_fields(tokenizer, "tokenizer")
     require(
-        tokenizer.words == Words.FAST or tokenizer.kind == TokenizerKind.GPT1,
+        tokenizer.words == schema.Words.FAST or tokenizer.kind == schema.TokenizerKind.GPT1,
         "`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1",
     )
 
@@ -97,62 +75,61 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig, in_memory: 
     )
 
 
-def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
+def validate_head(finetune: FinetuneConfig, model: ModelConfig, where: str = "finetune") -> None:
     """Checks that the model can have the task's head; a wrong field is a `UserError`."""
-    if finetune.head == Head.EXTRACT:
+    if finetune.head == schema.Head.EXTRACT:
         return
     require(
         TaskKind(finetune.task).is_single_sequence,
-        f"`finetune.head`=flatten: reads one sequence; task {finetune.task} has several",
+        f"`{where}.head`=flatten: reads one sequence; task {finetune.task} has several",
     )
     require(
         model.segment_types == 3,
-        "`finetune.head`=flatten: needs `model.segment_types`=3, the third for padding",
+        f"`{where}.head`=flatten: needs `model.segment_types`=3, the third for padding",
     )
 
 
-def _validate_finetune(finetune: FinetuneConfig, in_memory: bool = False) -> None:
+def _validate_finetune(
+    finetune: FinetuneConfig, model: ModelConfig, where: str, in_memory: bool = False
+) -> None:
     require(
         finetune.dataset != "builtin",
-        "`finetune.dataset`=builtin: write builtin:classification, builtin:entailment, "
+        f"`{where}.dataset`=builtin: write builtin:classification, builtin:entailment, "
         "builtin:similarity or builtin:multiple_choice",
     )
     require(
         finetune.steps > 0 or finetune.epochs > 0,
-        f"`finetune.epochs`={finetune.epochs}: must be greater than 0",
+        f"`{where}.epochs`={finetune.epochs}: must be greater than 0",
     )
     require(
         in_memory + bool(finetune.dataset) + bool(finetune.train_file) == 1,
-        "`finetune.train_file`: give a labelled file, or `finetune.dataset`, and not both",
+        f"`{where}.train_file`: give a labelled file, or `{where}.dataset`, and not both",
     )
     require(
         not finetune.dataset or not (finetune.validation_file or finetune.test_file),
-        "`finetune.validation_file`, `finetune.test_file`: go with train_file, not with dataset",
+        f"`{where}.validation_file`, `{where}.test_file`: go with train_file, not with dataset",
     )
     pair = TaskKind(finetune.task).is_pair
     require(
         not pair or finetune.text_pair,
-        f"`finetune.text_pair`: task {finetune.task} needs the column of the second text",
+        f"`{where}.text_pair`: task {finetune.task} needs the column of the second text",
     )
     require(
         pair or not finetune.text_pair,
-        f"`finetune.text_pair`={finetune.text_pair}: task {finetune.task} takes one text; "
-        "use `finetune.task`=entailment or similarity for two",
+        f"`{where}.text_pair`={finetune.text_pair}: task {finetune.task} takes one text; "
+        f"use `{where}.task`=entailment or similarity for two",
     )
-    many = len(split_names(finetune.choices))
+    many = len(schema.split_names(finetune.choices))
     require(
         (many >= 2) == (finetune.task == TaskKind.MULTIPLE_CHOICE),
-        "`finetune.choices`: the columns of the answers, two or more, comma-separated, "
-        "go with `finetune.task`=multiple_choice",
+        f"`{where}.choices`: the columns of the answers, two or more, comma-separated, "
+        f"go with `{where}.task`=multiple_choice",
     )
-    require(
-        finetune.transfer in ("all", "none") or finetune.transfer.isdecimal(),
-        f"`finetune.transfer`={finetune.transfer}: must be all, none, or a number of layers",
-    )
+    validate_head(finetune, model, where)
 
 
-def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
-    for name in split_names(ablation.only):
+def _validate_ablation(ablation: schema.AblationConfig, model: ModelConfig) -> None:
+    for name in schema.split_names(ablation.only):
         require(
             name in ablation.tasks,
             f"`ablation.only`: no task {name!r}{nearest(name, ablation.tasks)}; the "
@@ -163,16 +140,11 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
             re.fullmatch(r"[\w-]+", name),
             f"`ablation.tasks`: {name!r} names a folder too; use letters, digits, _ and -",
         )
-        try:
-            _check_fields(task, "finetune")
-            _validate_finetune(task)
-            validate_head(task, model)
-        except UserError as error:
-            field = f"`ablation.tasks.{name}."
-            raise UserError(str(error).replace("`finetune.", field)) from None
+        _check_fields(task, f"ablation.tasks.{name}")
+        _validate_finetune(task, model, f"ablation.tasks.{name}")
 
 
-def validate_probe(name: str, probe: ProbeConfig) -> None:
+def validate_probe(name: str, probe: schema.ProbeConfig) -> None:
     """Checks a probe; a wrong field is a `UserError`."""
     where = f"probes.{name}"
     _check_fields(probe, where)
@@ -181,7 +153,8 @@ def validate_probe(name: str, probe: ProbeConfig) -> None:
         f"`{where}.file`: give a file of rows, or `{where}.dataset`, and not both",
     )
     require(
-        (len(split_names(probe.choices)) >= 2) == ProbeKind(probe.kind).has_candidates,
+        (len(schema.split_names(probe.choices)) >= 2)
+        == schema.ProbeKind(probe.kind).has_candidates,
         f"`{where}.choices`: two or more columns, comma-separated, go with the kinds "
         "multiple_choice and substitution",
     )
@@ -191,7 +164,7 @@ def validate_probe(name: str, probe: ProbeConfig) -> None:
     )
 
 
-def _validate_mesh(mesh: MeshConfig) -> None:
+def _validate_mesh(mesh: schema.MeshConfig) -> None:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     require(
         sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes),
@@ -209,30 +182,30 @@ def validate(experiment: Experiment, in_memory: Collection[str] = ()) -> Experim
     Raises:
       UserError: the first wrong field, with what to write instead.
     """
+    model, pretrain, finetune = experiment.model, experiment.pretrain, experiment.finetune
     _check_fields(experiment, "")
-    validate_model(experiment.model)
+    validate_model(model)
     validate_tokenizer(experiment.tokenizer)
     require(
-        experiment.pretrain or experiment.finetune or experiment.ablation,
+        pretrain or finetune or experiment.ablation,
         "`config`: the experiment has no stage; give it a pretrain or a finetune part",
     )
-    if experiment.pretrain:
-        _validate_pretrain(experiment.pretrain, experiment.model, Stage.PRETRAIN in in_memory)
-    if experiment.finetune:
-        _validate_finetune(experiment.finetune, Stage.FINETUNE in in_memory)
-        validate_head(experiment.finetune, experiment.model)
-        pretrained = bool(experiment.pretrain or experiment.init_from)
+    if pretrain:
+        _validate_pretrain(pretrain, model, schema.Stage.PRETRAIN in in_memory)
+    if finetune:
+        _validate_finetune(finetune, model, "finetune", schema.Stage.FINETUNE in in_memory)
+        pretrained = pretrain or experiment.init_from
         require(
-            pretrained or not experiment.finetune.compare_from_scratch,
+            pretrained or not finetune.compare_from_scratch,
             "`finetune.compare_from_scratch`: needs pretraining or `init_from`",
         )
         require(
-            pretrained or not experiment.finetune.transfer.isdecimal(),
+            pretrained or not finetune.transfer.isdecimal(),
             "`finetune.transfer`: needs pretraining or `init_from`",
         )
     if experiment.ablation:
-        _validate_ablation(experiment.ablation, experiment.model)
+        _validate_ablation(experiment.ablation, model)
     for name, probe in experiment.probes.items():
         validate_probe(name, probe)
     _validate_mesh(experiment.mesh)
-    return frozen(experiment)
+    return schema.frozen(experiment)
