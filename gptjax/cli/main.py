@@ -108,9 +108,9 @@ def _print_help(request: flags.HelpRequest) -> None:
     elif request.name == "helpxml":
         flags.FLAGS.write_help_in_xml_format(sys.stdout)
     elif request.mode:
-        print(usage.of_mode(request.mode, request.config), end="")
+        print(usage.of_mode(request.mode, request.config))
     else:
-        print(usage.overview(), end="")
+        print(usage.overview())
     sys.stdout.flush()
 
 

@@ -570,6 +570,14 @@ def field_names(cls: Any, prefix: str = "") -> Iterator[str]:
             yield from field_names(part, f"{name}{entry}.")
 
 
+def value_at(config: Any, path: str) -> Any:
+    """Returns what a configuration has at a dotted path, "" meaning itself; None: nothing."""
+    for name in filter(None, path.split(".")):
+        is_table = isinstance(config, Mapping)
+        config = config.get(name) if is_table else getattr(config, name, None)
+    return config
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Returns the configuration as plain JSON-ready values."""
     return dataclasses.asdict(config)

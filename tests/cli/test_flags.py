@@ -205,9 +205,9 @@ def test_a_file_of_flags(tmp_path):
     ("arguments", "expected"),
     [
         (["--help"], HelpRequest("help", "", "quickstart")),
-        (["-h", "--mode=bench"], HelpRequest("help", "bench", "quickstart")),
-        (["predict", "-?"], HelpRequest("help", "predict", "quickstart")),
-        (["--config", "larger", "--helpshort"], HelpRequest("help", "", "larger")),
+        (["-h", "--mode=bench"], HelpRequest("h", "bench", "quickstart")),
+        (["predict", "-?"], HelpRequest("?", "predict", "quickstart")),
+        (["--config", "larger", "--helpshort"], HelpRequest("helpshort", "", "larger")),
         (["train", "--helpfull"], HelpRequest("helpfull", "train", "quickstart")),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
