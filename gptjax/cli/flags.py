@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -242,32 +242,34 @@ SWEEP = flags.DEFINE_bool("sweep", False, _help("sweep"))
 SWEEP_LIMIT = flags.DEFINE_integer("sweep_limit", 12, _help("sweep_limit"))
 STAGE = flags.DEFINE_enum("stage", Stage.PRETRAIN, [Stage.PRETRAIN, Stage.FINETUNE], _help("stage"))
 BENCH = flags.DEFINE_enum("bench", BenchKind.TRAIN, list(BenchKind), _help("bench"))
-STEPS = flags.DEFINE_integer("steps", 0, _help("steps"))
 PROBES = flags.DEFINE_bool("probes", False, _help("probes"))
 SPLIT = flags.DEFINE_string("split", "", _help("split"))
 GLUE = flags.DEFINE_string("glue", "", _help("glue"))
 PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, _help("max_new_tokens"))
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, _help("temperature"))
-TOP_K = flags.DEFINE_integer("top_k", 0, _help("top_k"))
-TOP_P = flags.DEFINE_float("top_p", 1.0, _help("top_p"))
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, _help("num_samples"))
 PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, _help("seed"))
-COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", "", _help("coordinator_address"))
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, _help("num_processes"))
-PROCESS_ID = flags.DEFINE_integer("process_id", None, _help("process_id"))
-INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
-    "initialization_timeout", 300, _help("initialization_timeout"), lower_bound=1
-)
-HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, _help("heartbeat_timeout"), lower_bound=2
-)
+# The flags that `values` reads.
+flags.DEFINE_integer("steps", 0, _help("steps"))
+flags.DEFINE_integer("max_new_tokens", 100, _help("max_new_tokens"))
+flags.DEFINE_float("temperature", 1.0, _help("temperature"))
+flags.DEFINE_integer("top_k", 0, _help("top_k"))
+flags.DEFINE_float("top_p", 1.0, _help("top_p"))
+flags.DEFINE_integer("num_samples", 1, _help("num_samples"))
+flags.DEFINE_integer("seed", 0, _help("seed"))
+flags.DEFINE_string("coordinator_address", "", _help("coordinator_address"))
+flags.DEFINE_integer("num_processes", None, _help("num_processes"))
+flags.DEFINE_integer("process_id", None, _help("process_id"))
+flags.DEFINE_integer("initialization_timeout", 300, _help("initialization_timeout"), lower_bound=1)
+flags.DEFINE_integer("heartbeat_timeout", 100, _help("heartbeat_timeout"), lower_bound=2)
+
+
+def values(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the values of flags by their names, for the arguments that have these names."""
+    return {name: FLAGS[name].value for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command line that was understood; the values of its other flags are in the constants."""
+    """A command line that was understood; the constants and `values` have its other flags."""
 
     mode: str
     experiment: Experiment

@@ -5,6 +5,7 @@ the training diverged; 75 stopped after saving, for the same command to continue
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -62,7 +63,8 @@ def main(command: Command) -> int:
     if command.mode != "compile":  # which reports how long the compilation takes
         _keep_compiled_programs()
     try:
-        _join_processes(command.mode)
+        names = [field.name for field in dataclasses.fields(processes.Options)]
+        processes.start(processes.Options(**flags.values(names)), command.mode)
         # Not at the top of the file: help and wrong flags do not wait for these imports.
         from gptjax.cli import modes
 
@@ -126,15 +128,6 @@ def _fail(error: object, code: int, mode: str) -> int:
         no_reader()
     processes.leave(code, text)
     return code
-
-
-def _join_processes(mode: str) -> None:
-    """Joins the other processes of this run, if there are any."""
-    options = processes.Options(
-        flags.COORDINATOR_ADDRESS.value, flags.NUM_PROCESSES.value, flags.PROCESS_ID.value,
-        flags.INITIALIZATION_TIMEOUT.value, flags.HEARTBEAT_TIMEOUT.value,
-    )  # fmt: skip
-    processes.start(options, mode)
 
 
 def _keep_compiled_programs() -> None:

@@ -5,7 +5,6 @@ import csv
 import io
 import json
 import os
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,14 +14,7 @@ from gptjax.cli.flags import Command
 from gptjax.cluster.processes import is_main
 from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
-from gptjax.config.schema import (
-    FinetuneConfig,
-    PretrainConfig,
-    ProbeConfig,
-    TaskKind,
-    TaskSpec,
-    Words,
-)
+from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskKind, TaskSpec
 from gptjax.data import splits
 from gptjax.data.tables import text_files
 from gptjax.data.tables.labelled import LabelledTable, as_text
@@ -48,17 +40,13 @@ def train(command: Command) -> None:
     summary = run.run(command.experiment, command.workdir, command.overrides, flags.PROFILE.value)
     if is_main():
         plots.draw_plots(command.workdir)
-        print(_results(command.workdir, summary))
-
-
-def _results(workdir: str, summary: Mapping[str, Any]) -> str:
-    commands = [f"{program()} generate --checkpoint={workdir} --prompt='The '"]
-    if "finetune" in summary:
-        commands.append(
-            f"{program()} predict --checkpoint={workdir} --input=ROWS.csv --output=predictions.csv"
-        )
-    baselines = (summary.get("finetune") or {}).get("floor", {})
-    return tables.results_table(summary, baselines, workdir, commands)
+        model = f"--checkpoint={command.workdir}"
+        commands = [f"{program()} generate {model} --prompt='The '"]
+        if "finetune" in summary:
+            files = "--input=ROWS.csv --output=predictions.csv"
+            commands.append(f"{program()} predict {model} {files}")
+        baselines = (summary.get("finetune") or {}).get("floor", {})
+        print(tables.results_table(summary, baselines, command.workdir, commands))
 
 
 def ablate(command: Command) -> None:
@@ -70,14 +58,15 @@ def ablate(command: Command) -> None:
 
 def evaluate(command: Command) -> None:
     """Prints losses and metrics, or the scores of zero-shot probes, as one line of JSON."""
-    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
     if flags.PROBES.value:
         probes = command.experiment.probes if command.has_config else None
         require(probes != {}, "--probes: the experiment of --config has no probes")
         for name, probe in (probes or {}).items():
             validation.validate_probe(name, probe)
         gpt = _load()
-        scores: dict[str, Any] = {"probes": gpt.probe(probes or _probes_of_training(gpt))}
+        probes = probes or gpt.experiment.probes
+        require(probes, f"--probes: {gpt.path} was trained without any; give --config=probes")
+        scores: dict[str, Any] = {"probes": gpt.probe(probes)}
     else:
         gpt = _load()
         source, found = _score_text(gpt) if gpt.task is None else _score_task(gpt, gpt.task)
@@ -86,18 +75,13 @@ def evaluate(command: Command) -> None:
 
 
 def _load() -> GPT:
+    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
     return predictor.load(flags.CHECKPOINT.value, argument="checkpoint")
-
-
-def _probes_of_training(gpt: GPT) -> dict[str, ProbeConfig]:
-    own = gpt.meta.experiment_config().probes
-    require(own, f"--probes: {gpt.path} was trained without any; give --config=probes")
-    return own
 
 
 def _finetune_config(gpt: GPT) -> FinetuneConfig:
     """Returns the fine-tuning of the run that trained the model; the defaults if it had none."""
-    return gpt.meta.experiment_config().finetune or FinetuneConfig()
+    return gpt.experiment.finetune or FinetuneConfig()
 
 
 def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
@@ -108,14 +92,13 @@ def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
         table = splits.without_label(rows, finetune)
     else:
         _require_data(gpt, finetune.dataset or finetune.train_file)
-        seed = gpt.meta.experiment_config().seed
-        table = _split(splits.labelled_splits(finetune, seed))
+        table = _split(splits.labelled_splits(finetune, gpt.experiment.seed))
     return table.source, gpt.score(table, table.source, finetune.metrics)
 
 
 def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
     """Returns the name of a text, and the loss and perplexity of a language model on it."""
-    pretrain = gpt.meta.experiment_config().pretrain or PretrainConfig()
+    pretrain = gpt.experiment.pretrain or PretrainConfig()
     if flags.INPUT.value:
         source = flags.INPUT.value
         texts = text_files.read_text(source, pretrain.line_breaks)
@@ -241,8 +224,7 @@ def _submission(glue: str, task: TaskSpec, table: LabelledTable, labels: list[An
         answers = labels
     else:
         answers = [names[int(label)] for label in labels]
-    existing = table.column_names
-    column = next((name for name in ("index", "idx") if name in existing), "")
+    column = next((name for name in ("index", "idx") if name in table.column_names), "")
     index = list(table.rows[column] if column else range(len(labels)))
     for row, value in enumerate(index, 1):
         number = as_text(value).strip().isdecimal()
@@ -255,14 +237,12 @@ def _submission(glue: str, task: TaskSpec, table: LabelledTable, labels: list[An
 def _table(records: list[Record], delimiter: str) -> str:
     if not delimiter:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    rows = [list(records[0]), *(list(record.values()) for record in records)]
     if delimiter == "\t":
         # The .tsv files that we read have no quotes: a cell may hold no tab and no line break.
-        lines = [list(records[0])] + [list(record.values()) for record in records]
-        return "".join("\t".join(_plain(cell) for cell in line) + "\n" for line in lines)
+        return "".join("\t".join(map(_plain, row)) + "\n" for row in rows)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
@@ -272,25 +252,16 @@ def _plain(cell: Any) -> str:
 
 def generate(_: Command) -> None:
     """Prints texts that begin with the prompt."""
-    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
     gpt = _load()
-    samples = flags.NUM_SAMPLES.value
     ids = gpt.tokenizer.encode(flags.PROMPT.value)
     unknown = ids.count(gpt.tokenizer.unknown_id)
     if unknown:
         console.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
-    texts = gpt.generate(
-        ids,
-        flags.MAX_NEW_TOKENS.value,
-        temperature=flags.TEMPERATURE.value,
-        top_k=flags.TOP_K.value,
-        top_p=flags.TOP_P.value,
-        num_samples=samples,
-        seed=flags.SEED.value,
-    )
+    sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "seed")
+    texts = gpt.generate(ids, **flags.values(sampling))
     for i, text in enumerate(texts, 1):
-        if samples > 1:
-            print(f"--- {i} of {samples}")
+        if len(texts) > 1:
+            print(f"--- {i} of {len(texts)}")
         print(text)
 
 
@@ -311,7 +282,6 @@ def tokenizer(command: Command) -> None:
     for name, text in files.items():
         files_lib.write_atomically(os.path.join(output_path, name), text.encode())
     print(f"{len(trained):,} tokens -> {output_path} ({', '.join(files)})")
-    sys.stdout.flush()
 
 
 def import_weights(command: Command) -> None:
@@ -319,19 +289,18 @@ def import_weights(command: Command) -> None:
     from gptjax.interop import convert
 
     # Only a flag counts: the default of the field is not that of imported tokenizers.
-    words = command.overrides.get("tokenizer.words", Words.EXACT)
+    words = command.overrides.get("tokenizer.words", schema.Words.EXACT)
     output_path = flags.OUTPUT.value
-    for line in convert.import_weights(flags.INPUT.value, output_path, flags.FORMAT.value, words):
-        print(line)
-    print(f"to start from them: --config.init_from={output_path}")
+    lines = convert.import_weights(flags.INPUT.value, output_path, flags.FORMAT.value, words)
+    print(*lines, f"to start from them: --config.init_from={output_path}", sep="\n")
 
 
 def export_weights(_: Command) -> None:
     """Writes a trained model as a folder for another program."""
     from gptjax.interop import convert
 
-    for line in convert.export_weights(flags.INPUT.value, flags.OUTPUT.value, flags.FORMAT.value):
-        print(line)
+    lines = convert.export_weights(flags.INPUT.value, flags.OUTPUT.value, flags.FORMAT.value)
+    print(*lines, sep="\n")
 
 
 def compile_step(command: Command) -> None:
@@ -353,12 +322,8 @@ def bench(command: Command) -> None:
     beside = os.path.dirname(output_path) if output_path else command.workdir
     request = bench.Request(
         what=flags.BENCH.value,
-        stage=flags.STAGE.value,
-        steps=flags.STEPS.value,
-        max_new_tokens=flags.MAX_NEW_TOKENS.value,
-        num_samples=flags.NUM_SAMPLES.value,
-        profile=flags.PROFILE.value,
         profile_folder=os.path.join(beside, "profile"),
+        **flags.values(("stage", "steps", "max_new_tokens", "num_samples", "profile")),
     )
     bench.run(command.experiment, request, output_path)
 
