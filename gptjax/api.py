@@ -308,12 +308,16 @@ def _train(
       tables: split -> rows; empty if the fields name files.
       call: the other arguments.
     """
+    import datasets
+
     experiment = _experiment(stage, fields, call)
     folder = _TemporaryFolder() if call.workdir is None else None
     place = folder.path if folder else os.fspath(typing.cast(Path, call.workdir))
     reporter = _reporter(call.progress)
     try:
-        with _arguments_named(stage), _progress_bars_of_datasets_kept():
+        with _arguments_named(stage), contextlib.ExitStack() as end:
+            if datasets.is_progress_bar_enabled():  # reading data switches it off
+                end.callback(datasets.enable_progress_bars)
             rows = {str(stage): _datasets(experiment, stage, tables)} if tables else None
             run_lib.run(experiment, place, call.overrides, tables=rows, reporter=reporter)
             checkpoints = os.path.join(place, "checkpoints", stage)
@@ -361,16 +365,3 @@ def _arguments_named(stage: Stage) -> Iterator[None]:
     except UserError as error:
         text = re.sub(r"`([\w.]+)`", lambda match: f"`{names.get(match[1], match[1])}`", str(error))
         raise UserError(text) from error
-
-
-@contextlib.contextmanager
-def _progress_bars_of_datasets_kept() -> Iterator[None]:
-    """Restores the progress bars of `datasets`, which reading data switches off."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

@@ -161,26 +161,23 @@ def _check_predict_flags() -> str:
     """Checks the flags before the model is loaded; returns the delimiter of the output."""
     input_path, output_path, glue = flags.INPUT.value, flags.OUTPUT.value, flags.GLUE.value
     require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished fine-tuning")
-    require(
-        not (input_path and flags.SPLIT.value),
-        "--split: belongs to the model's data set on the Hugging Face hub; give it or --input, "
-        "not both",
-    )
-    require(
-        not glue or glue in SUBMISSIONS,
-        f"--glue={glue}: must be one of {', '.join(SUBMISSIONS)}{nearest(glue, SUBMISSIONS)}",
-    )
+    if input_path and flags.SPLIT.value:
+        raise UserError(
+            "--split: belongs to the model's data set on the Hugging Face hub; give it or --input, "
+            "not both"
+        )
+    if glue and glue not in SUBMISSIONS:
+        known = ", ".join(SUBMISSIONS)
+        raise UserError(f"--glue={glue}: must be one of {known}{nearest(glue, SUBMISSIONS)}")
     require(output_path, "--output: give the file to write (.csv, .tsv or .jsonl)")
     ending = os.path.splitext(output_path)[1].lower()
     require(
         ending in _DELIMITERS,
         f"--output={output_path}: the ending must be one of {', '.join(_DELIMITERS)}",
     )
-    require(
-        not (os.path.exists(input_path) and os.path.exists(output_path))
-        or not os.path.samefile(input_path, output_path),
-        f"--output={output_path}: is the input file; choose another name",
-    )
+    both_exist = os.path.exists(input_path) and os.path.exists(output_path)
+    if both_exist and os.path.samefile(input_path, output_path):
+        raise UserError(f"--output={output_path}: is the input file; choose another name")
     return _DELIMITERS[ending]
 
 
