@@ -18,13 +18,13 @@ from absl import app
 from absl import logging as absl_logging
 
 from gptjax.cli import console, flags
-from gptjax.cli.flags import Command
 from gptjax.cluster import processes
 from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError
 from gptjax.io.console import no_reader, tell
 
-_EXIT_CODES: dict[type[Exception], int] = {
-    ProcessLost: 1, UserError: 2, TrainingDiverged: 3, Preempted: 75,
+# Ctrl-C comes here the second time, or where there is nothing to save yet.
+_EXIT_CODES: dict[type[BaseException], int] = {
+    ProcessLost: 1, UserError: 2, TrainingDiverged: 3, Preempted: 75, KeyboardInterrupt: 130,
 }  # fmt: skip
 
 
@@ -42,19 +42,19 @@ def run() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def parse(argv: Sequence[str]) -> Command:
+def parse(argv: Sequence[str]) -> flags.Command:
     """Reads a command line; prints help or an error, and exits, where there is nothing to run."""
     try:
         command = flags.parse(argv)
-        if isinstance(command, Command):
+        if isinstance(command, flags.Command):
             return command
         _print_help(command)
     except UserError as error:
-        sys.exit(_fail(error, 2, str(flags.FLAGS["mode"].value)))
+        sys.exit(_fail(error, str(flags.FLAGS["mode"].value)))
     sys.exit(0)
 
 
-def main(command: Command) -> int:
+def main(command: flags.Command) -> int:
     """Runs the mode of a command; returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)
@@ -68,12 +68,9 @@ def main(command: Command) -> int:
         # Not at the top of the file: help and wrong flags do not wait for these imports.
         from gptjax.cli import modes
 
-        modes.MODES[command.mode](command)
+        getattr(modes, f"run_{command.mode}")(command)
     except tuple(_EXIT_CODES) as error:
-        code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-        return _fail(error, code, command.mode)
-    except KeyboardInterrupt:  # the second one, or where there was nothing to save yet
-        return _fail("interrupted", 130, command.mode)
+        return _fail(error, command.mode)
     except Exception:
         # If another process was lost, that is the reason. This call then ends the program.
         processes.wait_for_news()
@@ -116,12 +113,13 @@ def _print_help(request: flags.HelpRequest) -> None:
     sys.stdout.flush()
 
 
-def _fail(error: object, code: int, mode: str) -> int:
+def _fail(error: BaseException, mode: str) -> int:
     """Prints an error of a mode as one line, and returns the exit code.
 
     In a run of several processes it also tells the others, and exits.
     """
-    text = console.with_flags(" ".join(str(error).split()), mode)
+    code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+    text = console.with_flags(" ".join(str(error).split()) or "interrupted", mode)
     try:
         print("error:", text, file=sys.stderr, flush=True)
     except OSError:

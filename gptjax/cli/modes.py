@@ -1,29 +1,31 @@
-"""The modes: each reads its flags, calls the library, and writes files or prints text."""
+"""The modes: each reads its flags, calls the library, and writes files or prints text.
+
+`run_MODE` runs the mode MODE.
+"""
 
 import contextlib
 import csv
 import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gptjax.cli import flags
 from gptjax.cli.console import program
 from gptjax.cli.flags import Command
-from gptjax.cluster.processes import is_main
+from gptjax.cluster import processes
 from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
-from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskKind, TaskSpec
+from gptjax.config.schema import FinetuneConfig, TaskSpec
 from gptjax.data import splits
 from gptjax.data.tables import text_files
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
-from gptjax.infer.predictor import GPT, Predictions
-from gptjax.io import console
-from gptjax.io import files as files_lib
+from gptjax.infer.predictor import GPT
+from gptjax.io import console, files
 from gptjax.report import plots, tables
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
@@ -33,30 +35,30 @@ Record = dict[str, Any]
 """A row of an output file: column name -> value."""
 
 
-def train(command: Command) -> None:
+def run_train(command: Command) -> None:
     """Trains the experiment; prints its results, and commands to try next."""
     from gptjax.train import run
 
     summary = run.run(command.experiment, command.workdir, command.overrides, flags.PROFILE.value)
-    if is_main():
+    if processes.is_main():
         plots.draw_plots(command.workdir)
         model = f"--checkpoint={command.workdir}"
         commands = [f"{program()} generate {model} --prompt='The '"]
         if "finetune" in summary:
-            files = "--input=ROWS.csv --output=predictions.csv"
-            commands.append(f"{program()} predict {model} {files}")
+            rows = "--input=ROWS.csv --output=predictions.csv"
+            commands.append(f"{program()} predict {model} {rows}")
         baselines = (summary.get("finetune") or {}).get("floor", {})
         print(tables.results_table(summary, baselines, command.workdir, commands))
 
 
-def ablate(command: Command) -> None:
+def run_ablate(command: Command) -> None:
     """Runs every variant of every task with several seeds; writes the tables into the workdir."""
     from gptjax.ablation import run
 
     run.run(command.experiment, command.workdir, flags.SEEDS.value, command.overrides)
 
 
-def evaluate(command: Command) -> None:
+def run_evaluate(command: Command) -> None:
     """Prints losses and metrics, or the scores of zero-shot probes, as one line of JSON."""
     if flags.PROBES.value:
         probes = command.experiment.probes if command.has_config else None
@@ -71,7 +73,7 @@ def evaluate(command: Command) -> None:
         gpt = _load()
         source, found = _score_text(gpt) if gpt.task is None else _score_task(gpt, gpt.task)
         scores = {"data": source, **found}
-    print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, **scores})))
+    print(json.dumps(files.json_ready({"checkpoint": gpt.path, **scores})))
 
 
 def _load() -> GPT:
@@ -98,7 +100,7 @@ def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
 
 def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
     """Returns the name of a text, and the loss and perplexity of a language model on it."""
-    pretrain = gpt.experiment.pretrain or PretrainConfig()
+    pretrain = gpt.experiment.pretrain or schema.PretrainConfig()
     if flags.INPUT.value:
         source = flags.INPUT.value
         texts = text_files.read_text(source, pretrain.line_breaks)
@@ -138,7 +140,7 @@ def _read_rows(gpt: GPT, task: TaskSpec, path: str, columns: tuple[str, ...]) ->
     return splits.read_labelled(path, names, columns)
 
 
-def predict(_: Command) -> None:
+def run_predict(_: Command) -> None:
     """Writes the label and the probabilities (or the number) of every row of a file, in order.
 
     The columns of the output are `row` (from 1), `prediction`, and for each label
@@ -151,7 +153,7 @@ def predict(_: Command) -> None:
     table = _unlabelled_rows(gpt, task)
     found = gpt.predict(table)
     records = _submission(glue, task, table, found.labels) if glue else _records(found)
-    files_lib.write_atomically(output_path, _table(records, delimiter).encode())
+    files.write_atomically(output_path, _table(records, delimiter).encode())
     notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
     notes += [f"{found.empty:,} with an empty text"] if found.empty else []
     print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
@@ -194,33 +196,31 @@ def _unlabelled_rows(gpt: GPT, task: TaskSpec) -> LabelledTable:
     return splits.one_split(finetune, flags.SPLIT.value, task.text_columns)
 
 
-def _records(found: Predictions) -> list[Record]:
-    records = []
-    for i, label in enumerate(found.labels):
-        record: Record = {"row": i + 1, "prediction": label}
-        if found.probabilities is not None:
-            for name, value in zip(found.label_names, found.probabilities[i], strict=True):
-                record[f"probability_{name}"] = round(float(value), 6)
-        records.append(record)
+def _records(found: predictor.Predictions) -> list[Record]:
+    records: list[Record] = [
+        {"row": row, "prediction": label} for row, label in enumerate(found.labels, 1)
+    ]
+    if found.probabilities is not None:
+        names = [f"probability_{name}" for name in found.label_names]
+        for record, values in zip(records, found.probabilities, strict=True):
+            record |= zip(names, (round(float(value), 6) for value in values), strict=True)
     return records
 
 
 def _submission(glue: str, task: TaskSpec, table: LabelledTable, labels: list[Any]) -> list[Record]:
     """Returns the rows that GLUE's server accepts: the index of the test row, and the answer."""
     names = SUBMISSIONS[glue]
-    numbers = tuple(str(i) for i in range(len(names)))
+    by_number = {str(number): name for number, name in enumerate(names)}
     require(
-        (task.kind is TaskKind.REGRESSION) == (not names)
-        and (set(task.labels) <= set(names) or task.labels == numbers),
+        (task.kind is schema.TaskKind.REGRESSION) == (not names)
+        and (set(task.labels) <= set(names) or task.labels == tuple(by_number)),
         f"--glue={glue}: its answers are {', '.join(names) or 'numbers'}; the model's are "
         f"{', '.join(task.labels[:5]) or 'numbers'}",
     )
-    if not names:
-        answers = [f"{min(5.0, max(0.0, value)):.3f}" for value in labels]
-    elif set(task.labels) <= set(names):
-        answers = labels
+    if names:
+        answers = [by_number.get(label, label) for label in labels]
     else:
-        answers = [names[int(label)] for label in labels]
+        answers = [f"{min(5.0, max(0.0, value)):.3f}" for value in labels]
     column = next((name for name in ("index", "idx") if name in table.column_names), "")
     index = list(table.rows[column] if column else range(len(labels)))
     for row, value in enumerate(index, 1):
@@ -247,7 +247,7 @@ def _plain(cell: Any) -> str:
     return " ".join(as_text(cell).split()) if isinstance(cell, str) else str(cell)
 
 
-def generate(_: Command) -> None:
+def run_generate(_: Command) -> None:
     """Prints texts that begin with the prompt."""
     gpt = _load()
     ids = gpt.tokenizer.encode(flags.PROMPT.value)
@@ -262,26 +262,25 @@ def generate(_: Command) -> None:
         print(text)
 
 
-def tokenizer(command: Command) -> None:
+def run_tokenizer(command: Command) -> None:
     """Trains a tokenizer on text files; writes `tokenizer.json` and the vocabulary/merges pair."""
     config, output_path = command.experiment.tokenizer, flags.OUTPUT.value
     require(flags.INPUT.value, "--input: give the text files (comma-separated globs)")
     require(output_path, "--output: give the folder to write")
     validation.validate_tokenizer(config)
-    texts = text_files.read_text(flags.INPUT.value)
-    trained = tokenizer_lib.build(config, texts)
-    files = {"tokenizer.json": trained.to_json()}
+    trained = tokenizer_lib.build(config, text_files.read_text(flags.INPUT.value))
+    texts = {"tokenizer.json": trained.to_json()}
     pair = tokenizer_lib.pair_texts(trained)
     if pair is not None:
-        files["vocab.json"], files["merges.txt"] = pair
-    with files_lib.disk_errors(output_path):
+        texts["vocab.json"], texts["merges.txt"] = pair
+    with files.disk_errors(output_path):
         os.makedirs(output_path, exist_ok=True)
-    for name, text in files.items():
-        files_lib.write_atomically(os.path.join(output_path, name), text.encode())
-    print(f"{len(trained):,} tokens -> {output_path} ({', '.join(files)})")
+    for name, text in texts.items():
+        files.write_atomically(os.path.join(output_path, name), text.encode())
+    print(f"{len(trained):,} tokens -> {output_path} ({', '.join(texts)})")
 
 
-def import_weights(command: Command) -> None:
+def run_import(command: Command) -> None:
     """Makes a workdir from the weights of another program."""
     from gptjax.interop import convert
 
@@ -292,7 +291,7 @@ def import_weights(command: Command) -> None:
     print(*lines, f"to start from them: --config.init_from={output_path}", sep="\n")
 
 
-def export_weights(_: Command) -> None:
+def run_export(_: Command) -> None:
     """Writes a trained model as a folder for another program."""
     from gptjax.interop import convert
 
@@ -300,7 +299,7 @@ def export_weights(_: Command) -> None:
     print(*lines, sep="\n")
 
 
-def compile_step(command: Command) -> None:
+def run_compile(command: Command) -> None:
     """Prints what the train step costs on a machine that need not be there."""
     from gptjax.cost import compile, sweep
 
@@ -311,7 +310,7 @@ def compile_step(command: Command) -> None:
         compile.run(command.experiment, topology, stage, output_path)
 
 
-def bench(command: Command) -> None:
+def run_bench(command: Command) -> None:
     """Prints how fast training, generation or the loading of data is on this machine."""
     from gptjax.cost import bench
 
@@ -323,17 +322,3 @@ def bench(command: Command) -> None:
         **flags.values(("stage", "steps", "max_new_tokens", "num_samples", "profile")),
     )
     bench.run(command.experiment, request, output_path)
-
-
-MODES: dict[str, Callable[[Command], None]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "generate": generate,
-    "tokenizer": tokenizer,
-    "import": import_weights,
-    "export": export_weights,
-    "ablate": ablate,
-    "compile": compile_step,
-    "bench": bench,
-}

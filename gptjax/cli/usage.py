@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from gptjax.cli import console
 from gptjax.cli.flags import COMMON, FLAGS, MODES
 from gptjax.config import experiments, schema
-from gptjax.config.schema import Experiment
 
 _WIDTHS = (60, 100)
 """Narrower and wider terminals get lines of these widths."""
@@ -47,7 +46,7 @@ class Part:
 
 
 PARTS: dict[str, Part] = {
-    "experiment": Part("The experiment", Experiment, ("",)),
+    "experiment": Part("The experiment", schema.Experiment, ("",)),
     "finetune": Part("Fine-tuning", schema.FinetuneConfig, ("finetune",)),
     "pretrain": Part("Pretraining", schema.PretrainConfig, ("pretrain",)),
     "tokenizer": Part("Tokenizer", schema.TokenizerConfig, ("tokenizer",)),
@@ -140,7 +139,7 @@ def _parts(keys: Sequence[str], config: str) -> Iterator[str]:
         yield _rows(last)
 
 
-def _heading(part: Part, experiment: Experiment) -> str:
+def _heading(part: Part, experiment: schema.Experiment) -> str:
     paths = [f"--config.{path}.FIELD" if path else "--config.FIELD" for path in part.paths]
     lines = [f"{part.title}: {' and '.join(paths)}"]
     if not _docs(part.config):  # then the docstring of the class explains its fields
@@ -153,7 +152,7 @@ def _heading(part: Part, experiment: Experiment) -> str:
     return "\n".join(map(_wrapped, lines))
 
 
-def _fields(part: Part, experiment: Experiment) -> Iterator[tuple[str, tuple[str, str]]]:
+def _fields(part: Part, experiment: schema.Experiment) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yields the name of each field of a part, and its row: NAME=VALUE and help."""
     values = [schema.value_at(experiment, path) for path in part.paths]
     holders = [value for value in values if value is not None] or [part.config()]

@@ -65,13 +65,12 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig, in_memory: 
 
 def validate_head(finetune: FinetuneConfig, model: ModelConfig, where: str = "finetune") -> None:
     """Checks that the model can have the task's head; a wrong field is a `UserError`."""
-    if finetune.head == schema.Head.EXTRACT:
-        return
-    if not TaskKind(finetune.task).is_single_sequence:
+    flatten = finetune.head == schema.Head.FLATTEN
+    if flatten and not TaskKind(finetune.task).is_single_sequence:
         raise UserError(
             f"`{where}.head`=flatten: reads one sequence; task {finetune.task} has several"
         )
-    if model.segment_types != 3:
+    if flatten and model.segment_types != 3:
         raise UserError(
             f"`{where}.head`=flatten: needs `model.segment_types`=3, the third for padding"
         )
