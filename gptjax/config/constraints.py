@@ -33,7 +33,7 @@ def limited(default: T, allows: Callable[[T], bool], text: str) -> T:
 
 def _finite(default: Number, allows: Callable[[Number], bool], text: str) -> Number:
     def check(value: Number) -> str:
-        if not allows(value):  # nor does any rule allow NaN
+        if not allows(value):  # NaN fulfils no rule
             return text
         return "" if value < math.inf else "must be finite"
 
