@@ -14,11 +14,11 @@ import typing
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from gptjax.config import experiments, schema
 from gptjax.config import validation as validation_lib
-from gptjax.config.schema import Experiment, FinetuneConfig, PretrainConfig, Stage
+from gptjax.config.schema import Experiment, Stage
 from gptjax.data import splits
 from gptjax.data.tables import files as files_lib
 from gptjax.data.tables import memory
@@ -31,18 +31,13 @@ from gptjax.train.progress import Reporter, TerminalReporter
 
 Path = str | os.PathLike[str]
 
+_FIELDS = ("task", "text", "text_pair", "choices", "label", "metrics")
+"""The fields of a fine-tuning that are arguments too."""
 # Stage -> field or split -> the argument that sets it, for error messages.
 _ARGUMENTS: dict[Stage, dict[str, str]] = {
     Stage.FINETUNE: {
-        "finetune.train_file": "train",
-        "finetune.validation_file": "validation",
-        "finetune.test_file": "test",
-        "finetune.task": "task",
-        "finetune.text": "text",
-        "finetune.text_pair": "text_pair",
-        "finetune.choices": "choices",
-        "finetune.label": "label",
-        "finetune.metrics": "metrics",
+        **{f"finetune.{name}": name for name in _FIELDS},
+        **{f"finetune.{split}_file": split for split in ("train", "validation", "test")},
     },
     Stage.PRETRAIN: {
         "pretrain.train_files": "files",
@@ -51,6 +46,17 @@ _ARGUMENTS: dict[Stage, dict[str, str]] = {
         "pretrain.text": "text",
     },
 }
+_KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "a string"}
+
+
+class _Call(NamedTuple):
+    """The arguments that `finetune` and `pretrain` share."""
+
+    init_from: "Path | GPT | None"
+    workdir: Path | None
+    config: Experiment | str | None
+    overrides: Mapping[str, Any]
+    progress: bool
 
 
 def finetune(
@@ -131,26 +137,16 @@ def finetune(
       TrainingDiverged: several updates in a row were not finite.
       KeyboardInterrupt, Preempted: the run was stopped; its state is saved.
     """
-    experiment = _experiment(config, "finetune_file")
-    part = experiment.finetune or FinetuneConfig()
-    part = dataclasses.replace(part, dataset="", train_file="", validation_file="", test_file="")
-    experiment = dataclasses.replace(experiment, pretrain=None, finetune=part, ablation=None)
     tables = {"train": train, "validation": validation, "test": test}
-    tables = {name: table for name, table in tables.items() if table is not None}
-    fields = {
-        "finetune.task": task,
-        "finetune.text": text,
-        "finetune.text_pair": text_pair,
-        "finetune.choices": _comma_separated(choices),
-        "finetune.label": label,
-        "finetune.metrics": _comma_separated(metrics),
-        "init_from": _checkpoint(init_from),
-    }
+    tables = {split: table for split, table in tables.items() if table is not None}
+    values = (task, text, text_pair, _joined(choices), label, _joined(metrics))
+    fields: dict[str, Any] = dict(zip(_FIELDS, values, strict=True))
+    fields |= dict.fromkeys(("dataset", "train_file", "validation_file", "test_file"), "")
     if all(_is_path(table) for table in tables.values()):
-        fields |= {f"finetune.{name}_file": path for name, path in tables.items()}
+        fields |= {f"{split}_file": path for split, path in tables.items()}
         tables = {}
-    experiment = _with_fields(experiment, fields, overrides)
-    return _run(experiment, Stage.FINETUNE, tables, workdir, overrides or {}, progress)
+    call = _Call(init_from, workdir, config, overrides or {}, progress)
+    return _train(Stage.FINETUNE, fields, tables, call)
 
 
 def pretrain(
@@ -191,66 +187,53 @@ def pretrain(
     Raises:
       The exceptions of `finetune`.
     """
-    experiment = _experiment(config, "pretrain_file")
-    part = experiment.pretrain or PretrainConfig()
-    part = dataclasses.replace(part, dataset="", train_files="", validation_files="")
-    experiment = dataclasses.replace(experiment, pretrain=part, finetune=None, ablation=None)
-    fields: dict[str, Any] = {"pretrain.text": text, "init_from": _checkpoint(init_from)}
+    fields: dict[str, Any] = dict.fromkeys(("dataset", "train_files", "validation_files"), "")
+    fields["text"] = text
     tables = {}
-    for name, field, source in (
-        ("train", "pretrain.train_files", files),
-        ("validation", "pretrain.validation_files", validation),
-    ):
-        if source is None:
-            continue
-        if _is_path(source):
-            fields[field] = source
-        elif isinstance(source, Sequence) and source and all(map(_is_path, source)):
-            fields[field] = ",".join(map(os.fspath, source))
-        else:
-            tables[name] = source
+    for split, source in (("train", files), ("validation", validation)):
+        is_list = isinstance(source, Sequence) and source and all(map(_is_path, source))
+        if is_list or _is_path(source):
+            fields[f"{split}_files"] = _joined(source)
+        elif source is not None:
+            tables[split] = source
     require(
         "train" in tables or not tables,
         "`validation`: is a table, and `files` is not; give files or a table for both",
     )
-    experiment = _with_fields(experiment, fields, overrides)
-    return _run(experiment, Stage.PRETRAIN, tables, workdir, overrides or {}, progress)
+    call = _Call(init_from, workdir, config, overrides or {}, progress)
+    return _train(Stage.PRETRAIN, fields, tables, call)
 
 
 def _is_path(value: Any) -> TypeGuard[Path]:
     return isinstance(value, str | os.PathLike)
 
 
-def _checkpoint(model: "Path | GPT | None") -> Path | None:
-    return model.path if isinstance(model, GPT) else model
+def _joined(names: Any) -> Any:
+    """Returns a list of names as one text with commas; other values are not changed."""
+    return names if names is None or _is_path(names) else ",".join(map(os.fspath, names))
 
 
-def _comma_separated(names: str | Sequence[str] | None) -> str | None:
-    return names if names is None or isinstance(names, str) else ",".join(names)
-
-
-def _experiment(config: Experiment | str | None, default: str) -> Experiment:
-    """Returns the experiment that `config` means; None means the one called `default`."""
-    return config if isinstance(config, Experiment) else experiments.load(config or default)
-
-
-def _with_fields(
-    experiment: Experiment, fields: Mapping[str, Any], overrides: Mapping[str, Any] | None
-) -> Experiment:
-    """Returns the experiment with other values of some fields; None keeps the value.
+def _experiment(stage: Stage, fields: Mapping[str, Any], call: _Call) -> Experiment:
+    """Returns the experiment of a call, which has no other stage.
 
     Args:
-      experiment: is not changed.
-      fields: dotted name -> value, from the arguments.
-      overrides: the same, from the user; they are checked.
+      stage: the stage.
+      fields: name -> value of fields of the stage; None keeps the value of the experiment.
+      call: the other arguments.
     """
-    for name, value in fields.items():
-        if value is not None:
-            value = os.fspath(value) if isinstance(value, os.PathLike) else value
-            experiment = _with_field(experiment, name, value)
+    config = call.config
+    if not isinstance(config, Experiment):
+        config = experiments.load(config or f"{stage}_file")
+    parts: dict[str, Any] = dict.fromkeys(("pretrain", "finetune", "ablation"))
+    parts[stage] = getattr(config, stage) or schema.part_class(Experiment.__annotations__[stage])()
+    experiment = dataclasses.replace(config, **parts)
+    start = call.init_from.path if isinstance(call.init_from, GPT) else call.init_from
+    given = {"init_from": start, **{f"{stage}.{name}": fields[name] for name in fields}}
+    given = {name: value for name, value in given.items() if value is not None}
     names = list(schema.field_names(Experiment))
-    for name, value in (overrides or {}).items():
+    for name, value in {**given, **call.overrides}.items():
         require(name in names, f"`overrides`: no field {name!r}{nearest(name, names)}")
+        value = os.fspath(value) if isinstance(value, os.PathLike) else value
         experiment = _with_field(experiment, name, value)
     return experiment
 
@@ -266,18 +249,16 @@ def _with_field(config: Any, path: str, value: Any, whole: str = "") -> Any:
     """
     whole = whole or path
     name, _, rest = path.partition(".")
+    wanted = type(config).__annotations__[name]
     if rest:
-        part = getattr(config, name)
-        before = whole.removesuffix(f".{rest}")
+        part, before = getattr(config, name), whole.removesuffix(f".{rest}")
         require(part is not None, f"`overrides`: {whole!r}: the experiment has no {before} part")
-        return dataclasses.replace(config, **{name: _with_field(part, rest, value, whole)})
-    wanted = typing.get_type_hints(type(config))[name]
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if isinstance(wanted, type) and not dataclasses.is_dataclass(wanted):
+        value = _with_field(part, rest, value, whole)
+    elif wanted in _KINDS:
+        if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
         right = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-        kind = {int: "an integer", float: "a number", bool: "True or False"}.get(wanted, "a string")
-        require(right, f"`{whole}`={value!r}: must be {kind}")
+        require(right, f"`{whole}`={value!r}: must be {_KINDS[wanted]}")
     return dataclasses.replace(config, **{name: value})
 
 
@@ -309,42 +290,36 @@ class NotebookReporter(TerminalReporter):
 def _reporter(progress: bool) -> Reporter:
     if not progress:
         return Reporter()
-    return NotebookReporter() if _in_notebook() else TerminalReporter()
-
-
-def _in_notebook() -> bool:
-    """Returns whether this is the kernel of a notebook, and not IPython in a terminal."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    return shell is not None and "IPKernelApp" in shell.config
+    # IPython in a terminal has a shell of another kind.
+    in_notebook = shell is not None and "IPKernelApp" in shell.config
+    return NotebookReporter() if in_notebook else TerminalReporter()
 
 
-def _run(
-    experiment: Experiment,
-    stage: Stage,
-    tables: Mapping[str, Path | Table],
-    workdir: Path | None,
-    given: Mapping[str, Any],
-    progress: bool,
+def _train(
+    stage: Stage, fields: Mapping[str, Any], tables: Mapping[str, Path | Table], call: _Call
 ) -> GPT:
-    """Trains the one stage of an experiment and returns its best model.
+    """Trains one stage and returns its best model.
 
     Args:
-      experiment: what to train.
       stage: the stage.
-      tables: split -> rows; empty if the experiment names files.
-      workdir: the folder of the run; None: a temporary one.
-      given: the fields that the user set.
-      progress: whether to show it.
+      fields: as in `_experiment`.
+      tables: split -> rows; empty if the fields name files.
+      call: the other arguments.
     """
-    folder = _TemporaryFolder() if workdir is None else None
-    place = folder.path if folder else os.fspath(typing.cast(Path, workdir))
+    import datasets
+
+    experiment = _experiment(stage, fields, call)
+    folder = _TemporaryFolder() if call.workdir is None else None
+    place = folder.path if folder else os.fspath(typing.cast(Path, call.workdir))
+    reporter = _reporter(call.progress)
     try:
-        with _arguments_named(stage), _progress_bars_of_datasets_kept():
-            in_memory: run_lib.Tables = {}
-            if tables:
-                in_memory = {stage: _datasets(experiment, stage, tables)}
-            run_lib.run(experiment, place, given, tables=in_memory, reporter=_reporter(progress))
+        with _arguments_named(stage), contextlib.ExitStack() as end:
+            if datasets.is_progress_bar_enabled():  # reading data switches it off
+                end.callback(datasets.enable_progress_bars)
+            rows = {str(stage): _datasets(experiment, stage, tables)} if tables else None
+            run_lib.run(experiment, place, call.overrides, tables=rows, reporter=reporter)
             checkpoints = os.path.join(place, "checkpoints", stage)
             gpt = predictor.load(checkpoints, mesh_config=experiment.mesh, argument="workdir")
     except (Preempted, TrainingDiverged) as error:
@@ -390,16 +365,3 @@ def _arguments_named(stage: Stage) -> Iterator[None]:
     except UserError as error:
         text = re.sub(r"`([\w.]+)`", lambda match: f"`{names.get(match[1], match[1])}`", str(error))
         raise UserError(text) from error
-
-
-@contextlib.contextmanager
-def _progress_bars_of_datasets_kept() -> Iterator[None]:
-    """Restores the progress bars of `datasets`, which reading data switches off."""
-    import datasets
-
-    shown = datasets.is_progress_bar_enabled()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()

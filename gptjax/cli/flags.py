@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -223,7 +223,7 @@ _ARGV: list[str] = []
 def _load(config: str) -> Experiment:
     """Returns the experiment of `--config`, after a check that it has the fields of `_ARGV`."""
     experiment = experiments.load(config)
-    _check_parts(experiment, [name for name, _ in _options(_ARGV[1:])])
+    _check_parts(experiment, _fields(_options(_ARGV)))
     return experiment
 
 
@@ -242,32 +242,34 @@ SWEEP = flags.DEFINE_bool("sweep", False, _help("sweep"))
 SWEEP_LIMIT = flags.DEFINE_integer("sweep_limit", 12, _help("sweep_limit"))
 STAGE = flags.DEFINE_enum("stage", Stage.PRETRAIN, [Stage.PRETRAIN, Stage.FINETUNE], _help("stage"))
 BENCH = flags.DEFINE_enum("bench", BenchKind.TRAIN, list(BenchKind), _help("bench"))
-STEPS = flags.DEFINE_integer("steps", 0, _help("steps"))
 PROBES = flags.DEFINE_bool("probes", False, _help("probes"))
 SPLIT = flags.DEFINE_string("split", "", _help("split"))
 GLUE = flags.DEFINE_string("glue", "", _help("glue"))
 PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
-MAX_NEW_TOKENS = flags.DEFINE_integer("max_new_tokens", 100, _help("max_new_tokens"))
-TEMPERATURE = flags.DEFINE_float("temperature", 1.0, _help("temperature"))
-TOP_K = flags.DEFINE_integer("top_k", 0, _help("top_k"))
-TOP_P = flags.DEFINE_float("top_p", 1.0, _help("top_p"))
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 1, _help("num_samples"))
 PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
-SEED = flags.DEFINE_integer("seed", 0, _help("seed"))
-COORDINATOR_ADDRESS = flags.DEFINE_string("coordinator_address", "", _help("coordinator_address"))
-NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, _help("num_processes"))
-PROCESS_ID = flags.DEFINE_integer("process_id", None, _help("process_id"))
-INITIALIZATION_TIMEOUT = flags.DEFINE_integer(
-    "initialization_timeout", 300, _help("initialization_timeout"), lower_bound=1
-)
-HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
-    "heartbeat_timeout", 100, _help("heartbeat_timeout"), lower_bound=2
-)
+# The flags that `values` reads.
+flags.DEFINE_integer("steps", 0, _help("steps"))
+flags.DEFINE_integer("max_new_tokens", 100, _help("max_new_tokens"))
+flags.DEFINE_float("temperature", 1.0, _help("temperature"))
+flags.DEFINE_integer("top_k", 0, _help("top_k"))
+flags.DEFINE_float("top_p", 1.0, _help("top_p"))
+flags.DEFINE_integer("num_samples", 1, _help("num_samples"))
+flags.DEFINE_integer("seed", 0, _help("seed"))
+flags.DEFINE_string("coordinator_address", "", _help("coordinator_address"))
+flags.DEFINE_integer("num_processes", None, _help("num_processes"))
+flags.DEFINE_integer("process_id", None, _help("process_id"))
+flags.DEFINE_integer("initialization_timeout", 300, _help("initialization_timeout"), lower_bound=1)
+flags.DEFINE_integer("heartbeat_timeout", 100, _help("heartbeat_timeout"), lower_bound=2)
+
+
+def values(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the values of flags by their names, for the arguments that have these names."""
+    return {name: FLAGS[name].value for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command line that was understood; the values of its other flags are in the constants."""
+    """A command line that was understood; the constants and `values` have its other flags."""
 
     mode: str
     experiment: Experiment
@@ -287,18 +289,15 @@ class HelpRequest:
     """A command line that asks for help."""
 
     name: str
-    """help (ours), helpfull or helpxml (absl's)."""
+    """One of `_HELP`."""
     mode: str
     """The mode to explain; "" for the overview of all modes."""
     config: str
     """The value of `--config`."""
 
 
-# The spelling on the command line -> the name of the help.
-_HELP = {
-    "help": "help", "h": "help", "?": "help", "helpshort": "help", "helpfull": "helpfull",
-    "helpxml": "helpxml",
-}  # fmt: skip
+_HELP = ("help", "h", "?", "helpshort", "helpfull", "helpxml")
+"""The flags that ask for help; the last two for absl's."""
 
 
 def parse(argv: Sequence[str]) -> Command | HelpRequest:
@@ -315,14 +314,14 @@ def parse(argv: Sequence[str]) -> Command | HelpRequest:
     _forget()
     try:
         arguments = _joined(FLAGS.read_flags_from_files(arguments, force_gnu=False))
-        options = list(_options(arguments))
+        options = _options(arguments)
         mode = _mode(word, options)
         configs = [value for name, value in options if name == "config"]
         config = configs[-1] if configs else experiments.QUICKSTART
         for name, _ in options:
             if name in _HELP:
-                return HelpRequest(_HELP[name], mode, config)
-        _check_fields([name for name, _ in options])
+                return HelpRequest(name, mode, config)
+        _check_fields(_fields(options))
         added = [f"--mode={word}"] if word else []
         added += [] if configs else [f"--config={config}"]
         _ARGV[:] = [program, *added, *arguments]
@@ -340,30 +339,32 @@ def parse(argv: Sequence[str]) -> Command | HelpRequest:
 def _joined(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments with each "--flag value" as "--flag=value"."""
     found: list[str] = []
-    rest = list(arguments)
-    while rest:
-        argument = rest.pop(0)
+    for i, argument in enumerate(arguments):
         if argument == "--":
-            return [*found, argument, *rest]
-        name = argument.lstrip("-")
-        takes_value = argument != name and (
-            (name.startswith("config.") and "=" not in name)
-            or (name in FLAGS and not FLAGS[name].boolean)
-        )
-        if takes_value and rest and not rest[0].startswith("--"):
-            argument = f"{argument}={rest.pop(0)}"
-        found.append(argument)
+            return [*found, *arguments[i:]]
+        if found and _lacks_value(found[-1]) and not argument.startswith("--"):
+            found[-1] += f"={argument}"
+        else:
+            found.append(argument)
     return found
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields name and value ("" without one) of the flags among the arguments."""
-    for argument in arguments:
-        if argument == "--":
-            return
-        if argument.startswith("-"):
-            name, _, value = argument.lstrip("-").partition("=")
-            yield name, value
+def _lacks_value(argument: str) -> bool:
+    name = argument.lstrip("-")
+    is_field = name.startswith("config.") and "=" not in name
+    return name != argument and (is_field or (name in FLAGS and not FLAGS[name].boolean))
+
+
+def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
+    """Returns name and value ("" without one) of the flags among the arguments."""
+    before = itertools.takewhile(lambda argument: argument != "--", arguments)
+    parts = [each.lstrip("-").partition("=") for each in before if each.startswith("-")]
+    return [(name, value) for name, _, value in parts]
+
+
+def _fields(options: Sequence[tuple[str, str]]) -> list[str]:
+    """Returns FIELD of each `--config.FIELD` among the options."""
+    return [name.removeprefix("config.") for name, _ in options if name.startswith("config.")]
 
 
 def _mode(word: str, options: Sequence[tuple[str, str]]) -> str:
@@ -373,8 +374,7 @@ def _mode(word: str, options: Sequence[tuple[str, str]]) -> str:
     for mode, text in given:
         hint = nearest(mode, MODES) or f"; the modes are {', '.join(MODES)}"
         require(mode in MODES, f"{text}: no such mode{hint}")
-    for (first, _), (second, text) in itertools.pairwise(given):
-        require(first == second, f"{text}: there is another mode, {first}; give only one")
+        require(mode == given[0][0], f"{text}: there is another mode, {given[0][0]}; give only one")
     return given[-1][0] if given else ""
 
 
@@ -399,43 +399,29 @@ def general_field(field: str) -> str:
     return re.sub(r"^(ablation\.tasks|probes)\.[^.]+", r"\1.NAME", field)
 
 
-def _check_fields(names: Sequence[str]) -> None:
+def _check_fields(fields: Sequence[str]) -> None:
     """Refuses a `--config.FIELD` that no experiment has."""
-    fields = list(schema.field_names(Experiment))
-    for name in names:
-        field = name.removeprefix("config.")
+    known = list(schema.field_names(Experiment))
+    for field in fields:
         general = general_field(field)
-        require(
-            field == name or general in fields,
-            f"--{name}: no such field{nearest(general, fields)}",
-        )
+        require(general in known, f"--config.{field}: no such field{nearest(general, known)}")
 
 
-def _check_parts(experiment: Experiment, names: Sequence[str]) -> None:
+def _check_parts(experiment: Experiment, fields: Sequence[str]) -> None:
     """Refuses a `--config.PART.FIELD` if this experiment does not have the part."""
-    built: set[str] = set()
-    for name in names:
-        field = name.removeprefix("config.")
-        if field == name:
+    for i, field in enumerate(fields):
+        parts = itertools.accumulate(field.split(".")[:-1], "{}.{}".format)
+        missing = next((part for part in parts if schema.value_at(experiment, part) is None), "")
+        if not missing or missing in fields[:i]:  # --config.PART=build comes before its fields
             continue
-        built.add(field)  # --config.PART=build comes before the fields of the part
-        value: Any = experiment
-        *parents, _ = field.split(".")
-        for i, parent in enumerate(parents):
-            part = ".".join(parents[: i + 1])
-            if isinstance(value, Mapping):
-                require(
-                    parent in value,
-                    f"--{name}: the experiment has no entry {parent!r}{nearest(parent, value)}; "
-                    f"its entries are {', '.join(value) or 'none'}",
-                )
-                value = value[parent]
-                continue
-            value = getattr(value, parent)
-            require(
-                value is not None or part in built,
-                f"--{name}: the experiment has no {part} part; --config.{part}=build before it "
-                "adds one with the default values",
+        outer, _, name = missing.rpartition(".")
+        entries = schema.value_at(experiment, outer)
+        if isinstance(entries, Mapping):
+            raise UserError(
+                f"--config.{field}: the experiment has no entry {name!r}{nearest(name, entries)}; "
+                f"its entries are {', '.join(entries) or 'none'}"
             )
-            if value is None:
-                break
+        raise UserError(
+            f"--config.{field}: the experiment has no {missing} part; --config.{missing}=build "
+            "before it adds one with the default values"
+        )

@@ -5,6 +5,7 @@ the training diverged; 75 stopped after saving, for the same command to continue
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -17,13 +18,13 @@ from absl import app
 from absl import logging as absl_logging
 
 from gptjax.cli import console, flags
-from gptjax.cli.flags import Command
 from gptjax.cluster import processes
 from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError
 from gptjax.io.console import no_reader, tell
 
-_EXIT_CODES: dict[type[Exception], int] = {
-    ProcessLost: 1, UserError: 2, TrainingDiverged: 3, Preempted: 75,
+# Ctrl-C comes here the second time, or where there is nothing to save yet.
+_EXIT_CODES: dict[type[BaseException], int] = {
+    ProcessLost: 1, UserError: 2, TrainingDiverged: 3, Preempted: 75, KeyboardInterrupt: 130,
 }  # fmt: skip
 
 
@@ -41,19 +42,19 @@ def run() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def parse(argv: Sequence[str]) -> Command:
+def parse(argv: Sequence[str]) -> flags.Command:
     """Reads a command line; prints help or an error, and exits, where there is nothing to run."""
     try:
         command = flags.parse(argv)
-        if isinstance(command, Command):
+        if isinstance(command, flags.Command):
             return command
         _print_help(command)
     except UserError as error:
-        sys.exit(_fail(error, 2, str(flags.FLAGS["mode"].value)))
+        sys.exit(_fail(error, str(flags.FLAGS["mode"].value)))
     sys.exit(0)
 
 
-def main(command: Command) -> int:
+def main(command: flags.Command) -> int:
     """Runs the mode of a command; returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)
@@ -62,16 +63,14 @@ def main(command: Command) -> int:
     if command.mode != "compile":  # which reports how long the compilation takes
         _keep_compiled_programs()
     try:
-        _join_processes(command.mode)
+        names = [field.name for field in dataclasses.fields(processes.Options)]
+        processes.start(processes.Options(**flags.values(names)), command.mode)
         # Not at the top of the file: help and wrong flags do not wait for these imports.
         from gptjax.cli import modes
 
-        modes.MODES[command.mode](command)
+        getattr(modes, f"run_{command.mode}")(command)
     except tuple(_EXIT_CODES) as error:
-        code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
-        return _fail(error, code, command.mode)
-    except KeyboardInterrupt:  # the second one, or where there was nothing to save yet
-        return _fail("interrupted", 130, command.mode)
+        return _fail(error, command.mode)
     except Exception:
         # If another process was lost, that is the reason. This call then ends the program.
         processes.wait_for_news()
@@ -108,33 +107,25 @@ def _print_help(request: flags.HelpRequest) -> None:
     elif request.name == "helpxml":
         flags.FLAGS.write_help_in_xml_format(sys.stdout)
     elif request.mode:
-        print(usage.of_mode(request.mode, request.config), end="")
+        print(usage.of_mode(request.mode, request.config))
     else:
-        print(usage.overview(), end="")
+        print(usage.overview())
     sys.stdout.flush()
 
 
-def _fail(error: object, code: int, mode: str) -> int:
+def _fail(error: BaseException, mode: str) -> int:
     """Prints an error of a mode as one line, and returns the exit code.
 
     In a run of several processes it also tells the others, and exits.
     """
-    text = console.with_flags(" ".join(str(error).split()), mode)
+    code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
+    text = console.with_flags(" ".join(str(error).split()) or "interrupted", mode)
     try:
         print("error:", text, file=sys.stderr, flush=True)
     except OSError:
         no_reader()
     processes.leave(code, text)
     return code
-
-
-def _join_processes(mode: str) -> None:
-    """Joins the other processes of this run, if there are any."""
-    options = processes.Options(
-        flags.COORDINATOR_ADDRESS.value, flags.NUM_PROCESSES.value, flags.PROCESS_ID.value,
-        flags.INITIALIZATION_TIMEOUT.value, flags.HEARTBEAT_TIMEOUT.value,
-    )  # fmt: skip
-    processes.start(options, mode)
 
 
 def _keep_compiled_programs() -> None:

@@ -1,37 +1,31 @@
-"""The modes: each reads its flags, calls the library, and writes files or prints text."""
+"""The modes: each reads its flags, calls the library, and writes files or prints text.
+
+`run_MODE` runs the mode MODE.
+"""
 
 import contextlib
 import csv
 import io
 import json
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from gptjax.cli import flags
 from gptjax.cli.console import program
 from gptjax.cli.flags import Command
-from gptjax.cluster.processes import is_main
+from gptjax.cluster import processes
 from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
-from gptjax.config.schema import (
-    FinetuneConfig,
-    PretrainConfig,
-    ProbeConfig,
-    TaskKind,
-    TaskSpec,
-    Words,
-)
+from gptjax.config.schema import FinetuneConfig, TaskSpec
 from gptjax.data import splits
 from gptjax.data.tables import text_files
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
-from gptjax.infer.predictor import GPT, Predictions
-from gptjax.io import console
-from gptjax.io import files as files_lib
+from gptjax.infer.predictor import GPT
+from gptjax.io import console, files
 from gptjax.report import plots, tables
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
@@ -41,63 +35,55 @@ Record = dict[str, Any]
 """A row of an output file: column name -> value."""
 
 
-def train(command: Command) -> None:
+def run_train(command: Command) -> None:
     """Trains the experiment; prints its results, and commands to try next."""
     from gptjax.train import run
 
     summary = run.run(command.experiment, command.workdir, command.overrides, flags.PROFILE.value)
-    if is_main():
+    if processes.is_main():
         plots.draw_plots(command.workdir)
-        print(_results(command.workdir, summary))
+        model = f"--checkpoint={command.workdir}"
+        commands = [f"{program()} generate {model} --prompt='The '"]
+        if "finetune" in summary:
+            rows = "--input=ROWS.csv --output=predictions.csv"
+            commands.append(f"{program()} predict {model} {rows}")
+        baselines = (summary.get("finetune") or {}).get("floor", {})
+        print(tables.results_table(summary, baselines, command.workdir, commands))
 
 
-def _results(workdir: str, summary: Mapping[str, Any]) -> str:
-    commands = [f"{program()} generate --checkpoint={workdir} --prompt='The '"]
-    if "finetune" in summary:
-        commands.append(
-            f"{program()} predict --checkpoint={workdir} --input=ROWS.csv --output=predictions.csv"
-        )
-    baselines = (summary.get("finetune") or {}).get("floor", {})
-    return tables.results_table(summary, baselines, workdir, commands)
-
-
-def ablate(command: Command) -> None:
+def run_ablate(command: Command) -> None:
     """Runs every variant of every task with several seeds; writes the tables into the workdir."""
     from gptjax.ablation import run
 
     run.run(command.experiment, command.workdir, flags.SEEDS.value, command.overrides)
 
 
-def evaluate(command: Command) -> None:
+def run_evaluate(command: Command) -> None:
     """Prints losses and metrics, or the scores of zero-shot probes, as one line of JSON."""
-    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
     if flags.PROBES.value:
         probes = command.experiment.probes if command.has_config else None
         require(probes != {}, "--probes: the experiment of --config has no probes")
         for name, probe in (probes or {}).items():
             validation.validate_probe(name, probe)
         gpt = _load()
-        scores: dict[str, Any] = {"probes": gpt.probe(probes or _probes_of_training(gpt))}
+        probes = probes or gpt.experiment.probes
+        require(probes, f"--probes: {gpt.path} was trained without any; give --config=probes")
+        scores: dict[str, Any] = {"probes": gpt.probe(probes)}
     else:
         gpt = _load()
         source, found = _score_text(gpt) if gpt.task is None else _score_task(gpt, gpt.task)
         scores = {"data": source, **found}
-    print(json.dumps(files_lib.json_ready({"checkpoint": gpt.path, **scores})))
+    print(json.dumps(files.json_ready({"checkpoint": gpt.path, **scores})))
 
 
 def _load() -> GPT:
+    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
     return predictor.load(flags.CHECKPOINT.value, argument="checkpoint")
-
-
-def _probes_of_training(gpt: GPT) -> dict[str, ProbeConfig]:
-    own = gpt.meta.experiment_config().probes
-    require(own, f"--probes: {gpt.path} was trained without any; give --config=probes")
-    return own
 
 
 def _finetune_config(gpt: GPT) -> FinetuneConfig:
     """Returns the fine-tuning of the run that trained the model; the defaults if it had none."""
-    return gpt.meta.experiment_config().finetune or FinetuneConfig()
+    return gpt.experiment.finetune or FinetuneConfig()
 
 
 def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
@@ -108,14 +94,13 @@ def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
         table = splits.without_label(rows, finetune)
     else:
         _require_data(gpt, finetune.dataset or finetune.train_file)
-        seed = gpt.meta.experiment_config().seed
-        table = _split(splits.labelled_splits(finetune, seed))
+        table = _split(splits.labelled_splits(finetune, gpt.experiment.seed))
     return table.source, gpt.score(table, table.source, finetune.metrics)
 
 
 def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
     """Returns the name of a text, and the loss and perplexity of a language model on it."""
-    pretrain = gpt.meta.experiment_config().pretrain or PretrainConfig()
+    pretrain = gpt.experiment.pretrain or schema.PretrainConfig()
     if flags.INPUT.value:
         source = flags.INPUT.value
         texts = text_files.read_text(source, pretrain.line_breaks)
@@ -155,7 +140,7 @@ def _read_rows(gpt: GPT, task: TaskSpec, path: str, columns: tuple[str, ...]) ->
     return splits.read_labelled(path, names, columns)
 
 
-def predict(_: Command) -> None:
+def run_predict(_: Command) -> None:
     """Writes the label and the probabilities (or the number) of every row of a file, in order.
 
     The columns of the output are `row` (from 1), `prediction`, and for each label
@@ -168,7 +153,7 @@ def predict(_: Command) -> None:
     table = _unlabelled_rows(gpt, task)
     found = gpt.predict(table)
     records = _submission(glue, task, table, found.labels) if glue else _records(found)
-    files_lib.write_atomically(output_path, _table(records, delimiter).encode())
+    files.write_atomically(output_path, _table(records, delimiter).encode())
     notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
     notes += [f"{found.empty:,} with an empty text"] if found.empty else []
     print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
@@ -178,26 +163,23 @@ def _check_predict_flags() -> str:
     """Checks the flags before the model is loaded; returns the delimiter of the output."""
     input_path, output_path, glue = flags.INPUT.value, flags.OUTPUT.value, flags.GLUE.value
     require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished fine-tuning")
-    require(
-        not (input_path and flags.SPLIT.value),
-        "--split: belongs to the model's data set on the Hugging Face hub; give it or --input, "
-        "not both",
-    )
-    require(
-        not glue or glue in SUBMISSIONS,
-        f"--glue={glue}: must be one of {', '.join(SUBMISSIONS)}{nearest(glue, SUBMISSIONS)}",
-    )
+    if input_path and flags.SPLIT.value:
+        raise UserError(
+            "--split: belongs to the model's data set on the Hugging Face hub; give it or --input, "
+            "not both"
+        )
+    if glue and glue not in SUBMISSIONS:
+        known = ", ".join(SUBMISSIONS)
+        raise UserError(f"--glue={glue}: must be one of {known}{nearest(glue, SUBMISSIONS)}")
     require(output_path, "--output: give the file to write (.csv, .tsv or .jsonl)")
     ending = os.path.splitext(output_path)[1].lower()
     require(
         ending in _DELIMITERS,
         f"--output={output_path}: the ending must be one of {', '.join(_DELIMITERS)}",
     )
-    require(
-        not (os.path.exists(input_path) and os.path.exists(output_path))
-        or not os.path.samefile(input_path, output_path),
-        f"--output={output_path}: is the input file; choose another name",
-    )
+    both_exist = os.path.exists(input_path) and os.path.exists(output_path)
+    if both_exist and os.path.samefile(input_path, output_path):
+        raise UserError(f"--output={output_path}: is the input file; choose another name")
     return _DELIMITERS[ending]
 
 
@@ -214,35 +196,32 @@ def _unlabelled_rows(gpt: GPT, task: TaskSpec) -> LabelledTable:
     return splits.one_split(finetune, flags.SPLIT.value, task.text_columns)
 
 
-def _records(found: Predictions) -> list[Record]:
-    records = []
-    for i, label in enumerate(found.labels):
-        record: Record = {"row": i + 1, "prediction": label}
-        if found.probabilities is not None:
-            for name, value in zip(found.label_names, found.probabilities[i], strict=True):
-                record[f"probability_{name}"] = round(float(value), 6)
-        records.append(record)
+def _records(found: predictor.Predictions) -> list[Record]:
+    records: list[Record] = [
+        {"row": row, "prediction": label} for row, label in enumerate(found.labels, 1)
+    ]
+    if found.probabilities is not None:
+        names = [f"probability_{name}" for name in found.label_names]
+        for record, values in zip(records, found.probabilities, strict=True):
+            record |= zip(names, (round(float(value), 6) for value in values), strict=True)
     return records
 
 
 def _submission(glue: str, task: TaskSpec, table: LabelledTable, labels: list[Any]) -> list[Record]:
     """Returns the rows that GLUE's server accepts: the index of the test row, and the answer."""
     names = SUBMISSIONS[glue]
-    numbers = tuple(str(i) for i in range(len(names)))
+    by_number = {str(number): name for number, name in enumerate(names)}
     require(
-        (task.kind is TaskKind.REGRESSION) == (not names)
-        and (set(task.labels) <= set(names) or task.labels == numbers),
+        (task.kind is schema.TaskKind.REGRESSION) == (not names)
+        and (set(task.labels) <= set(names) or task.labels == tuple(by_number)),
         f"--glue={glue}: its answers are {', '.join(names) or 'numbers'}; the model's are "
         f"{', '.join(task.labels[:5]) or 'numbers'}",
     )
-    if not names:
-        answers = [f"{min(5.0, max(0.0, value)):.3f}" for value in labels]
-    elif set(task.labels) <= set(names):
-        answers = labels
+    if names:
+        answers = [by_number.get(label, label) for label in labels]
     else:
-        answers = [names[int(label)] for label in labels]
-    existing = table.column_names
-    column = next((name for name in ("index", "idx") if name in existing), "")
+        answers = [f"{min(5.0, max(0.0, value)):.3f}" for value in labels]
+    column = next((name for name in ("index", "idx") if name in table.column_names), "")
     index = list(table.rows[column] if column else range(len(labels)))
     for row, value in enumerate(index, 1):
         number = as_text(value).strip().isdecimal()
@@ -255,14 +234,12 @@ def _submission(glue: str, task: TaskSpec, table: LabelledTable, labels: list[An
 def _table(records: list[Record], delimiter: str) -> str:
     if not delimiter:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    rows = [list(records[0]), *(list(record.values()) for record in records)]
     if delimiter == "\t":
         # The .tsv files that we read have no quotes: a cell may hold no tab and no line break.
-        lines = [list(records[0])] + [list(record.values()) for record in records]
-        return "".join("\t".join(_plain(cell) for cell in line) + "\n" for line in lines)
+        return "".join("\t".join(map(_plain, row)) + "\n" for row in rows)
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(records[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(records)
+    csv.writer(text, lineterminator="\n").writerows(rows)
     return text.getvalue()
 
 
@@ -270,71 +247,59 @@ def _plain(cell: Any) -> str:
     return " ".join(as_text(cell).split()) if isinstance(cell, str) else str(cell)
 
 
-def generate(_: Command) -> None:
+def run_generate(_: Command) -> None:
     """Prints texts that begin with the prompt."""
-    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
     gpt = _load()
-    samples = flags.NUM_SAMPLES.value
     ids = gpt.tokenizer.encode(flags.PROMPT.value)
     unknown = ids.count(gpt.tokenizer.unknown_id)
     if unknown:
         console.say(f"--prompt: {unknown} of its characters or words are not in the vocabulary")
-    texts = gpt.generate(
-        ids,
-        flags.MAX_NEW_TOKENS.value,
-        temperature=flags.TEMPERATURE.value,
-        top_k=flags.TOP_K.value,
-        top_p=flags.TOP_P.value,
-        num_samples=samples,
-        seed=flags.SEED.value,
-    )
+    sampling = ("max_new_tokens", "temperature", "top_k", "top_p", "num_samples", "seed")
+    texts = gpt.generate(ids, **flags.values(sampling))
     for i, text in enumerate(texts, 1):
-        if samples > 1:
-            print(f"--- {i} of {samples}")
+        if len(texts) > 1:
+            print(f"--- {i} of {len(texts)}")
         print(text)
 
 
-def tokenizer(command: Command) -> None:
+def run_tokenizer(command: Command) -> None:
     """Trains a tokenizer on text files; writes `tokenizer.json` and the vocabulary/merges pair."""
     config, output_path = command.experiment.tokenizer, flags.OUTPUT.value
     require(flags.INPUT.value, "--input: give the text files (comma-separated globs)")
     require(output_path, "--output: give the folder to write")
     validation.validate_tokenizer(config)
-    texts = text_files.read_text(flags.INPUT.value)
-    trained = tokenizer_lib.build(config, texts)
-    files = {"tokenizer.json": trained.to_json()}
+    trained = tokenizer_lib.build(config, text_files.read_text(flags.INPUT.value))
+    texts = {"tokenizer.json": trained.to_json()}
     pair = tokenizer_lib.pair_texts(trained)
     if pair is not None:
-        files["vocab.json"], files["merges.txt"] = pair
-    with files_lib.disk_errors(output_path):
+        texts["vocab.json"], texts["merges.txt"] = pair
+    with files.disk_errors(output_path):
         os.makedirs(output_path, exist_ok=True)
-    for name, text in files.items():
-        files_lib.write_atomically(os.path.join(output_path, name), text.encode())
-    print(f"{len(trained):,} tokens -> {output_path} ({', '.join(files)})")
-    sys.stdout.flush()
+    for name, text in texts.items():
+        files.write_atomically(os.path.join(output_path, name), text.encode())
+    print(f"{len(trained):,} tokens -> {output_path} ({', '.join(texts)})")
 
 
-def import_weights(command: Command) -> None:
+def run_import(command: Command) -> None:
     """Makes a workdir from the weights of another program."""
     from gptjax.interop import convert
 
     # Only a flag counts: the default of the field is not that of imported tokenizers.
-    words = command.overrides.get("tokenizer.words", Words.EXACT)
+    words = command.overrides.get("tokenizer.words", schema.Words.EXACT)
     output_path = flags.OUTPUT.value
-    for line in convert.import_weights(flags.INPUT.value, output_path, flags.FORMAT.value, words):
-        print(line)
-    print(f"to start from them: --config.init_from={output_path}")
+    lines = convert.import_weights(flags.INPUT.value, output_path, flags.FORMAT.value, words)
+    print(*lines, f"to start from them: --config.init_from={output_path}", sep="\n")
 
 
-def export_weights(_: Command) -> None:
+def run_export(_: Command) -> None:
     """Writes a trained model as a folder for another program."""
     from gptjax.interop import convert
 
-    for line in convert.export_weights(flags.INPUT.value, flags.OUTPUT.value, flags.FORMAT.value):
-        print(line)
+    lines = convert.export_weights(flags.INPUT.value, flags.OUTPUT.value, flags.FORMAT.value)
+    print(*lines, sep="\n")
 
 
-def compile_step(command: Command) -> None:
+def run_compile(command: Command) -> None:
     """Prints what the train step costs on a machine that need not be there."""
     from gptjax.cost import compile, sweep
 
@@ -345,7 +310,7 @@ def compile_step(command: Command) -> None:
         compile.run(command.experiment, topology, stage, output_path)
 
 
-def bench(command: Command) -> None:
+def run_bench(command: Command) -> None:
     """Prints how fast training, generation or the loading of data is on this machine."""
     from gptjax.cost import bench
 
@@ -353,25 +318,7 @@ def bench(command: Command) -> None:
     beside = os.path.dirname(output_path) if output_path else command.workdir
     request = bench.Request(
         what=flags.BENCH.value,
-        stage=flags.STAGE.value,
-        steps=flags.STEPS.value,
-        max_new_tokens=flags.MAX_NEW_TOKENS.value,
-        num_samples=flags.NUM_SAMPLES.value,
-        profile=flags.PROFILE.value,
         profile_folder=os.path.join(beside, "profile"),
+        **flags.values(("stage", "steps", "max_new_tokens", "num_samples", "profile")),
     )
     bench.run(command.experiment, request, output_path)
-
-
-MODES: dict[str, Callable[[Command], None]] = {
-    "train": train,
-    "evaluate": evaluate,
-    "predict": predict,
-    "generate": generate,
-    "tokenizer": tokenizer,
-    "import": import_weights,
-    "export": export_weights,
-    "ablate": ablate,
-    "compile": compile_step,
-    "bench": bench,
-}

@@ -4,15 +4,14 @@ import ast
 import dataclasses
 import functools
 import inspect
+import itertools
 import shutil
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
 
 from gptjax.cli import console
 from gptjax.cli.flags import COMMON, FLAGS, MODES
 from gptjax.config import experiments, schema
-from gptjax.config.schema import Experiment
 
 _WIDTHS = (60, 100)
 """Narrower and wider terminals get lines of these widths."""
@@ -42,14 +41,12 @@ class Part:
     title: str
     config: type
     """The configuration class whose fields are listed."""
-    paths: tuple[str, ...] = ()
+    paths: tuple[str, ...]
     """Where the experiment has it; several paths have the same fields."""
-    only: tuple[str, ...] = ()
-    """The fields to list; empty: all of them."""
 
 
 PARTS: dict[str, Part] = {
-    "experiment": Part("The experiment", Experiment, ("",), ("name", "seed", "init_from")),
+    "experiment": Part("The experiment", schema.Experiment, ("",)),
     "finetune": Part("Fine-tuning", schema.FinetuneConfig, ("finetune",)),
     "pretrain": Part("Pretraining", schema.PretrainConfig, ("pretrain",)),
     "tokenizer": Part("Tokenizer", schema.TokenizerConfig, ("tokenizer",)),
@@ -67,37 +64,31 @@ PARTS: dict[str, Part] = {
 def overview() -> str:
     """Returns the help without a mode: the modes with an example, and the first flags."""
     program = console.program()
-    lines = [
-        *_paragraph("Trains GPT-1 on text, fine-tunes it on labelled rows, and uses the result."),
-        "",
-        *_paragraph(
+    first = [(f"--{flag}", text) for flag, text in COMMON.items()]
+    for flag, text in _FIRST_FLAGS.items():
+        modes = [name for name, mode in MODES.items() if flag.partition("=")[0] in mode.names]
+        first.append((f"--{flag}", f"({', '.join(modes)}) {text}"))
+    more = [
+        (f"{program} MODE --help", "the flags of a mode and the fields of the experiment"),
+        (f"{program} --helpfull", "all flags, with those of the absl library"),
+        ("README.md, docs/", "in the repository: examples, results and how it works"),
+    ]
+    paragraphs = [
+        _wrapped("Trains GPT-1 on text, fine-tunes it on labelled rows, and uses the result."),
+        _wrapped(
             f"{program} [MODE] [--config=EXPERIMENT] [--config.FIELD=VALUE ...] [other flags]", 2
         ),
-        "",
-        *_paragraph(
+        _wrapped(
             "Without arguments it trains the experiment quickstart, on text that comes with "
             "Python, into the folder runs/quickstart."
         ),
-        "",
         "Modes, with an example of each (train is the default):",
     ]
     for name, mode in MODES.items():
-        lines += ["", *_row(name, mode.summary, 11), *_command(name, mode.example, 13)]
-    lines += ["", "The flags that matter first:", ""]
-    for flag, text in COMMON.items():
-        lines += _row(f"--{flag}", text)
-    for flag, text in _FIRST_FLAGS.items():
-        modes = [name for name, mode in MODES.items() if flag.partition("=")[0] in mode.names]
-        lines += _row(f"--{flag}", f"({', '.join(modes)}) {text}")
-    lines += [
-        "",
-        "More:",
-        "",
-        *_row(f"{program} MODE --help", "the flags of a mode and the fields of the experiment", 30),
-        *_row(f"{program} --helpfull", "all flags, with those of the absl library", 30),
-        *_row("README.md, docs/", "in the repository: examples, results and how it works", 30),
-    ]
-    return "\n".join(lines) + "\n"
+        example = _command(name, mode.example, 13)
+        paragraphs.append(_rows([(name, mode.summary)], 11) + "\n" + example)
+    paragraphs += ["The flags that matter first:", _rows(first), "More:", _rows(more, 30)]
+    return "\n\n".join(paragraphs)
 
 
 def of_mode(name: str, config: str) -> str:
@@ -112,85 +103,67 @@ def of_mode(name: str, config: str) -> str:
     """
     mode = MODES[name]
     program = console.program()
-    lines = [
-        *_paragraph(f"{program} {name}: {mode.summary}"),
-        "",
-        *_command(name, mode.example, 2),
-        "",
+    flags = (COMMON if mode.parts else {}) | mode.flags
+    paragraphs = [
+        _wrapped(f"{program} {name}: {mode.summary}"),
+        _command(name, mode.example, 2),
         "Flags:",
-        "",
+        _rows((f"--{flag}", text + _default(flag)) for flag, text in flags.items()),
     ]
-    for flag, text in ((COMMON if mode.parts else {}) | mode.flags).items():
-        lines += _row(f"--{flag}", text + _default(flag.partition("=")[0]))
     if name == "train":
-        lines += ["", "Experiments that come with gptjax:", ""]
-        for each in experiments.names():
-            lines += _row(each, experiments.summary(each), 18)
+        known = ((each, experiments.summary(each)) for each in experiments.names())
+        paragraphs += ["Experiments that come with gptjax:", _rows(known, 18)]
     if mode.parts:
-        lines += _parts(mode.parts, config)
-    lines += ["", f"{program} --help lists all modes."]
-    return "\n".join(lines) + "\n"
+        paragraphs += _parts(mode.parts, config)
+    return "\n\n".join([*paragraphs, f"{program} --help lists all modes."])
 
 
-def _parts(keys: Sequence[str], config: str) -> list[str]:
-    """Returns the fields of the parts with these keys; those that recipes set come last."""
+def _parts(keys: Sequence[str], config: str) -> Iterator[str]:
+    """Yields the fields of the parts with these keys; those that recipes set come last."""
     experiment = experiments.load(config)
-    lines = ["", *_paragraph(
+    yield _wrapped(
         f"Fields of the experiment, with their values in {config}. A field is changed by "
         "--config.FIELD=VALUE."
-    )]  # fmt: skip
-    last: list[str] = []
+    )
+    last: list[tuple[str, str]] = []
     for key in keys:
         part = PARTS[key]
-        lines += ["", *_heading(part, experiment), ""]
-        for field, values, text in _fields(part, experiment):
-            if f"{key}.{field}" in RECIPE_FIELDS:
-                last += _row(f"{part.paths[-1]}.{field}={values}", text)
-            else:
-                lines += _row(f"{field}={values}", text)
+        fields = dict(_fields(part, experiment))
+        rare = {name: row for name, row in fields.items() if f"{key}.{name}" in RECIPE_FIELDS}
+        last += [(f"{part.paths[-1]}.{row}", text) for row, text in rare.values()]
+        yield _heading(part, experiment)
+        yield _rows(row for name, row in fields.items() if name not in rare)
     if last:
         title = "Fields that only recipes set (as in --config=gpt1_task:rte,original): "
-        lines += ["", *_paragraph(title + "--config.FIELD"), "", *last]
-    return lines
+        yield _wrapped(title + "--config.FIELD")
+        yield _rows(last)
 
 
-def _heading(part: Part, experiment: Experiment) -> Iterator[str]:
+def _heading(part: Part, experiment: schema.Experiment) -> str:
     paths = [f"--config.{path}.FIELD" if path else "--config.FIELD" for path in part.paths]
-    yield from _paragraph(f"{part.title}: {' and '.join(paths)}")
+    lines = [f"{part.title}: {' and '.join(paths)}"]
     if not _docs(part.config):  # then the docstring of the class explains its fields
-        yield from _paragraph(inspect.getdoc(part.config) or "")
-    for path in part.paths:
-        if _value(experiment, path) is None and "." not in path:
-            yield from _paragraph(
-                f"(The experiment has no such part. --config.{path}=build adds one with these "
-                "values.)"
-            )
+        lines.append(inspect.getdoc(part.config) or "")
+    lines += [
+        f"(The experiment has no such part. --config.{path}=build adds one with these values.)"
+        for path in part.paths
+        if "." not in path and schema.value_at(experiment, path) is None
+    ]
+    return "\n".join(map(_wrapped, lines))
 
 
-def _value(config: Any, path: str) -> Any:
-    """Returns what a configuration has at a dotted path; None: it does not have it."""
-    for name in path.split(".") if path else ():
-        config = getattr(config, name, None)
-    return config
-
-
-def _fields(part: Part, experiment: Experiment) -> Iterator[tuple[str, str, str]]:
-    """Yields name, values and help of the fields of a part that have a value of their own."""
-    holders = [_value(experiment, path) for path in part.paths]
-    holders = [holder for holder in holders if holder is not None] or [part.config()]
+def _fields(part: Part, experiment: schema.Experiment) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yields the name of each field of a part, and its row: NAME=VALUE and help."""
+    values = [schema.value_at(experiment, path) for path in part.paths]
+    holders = [value for value in values if value is not None] or [part.config()]
     for field in dataclasses.fields(part.config):
-        values = [getattr(holder, field.name) for holder in holders]
-        if field.name not in (part.only or (field.name,)) or _has_fields(values[0]):
-            continue
-        shown = dict.fromkeys(_shown(value) for value in values)
-        yield field.name, " or ".join(shown), _docs(part.config).get(field.name, "")
+        if not schema.part_class(field.type):  # parts of a part have a heading of their own
+            shown = dict.fromkeys(_shown(getattr(holder, field.name)) for holder in holders)
+            row = f"{field.name}={' or '.join(shown)}", _docs(part.config).get(field.name, "")
+            yield field.name, row
 
 
-def _has_fields(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) or isinstance(value, dict)
-
-
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -202,49 +175,48 @@ def _docs(config: type) -> dict[str, str]:
     except OSError:  # the installation has no sources
         return {}
     assert isinstance(tree, ast.ClassDef)
-    found, name = {}, ""
-    for node in tree.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            name = node.target.id
-        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and name:
-            found[name] = inspect.cleandoc(str(node.value.value)).replace("`", "")
-            name = ""
-        else:
-            name = ""
-    return found
+    return {
+        ast.unparse(field.target): inspect.cleandoc(ast.literal_eval(text.value)).replace("`", "")
+        for field, text in itertools.pairwise(tree.body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
+    }
 
 
 def _default(flag: str) -> str:
     """Returns a note on the default of a flag, or "" for defaults that its help text explains."""
-    default = FLAGS[flag].default if flag in FLAGS else None
+    name = flag.partition("=")[0]
+    default = FLAGS[name].default if name in FLAGS else None
     return f" (default: {default})" if default and isinstance(default, str | int | float) else ""
 
 
-def _width() -> int:
-    return min(max(shutil.get_terminal_size().columns, _WIDTHS[0]), _WIDTHS[1])
-
-
-def _paragraph(text: str, indent: int = 0) -> list[str]:
+def _lines(text: str, indent: int, margin: int = 0) -> list[str]:
+    """Returns the lines of a text, indented, and as wide as the terminal less the margin."""
+    width = min(max(shutil.get_terminal_size().columns, _WIDTHS[0]), _WIDTHS[1])
     space = " " * indent
     return textwrap.wrap(
-        " ".join(text.split()), _width(), initial_indent=space, subsequent_indent=space,
+        text, width - margin, initial_indent=space, subsequent_indent=space,
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
 
 
-def _row(name: str, text: str, column: int = _COLUMN) -> list[str]:
-    """Returns a name and its text in two columns; a long name has a line of its own."""
-    lines = _paragraph(text, column + 2)
-    if len(name) < column and lines:
-        return [f"  {name:<{column}}{lines[0].strip()}", *lines[1:]]
-    return [f"  {name}", *lines]
+def _wrapped(text: str, indent: int = 0) -> str:
+    return "\n".join(_lines(text, indent))
 
 
-def _command(mode: str, arguments: str, indent: int) -> list[str]:
+def _rows(rows: Iterable[tuple[str, str]], column: int = _COLUMN) -> str:
+    """Returns names and their texts in two columns; a long name has a line of its own."""
+    found: list[str] = []
+    for name, text in rows:
+        lines = _lines(text, column + 2)
+        if len(name) < column and lines:
+            lines[0] = f"  {name:<{column}}{lines[0].strip()}"
+        else:
+            lines.insert(0, f"  {name}")
+        found += lines
+    return "\n".join(found)
+
+
+def _command(mode: str, arguments: str, indent: int) -> str:
     """Returns an example as lines that a shell takes as one command."""
-    pieces = textwrap.wrap(
-        f"{console.program()} {mode} {arguments}", _width() - indent - 6,
-        break_long_words=False, break_on_hyphens=False,
-    )  # fmt: skip
-    lines = [" " * (indent + 4 * (i > 0)) + piece for i, piece in enumerate(pieces)]
-    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+    lines = _lines(f"{console.program()} {mode} {arguments}", indent, margin=6)
+    return " \\\n    ".join(lines)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from gptjax.errors import nearest
 
+T = TypeVar("T")
 Number = TypeVar("Number", int, float)
 _PROBLEM = "problem"
 
@@ -25,40 +26,33 @@ def _constrained(default: Any, check: Callable[[Any], str]) -> Any:
     return dataclasses.field(default=default, metadata={_PROBLEM: check})
 
 
-def positive(default: Number) -> Number:
-    """Returns a field of finite numbers above 0."""
+def limited(default: T, allows: Callable[[T], bool], text: str) -> T:
+    """Returns a field whose values fulfil `allows`; `text` says what is wrong with any other."""
+    return _constrained(default, lambda value: "" if allows(value) else text)
 
+
+def _finite(default: Number, allows: Callable[[Number], bool], text: str) -> Number:
     def check(value: Number) -> str:
-        if not value > 0:  # refuses NaN too
-            return "must be greater than 0"
+        if not allows(value):  # NaN fulfils no rule
+            return text
         return "" if value < math.inf else "must be finite"
 
     return _constrained(default, check)
+
+
+def positive(default: Number) -> Number:
+    """Returns a field of finite numbers above 0."""
+    return _finite(default, lambda value: value > 0, "must be greater than 0")
 
 
 def not_negative(default: Number) -> Number:
     """Returns a field of finite numbers from 0 on."""
-
-    def check(value: Number) -> str:
-        if not value >= 0:
-            return "must not be negative"
-        return "" if value < math.inf else "must be finite"
-
-    return _constrained(default, check)
+    return _finite(default, lambda value: value >= 0, "must not be negative")
 
 
 def fraction(default: float) -> float:
     """Returns a field of numbers from 0 to 1, without 1."""
-    return _constrained(
-        default, lambda value: "" if 0 <= value < 1 else "must be at least 0 and below 1"
-    )
-
-
-def between(low: int, high: int, default: int) -> int:
-    """Returns a field of numbers from `low` to `high`, both included."""
-    return _constrained(
-        default, lambda value: "" if low <= value <= high else f"must be {low} to {high}"
-    )
+    return limited(default, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
 
 def one_of(default: enum.StrEnum) -> str:

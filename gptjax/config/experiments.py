@@ -6,10 +6,11 @@ the package.
 
 import ast
 import importlib.machinery
-import importlib.util
 import os
 import pathlib
 import sys
+import traceback
+import types
 
 import gptjax
 from gptjax.config.schema import Experiment
@@ -69,14 +70,12 @@ def load(config: str) -> Experiment:
       UserError: there is no such file, or it does not define an experiment.
     """
     path = find(config)
-    loader = importlib.machinery.SourceFileLoader(_MODULE, str(path))
-    spec = importlib.util.spec_from_file_location(_MODULE, path, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
+    module = types.ModuleType(_MODULE)
+    module.__file__ = str(path)
     sys.modules[_MODULE] = module  # the file may define dataclasses, which look themselves up here
     _, colon, argument = config.partition(":")
     try:
-        loader.exec_module(module)
+        importlib.machinery.SourceFileLoader(_MODULE, str(path)).exec_module(module)
         experiment = module.get_config(*([argument] if colon else []))
     except UserError as error:
         raise UserError(f"`config`={config}: {error}") from error
@@ -92,9 +91,6 @@ def load(config: str) -> Experiment:
 
 def _where(error: Exception, path: pathlib.Path) -> str:
     """Names the line of the experiment file that an error comes from."""
-    line, trace = None, error.__traceback__
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = trace.tb_lineno
-        trace = trace.tb_next
-    return f"{path}, line {line}: " if line else f"{path}: "
+    trace = traceback.walk_tb(error.__traceback__)
+    lines = [line for frame, line in trace if frame.f_code.co_filename == str(path)]
+    return f"{path}, line {lines[-1]}: " if lines else f"{path}: "

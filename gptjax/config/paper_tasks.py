@@ -6,49 +6,50 @@ from gptjax.config.schema import FinetuneConfig
 from gptjax.errors import nearest, require
 
 
-def _glue(name: str, kind: str, first: str, second: str, metrics: str, **more: Any):
-    return {
-        "dataset": f"nyu-mll/glue:{name}", "task": kind, "text": first, "text_pair": second,
-        "metrics": metrics, **more,
-    }  # fmt: skip
+def _task(
+    dataset: str, task: str, text: str, text_pair: str = "", metrics: str = "accuracy", **more: str
+) -> dict[str, Any]:
+    columns = {"text": text, "text_pair": text_pair}
+    return {"dataset": dataset, "task": task, **columns, "metrics": metrics, **more}
 
 
 # Name -> fields of `FinetuneConfig`: the data set, its columns, and the metrics that the paper
 # reports.
 TASKS: dict[str, dict[str, Any]] = {
     # The "matched" split has the genres of the training data, the "mismatched" one has others.
-    "mnli": _glue(
-        "mnli", "entailment", "premise", "hypothesis", "accuracy",
+    "mnli": _task(
+        "nyu-mll/glue:mnli", "entailment", "premise", "hypothesis",
         validation_split="validation_matched", test_split="validation_mismatched",
     ),
     # The label -1 marks rows on which the annotators disagreed.
-    "snli": {
-        "dataset": "stanfordnlp/snli", "task": "entailment", "text": "premise",
-        "text_pair": "hypothesis", "metrics": "accuracy", "test_split": "test",
-        "ignore_label": "-1",
-    },
-    "scitail": {
-        "dataset": "allenai/scitail:tsv_format", "task": "entailment", "text": "premise",
-        "text_pair": "hypothesis", "metrics": "accuracy", "test_split": "test",
-    },
-    "qnli": _glue("qnli", "entailment", "question", "sentence", "accuracy"),
-    "rte": _glue("rte", "entailment", "sentence1", "sentence2", "accuracy"),
+    "snli": _task(
+        "stanfordnlp/snli", "entailment", "premise", "hypothesis", test_split="test",
+        ignore_label="-1",
+    ),
+    "scitail": _task(
+        "allenai/scitail:tsv_format", "entailment", "premise", "hypothesis", test_split="test"
+    ),
+    "qnli": _task("nyu-mll/glue:qnli", "entailment", "question", "sentence"),
+    "rte": _task("nyu-mll/glue:rte", "entailment", "sentence1", "sentence2"),
     # Its authors give the files on request. The user passes them as train_file and test_file.
-    "story_cloze": {
-        "task": "multiple_choice", "text": "+".join(f"InputSentence{i}" for i in range(1, 5)),
-        "choices": "RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2",
-        "label": "AnswerRightEnding", "metrics": "accuracy",
-    },
-    "race": {
-        "dataset": "ehovy/race:all", "task": "multiple_choice", "text": "article+question",
-        "choices": "options[0],options[1],options[2],options[3]", "label": "answer",
-        "metrics": "accuracy", "test_split": "test",
-    },
-    "cola": _glue("cola", "classification", "sentence", "", "matthews,accuracy"),
-    "sst2": _glue("sst2", "classification", "sentence", "", "accuracy"),
-    "mrpc": _glue("mrpc", "similarity", "sentence1", "sentence2", "f1,accuracy", test_split="test"),
-    "stsb": _glue("stsb", "regression", "sentence1", "sentence2", "pearson,spearman"),
-    "qqp": _glue("qqp", "similarity", "question1", "question2", "f1,accuracy"),
+    "story_cloze": _task(
+        "", "multiple_choice", "+".join(f"InputSentence{i}" for i in range(1, 5)),
+        choices="RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2", label="AnswerRightEnding",
+    ),
+    "race": _task(
+        "ehovy/race:all", "multiple_choice", "article+question", test_split="test",
+        choices="options[0],options[1],options[2],options[3]", label="answer",
+    ),
+    "cola": _task("nyu-mll/glue:cola", "classification", "sentence", metrics="matthews,accuracy"),
+    "sst2": _task("nyu-mll/glue:sst2", "classification", "sentence"),
+    "mrpc": _task(
+        "nyu-mll/glue:mrpc", "similarity", "sentence1", "sentence2", "f1,accuracy",
+        test_split="test",
+    ),
+    "stsb": _task(
+        "nyu-mll/glue:stsb", "regression", "sentence1", "sentence2", "pearson,spearman"
+    ),
+    "qqp": _task("nyu-mll/glue:qqp", "similarity", "question1", "question2", "f1,accuracy"),
 }  # fmt: skip
 
 EXPERIMENTS = "gpt1_"
@@ -57,33 +58,25 @@ EXPERIMENTS = "gpt1_"
 # Task -> the names of the classes in a submission to GLUE's server, by class number; empty if the
 # answer is a number. GLUE's other tasks, WNLI and the diagnostics, are not in the paper.
 SUBMISSIONS: dict[str, tuple[str, ...]] = {
-    "cola": ("0", "1"),
-    "sst2": ("0", "1"),
-    "mrpc": ("0", "1"),
-    "qqp": ("0", "1"),
+    **dict.fromkeys(("cola", "sst2", "mrpc", "qqp"), ("0", "1")),
     "stsb": (),
     "mnli": ("entailment", "neutral", "contradiction"),
-    "qnli": ("entailment", "not_entailment"),
-    "rte": ("entailment", "not_entailment"),
+    **dict.fromkeys(("qnli", "rte"), ("entailment", "not_entailment")),
 }
 
 # The paper's ablations (its table 5): variant -> task -> score as a fraction, by the first metric
 # of the task in the table above. Reports print these scores beside those of a run, marked as the
 # paper's: they belong to the full-size GPT-1.
 PUBLISHED: dict[str, dict[str, float]] = {
-    "full": {
-        "cola": 0.454, "sst2": 0.913, "mrpc": 0.823, "stsb": 0.820, "qqp": 0.703, "mnli": 0.818,
-        "qnli": 0.881, "rte": 0.560,
-    },
-    "no_pretraining": {
-        "cola": 0.189, "sst2": 0.840, "mrpc": 0.794, "stsb": 0.309, "qqp": 0.655, "mnli": 0.757,
-        "qnli": 0.712, "rte": 0.538,
-    },
-    "no_lm": {
-        "cola": 0.479, "sst2": 0.920, "mrpc": 0.849, "stsb": 0.832, "qqp": 0.698, "mnli": 0.811,
-        "qnli": 0.869, "rte": 0.544,
-    },
-}  # fmt: skip
+    variant: dict(
+        zip(("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"), scores, strict=True)
+    )
+    for variant, scores in (
+        ("full", (0.454, 0.913, 0.823, 0.820, 0.703, 0.818, 0.881, 0.560)),
+        ("no_pretraining", (0.189, 0.840, 0.794, 0.309, 0.655, 0.757, 0.712, 0.538)),
+        ("no_lm", (0.479, 0.920, 0.849, 0.832, 0.698, 0.811, 0.869, 0.544)),
+    )
+}
 
 
 def finetune_config(name: str) -> FinetuneConfig:

@@ -46,9 +46,7 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "original": {
         "model": {"dtype": "float32", "one_matrix": True, "head_dropout_shared": True},
         "finetune": {
-            "lm_mean": "sequence",
-            "cut": "half",
-            "drop_last": True,
+            "lm_mean": "sequence", "cut": "half", "drop_last": True,
             "optimizer": {"algorithm": "openai"},
         },
     },

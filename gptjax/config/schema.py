@@ -11,12 +11,11 @@ equal their strings.
 import dataclasses
 import enum
 import json
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from gptjax.config.constraints import between, fraction, not_negative, one_of, positive
+from gptjax.config.constraints import fraction, limited, not_negative, one_of, positive
 from gptjax.errors import nearest, require
 
 
@@ -198,6 +197,7 @@ class BenchKind(enum.StrEnum):
     INPUT = "input"
 
 
+@dataclasses.dataclass
 class _Config:
     """Base of the configurations: `frozen` copies refuse writes to their fields."""
 
@@ -222,7 +222,9 @@ class ModelConfig(_Config):
     """Width inside the feed-forward layers. 0 means four times `width`."""
     activation: str = one_of(Activation.GELU_TANH)
     """Activation function of the feed-forward layers: gelu_tanh or relu."""
-    segment_types: int = 0
+    segment_types: int = limited(
+        0, lambda rows: rows in (0, 2, 3), "must be 0 (none), 2, or 3 (with one for padding)"
+    )
     """Rows of an embedding of the token types: 0 (no such embedding), 2 (first and second text), or
     3 (and padding)."""
     tied: bool = True
@@ -417,7 +419,11 @@ class FinetuneConfig(_Config):
     """Steps between two checkpoints. Each validation saves one too."""
     compare_from_scratch: bool = False
     """Whether a second fine-tuning starts from random weights, to show the gain of pretraining."""
-    transfer: str = "all"
+    transfer: str = limited(
+        "all",
+        lambda layers: layers in ("all", "none") or layers.isdecimal(),
+        "must be all, none, or a number of layers",
+    )
     """The pretrained weights to start from: all, none, or N (the embeddings and N layers)."""
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
@@ -503,7 +509,7 @@ class Experiment(_Config):
     """One run: a tokenizer, a model, and up to two stages."""
 
     name: str = "experiment"
-    seed: int = between(0, 2**32 - 1, 0)
+    seed: int = limited(0, lambda seed: 0 <= seed < 2**32, f"must be 0 to {2**32 - 1}")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     pretrain: PretrainConfig | None = None
@@ -535,26 +541,20 @@ def split_names(text: str) -> tuple[str, ...]:
 
 def frozen(config: T) -> T:
     """Returns a copy of a configuration whose fields, also those of its parts, refuse writes."""
-    values = {
-        field.name: _frozen_value(getattr(config, field.name))
-        for field in dataclasses.fields(config)  # type: ignore[arg-type]
-    }
-    copy = type(config)(**values)
-    object.__setattr__(copy, "_frozen", True)
+    copy: Any = config
+    if isinstance(config, dict):
+        copy = {name: frozen(part) for name, part in config.items()}
+    elif isinstance(config, _Config):
+        names = [field.name for field in dataclasses.fields(config)]
+        copy = type(config)(**{name: frozen(getattr(config, name)) for name in names})
+        object.__setattr__(copy, "_frozen", True)
     return copy
 
 
-def _frozen_value(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: frozen(part) for name, part in value.items()}
-    return frozen(value) if dataclasses.is_dataclass(value) else value
-
-
-def _inner_type(annotation: Any) -> Any:
-    """Returns X for the annotation `X | None`, and any other annotation unchanged."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        return next(arg for arg in typing.get_args(annotation) if arg is not type(None))
-    return annotation
+def part_class(annotation: Any) -> Any:
+    """Returns the configuration class X of the type X, X | None or dict[str, X], or None."""
+    types = (annotation, *typing.get_args(annotation))
+    return next((each for each in types if dataclasses.is_dataclass(each)), None)
 
 
 def field_names(cls: Any, prefix: str = "") -> Iterator[str]:
@@ -563,12 +563,19 @@ def field_names(cls: Any, prefix: str = "") -> Iterator[str]:
     In a dictionary of configurations, NAME stands for any key: "ablation.tasks.NAME.epochs".
     """
     for field in dataclasses.fields(cls):
-        yield prefix + field.name
-        inner = _inner_type(field.type)
-        if typing.get_origin(inner) is dict:
-            yield from field_names(typing.get_args(inner)[1], f"{prefix}{field.name}.NAME.")
-        if dataclasses.is_dataclass(inner):
-            yield from field_names(inner, f"{prefix}{field.name}.")
+        name = prefix + field.name
+        yield name
+        if part := part_class(field.type):
+            entry = ".NAME" if typing.get_origin(field.type) is dict else ""
+            yield from field_names(part, f"{name}{entry}.")
+
+
+def value_at(config: Any, path: str) -> Any:
+    """Returns what a configuration has at a dotted path, "" meaning itself; None: nothing."""
+    for name in filter(None, path.split(".")):
+        is_table = isinstance(config, Mapping)
+        config = config.get(name) if is_table else getattr(config, name, None)
+    return config
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -587,22 +594,17 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
     Raises:
       UserError: a field that the class does not have.
     """
-    return frozen(_from_dict(cls, values, where))
-
-
-def _from_dict(cls: Any, values: dict[str, Any], where: str) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(cls)}
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kwargs = {}
     for name, value in values.items():
         require(name in fields, f"{where}: unknown field {name}{nearest(name, fields)}")
-        inner = _inner_type(fields[name].type)
-        if dataclasses.is_dataclass(inner) and value is not None:
-            value = _from_dict(inner, value, where)
-        elif typing.get_origin(inner) is dict:
-            entry = typing.get_args(inner)[1]
-            value = {key: _from_dict(entry, part, where) for key, part in value.items()}
+        part = part_class(fields[name].type)
+        if part and typing.get_origin(fields[name].type) is dict:
+            value = {key: from_dict(part, entry, where) for key, entry in value.items()}
+        elif part and value is not None:
+            value = from_dict(part, value, where)
         kwargs[name] = value
-    return cls(**kwargs)
+    return frozen(cls(**kwargs))
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -9,25 +9,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from gptjax.config import constraints
-from gptjax.config.schema import (
-    AblationConfig,
-    Experiment,
-    FinetuneConfig,
-    Head,
-    MeshConfig,
-    ModelConfig,
-    PretrainConfig,
-    ProbeConfig,
-    ProbeKind,
-    Stage,
-    TaskKind,
-    TokenizerConfig,
-    TokenizerKind,
-    Words,
-    frozen,
-    split_names,
-)
+from gptjax.config import constraints, schema
+from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, PretrainConfig, TaskKind
 from gptjax.errors import UserError, nearest, require
 
 
@@ -45,114 +28,93 @@ def _check_fields(config: Any, where: str) -> None:
 def validate_model(model: ModelConfig) -> None:
     """Checks sizes and numerics; a wrong field is a `UserError`."""
     _check_fields(model, "model")
-    require(
-        model.context_length > 1,
-        "`model.context_length`=1: a token needs another one to follow it",
-    )
-    require(
-        model.width % model.num_heads == 0,
-        f"`model.num_heads`={model.num_heads}: must divide `model.width`={model.width}",
-    )
-    require(
-        model.segment_types in (0, 2, 3),
-        f"`model.segment_types`={model.segment_types}: must be 0 (none), 2, or 3 (with one "
-        "for padding)",
-    )
-    require(
-        model.tied or not model.one_matrix,
-        "`model.one_matrix`: its rows are the LM head; needs `model.tied`=true",
-    )
+    if model.context_length == 1:
+        raise UserError("`model.context_length`=1: a token needs another one to follow it")
+    if model.width % model.num_heads:
+        raise UserError(
+            f"`model.num_heads`={model.num_heads}: must divide `model.width`={model.width}"
+        )
+    if model.one_matrix and not model.tied:
+        raise UserError("`model.one_matrix`: its rows are the LM head; needs `model.tied`=true")
 
 
-def validate_tokenizer(tokenizer: TokenizerConfig) -> None:
+def validate_tokenizer(tokenizer: schema.TokenizerConfig) -> None:
     """Checks kind and size of the tokenizer; a wrong field is a `UserError`."""
     _check_fields(tokenizer, "tokenizer")
-    require(
-        tokenizer.words == Words.FAST or tokenizer.kind == TokenizerKind.GPT1,
-        "`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1",
-    )
+    if tokenizer.words == schema.Words.EXACT and tokenizer.kind != schema.TokenizerKind.GPT1:
+        raise UserError("`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1")
 
 
 def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig, in_memory: bool) -> None:
-    require(
-        pretrain.steps > 0 or pretrain.epochs > 0,
-        "`pretrain.steps`: give the number of steps (or `pretrain.epochs`)",
-    )
-    require(
-        in_memory + bool(pretrain.dataset) + bool(pretrain.train_files) == 1,
-        "`pretrain.train_files`: give text files, or `pretrain.dataset`, not both",
-    )
-    require(
-        pretrain.window != 1 and 0 <= pretrain.window <= model.context_length,
-        f"`pretrain.window`={pretrain.window}: must be 2 to "
-        f"`model.context_length`={model.context_length}",
-    )
-    require(
-        pretrain.dataset != "builtin" or not pretrain.validation_files,
-        "`pretrain.validation_files`: the built-in text has a validation part of its own",
-    )
-    require(
-        pretrain.validation_files or pretrain.validation_fraction > 0,
-        "`pretrain.validation_fraction`: must be above 0 without validation_files",
-    )
+    if not (pretrain.steps or pretrain.epochs):
+        raise UserError("`pretrain.steps`: give the number of steps (or `pretrain.epochs`)")
+    if in_memory + bool(pretrain.dataset) + bool(pretrain.train_files) != 1:
+        raise UserError("`pretrain.train_files`: give text files, or `pretrain.dataset`, not both")
+    if pretrain.window == 1 or not 0 <= pretrain.window <= model.context_length:
+        raise UserError(
+            f"`pretrain.window`={pretrain.window}: must be 2 to "
+            f"`model.context_length`={model.context_length}"
+        )
+    if pretrain.dataset == "builtin" and pretrain.validation_files:
+        raise UserError(
+            "`pretrain.validation_files`: the built-in text has a validation part of its own"
+        )
+    if not (pretrain.validation_files or pretrain.validation_fraction):
+        raise UserError("`pretrain.validation_fraction`: must be above 0 without validation_files")
 
 
-def validate_head(finetune: FinetuneConfig, model: ModelConfig) -> None:
+def validate_head(finetune: FinetuneConfig, model: ModelConfig, where: str = "finetune") -> None:
     """Checks that the model can have the task's head; a wrong field is a `UserError`."""
-    if finetune.head == Head.EXTRACT:
-        return
-    require(
-        TaskKind(finetune.task).is_single_sequence,
-        f"`finetune.head`=flatten: reads one sequence; task {finetune.task} has several",
-    )
-    require(
-        model.segment_types == 3,
-        "`finetune.head`=flatten: needs `model.segment_types`=3, the third for padding",
-    )
+    flatten = finetune.head == schema.Head.FLATTEN
+    if flatten and not TaskKind(finetune.task).is_single_sequence:
+        raise UserError(
+            f"`{where}.head`=flatten: reads one sequence; task {finetune.task} has several"
+        )
+    if flatten and model.segment_types != 3:
+        raise UserError(
+            f"`{where}.head`=flatten: needs `model.segment_types`=3, the third for padding"
+        )
 
 
-def _validate_finetune(finetune: FinetuneConfig, in_memory: bool = False) -> None:
-    require(
-        finetune.dataset != "builtin",
-        "`finetune.dataset`=builtin: write builtin:classification, builtin:entailment, "
-        "builtin:similarity or builtin:multiple_choice",
-    )
-    require(
-        finetune.steps > 0 or finetune.epochs > 0,
-        f"`finetune.epochs`={finetune.epochs}: must be greater than 0",
-    )
-    require(
-        in_memory + bool(finetune.dataset) + bool(finetune.train_file) == 1,
-        "`finetune.train_file`: give a labelled file, or `finetune.dataset`, and not both",
-    )
-    require(
-        not finetune.dataset or not (finetune.validation_file or finetune.test_file),
-        "`finetune.validation_file`, `finetune.test_file`: go with train_file, not with dataset",
-    )
+def _validate_finetune(
+    finetune: FinetuneConfig, model: ModelConfig, where: str, in_memory: bool = False
+) -> None:
+    if finetune.dataset == "builtin":
+        raise UserError(
+            f"`{where}.dataset`=builtin: write builtin:classification, builtin:entailment, "
+            "builtin:similarity or builtin:multiple_choice"
+        )
+    if not (finetune.steps or finetune.epochs):
+        raise UserError(f"`{where}.epochs`={finetune.epochs}: must be greater than 0")
+    if in_memory + bool(finetune.dataset) + bool(finetune.train_file) != 1:
+        raise UserError(
+            f"`{where}.train_file`: give a labelled file, or `{where}.dataset`, and not both"
+        )
+    if finetune.dataset and (finetune.validation_file or finetune.test_file):
+        raise UserError(
+            f"`{where}.validation_file`, `{where}.test_file`: go with train_file, not with dataset"
+        )
     pair = TaskKind(finetune.task).is_pair
-    require(
-        not pair or finetune.text_pair,
-        f"`finetune.text_pair`: task {finetune.task} needs the column of the second text",
-    )
-    require(
-        pair or not finetune.text_pair,
-        f"`finetune.text_pair`={finetune.text_pair}: task {finetune.task} takes one text; "
-        "use `finetune.task`=entailment or similarity for two",
-    )
-    many = len(split_names(finetune.choices))
-    require(
-        (many >= 2) == (finetune.task == TaskKind.MULTIPLE_CHOICE),
-        "`finetune.choices`: the columns of the answers, two or more, comma-separated, "
-        "go with `finetune.task`=multiple_choice",
-    )
-    require(
-        finetune.transfer in ("all", "none") or finetune.transfer.isdecimal(),
-        f"`finetune.transfer`={finetune.transfer}: must be all, none, or a number of layers",
-    )
+    if pair and not finetune.text_pair:
+        raise UserError(
+            f"`{where}.text_pair`: task {finetune.task} needs the column of the second text"
+        )
+    if finetune.text_pair and not pair:
+        raise UserError(
+            f"`{where}.text_pair`={finetune.text_pair}: task {finetune.task} takes one text; "
+            f"use `{where}.task`=entailment or similarity for two"
+        )
+    many = len(schema.split_names(finetune.choices)) > 1
+    if many != (finetune.task == TaskKind.MULTIPLE_CHOICE):
+        raise UserError(
+            f"`{where}.choices`: the columns of the answers, two or more, comma-separated, "
+            f"go with `{where}.task`=multiple_choice"
+        )
+    validate_head(finetune, model, where)
 
 
-def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
-    for name in split_names(ablation.only):
+def _validate_ablation(ablation: schema.AblationConfig, model: ModelConfig) -> None:
+    for name in schema.split_names(ablation.only):
         require(
             name in ablation.tasks,
             f"`ablation.only`: no task {name!r}{nearest(name, ablation.tasks)}; the "
@@ -163,35 +125,29 @@ def _validate_ablation(ablation: AblationConfig, model: ModelConfig) -> None:
             re.fullmatch(r"[\w-]+", name),
             f"`ablation.tasks`: {name!r} names a folder too; use letters, digits, _ and -",
         )
-        try:
-            _check_fields(task, "finetune")
-            _validate_finetune(task)
-            validate_head(task, model)
-        except UserError as error:
-            field = f"`ablation.tasks.{name}."
-            raise UserError(str(error).replace("`finetune.", field)) from None
+        _check_fields(task, f"ablation.tasks.{name}")
+        _validate_finetune(task, model, f"ablation.tasks.{name}")
 
 
-def validate_probe(name: str, probe: ProbeConfig) -> None:
+def validate_probe(name: str, probe: schema.ProbeConfig) -> None:
     """Checks a probe; a wrong field is a `UserError`."""
     where = f"probes.{name}"
     _check_fields(probe, where)
-    require(
-        bool(probe.dataset) != bool(probe.file),
-        f"`{where}.file`: give a file of rows, or `{where}.dataset`, and not both",
-    )
-    require(
-        (len(split_names(probe.choices)) >= 2) == ProbeKind(probe.kind).has_candidates,
-        f"`{where}.choices`: two or more columns, comma-separated, go with the kinds "
-        "multiple_choice and substitution",
-    )
-    require(
-        probe.pronoun or not probe.pronoun_start,
-        f"`{where}.pronoun_start`: is the place of `{where}.pronoun`, which is empty",
-    )
+    if bool(probe.dataset) == bool(probe.file):
+        raise UserError(f"`{where}.file`: give a file of rows, or `{where}.dataset`, and not both")
+    many = len(schema.split_names(probe.choices)) > 1
+    if many != schema.ProbeKind(probe.kind).has_candidates:
+        raise UserError(
+            f"`{where}.choices`: two or more columns, comma-separated, go with the kinds "
+            "multiple_choice and substitution"
+        )
+    if probe.pronoun_start and not probe.pronoun:
+        raise UserError(
+            f"`{where}.pronoun_start`: is the place of `{where}.pronoun`, which is empty"
+        )
 
 
-def _validate_mesh(mesh: MeshConfig) -> None:
+def _validate_mesh(mesh: schema.MeshConfig) -> None:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     require(
         sizes.count(-1) <= 1 and all(size == -1 or size > 0 for size in sizes),
@@ -209,30 +165,26 @@ def validate(experiment: Experiment, in_memory: Collection[str] = ()) -> Experim
     Raises:
       UserError: the first wrong field, with what to write instead.
     """
+    model, pretrain, finetune = experiment.model, experiment.pretrain, experiment.finetune
     _check_fields(experiment, "")
-    validate_model(experiment.model)
+    validate_model(model)
     validate_tokenizer(experiment.tokenizer)
     require(
-        experiment.pretrain or experiment.finetune or experiment.ablation,
+        pretrain or finetune or experiment.ablation,
         "`config`: the experiment has no stage; give it a pretrain or a finetune part",
     )
-    if experiment.pretrain:
-        _validate_pretrain(experiment.pretrain, experiment.model, Stage.PRETRAIN in in_memory)
-    if experiment.finetune:
-        _validate_finetune(experiment.finetune, Stage.FINETUNE in in_memory)
-        validate_head(experiment.finetune, experiment.model)
-        pretrained = bool(experiment.pretrain or experiment.init_from)
-        require(
-            pretrained or not experiment.finetune.compare_from_scratch,
-            "`finetune.compare_from_scratch`: needs pretraining or `init_from`",
-        )
-        require(
-            pretrained or not experiment.finetune.transfer.isdecimal(),
-            "`finetune.transfer`: needs pretraining or `init_from`",
-        )
+    if pretrain:
+        _validate_pretrain(pretrain, model, schema.Stage.PRETRAIN in in_memory)
+    if finetune:
+        _validate_finetune(finetune, model, "finetune", schema.Stage.FINETUNE in in_memory)
+    if finetune and not (pretrain or experiment.init_from):
+        if finetune.compare_from_scratch:
+            raise UserError("`finetune.compare_from_scratch`: needs pretraining or `init_from`")
+        if finetune.transfer.isdecimal():
+            raise UserError("`finetune.transfer`: needs pretraining or `init_from`")
     if experiment.ablation:
-        _validate_ablation(experiment.ablation, experiment.model)
+        _validate_ablation(experiment.ablation, model)
     for name, probe in experiment.probes.items():
         validate_probe(name, probe)
     _validate_mesh(experiment.mesh)
-    return frozen(experiment)
+    return schema.frozen(experiment)

@@ -121,6 +121,11 @@ class RemoteFile:
         """Args: path, the address; contents, what the file has already."""
         self._path, self._parts, self._changed = epath.Path(path), [contents], False
 
+    @classmethod
+    def open(cls, path: str) -> "RemoteFile":
+        """Returns a new, empty file; this makes the class a factory for tensorboardX."""
+        return cls(path)
+
     def write(self, data: bytes) -> int:
         """Appends in memory and returns the number of bytes."""
         self._parts.append(data)
@@ -137,12 +142,3 @@ class RemoteFile:
     def close(self) -> None:
         """Flushes."""
         self.flush()
-
-
-class RemoteFiles:
-    """The file system that tensorboardX needs to write its events to a bucket."""
-
-    @staticmethod
-    def open(path: str) -> RemoteFile:
-        """Returns a new, empty file."""
-        return RemoteFile(path)

@@ -55,7 +55,7 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
     from tensorboardX import RecordWriter, record_writer
 
     if remote_lib.is_remote(folder):
-        record_writer.register_writer_factory("gs", remote_lib.RemoteFiles)
+        record_writer.register_writer_factory("gs", remote_lib.RemoteFile)
     else:
         os.makedirs(folder, exist_ok=True)
     # The time is in the name because TensorBoard reads the files of a folder in order of name.

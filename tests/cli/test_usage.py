@@ -135,5 +135,4 @@ def test_parts_are_parts_of_the_experiment():
     for part in usage.PARTS.values():
         for path in part.paths:
             assert path in names or path == "probes.NAME"
-        own = {field.name for field in dataclasses.fields(part.config)}
-        assert own.issuperset(part.only)
+        assert dataclasses.is_dataclass(part.config)
