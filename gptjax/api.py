@@ -341,10 +341,9 @@ def _run(
     place = folder.path if folder else os.fspath(typing.cast(Path, workdir))
     try:
         with _arguments_named(stage), _progress_bars_of_datasets_kept():
-            in_memory: run_lib.Tables = {}
-            if tables:
-                in_memory = {stage: _datasets(experiment, stage, tables)}
-            run_lib.run(experiment, place, given, tables=in_memory, reporter=_reporter(progress))
+            rows: dict[str, Any] = {stage: _datasets(experiment, stage, tables)} if tables else {}
+            options = run_lib.Options(given=given, tables=rows, reporter=_reporter(progress))
+            run_lib.run(experiment, place, options)
             checkpoints = os.path.join(place, "checkpoints", stage)
             gpt = predictor.load(checkpoints, mesh_config=experiment.mesh, argument="workdir")
     except (Preempted, TrainingDiverged) as error:
