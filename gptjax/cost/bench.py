@@ -60,12 +60,9 @@ class Request:
     """The folder of the trace."""
 
     def __post_init__(self) -> None:
-        kinds = tuple(BenchKind)
-        require(self.what in kinds, f"`bench`={self.what}: must be one of {', '.join(kinds)}")
-        require(
-            self.stage in step_spec.STAGES,
-            f"`stage`={self.stage}: must be one of {', '.join(step_spec.STAGES)}",
-        )
+        choices = (("bench", self.what, tuple(BenchKind)), ("stage", self.stage, step_spec.STAGES))
+        for name, value, known in choices:
+            require(value in known, f"`{name}`={value}: must be one of {', '.join(known)}")
         require(self.steps >= 0, f"`steps`={self.steps}: must not be negative")
         require(
             self.max_new_tokens > 1,
