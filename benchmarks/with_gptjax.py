@@ -47,13 +47,7 @@ class Training:
         optimizer = Optimizer(sizes.optimizer_config(), _STEPS)
         make = step_lib.initial_state(model, optimizer, params)
         self._state = state.born_sharded(make, self.mesh, jax.random.key(0))
-        self._step = step_lib.jit_train_step(
-            self.mesh,
-            model=model,
-            objective=self.objective,
-            optimizer=optimizer.transformation,
-            micro=1,
-        )
+        self._step = step_lib.jit_train_step(self.mesh, model, self.objective, optimizer)
 
     def update(self, batch: Any) -> StepOutput:
         """Runs one step on a host batch to its end; returns the output of the step, on the host."""

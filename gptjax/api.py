@@ -318,8 +318,9 @@ def _train(
         with _arguments_named(stage), contextlib.ExitStack() as end:
             if datasets.is_progress_bar_enabled():  # reading data switches it off
                 end.callback(datasets.enable_progress_bars)
-            rows = {str(stage): _datasets(experiment, stage, tables)} if tables else None
-            run_lib.run(experiment, place, call.overrides, tables=rows, reporter=reporter)
+            rows: dict[str, Any] = {stage: _datasets(experiment, stage, tables)} if tables else {}
+            options = run_lib.Options(given=call.overrides, tables=rows, reporter=reporter)
+            run_lib.run(experiment, place, options)
             checkpoints = os.path.join(place, "checkpoints", stage)
             gpt = predictor.load(checkpoints, mesh_config=experiment.mesh, argument="workdir")
     except (Preempted, TrainingDiverged) as error:

@@ -138,9 +138,10 @@ FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes"
 fast_jit = functools.partial(jax.jit, compiler_options=FAST)
 
 
-def fast_train_step(on, seed: int, **kwargs):
-    """`steps.jit_train_step`, compiled fast, with its seed bound."""
-    step = fast_jit(step_lib.jit_train_step(on, **kwargs).__wrapped__, donate_argnums=0)
+def fast_train_step(on, model, objective, optimizer, seed: int):
+    """`step.jit_train_step`, compiled fast, with its seed bound."""
+    step = step_lib.jit_train_step(on, model, objective, optimizer).__wrapped__
+    step = fast_jit(step, donate_argnums=0)
     return lambda state, batch: step(state, batch, np.uint32(seed))
 
 

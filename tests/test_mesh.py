@@ -271,13 +271,12 @@ def alone(request):
     """Returns a function that takes two steps on a mesh, and its result on one device."""
     model, objective, params, batch = problem(*request.param)
     micro, clip = (2, 0.5) if request.param[1] == "clipped, in two" else (1, 0.0)
-    optimizer = Optimizer(dataclasses.replace(ADAM, clip_norm=clip), 100).transformation
-    start = jax.device_get(state.create(params, optimizer))
+    config = dataclasses.replace(ADAM, clip_norm=clip, accumulation=micro)
+    optimizer = Optimizer(config, 100)
+    start = jax.device_get(state.create(params, optimizer.transformation))
 
     def train(mesh):
-        step = small.fast_train_step(
-            mesh, model=model, objective=objective, optimizer=optimizer, micro=micro, seed=5
-        )
+        step = small.fast_train_step(mesh, model, objective, optimizer, seed=5)
         current, rows = small.placed(start, mesh), mesh_lib.to_devices(batch, mesh)
         results = []
         for _ in range(2):

@@ -131,8 +131,8 @@ def run(
     run_lib.check_workdir(experiment, workdir, _RESULTS)
     with StopRequest() as stop:
         check_stop = stop_lib.make_check(stop)
-        options = run_lib.Options(given=given, reporter=reporter)
-        pretrained = _pretrain(ablation, check_stop, options)
+        options = run_lib.Options(given=given, reporter=reporter, check_stop=check_stop)
+        pretrained = _pretrain(ablation, options)
         # The fields of the model and tokenizer may not overrule those of a given checkpoint.
         checked = () if experiment.pretrain else given
         runner = _Runner(ablation, pretrained, checked, reporter, check_stop)
@@ -176,14 +176,14 @@ def _check(ablation: Ablation) -> None:
         splits.labelled_splits(config, experiment.seed)
 
 
-def _pretrain(ablation: Ablation, check_stop: Callable[[], None], options: run_lib.Options) -> str:
+def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
     """Trains the pretraining stage, if there is one; returns the path of the pretrained model."""
     experiment = ablation.experiment
     if not experiment.pretrain:
         return experiment.init_from
     folder = os.path.join(ablation.workdir, "pretrain")
     stage = validation.validate(dataclasses.replace(experiment, finetune=None, ablation=None))
-    run_lib.train(stage, folder, mesh_lib.make_mesh(experiment.mesh), check_stop, options)
+    run_lib.train(stage, folder, mesh_lib.make_mesh(experiment.mesh), options)
     return folder
 
 
@@ -281,12 +281,13 @@ class _Runner:
             finetune=config,
         )
         folder = os.path.join(ablation.workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
-        options = run_lib.Options(given=self._given, reporter=Reporter(), trial=True)
+        options = run_lib.Options(
+            given=self._given, reporter=Reporter(), trial=True,
+            check_stop=self._check_stop_or_failure,
+        )  # fmt: skip
         began = time.monotonic()
         try:
-            summary = run_lib.train(
-                validation.validate(experiment), folder, mesh, self._check_stop_or_failure, options
-            )
+            summary = run_lib.train(validation.validate(experiment), folder, mesh, options)
         except UserError as error:
             raise UserError(f"{job}: {error}") from error
         except TrainingDiverged:

@@ -1,6 +1,8 @@
 """Opens the checkpoint that a path of the user means, and reads its parameters."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 from jax.sharding import Mesh
@@ -36,12 +38,8 @@ class Checkpoint:
         """
         model = gpt.make_model(self.meta.model, self.meta.task)
         like = state.abstract(lambda key: gpt.init_params(model, key), mesh, jax.random.key(0))
-        try:
+        with _damage_named(self.path):
             return self.store.restore_params(self.step, like)
-        except UserError:
-            raise
-        except Exception as error:  # orbax raises errors of many classes for damaged files
-            raise _damaged(self.path, error) from error
 
 
 def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
@@ -95,13 +93,16 @@ def open_checkpoint(path: str, argument: str = "path") -> Checkpoint:
 
 
 def _open(store: CheckpointStore, step: int) -> Checkpoint:
-    try:
+    with _damage_named(str(store.directory / str(step))):
         return Checkpoint(store, step, store.meta(step))
+
+
+@contextlib.contextmanager
+def _damage_named(path: str) -> Iterator[None]:
+    """Turns an error of reading a checkpoint into a `UserError` that names its path."""
+    try:
+        yield
     except UserError:
         raise
     except Exception as error:  # orbax raises errors of many classes for damaged files
-        raise _damaged(str(store.directory / str(step)), error) from error
-
-
-def _damaged(path: str, error: Exception) -> UserError:
-    return UserError(f"{path}: is damaged ({brief(error)}); give another step")
+        raise UserError(f"{path}: is damaged ({brief(error)}); give another step") from error

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from gptjax.config import schema
-from gptjax.config.schema import Experiment, ModelConfig, TaskSpec
+from gptjax.config.schema import INHERITED_SIZES, Experiment, ModelConfig, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import require
 
@@ -36,6 +36,10 @@ class Meta:
           UserError: a field that this version does not have.
         """
         return schema.from_dict(Experiment, self.experiment, f"the {self.stage} checkpoint")
+
+    def with_sizes(self, model: ModelConfig) -> ModelConfig:
+        """Returns a configuration whose sizes are those of the checkpoint's arrays."""
+        return dataclasses.replace(model, **{n: getattr(self.model, n) for n in INHERITED_SIZES})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON-ready values."""

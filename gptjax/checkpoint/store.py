@@ -12,7 +12,7 @@ notices missing and truncated files, but not flipped bits.
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -103,7 +103,7 @@ class CheckpointStore:
     def _kept(self, steps: list[int]) -> set[int]:
         """Returns the newest of `steps`, and the best of those that have scores."""
         kept = set(sorted(steps)[-self._policy.keep_newest :])
-        ranked = self._best_first([step for step in steps if self.metrics(step)])
+        ranked = self.best_first(step for step in steps if self.metrics(step))
         return kept.union(ranked[: self._policy.keep_best])
 
     def steps(self) -> list[int]:
@@ -120,15 +120,17 @@ class CheckpointStore:
         if jax.process_index() == 0:
             files.write_json(self.directory / _SCORES, self._scores)
 
-    def best_first(self) -> list[int]:
-        """Returns the steps by validation score, best first; of equal ones the newest first."""
-        return self._best_first(self.steps())
+    def best_first(self, steps: Iterable[int] | None = None) -> list[int]:
+        """Returns steps by validation score, best first; of equal ones the newest first.
 
-    def _best_first(self, steps: list[int]) -> list[int]:
+        Args:
+          steps: the steps; None: all that have a checkpoint.
+        """
+
         def order(step: int) -> tuple[float, int]:
             return rank(self._metric, self.metrics(step).get(self._metric)), step
 
-        return sorted(steps, key=order, reverse=True)
+        return sorted(self.steps() if steps is None else steps, key=order, reverse=True)
 
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None

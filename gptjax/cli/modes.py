@@ -39,7 +39,8 @@ def run_train(command: Command) -> None:
     """Trains the experiment; prints its results, and commands to try next."""
     from gptjax.train import run
 
-    summary = run.run(command.experiment, command.workdir, command.overrides, flags.PROFILE.value)
+    options = run.Options(given=command.overrides, profile=flags.PROFILE.value)
+    summary = run.run(command.experiment, command.workdir, options)
     if processes.is_main():
         plots.draw_plots(command.workdir)
         model = f"--checkpoint={command.workdir}"

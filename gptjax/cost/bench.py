@@ -60,12 +60,9 @@ class Request:
     """The folder of the trace."""
 
     def __post_init__(self) -> None:
-        kinds = tuple(BenchKind)
-        require(self.what in kinds, f"`bench`={self.what}: must be one of {', '.join(kinds)}")
-        require(
-            self.stage in step_spec.STAGES,
-            f"`stage`={self.stage}: must be one of {', '.join(step_spec.STAGES)}",
-        )
+        choices = (("bench", self.what, tuple(BenchKind)), ("stage", self.stage, step_spec.STAGES))
+        for name, value, known in choices:
+            require(value in known, f"`{name}`={value}: must be one of {', '.join(known)}")
         require(self.steps >= 0, f"`steps`={self.steps}: must not be negative")
         require(
             self.max_new_tokens > 1,
@@ -345,7 +342,7 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     mesh = mesh_lib.make_mesh(experiment.mesh)
     console.say(f"{request.stage}: loading the data")
     start = time.perf_counter()
-    setup, stages = run_lib.prepare(experiment, _NO_WORKDIR, mesh)
+    setup, stages = run_lib.prepare(experiment, _NO_WORKDIR, mesh, run_lib.Options())
     stage = next(each for each in stages if each.name == request.stage)
     load_seconds = time.perf_counter() - start
     console.say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")

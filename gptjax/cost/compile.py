@@ -43,6 +43,11 @@ _TPU_ENVIRONMENT = {
 }
 _MOST_CPUS = 1024
 _MOST_SLICES = 64
+# Uses of memory in the report, and their names in XLA's buffer assignment.
+_MEMORY = {
+    "arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp",
+    "code": "generated_code",
+}  # fmt: skip
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -65,7 +70,7 @@ class CompileResult:
     """Time of tracing and compilation."""
     peak_buffers: dict[str, Any] | None
     """The buffers in memory at the peak, from `peak_memory.largest`."""
-    refusal: str = ""
+    refusal: str
 
 
 def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> dict[str, Any]:
@@ -86,11 +91,6 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
         console.say(line)
     console.print_json(found, output)
     return found
-
-
-def target_of(topology: str) -> Target:
-    """Returns the machine of a topology. Errors as in `devices_of`."""
-    return Target(topology, *devices_of(topology))
 
 
 def report(experiment: Experiment, target: Target, stage: str) -> dict[str, Any]:
@@ -146,8 +146,8 @@ def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
     return text
 
 
-def devices_of(topology: str) -> tuple[list[Any], hardware.Chip | None]:
-    """Returns the devices of a topology, and their published figures (None for a CPU).
+def target_of(topology: str) -> Target:
+    """Returns the machine of a topology.
 
     Raises:
       UserError: libtpu is missing, or does not know the topology.
@@ -158,7 +158,7 @@ def devices_of(topology: str) -> tuple[list[Any], hardware.Chip | None]:
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu" and not many:
         require(sizes.isdecimal() and 0 < int(sizes) <= _MOST_CPUS, wanted)
-        return _cpus(int(sizes)), None
+        return Target(topology, _cpus(int(sizes)), None)
     require(kind in hardware.CHIPS, wanted)
     torus = r"\d+x\d+" if kind in ("v5e", "v6e") else r"\d+x\d+x\d+"
     slices = int(many or 1)
@@ -187,7 +187,7 @@ def devices_of(topology: str) -> tuple[list[Any], hardware.Chip | None]:
         found = topologies.get_topology_desc(f"{kind}:{sizes}", "tpu", **options)
     except Exception as error:  # JaxRuntimeError, and any error of a broken libtpu
         raise UserError(f"{wanted} ({brief(error)})") from error
-    return found.devices, hardware.CHIPS[kind]
+    return Target(topology, found.devices, hardware.CHIPS[kind])
 
 
 def _cpus(count: int) -> list[Any]:
@@ -200,17 +200,16 @@ def _cpus(count: int) -> list[Any]:
 
 def _compile(spec: StepSpec, state_like: Any, mesh: Mesh) -> CompileResult:
     start = time.perf_counter()
-    lowered = step_spec.lower(spec, mesh, state_like)
+    lowered, compiled, refusal = step_spec.lower(spec, mesh, state_like), None, ""
     with tempfile.TemporaryDirectory(prefix="gptjax-") as folder:
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            refusal, seconds = str(error).splitlines()[0], time.perf_counter() - start
-            return CompileResult(None, seconds, peak_memory.largest(folder), refusal)
+            refusal = str(error).splitlines()[0]
         seconds = time.perf_counter() - start
-        return CompileResult(compiled, seconds, peak_memory.largest(folder))
+        return CompileResult(compiled, seconds, peak_memory.largest(folder), refusal)
 
 
 def _costs(
@@ -223,29 +222,28 @@ def _costs(
     costs = {"model_flops_per_device": model_flops, "largest_buffers": largest["largest"]}
     if result.compiled is None:
         # Without a program there are the size of the arguments and the compiler's message alone.
-        arguments = _bytes_per_device(state_like) + _bytes_per_device(spec.batch)
-        return (
-            costs
-            | dict.fromkeys(_PROGRAM_FIGURES)
-            | {
-                "peak_memory_bytes_per_device": largest["bytes"]
-                or _bytes_required(result.refusal, arguments),
-                "memory": {"arguments": arguments, "buffers_at_peak": largest["bytes"]},
-                "refused": result.refusal,
-                "fits": False,
-            }
-        )
+        arguments = _bytes_per_device((state_like, spec.batch))
+        refused = {
+            "peak_memory_bytes_per_device": largest["bytes"]
+            or _bytes_required(result.refusal, arguments),
+            "memory": {"arguments": arguments, "buffers_at_peak": largest["bytes"]},
+            "refused": result.refusal,
+            "fits": False,
+        }
+        return costs | dict.fromkeys(_PROGRAM_FIGURES) | refused
     module = parse.parse(result.compiled.as_text() or "")
-    found, traffic = flops_lib.flops(module), flops_lib.memory_bytes(module)
-    analysis = result.compiled.cost_analysis() or {}
-    memory = _memory(result.compiled)
+    found, traffic = flops_lib.flops_and_bytes(module, module.executions())
+    analysis: Any = result.compiled.cost_analysis() or {}
+    stats: Any = result.compiled.memory_analysis()
+    memory = {use: getattr(stats, f"{name}_size_in_bytes") for use, name in _MEMORY.items()}
     peak = memory["arguments"] + memory["outputs"] - memory["aliased"]
     peak += memory["temporaries"] + memory["code"]
     sent, devices = collectives.find(module), mesh_lib.slice_devices(mesh)
-    roof, communication = None, 0.0
+    estimate: dict[str, Any] = dict.fromkeys(_ESTIMATED)
     if chip is not None:
-        communication, exposed = collectives.exposed_seconds(module, sent, devices, chip)
-        roof = hardware.roofline(chip, max(found, model_flops), traffic, exposed)
+        seconds = collectives.total_and_exposed_seconds(module, sent, devices, chip)
+        roof = hardware.roofline(chip, max(found, model_flops), traffic, *seconds)
+        estimate = _estimate(chip, roof, model_flops, rows * length)
     return costs | {
         "flops_per_device": found,
         "bytes_per_device": traffic,
@@ -259,27 +257,22 @@ def _costs(
         "fits": None if chip is None else peak <= chip.memory_bytes,
         "collectives": collectives.totals(sent),
         "communication": collectives.entries(module, sent, devices, chip),
-        **_estimates(chip, roof, communication, model_flops, rows * length),
+        **estimate,
     }
 
 
+# Entries of the report that are None for a CPU.
+_ESTIMATED = ("step_seconds", "tokens_per_second", "mfu")
 # Entries of the report that are None if the compiler refused the program.
 _PROGRAM_FIGURES = (
-    "flops_per_device", "bytes_per_device", "collectives", "communication", "step_seconds",
-    "tokens_per_second", "mfu",
+    "flops_per_device", "bytes_per_device", "collectives", "communication", *_ESTIMATED,
 )  # fmt: skip
 
 
-def _estimates(
-    chip: hardware.Chip | None,
-    roof: hardware.Roofline | None,
-    communication: float,
-    model_flops: float,
-    tokens: int,
+def _estimate(
+    chip: hardware.Chip, roof: hardware.Roofline, model_flops: float, tokens: int
 ) -> dict[str, Any]:
-    """Returns step time, speed and MFU by the roofline; None each for a CPU."""
-    if chip is None or roof is None:
-        return dict.fromkeys(("step_seconds", "tokens_per_second", "mfu"))
+    """Returns step time, speed and MFU by the roofline."""
     return {
         "step_seconds": roof.step_seconds,
         "tokens_per_second": tokens / roof.step_seconds,
@@ -287,24 +280,9 @@ def _estimates(
         "estimate": {
             "of": "step_seconds, tokens_per_second, mfu: a roofline and the communication that "
             "nothing hides, not a measurement; latencies and imperfect kernels come on top",
-            "compute_seconds": roof.compute_seconds,
-            "memory_seconds": roof.memory_seconds,
-            "communication_seconds": communication,
-            "exposed_communication_seconds": roof.exposed_seconds,
+            **dataclasses.asdict(roof),
             **dataclasses.asdict(chip),
         },
-    }
-
-
-def _memory(compiled: jax.stages.Compiled) -> dict[str, int]:
-    """Returns the bytes of one device by their use, from XLA's buffer assignment."""
-    stats: Any = compiled.memory_analysis()
-    return {
-        "arguments": stats.argument_size_in_bytes,
-        "outputs": stats.output_size_in_bytes,
-        "aliased": stats.alias_size_in_bytes,
-        "temporaries": stats.temp_size_in_bytes,
-        "code": stats.generated_code_size_in_bytes,
     }
 
 

@@ -56,27 +56,36 @@ class Roofline:
 
     compute_seconds: float
     memory_seconds: float
-    exposed_seconds: float = 0.0
+    communication_seconds: float
+    exposed_communication_seconds: float
     """Time of the communication that does not run beside computation."""
 
     @property
     def step_seconds(self) -> float:
         """The longer of computation and memory traffic, which overlap, plus the communication."""
-        return max(self.compute_seconds, self.memory_seconds) + self.exposed_seconds
+        longer = max(self.compute_seconds, self.memory_seconds)
+        return longer + self.exposed_communication_seconds
 
 
 def roofline(
-    chip: Chip, flops: float, bytes_accessed: float, exposed_seconds: float = 0.0
+    chip: Chip, flops: float, traffic: float, communication: float = 0.0, exposed: float = 0.0
 ) -> Roofline:
-    """Returns the least time on a chip of so many operations and so much memory traffic.
+    """Returns the least time of a step on a chip.
+
+    Args:
+      chip: its kind.
+      flops: operations of the step.
+      traffic: bytes to and from the memory.
+      communication: seconds of all communication.
+      exposed: seconds of the communication that does not run beside computation.
 
     >>> roofline(CHIPS["v5e"], 197e12, 819e9).step_seconds
     1.0
-    >>> roofline(CHIPS["v5e"], 197e12, 819e9, 0.5).step_seconds
+    >>> roofline(CHIPS["v5e"], 197e12, 819e9, 0.75, 0.5).step_seconds
     1.5
     """
-    compute, memory = flops / chip.flops_per_second, bytes_accessed / chip.bytes_per_second
-    return Roofline(compute, memory, exposed_seconds)
+    compute, memory = flops / chip.flops_per_second, traffic / chip.bytes_per_second
+    return Roofline(compute, memory, communication, exposed)
 
 
 def collective_seconds(
@@ -105,19 +114,17 @@ def collective_seconds(
     >>> collective_seconds("all-reduce", 100e9, ring, (16, 1), CHIPS["v5e"])
     1.875
     """
-    members = len(places)
-    if members < 2 and kind != "collective-permute":
-        return 0.0
     if kind == "collective-permute":  # over the one link to a neighbour
         return size / chip.link_bytes_per_second
+    if len(places) < 2:
+        return 0.0
     links, longest = 0, 1
     for axis, side in enumerate(sides):
         spread = len({place[axis] for place in places})
         if spread > 1:
-            ring = spread == side and side % chip.torus == 0
-            links += 2 if ring else 1
+            links += 2 if spread == side and side % chip.torus == 0 else 1
             longest = max(longest, spread)
-    share = (members - 1) / members
+    share = (len(places) - 1) / len(places)
     factor = {"all-reduce": 2 * share, "all-to-all": max(share, longest / 4)}.get(kind, share)
     return size * factor / (max(links, 1) * chip.link_bytes_per_second)
 

@@ -16,18 +16,8 @@ from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.batch import Batch
 from gptjax.checkpoint import load
-from gptjax.config import validation
-from gptjax.config.schema import (
-    INHERITED_SIZES,
-    Experiment,
-    FinetuneConfig,
-    Head,
-    ModelConfig,
-    OptimizerConfig,
-    Stage,
-    TaskKind,
-    TokenizerKind,
-)
+from gptjax.config import schema, validation
+from gptjax.config.schema import Experiment, ModelConfig, Stage, TaskKind, TokenizerKind
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer
 from gptjax.errors import require
@@ -95,42 +85,36 @@ def vocabulary(experiment: Experiment) -> tuple[int, str]:
 
 def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
     """Returns the step of a stage; the experiment comes from `validated`."""
-    assumed: dict[str, str] = {}
-    model = experiment.model
+    config, model, assumed = getattr(experiment, stage), experiment.model, {}
     if experiment.init_from:
-        meta = load.open_checkpoint(experiment.init_from, "init_from").meta
-        model = dataclasses.replace(model, **{n: getattr(meta.model, n) for n in INHERITED_SIZES})
+        model = load.open_checkpoint(experiment.init_from, "init_from").meta.with_sizes(model)
         assumed["vocab_size"] = "init_from"
     else:
         size, assumed["vocab_size"] = vocabulary(experiment)
         model = dataclasses.replace(model, vocab_size=size)
     if stage == Stage.PRETRAIN:
-        config = experiment.pretrain
-        assert config is not None
         rows, length = stages.pretrain_shape(config, model, mesh)
+        task, objective = None, Objective()
         batch = _abstract_batch(rows, length, mesh)
-        optimizer = _optimizer(config.steps, config.optimizer, stage)
-        return StepSpec(gpt.make_model(model, None, mesh), Objective(), optimizer, batch, assumed)
-    assert experiment.finetune is not None
-    return _finetune_spec(experiment.finetune, model, mesh, assumed)
-
-
-def _optimizer(steps_given: int, config: OptimizerConfig, stage: str) -> Optimizer:
+    else:
+        task, batch = _task_and_batch(config, model, mesh, assumed)
+        objective = Objective(task.kind, config.lm_weight, config.task_weight)
     # A constant in the schedule: any number above the warm-up compiles to the same program.
-    total_steps = steps_given or 2 * config.warmup_steps + 1000
-    return Optimizer(config, total_steps, f"{stage}.optimizer")
+    steps = config.steps or 2 * config.optimizer.warmup_steps + 1000
+    optimizer = Optimizer(config.optimizer, steps, f"{stage}.optimizer")
+    return StepSpec(gpt.make_model(model, task, mesh), objective, optimizer, batch, assumed)
 
 
-def _finetune_spec(
-    config: FinetuneConfig, model: ModelConfig, mesh: Mesh, assumed: dict[str, str]
-) -> StepSpec:
-    """Returns the step of a fine-tuning, with the largest batch that the configuration allows."""
+def _task_and_batch(
+    config: schema.FinetuneConfig, model: ModelConfig, mesh: Mesh, assumed: dict[str, str]
+) -> tuple[schema.TaskSpec, Batch]:
+    """Returns the task of a fine-tuning, and the largest batch that the configuration allows."""
     task = splits.task_spec(config)
     if task.kind.has_classes:
         task = dataclasses.replace(task, labels=("no", "yes"))
         assumed["labels"] = "two classes"
     candidates, context = task.num_candidates, model.context_length
-    if config.head == Head.FLATTEN:
+    if config.head == schema.Head.FLATTEN:
         task = dataclasses.replace(task, flatten=context)
     length = config.row_length or candidates * context
     divisor = mesh_lib.batch_divisor(mesh) * config.optimizer.accumulation
@@ -142,10 +126,7 @@ def _finetune_spec(
     # `packing.Packer` makes such rows where one example fills a row.
     shape = (rows, min(config.batch_size, 4), candidates)
     labels = np.float32 if task.kind is TaskKind.REGRESSION else np.int32
-    batch = _abstract_batch(rows, length, mesh, shape, labels)
-    objective = Objective(task.kind, config.lm_weight, config.task_weight)
-    optimizer = _optimizer(config.steps, config.optimizer, Stage.FINETUNE)
-    return StepSpec(gpt.make_model(model, task, mesh), objective, optimizer, batch, assumed)
+    return task, _abstract_batch(rows, length, mesh, shape, labels)
 
 
 def _abstract_batch(
@@ -193,12 +174,6 @@ def lower(spec: StepSpec, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
       mesh: the mesh that `build` got.
       state_like: from `abstract_state`.
     """
-    step = step_lib.jit_train_step(
-        mesh,
-        model=spec.model,
-        objective=spec.objective,
-        optimizer=spec.optimizer.transformation,
-        micro=spec.optimizer.config.accumulation,
-    )
+    step = step_lib.jit_train_step(mesh, spec.model, spec.objective, spec.optimizer)
     seed = jax.ShapeDtypeStruct((), np.uint32)
     return step.lower(state_like, spec.batch, seed)  # type: ignore[attr-defined]

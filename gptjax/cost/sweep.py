@@ -17,6 +17,8 @@ from gptjax.cost import compile, step_spec
 from gptjax.errors import UserError, brief, require
 from gptjax.io import console
 
+Sizes = tuple[int, ...]
+"""Sizes of data, fsdp and tensor."""
 BATCHES = (1, 2, 4)
 """Multiples of the experiment's own batch size."""
 
@@ -26,8 +28,7 @@ class Choice:
     """A batch size, a mesh and a kind of remat to compile."""
 
     batch_size: int
-    mesh: tuple[int, int, int]
-    """Sizes of data, fsdp and tensor."""
+    mesh: Sizes
     remat: str
 
     def needs_less(self, other: "Choice") -> bool:
@@ -43,15 +44,13 @@ class Choice:
         )
 
 
-def meshes(
-    given: tuple[int, int, int], devices: int, slices: int = 1
-) -> list[tuple[int, int, int]]:
+def meshes(given: Sizes, devices: int, slices: int = 1) -> list[Sizes]:
     """Returns the experiment's own mesh and others of the same number of devices, simplest first.
 
     With several slices, the axes fsdp and tensor stay within a slice.
 
     Args:
-      given: sizes of data, fsdp and tensor; data may be -1, for all devices left.
+      given: its own sizes; data may be -1, for all devices left.
       devices: their number.
       slices: number of slices that the devices belong to.
 
@@ -77,13 +76,13 @@ def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -
     A batch size is rounded up to a multiple of devices times accumulation.
     """
     config = getattr(experiment, stage)
-    sizes = (experiment.mesh.data, experiment.mesh.fsdp, experiment.mesh.tensor)
+    sizes: Sizes = dataclasses.astuple(experiment.mesh)
     left = devices // math.prod(size for size in sizes if size != -1)
-    data, fsdp, tensor = (left if size == -1 else size for size in sizes)
+    given = tuple(left if size == -1 else size for size in sizes)
     unit = devices * config.optimizer.accumulation
     batches = [math.ceil(factor * config.batch_size / unit) * unit for factor in BATCHES]
     for batch in dict.fromkeys(batches):
-        for mesh in meshes((data, fsdp, tensor), devices, slices):
+        for mesh in meshes(given, devices, slices):
             for remat in Remat:
                 yield Choice(batch, mesh, remat)
 
@@ -91,11 +90,10 @@ def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -
 def with_choice(experiment: Experiment, stage: str, choice: Choice) -> Experiment:
     """Returns a validated copy of the experiment with the fields of a choice."""
     config = dataclasses.replace(getattr(experiment, stage), batch_size=choice.batch_size)
-    data, fsdp, tensor = choice.mesh
     copy = dataclasses.replace(
         experiment,
         model=dataclasses.replace(experiment.model, remat=choice.remat),
-        mesh=MeshConfig(data=data, fsdp=fsdp, tensor=tensor),
+        mesh=MeshConfig(**dict(zip(mesh_lib.AXES, choice.mesh, strict=True))),
         **{stage: config},
     )
     return step_spec.validated(copy, stage)
@@ -157,14 +155,15 @@ def _try_all(
     for choice in wanted:
         small = next((c for c, e in tried if _too_large(e) and c.needs_less(choice)), None)
         if small is not None:
-            tried.append(
-                (choice, _not_fitting(choice, f"batch {small.batch_size} does not fit already"))
-            )
+            entry = _not_fitting(choice, f"batch {small.batch_size} does not fit already")
         elif compiled < limit:
             compiled += 1
             console.say(f"{compiled} of at most {min(limit, len(wanted))}: {choice}")
-            tried.append((choice, _try(experiment, target, stage, choice)))
+            entry = _try(experiment, target, stage, choice)
             jax.clear_caches()
+        else:
+            continue
+        tried.append((choice, entry))
     return [entry for _, entry in tried], compiled
 
 

@@ -7,6 +7,7 @@ only the logits of one piece exist at a time. This file has the computation on a
 
 import functools
 import math
+from typing import Any
 
 import flax.struct
 import jax
@@ -35,6 +36,24 @@ class LMHeadWeights:
     """The table as `ShardedOps.replicate_table` returns it, if that has been computed already."""
 
 
+@flax.struct.dataclass
+class LMInputs:
+    """The arrays of a cross-entropy. The same class also has their layouts and gradients."""
+
+    x_BTD: Any
+    """States, in the dtype of the matrix products."""
+    table: Any
+    """float32 [V, D], or replicated [N, V', D]. Its gradient is float32 and is not rounded."""
+    targets_BT: Any
+    """int32, the tokens to predict."""
+    weights_BT: Any
+    """float32, 0 where nothing is predicted; has no gradient."""
+
+
+_Piece = tuple[Array, Array, Array]
+"""States, targets and weights of a piece of the sequence."""
+
+
 def max_logits(platform: str) -> int:
     """Returns how many logits a device computes at a time."""
     return _MAX_LOGITS_ON_CPU if platform == "cpu" else _MAX_LOGITS
@@ -49,18 +68,21 @@ def num_pieces(rows: int, length: int, vocab_size: int, limit: int) -> int:
     return next(n for n in range(wanted, length + 1) if length % n == 0)
 
 
-def _split(x: Array, pieces: int) -> Array:
-    """[B, T, ...] -> [pieces, B, T / pieces, ...]; the rows stay on their devices."""
-    rows, length = x.shape[:2]
-    return jnp.moveaxis(x.reshape(rows, pieces, length // pieces, *x.shape[2:]), 1, 0)
+def _split(inputs: LMInputs, pieces: int) -> _Piece:
+    """Returns the pieces of the states, targets and weights; the rows stay on their devices.
+
+    [B, T, ...] -> [pieces, B, T / pieces, ...]
+    """
+
+    def split(x: Array) -> Array:
+        rows, length = x.shape[:2]
+        return jnp.moveaxis(x.reshape(rows, pieces, length // pieces, *x.shape[2:]), 1, 0)
+
+    return split(inputs.x_BTD), split(inputs.targets_BT), split(inputs.weights_BT)
 
 
 def _piece_loss(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    vocab_size: int | None,
+    x_BTD: Array, targets_BT: Array, weights_BT: Array, table_VD: Array, vocab_size: int | None
 ) -> tuple[Array, tuple[Array, Array, Array]]:
     """Computes the loss of a piece of the sequence.
 
@@ -99,51 +121,34 @@ def _piece_loss(
     return ((lse_BT - picked_BT) * weights_BT).sum(), (exp_BTV, sum_BT, one_hot_BTV)
 
 
-def _cast_table(table_VD: Array, dtype: jnp.dtype) -> Array:
+def _cast_table(inputs: LMInputs) -> Array:
     """Returns the table in the dtype of the matrix products; the barrier makes XLA store it."""
-    return jax.lax.optimization_barrier(table_VD.astype(dtype))
+    return jax.lax.optimization_barrier(inputs.table.astype(inputs.x_BTD.dtype))
 
 
-def total_loss(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    pieces: int,
-    vocab_size: int | None = None,
-) -> Array:
+def total_loss(inputs: LMInputs, pieces: int, vocab_size: int | None = None) -> Array:
     """Returns the loss of `cross_entropy`, without its gradient.
 
     `vocab_size` is that of `_piece_loss`.
     """
-    cast_VD = _cast_table(table_VD, x_BTD.dtype)
+    cast_VD = _cast_table(inputs)
 
-    def add(total: Array, piece: tuple[Array, ...]) -> tuple[Array, None]:
-        x, targets, weights = piece
-        return total + _piece_loss(x, cast_VD, targets, weights, vocab_size)[0], None
+    def add(total: Array, piece: _Piece) -> tuple[Array, None]:
+        return total + _piece_loss(*piece, cast_VD, vocab_size)[0], None
 
-    split = tuple(_split(a, pieces) for a in (x_BTD, targets_BT, weights_BT))
-    return jax.lax.scan(add, jnp.float32(0), split)[0]
+    return jax.lax.scan(add, jnp.float32(0), _split(inputs, pieces))[0]
 
 
 def total_loss_and_gradients(
-    x_BTD: Array,
-    table_VD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    pieces: int,
-    vocab_size: int | None = None,
+    inputs: LMInputs, pieces: int, vocab_size: int | None = None
 ) -> tuple[Array, Array, Array]:
     """Returns the loss, the gradient of x [B, T, D], and that of the table, float32 [D, V]."""
-    dtype = x_BTD.dtype
-    cast_VD = _cast_table(table_VD, dtype)
+    dtype, cast_VD = inputs.x_BTD.dtype, _cast_table(inputs)
 
-    def add(
-        carry: tuple[Array, Array], piece: tuple[Array, ...]
-    ) -> tuple[tuple[Array, Array], Array]:
+    def add(carry: tuple[Array, Array], piece: _Piece) -> tuple[tuple[Array, Array], Array]:
         total, d_table_DV = carry
-        x, targets, weights = piece
-        loss, (exp, sum_exp, one_hot) = _piece_loss(x, cast_VD, targets, weights, vocab_size)
+        x, _, weights = piece
+        loss, (exp, sum_exp, one_hot) = _piece_loss(*piece, cast_VD, vocab_size)
         d_logits = exp * (weights / sum_exp)[..., None] - one_hot * weights[..., None]
         d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
         d_x = jnp.einsum("BTV,VD->BTD", d_logits, cast_VD, preferred_element_type=jnp.float32)
@@ -152,45 +157,34 @@ def total_loss_and_gradients(
         d_table_DV += matmul.weight_gradient(x, d_logits, 1)
         return (total + loss, d_table_DV), d_x.astype(dtype)
 
-    split = tuple(_split(a, pieces) for a in (x_BTD, targets_BT, weights_BT))
-    start = (jnp.float32(0), jnp.zeros(table_VD.shape[::-1], jnp.float32))
+    split = _split(inputs, pieces)
+    start = (jnp.float32(0), jnp.zeros(inputs.table.shape[::-1], jnp.float32))
     (total, d_table_DV), d_x = jax.lax.scan(add, start, split)
-    return total, jnp.moveaxis(d_x, 0, 1).reshape(x_BTD.shape), d_table_DV
+    return total, jnp.moveaxis(d_x, 0, 1).reshape(inputs.x_BTD.shape), d_table_DV
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def cross_entropy(
-    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, pieces: int
-) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def cross_entropy(inputs: LMInputs, pieces: int) -> Array:
     """Returns the sum over b and t of weight * -log softmax(x table^T)[target], a float32 scalar.
 
     When it is differentiated, the forward pass computes the gradients too, while it has the logits:
     three matrix products a piece, none of them repeated.
 
     Args:
-      x_BTD: states, in the dtype of the matrix products.
-      table_VD: float32; its gradient is float32 and is not rounded to that dtype.
-      targets_BT: int32, the tokens to predict.
-      weights_BT: float32, 0 where nothing is predicted; has no gradient.
+      inputs: with a table [V, D].
       pieces: number of pieces that the sequence is divided into, from `num_pieces`.
     """
-    return total_loss(x_BTD, table_VD, targets_BT, weights_BT, pieces)
+    return total_loss(inputs, pieces)
 
 
-def _forward(
-    x_BTD: Array, table_VD: Array, targets_BT: Array, weights_BT: Array, pieces: int
-) -> tuple[Array, tuple[Array, Array]]:
-    total, d_x_BTD, d_table_DV = total_loss_and_gradients(
-        x_BTD, table_VD, targets_BT, weights_BT, pieces
-    )
+def _forward(inputs: LMInputs, pieces: int) -> tuple[Array, tuple[Array, Array]]:
+    total, d_x_BTD, d_table_DV = total_loss_and_gradients(inputs, pieces)
     return total, (d_x_BTD, d_table_DV)
 
 
-def _backward(
-    pieces: int, residuals: tuple[Array, Array], g: Array
-) -> tuple[Array, Array, None, None]:
+def _backward(pieces: int, residuals: tuple[Array, Array], g: Array) -> tuple[LMInputs]:
     d_x_BTD, d_table_DV = residuals
-    return (d_x_BTD * g).astype(d_x_BTD.dtype), (d_table_DV * g).T, None, None
+    return (LMInputs((d_x_BTD * g).astype(d_x_BTD.dtype), (d_table_DV * g).T, None, None),)
 
 
 cross_entropy.defvjp(_forward, _backward)

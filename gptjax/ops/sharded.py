@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P
 from gptjax import mesh as mesh_lib
 from gptjax.mesh import BATCH_AXES
 from gptjax.ops import cross_entropy, matmul
-from gptjax.ops.cross_entropy import LMHeadWeights
+from gptjax.ops.cross_entropy import LMHeadWeights, LMInputs
 from gptjax.parameters import TOKEN_EMBEDDING
 
 Array = jax.Array
@@ -40,6 +40,7 @@ Array = jax.Array
 # Layouts of arrays whose first axis is the rows of a batch, and of a replicated table [N, V', D].
 _ROWS = P(BATCH_AXES)
 _REPLICATED_TABLE = P(BATCH_AXES, "tensor")
+_LM_LAYOUT = LMInputs(_ROWS, _REPLICATED_TABLE, _ROWS, _ROWS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +141,8 @@ class ShardedOps:
         if not mesh_lib.is_sharded(self.mesh):
             x_BTD, table_VD = cross_entropy.add_bias_column(x_BTD, head.table_VD, head.bias_V)
             pieces = cross_entropy.num_pieces(rows, length, vocab_size, limit)
-            return cross_entropy.cross_entropy(x_BTD, table_VD, targets_BT, weights_BT, pieces)
+            inputs = LMInputs(x_BTD, table_VD, targets_BT, weights_BT)
+            return cross_entropy.cross_entropy(inputs, pieces)
         table_NVD = head.replicated_NVD
         if table_NVD is None:
             table_NVD = self.replicate_table(head.table_VD)
@@ -148,9 +150,8 @@ class ShardedOps:
         rows = math.ceil(rows / mesh_lib.batch_divisor(self.mesh))
         tensor = self.mesh.shape["tensor"]
         pieces = cross_entropy.num_pieces(rows, length, table_NVD.shape[1] // tensor, limit)
-        return _cross_entropy(
-            x_BTD, table_NVD, targets_BT, weights_BT, pieces, self.mesh, vocab_size
-        )
+        inputs = LMInputs(x_BTD, table_NVD, targets_BT, weights_BT)
+        return _cross_entropy(inputs, pieces, self.mesh, vocab_size if tensor > 1 else None)
 
 
 def _on_each_device(
@@ -298,68 +299,47 @@ def _lookup_backward(mesh: Mesh, rows: int, ids_BT: Array, g_BTD: Array) -> tupl
 _lookup.defvjp(lambda table, ids, *args: (_lookup(table, ids, *args), ids), _lookup_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(
-    x_BTD: Array,
-    table_NVD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    pieces: int,
-    mesh: Mesh,
-    vocab_size: int,
-) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _cross_entropy(inputs: LMInputs, pieces: int, mesh: Mesh, vocab_size: int | None) -> Array:
     """Computes `ShardedOps.cross_entropy` from a replicated table.
 
     The devices along `tensor` have some rows of the table each. They exchange each piece's largest
     logits and sums of exponentials, and in the backward pass they add up the gradients of x.
+
+    Args:
+      inputs: the arrays.
+      pieces: of the sequence.
+      mesh: the devices.
+      vocab_size: the vocabulary size if the devices along `tensor` share the vocabulary, else None.
     """
 
-    def local(x: Array, table: Array, targets: Array, weights: Array) -> Array:
-        total = cross_entropy.total_loss(
-            x, table[0], targets, weights, pieces, _vocab_size_if_shared(mesh, vocab_size)
-        )
-        return _reduce(total, P(), mesh)
+    def local(inputs: LMInputs) -> Array:
+        own = inputs.replace(table=inputs.table[0])  # type: ignore[attr-defined]
+        return _reduce(cross_entropy.total_loss(own, pieces, vocab_size), P(), mesh)
 
-    in_specs = (_ROWS, _REPLICATED_TABLE, _ROWS, _ROWS)
-    run = _on_each_device(local, mesh, in_specs, P())
-    return run(x_BTD, table_NVD, targets_BT, weights_BT)
-
-
-def _vocab_size_if_shared(mesh: Mesh, vocab_size: int) -> int | None:
-    """Returns the vocabulary size if the devices along `tensor` share the vocabulary, else None."""
-    return vocab_size if mesh.shape["tensor"] > 1 else None
+    return _on_each_device(local, mesh, (_LM_LAYOUT,), P())(inputs)
 
 
 def _cross_entropy_forward(
-    x_BTD: Array,
-    table_NVD: Array,
-    targets_BT: Array,
-    weights_BT: Array,
-    pieces: int,
-    mesh: Mesh,
-    vocab_size: int,
+    inputs: LMInputs, pieces: int, mesh: Mesh, vocab_size: int | None
 ) -> tuple[Array, tuple[Array, Array]]:
-    def local(x: Array, table: Array, targets: Array, weights: Array) -> Any:
-        size = _vocab_size_if_shared(mesh, vocab_size)
-        total, d_x, d_table_DV = cross_entropy.total_loss_and_gradients(
-            x, table[0], targets, weights, pieces, size
-        )
-        if size is not None:
+    def local(inputs: LMInputs) -> Any:
+        own = inputs.replace(table=inputs.table[0])  # type: ignore[attr-defined]
+        total, d_x, d_table_DV = cross_entropy.total_loss_and_gradients(own, pieces, vocab_size)
+        if vocab_size is not None:
             d_x = lax.psum(d_x, "tensor")
         return _reduce(total, P(), mesh), (d_x, d_table_DV[None])
 
-    in_specs = (_ROWS, _REPLICATED_TABLE, _ROWS, _ROWS)
     out_specs = (P(), (_ROWS, P(BATCH_AXES, None, "tensor")))
-    run = _on_each_device(local, mesh, in_specs, out_specs)
-    return run(x_BTD, table_NVD, targets_BT, weights_BT)
+    return _on_each_device(local, mesh, (_LM_LAYOUT,), out_specs)(inputs)
 
 
 def _cross_entropy_backward(
-    pieces: int, mesh: Mesh, vocab_size: int, residuals: tuple[Array, Array], g: Array
-) -> tuple[Array, Array, None, None]:
+    pieces: int, mesh: Mesh, vocab_size: int | None, residuals: tuple[Array, Array], g: Array
+) -> tuple[LMInputs]:
     d_x_BTD, d_table_NDV = residuals
     d_table_NVD = (d_table_NDV * g).swapaxes(1, 2)
-    return (d_x_BTD * g).astype(d_x_BTD.dtype), d_table_NVD, None, None
+    return (LMInputs((d_x_BTD * g).astype(d_x_BTD.dtype), d_table_NVD, None, None),)
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -4,25 +4,19 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.checkpoint.memory import Store
 from gptjax.checkpoint.meta import Meta
 from gptjax.errors import Preempted, StopRequested, TrainingDiverged
-from gptjax.model.gpt import GPT
-from gptjax.model.objective import Objective
 from gptjax.state import TrainState
 from gptjax.train import ledger
 from gptjax.train import step as step_lib
 from gptjax.train.context import RunContext
-from gptjax.train.optimizer import Optimizer
 from gptjax.train.profile import StepProfiler
 from gptjax.train.progress import Progress
 from gptjax.train.stages import Scores, Stage
@@ -34,27 +28,8 @@ _RECORDS = 500
 _LONG_WAIT = 0.1
 
 
-@functools.cache
-def _train_step(
-    mesh: Mesh, model: GPT, objective: Objective, optimizer: Optimizer
-) -> Callable[..., Any]:
-    """Returns the jitted train step, the same one for runs that differ in seed or data only."""
-    return step_lib.jit_train_step(
-        mesh,
-        model=model,
-        objective=objective,
-        optimizer=optimizer.transformation,
-        micro=optimizer.config.accumulation,
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Pending:
-    """A step whose output is still on the devices."""
-
-    step: int
-    output: StepOutput
-    tokens: int
+# Runs that differ in seed or data only share a compiled step.
+_jit_train_step = functools.cache(step_lib.jit_train_step)
 
 
 class Trainer:
@@ -82,18 +57,18 @@ class Trainer:
         self._checkpoints, self._meta = checkpoints, meta
         self._state, self._done = state, start
         self._ledger = checkpoints.ledger(start)
-        self._pending: _Pending | None = None
+        # Number, tokens and output of a step whose output is still on the devices.
+        self._pending: tuple[int, int, StepOutput] | None = None
         self._record_every = max(1, stage.total_steps // _RECORDS)
         # Placed once, so that the steps transfer nothing but their batches.
-        seed, replicated = np.uint32(context.setup.seed), mesh_lib.replicated(context.setup.mesh)
+        seed, mesh = np.uint32(context.setup.seed), context.setup.mesh
+        replicated = mesh_lib.replicated(mesh)
         self._seed = jax.make_array_from_callback((), replicated, lambda _: seed)
-        self._train_step = _train_step(
-            context.setup.mesh, stage.model, stage.objective, stage.optimizer
-        )
-        self._progress = Progress(stage.name, stage.total_steps, start, context.reporter)
+        self._train_step = _jit_train_step(mesh, stage.model, stage.objective, stage.optimizer)
+        self._reporter = context.options.reporter
+        self._progress = Progress(stage.name, stage.total_steps, start, self._reporter)
         folder = os.path.join(context.workdir, "profile", stage.name)
-        count = context.profile if context.is_main else 0
-        self._profiler = StepProfiler(folder, count, start, stage.total_steps)
+        self._profiler = StepProfiler(folder, context.options.profile, start, stage.total_steps)
 
     def train(self) -> dict[str, float]:
         """Trains to the end of the stage.
@@ -117,12 +92,12 @@ class Trainer:
         self._checkpoints.wait()
         if profiler.steps:
             steps = f"{len(profiler.steps)} steps from {profiler.steps[0]:,} on"
-            self._context.reporter.say(f"{name}: trace of {steps} -> {profiler.folder}")
+            self._reporter.say(f"{name}: trace of {steps} -> {profiler.folder}")
         if not progress.tokens_per_second:
             return {}
         if progress.input_wait > _LONG_WAIT:
             share = f"{progress.input_wait:.0%}"
-            self._context.reporter.say(f"{name}: {share} of the time waiting for batches")
+            self._reporter.say(f"{name}: {share} of the time waiting for batches")
         return {
             "tokens_per_second": progress.tokens_per_second,
             "input_wait": progress.input_wait,
@@ -149,7 +124,7 @@ class Trainer:
         if step in profiler.steps[:1]:
             with self._progress.paused():
                 profiler.begin()
-        with profiler.annotate(step):
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
             self._step(batch)
         if step in profiler.steps[-1:]:
             self._read_pending()
@@ -166,7 +141,7 @@ class Trainer:
         self._state, output = self._train_step(self._state, placed, self._seed)
         self._done += 1
         self._read_pending()
-        self._pending = _Pending(self._done, output, tokens)
+        self._pending = self._done, tokens, output
 
     def _read_pending(self) -> None:
         """Fetches the output of the last unread step, and records it.
@@ -176,8 +151,8 @@ class Trainer:
         """
         if self._pending is None:
             return
-        step, tokens = self._pending.step, self._pending.tokens
-        output: StepOutput = jax.device_get(self._pending.output)
+        step, tokens, on_devices = self._pending
+        output: StepOutput = jax.device_get(on_devices)
         self._pending = None
         stage = self._stage
         self._ledger = ledger.entry(self._ledger, int(output.batch_checksum))

@@ -1,8 +1,5 @@
 """A profiler trace of some steps of a training, for TensorBoard or Perfetto."""
 
-import contextlib
-from collections.abc import Iterator
-
 import jax
 
 from gptjax.io.files import disk_errors
@@ -39,15 +36,6 @@ class StepProfiler:
         with disk_errors(self.folder):
             jax.profiler.start_trace(self.folder)
         self._active = True
-
-    @contextlib.contextmanager
-    def annotate(self, step: int) -> Iterator[None]:
-        """Marks the work of its block as that of a step."""
-        if step in self.steps:
-            with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                yield
-        else:
-            yield
 
     def end(self) -> None:
         """Ends the trace, if it has begun, and writes it."""

@@ -2,8 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,78 +13,35 @@ from gptjax.checkpoint import load
 from gptjax.checkpoint.memory import MemoryStore, Store
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import CheckpointStore
-from gptjax.cluster import stop as stop_lib
-from gptjax.cluster.processes import (
-    broadcast,
-    require_same,
-    require_shared,
-    synchronised_stop,
-)
-from gptjax.cluster.stop import StopRequest
+from gptjax.cluster import processes
+from gptjax.cluster.stop import StopRequest, make_check
 from gptjax.config import schema, validation
-from gptjax.config.schema import INHERITED_SIZES, Experiment, ModelConfig
+from gptjax.config.schema import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import Preempted, StopRequested, require
 from gptjax.evaluate import probes
-from gptjax.evaluate.score import never_stop
-from gptjax.io import files
-from gptjax.io.remote import exists, is_folder, is_remote, require_workdir
+from gptjax.io import files, remote
 from gptjax.mesh import Params
 from gptjax.model import flops
 from gptjax.parameters import TASK_HEAD
-from gptjax.state import TrainState
 from gptjax.train import stages as stages_lib
-from gptjax.train.context import RunContext, Setup
+from gptjax.train.context import Options, RunContext, Setup
 from gptjax.train.log import MetricsLog
 from gptjax.train.loop import Trainer
-from gptjax.train.progress import Reporter, TerminalReporter
+from gptjax.train.progress import Reporter
 from gptjax.train.stages import Scores, Stage
 from gptjax.train.step import initial_state
 
-if TYPE_CHECKING:
-    from datasets import Dataset
 
-Tables: TypeAlias = Mapping[str, Mapping[str, "Dataset"]]
-"""Stage -> split -> rows in memory."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
-    """Options of a run besides its experiment."""
-
-    given: Collection[str] = ()
-    """Fields ("model.width") that the user set by flag. They may not be overruled silently."""
-    tables: Tables = dataclasses.field(default_factory=dict)
-    """Rows to train on, instead of files or a data set in the experiment."""
-    profile: int = 0
-    """Number of steps of each stage to write a profiler trace of; 0 means none."""
-    reporter: Reporter = dataclasses.field(default_factory=TerminalReporter)
-    """Receives messages and progress."""
-    trial: bool = False
-    """Whether the best parameters are kept in memory, and no checkpoints are written."""
-
-
-def run(
-    experiment: Experiment,
-    workdir: str,
-    given: Collection[str] = (),
-    profile: int = 0,
-    tables: Tables | None = None,
-    reporter: Reporter | None = None,
-) -> dict[str, Any]:
+def run(experiment: Experiment, workdir: str, options: Options | None = None) -> dict[str, Any]:
     """Trains the experiment's stages in order. A run that was stopped continues where it was.
 
     Args:
       experiment: the configuration.
       workdir: folder of the run.
-      given: fields ("model.width") that the user set by flag. They may not be overruled silently.
-      profile: the number of steps of each stage to write a profiler trace of, below
-        WORKDIR/profile. The first steps of a stage, which compile, are left out. 0 means no trace.
-      tables: stage -> split -> rows to train on, instead of files or a data set in the experiment.
-        The splits are "train" and, if there are such, "validation" and "test".
-      reporter: receives messages and progress; None means stdout and stderr.
+      options: its other options; None means the defaults.
 
     Returns:
       The summary, which is also written to WORKDIR/summary.json.
@@ -95,91 +51,85 @@ def run(
       Preempted: the run was asked to stop; the state is saved.
       TrainingDiverged: several updates in a row were not finite.
     """
-    tables = tables or {}
-    for stage in tables:
+    options = options or Options()
+    for stage in options.tables:
         known = stage in (schema.Stage.PRETRAIN, schema.Stage.FINETUNE)
         require(
             known and getattr(experiment, stage),
             f"`tables`: the experiment has no stage {stage!r}",
         )
-    experiment = validation.validate(experiment, tables)
-    require(profile >= 0, f"`profile`={profile}: must not be negative")
+    experiment = validation.validate(experiment, options.tables)
+    require(options.profile >= 0, f"`profile`={options.profile}: must not be negative")
     require(
-        not (profile and is_remote(workdir)),
-        f"`profile`={profile}: a trace is written to a folder, and `workdir`={workdir} is in a "
-        "bucket",
+        not (options.profile and remote.is_remote(workdir)),
+        f"`profile`={options.profile}: a trace is written to a folder, and `workdir`={workdir} is "
+        "in a bucket",
     )
     require(
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
     )
     # Before the mesh is made, which may fail in some of the processes if their meshes differ.
-    require_same({"config": schema.to_dict(experiment)})
+    processes.require_same({"config": schema.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
-        check_stop = stop_lib.make_check(synchronised_stop(stop))
-        options = Options(
-            given=given, tables=tables, profile=profile,
-            reporter=reporter or TerminalReporter(),
-        )  # fmt: skip
+        check_stop = make_check(processes.synchronised_stop(stop))
         try:
-            return train(experiment, workdir, mesh, check_stop, options)
+            options = dataclasses.replace(options, check_stop=check_stop)
+            return train(experiment, workdir, mesh, options)
         except Preempted as error:
             error.interrupted = stop.interrupted
             raise
 
 
-def train(
-    experiment: Experiment,
-    workdir: str,
-    mesh: Mesh,
-    check_stop: Callable[[], None],
-    options: Options,
-) -> dict[str, Any]:
+def train(experiment: Experiment, workdir: str, mesh: Mesh, options: Options) -> dict[str, Any]:
     """Trains a validated experiment on a mesh; returns the summary.
 
     Args:
       experiment: the configuration.
       workdir: folder of the run.
       mesh: the devices.
-      check_stop: as in `Setup`.
-      options: the other options.
+      options: its other options.
 
     Raises:
       The exceptions of `run`.
     """
-    is_main = jax.process_index() == 0
     check_workdir(experiment, workdir, "checkpoints")
-    setup, stages = prepare(experiment, workdir, mesh, options, check_stop)
+    setup, stages = prepare(experiment, workdir, mesh, options)
     # Nothing is written before the data is known to be valid, and the same in all processes.
     facts = {
         stage.name: {"data": stage.fingerprint, "steps": stage.total_steps} for stage in stages
     }
     devices = jax.local_device_count()
-    require_same({"tokenizer": setup.tokenizer.hash, "devices": devices, **facts})
+    processes.require_same({"tokenizer": setup.tokenizer.hash, "devices": devices, **facts})
+    is_main = jax.process_index() == 0
+    if not is_main:
+        options = dataclasses.replace(options, reporter=Reporter(), profile=0)
     with MetricsLog(workdir, enabled=is_main) as log:
-        reporter = options.reporter if is_main else Reporter()
-        context = RunContext(
-            experiment, workdir, setup, log, reporter, is_main, options.trial, options.profile
-        )
-        _write_configuration(context)
-        return _train_stages(context, stages)
+        if is_main:
+            files.write_json(os.path.join(workdir, "config.json"), schema.to_dict(experiment))
+            tokenizer_path = os.path.join(workdir, "tokenizer.json")
+            files.write_atomically(tokenizer_path, setup.tokenizer.to_json().encode())
+        if not options.trial:
+            processes.require_shared(workdir)
+        return _train_stages(RunContext(experiment, workdir, setup, log, options), stages)
 
 
 def prepare(
-    experiment: Experiment,
-    workdir: str,
-    mesh: Mesh,
-    options: Options = Options(),
-    check_stop: Callable[[], None] = never_stop,
+    experiment: Experiment, workdir: str, mesh: Mesh, options: Options
 ) -> tuple[Setup, list[Stage]]:
     """Loads the data of a validated experiment and builds its stages.
 
     Nothing is written to `workdir`. Arguments and errors are those of `train`.
     """
-    data = _load_data(experiment, options.tables)
-    tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, options.given)
-    setup = Setup(model, tokenizer, mesh, experiment.seed, check_stop)
+    data: dict[str, Any] = {}  # stage -> split -> texts or labelled rows
+    if experiment.pretrain:
+        data["pretrain"] = splits.text_splits(experiment.pretrain, options.tables.get("pretrain"))
+    if experiment.finetune:
+        rows = options.tables.get("finetune")
+        data["finetune"] = splits.labelled_splits(experiment.finetune, experiment.seed, rows)
+    tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, options)
+    setup = Setup(model, tokenizer, mesh, experiment.seed, options.check_stop)
     return setup, _build_stages(experiment, setup, data)
 
 
@@ -192,9 +142,9 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
       product: name of the file or folder with the results of a run. A workdir without it has no
         results yet, and is accepted with any configuration.
     """
-    require_workdir(workdir)
+    remote.require_workdir(workdir)
     path = os.path.join(workdir, "config.json")
-    if not (exists(path) and exists(os.path.join(workdir, product))):
+    if not (remote.exists(path) and remote.exists(os.path.join(workdir, product))):
         return
     # Converted to a configuration and back, because a file of an older version lacks new fields.
     old = schema.from_dict(Experiment, files.read_json(path), path)
@@ -207,20 +157,8 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     )
 
 
-def _load_data(experiment: Experiment, tables: Tables) -> dict[str, Any]:
-    """Returns stage -> split -> texts or labelled rows."""
-    data: dict[str, Any] = {}
-    if experiment.pretrain:
-        rows = tables.get(schema.Stage.PRETRAIN)
-        data["pretrain"] = splits.text_splits(experiment.pretrain, rows)
-    if experiment.finetune:
-        rows = tables.get(schema.Stage.FINETUNE)
-        data["finetune"] = splits.labelled_splits(experiment.finetune, experiment.seed, rows)
-    return data
-
-
 def _choose_tokenizer_and_sizes(
-    experiment: Experiment, workdir: str, data: dict[str, Any], given: Collection[str]
+    experiment: Experiment, workdir: str, data: dict[str, Any], options: Options
 ) -> tuple[Tokenizer, ModelConfig]:
     """Returns the tokenizer, and the model's configuration with the tokenizer's vocabulary size.
 
@@ -229,21 +167,19 @@ def _choose_tokenizer_and_sizes(
     model = experiment.model
     if experiment.init_from:
         meta = load.open_checkpoint(experiment.init_from, "init_from").meta
-        _refuse_overruled(experiment, meta, given)
-        model = dataclasses.replace(
-            model, **{name: getattr(meta.model, name) for name in INHERITED_SIZES}
-        )
+        _refuse_overruled(experiment, meta, options)
+        model = meta.with_sizes(model)
         # Other fields of the experiment may not fit the sizes of the checkpoint.
         validation.validate_model(model)
         if experiment.finetune:
             validation.validate_head(experiment.finetune, model)
         return tokenizer_lib.from_json(meta.tokenizer_json), model
     saved = os.path.join(workdir, "tokenizer.json")
-    if exists(saved) and is_folder(os.path.join(workdir, "checkpoints")):
+    if remote.exists(saved) and remote.is_folder(os.path.join(workdir, "checkpoints")):
         tokenizer = tokenizer_lib.load(saved)
     else:
         if experiment.pretrain:
-            texts = stages_lib.pretrain_texts(data["pretrain"])
+            texts = data["pretrain"]["train"]
             tokenizer = tokenizer_lib.build(experiment.tokenizer, texts, texts.fingerprint)
         else:
             assert experiment.finetune is not None
@@ -257,13 +193,13 @@ def _choose_tokenizer_and_sizes(
     return tokenizer, dataclasses.replace(model, vocab_size=size)
 
 
-def _refuse_overruled(experiment: Experiment, meta: Meta, given: Collection[str]) -> None:
+def _refuse_overruled(experiment: Experiment, meta: Meta, options: Options) -> None:
     """Refuses fields, set by flag, that differ from the checkpoint in `init_from`."""
     own = f"is that of `init_from`={experiment.init_from}"
-    for name in sorted(given):
+    for name in sorted(options.given):
         part, _, field = name.partition(".")
         require(part != "tokenizer", f"`{name}`: the tokenizer {own}; leave this flag out")
-        if part != "model" or field not in INHERITED_SIZES:
+        if part != "model" or field not in schema.INHERITED_SIZES:
             continue
         ours, theirs = getattr(experiment.model, field), getattr(meta.model, field)
         # The meaning of 0 in these fields.
@@ -294,66 +230,37 @@ def _build_stages(experiment: Experiment, setup: Setup, data: dict[str, Any]) ->
     return stages
 
 
-def _write_configuration(context: RunContext) -> None:
-    """Writes config.json and tokenizer.json, and checks that all processes share the workdir."""
-    if context.is_main:
-        path = os.path.join(context.workdir, "config.json")
-        files.write_json(path, schema.to_dict(context.experiment))
-        path = os.path.join(context.workdir, "tokenizer.json")
-        files.write_atomically(path, context.setup.tokenizer.to_json().encode())
-    if not context.trial:
-        require_shared(context.workdir)
-
-
 def _train_stages(context: RunContext, stages: list[Stage]) -> dict[str, Any]:
     """Trains the stages in order; returns the summary."""
     path = os.path.join(context.workdir, "summary.json")
-    old = broadcast("summary.json", lambda: files.read_json(path) if exists(path) else {})
+    old = processes.broadcast(
+        "summary.json", lambda: files.read_json(path) if remote.exists(path) else {}
+    )
     summary: dict[str, Any] = {}
     pretrained: Params | None = None
-    context.reporter.say(mesh_lib.describe_machine())
+    context.options.reporter.say(mesh_lib.describe_machine())
     for stage in stages:
         for note in stage.notes:
-            context.reporter.say(note)
-        from_scratch = stage.name == schema.Stage.FINETUNE_FROM_SCRATCH or stage.transfer == "none"
-        start = None if from_scratch else _pretrained_params(context, pretrained)
-        params, summary[stage.name] = _train_stage(context, stage, start, old.get(stage.name))
+            context.options.reporter.say(note)
+        params, summary[stage.name] = _train_stage(context, stage, pretrained, old.get(stage.name))
         if stage.name == schema.Stage.PRETRAIN:
             pretrained = params
-        if context.is_main:
+        if jax.process_index() == 0:
             # Entries of later stages stay: this run may be stopped before it reaches them.
             later = {stage.name: old[stage.name] for stage in stages if stage.name in old}
             files.write_json(path, later | summary)
     return summary
 
 
-def _pretrained_params(
-    context: RunContext, pretrained: Params | None
-) -> Callable[[], Params] | None:
-    """Returns a function that returns the pretrained parameters; None if there are none.
-
-    A function, because a stage that continues from a checkpoint does not need them.
-    """
-    if pretrained is not None:
-        return lambda: pretrained
-    path, mesh = context.experiment.init_from, context.setup.mesh
-    if not path:
-        return None
-    return lambda: load.open_checkpoint(path, "init_from").load_params(mesh)
-
-
 def _train_stage(
-    context: RunContext,
-    stage: Stage,
-    pretrained: Callable[[], Params] | None,
-    old: dict[str, Any] | None,
+    context: RunContext, stage: Stage, pretrained: Params | None, old: dict[str, Any] | None
 ) -> tuple[Params, dict[str, Any]]:
     """Trains one stage to its end.
 
     Args:
       context: the run.
       stage: the stage.
-      pretrained: returns the parameters to start from; None means random parameters.
+      pretrained: the parameters of the run's pretraining; None if it has none.
       old: the stage's entry in the summary of an earlier run.
 
     Returns:
@@ -366,10 +273,11 @@ def _train_stage(
         like = state_lib.abstract(make, mesh, key)
         restored = checkpoints.restore_newest(like, lambda other: _require_same_run(meta, other))
         if restored is None:
-            state, start = _first_state(make, mesh, key, pretrained, stage.transfer), 0
+            state, start = state_lib.born_sharded(make, mesh, key), 0
+            state = state.replace(params=_first_params(context, stage, pretrained, state.params))
         else:
             state, start = restored
-            context.reporter.say(
+            context.options.reporter.say(
                 f"{stage.name}: continuing at step {start:,} of {stage.total_steps:,}"
             )
         finished = old if start == stage.total_steps else None
@@ -387,35 +295,33 @@ def _train_stage(
 
 
 def _open_checkpoints(context: RunContext, stage: Stage) -> Store:
-    if context.trial:
+    if context.options.trial:
         return MemoryStore(context.workdir, stage.metric)
     policy = context.experiment.checkpoint
     return CheckpointStore(context.workdir, stage.name, policy, stage.metric)
 
 
-def _first_state(
-    make: Callable[[jax.Array], TrainState],
-    mesh: Mesh,
-    key: jax.Array,
-    pretrained: Callable[[], Params] | None,
-    transfer: str,
-) -> TrainState:
-    """Returns the state before the first step.
+def _first_params(
+    context: RunContext, stage: Stage, pretrained: Params | None, fresh: Params
+) -> Params:
+    """Returns the parameters before the first step.
 
     Args:
-      make: from `initial_state`.
-      mesh: the devices.
-      key: of the random parameters.
-      pretrained: returns the parameters to start from, all but the task head; None: random ones.
-      transfer: the layers that are used of them, as in `FinetuneConfig.transfer`.
+      context: the run. Its `init_from` is read if there are no other pretrained parameters.
+      stage: says which layers of the pretrained parameters are used.
+      pretrained: parameters to start from, all but the task head; None: those of `init_from`.
+      fresh: random parameters, for what has no pretrained ones.
     """
-    state = state_lib.born_sharded(make, mesh, key)
+    from_scratch = stage.name == schema.Stage.FINETUNE_FROM_SCRATCH or stage.transfer == "none"
+    path = context.experiment.init_from
+    if from_scratch or (pretrained is None and not path):
+        return fresh
     if pretrained is None:
-        return state
-    params = state_lib.merge_params(pretrained(), state.params, (TASK_HEAD,))
-    if transfer != "all":
-        params = state_lib.transfer_layers(params, state.params, int(transfer))
-    return state.replace(params=params)
+        pretrained = load.open_checkpoint(path, "init_from").load_params(context.setup.mesh)
+    params = state_lib.merge_params(pretrained, fresh, (TASK_HEAD,))
+    if stage.transfer != "all":
+        params = state_lib.transfer_layers(params, fresh, int(stage.transfer))
+    return params
 
 
 def _make_meta(context: RunContext, stage: Stage) -> Meta:

@@ -3,30 +3,20 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
-from gptjax.batch import Batch
 from gptjax.config import schema
-from gptjax.config.schema import (
-    FinetuneConfig,
-    Head,
-    LmMean,
-    ModelConfig,
-    PretrainConfig,
-    TaskSpec,
-)
+from gptjax.config.schema import FinetuneConfig, ModelConfig, PretrainConfig, TaskSpec
 from gptjax.data import fingerprints, loader, splits, tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tables.texts import Texts
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
-from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics
 from gptjax.evaluate import probes as probes_lib
@@ -39,66 +29,9 @@ from gptjax.train.context import Setup
 from gptjax.train.optimizer import Optimizer
 
 Scores = dict[str, float]
-
-
-class Batches(Protocol):
-    """The training batches. The batch of a step is the same in every run."""
-
-    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of steps [start, stop)."""
-
-
-class Scorer(Protocol):
-    """Scores parameters on one split."""
-
-    def __call__(self, params: Params) -> Scores:
-        """Returns the losses and metrics.
-
-        Raises:
-          StopRequested: the run was asked to stop.
-        """
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TextScorer:
-    """Scores a language model on a token stream, and on probes."""
-
-    evaluator: Evaluator
-    stream: np.ndarray
-    """Integers [n], token ids."""
-    window: int
-    """Tokens of a window."""
-    rows: int
-    """Windows of a batch."""
-    limit: int
-    """The number of batches that are read; 0 means all of them."""
-    probes: Sequence[Probe] = ()
-
-    def __call__(self, params: Params) -> Scores:
-        """Returns "loss" and "perplexity", and "probe_NAME_METRIC" and "probe_NAME_floor"."""
-        scores = self.evaluator.language_model(
-            params, self.stream, self.window, self.rows, self.limit
-        )
-        results = probes_lib.run(self.evaluator, params, self.probes)
-        for probe in self.probes:
-            for name in (probe.metric, "floor"):
-                scores[f"probe_{probe.name}_{name}"] = results[probe.name][name]
-        return scores
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class TaskScorer:
-    """Scores a model on the labelled examples of a split."""
-
-    evaluator: Evaluator
-    examples: Examples
-    packer: Packer
-    spec: TaskSpec
-    metric_names: tuple[str, ...]
-
-    def __call__(self, params: Params) -> Scores:
-        """Returns "loss" (joint), "task_loss", "lm_loss" and the metrics."""
-        return self.evaluator.task(params, self.examples, self.packer, self.spec, self.metric_names)
+Scorer = Callable[[Params], Scores]
+"""Returns the losses and metrics of parameters on one split; raises `StopRequested` if the run was
+asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -109,7 +42,7 @@ class Stage:
     model: GPT
     objective: Objective
     optimizer: Optimizer
-    batches: Batches
+    batches: loader.Batches
     validate: Scorer
     """Scores the validation split."""
     test: Scorer | None = None
@@ -135,11 +68,6 @@ class Stage:
     def total_steps(self) -> int:
         """Number of steps of the whole stage."""
         return self.optimizer.total_steps
-
-
-def pretrain_texts(data: dict[str, Texts]) -> Texts:
-    """Returns the training texts of pretraining, for the tokenizer to learn from."""
-    return data["train"]
 
 
 def finetune_texts(data: dict[str, LabelledTable], config: FinetuneConfig) -> Iterator[str]:
@@ -197,6 +125,18 @@ def pretrain(
     total = config.steps or math.ceil(config.epochs * batches.windows / rows)
     model, objective = make_model(setup.model, None, mesh), Objective()
     evaluator = Evaluator(model, mesh, objective, setup.check_stop)
+
+    def validate(params: Params) -> Scores:
+        """Returns "loss" and "perplexity", and "probe_NAME_METRIC" and "probe_NAME_floor"."""
+        scores = evaluator.language_model(
+            params, stream["validation"], window, rows, config.eval_batches
+        )
+        results = probes_lib.run(evaluator, params, probes)
+        for probe in probes:
+            for name in (probe.metric, "floor"):
+                scores[f"probe_{probe.name}_{name}"] = results[probe.name][name]
+        return scores
+
     unknown = statistics.unknown / len(stream["train"])
     epochs = total * rows / batches.windows
     notes = (
@@ -210,25 +150,13 @@ def pretrain(
         objective=objective,
         optimizer=Optimizer(config.optimizer, total, "pretrain.optimizer"),
         batches=batches,
-        validate=TextScorer(
-            evaluator, stream["validation"], window, rows, config.eval_batches, probes
-        ),
+        validate=validate,
         metric="loss",
         eval_every=config.eval_every or total,
         save_every=config.save_every,
         fingerprint=statistics.fingerprint,
         notes=notes,
     )
-
-
-def _encode(
-    data: dict[str, LabelledTable], spec: TaskSpec, tokenizer: Tokenizer, context_length: int
-) -> dict[str, Examples]:
-    """Tokenises the rows of all splits."""
-    examples = {}
-    for name, table in data.items():
-        examples[name] = tasks.encode(spec, table, tokenizer, context_length, use_cache=True)
-    return examples
 
 
 def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
@@ -296,7 +224,7 @@ def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
 def _task_spec(config: FinetuneConfig, setup: Setup, data: dict[str, LabelledTable]) -> TaskSpec:
     """Returns the task with its label names and, for a flattened head, its length."""
     spec = _with_labels(splits.task_spec(config), data)
-    if config.head != Head.FLATTEN:
+    if config.head != schema.Head.FLATTEN:
         return spec
     length = tasks.padded_length(spec, data["train"], setup.tokenizer, setup.model.context_length)
     return dataclasses.replace(spec, flatten=length)
@@ -317,29 +245,30 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     )
     metric_names = metrics.parse(config.metrics, config.task)
     spec = _task_spec(config, setup, data)
-    examples = _encode(data, spec, setup.tokenizer, setup.model.context_length)
+    examples = {
+        name: tasks.encode(spec, table, setup.tokenizer, setup.model.context_length, use_cache=True)
+        for name, table in data.items()
+    }
     train = examples["train"]
     baselines = _baselines(metric_names, examples, spec)
-    devices, sequence_means = mesh_lib.batch_divisor(mesh), config.lm_mean == LmMean.SEQUENCE
+    devices, sequence_means = mesh_lib.batch_divisor(mesh), config.lm_mean == schema.LmMean.SEQUENCE
     divisor = devices * config.optimizer.accumulation
-    packer = Packer(train.lengths, config.batch_size, config.row_length, divisor, sequence_means)
+    size = config.batch_size
+    packer = Packer(train.lengths, size, config.row_length, divisor, sequence_means)
     epoch = _steps_per_epoch(config, len(train))
     total = config.steps or math.ceil(config.epochs * epoch)
     longest = max(split.max_sequence_length for split in examples.values())
     model = make_model(setup.model, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     evaluator = Evaluator(model, mesh, objective, setup.check_stop)
-    scorers = {
-        name: TaskScorer(
-            evaluator,
-            split,
-            Packer(split.lengths, config.batch_size, packer.row_length, devices, sequence_means),
-            spec,
-            metric_names,
-        )
-        for name, split in examples.items()
-        if name != "train"
-    }
+
+    def scorer(split: Examples) -> Scorer:
+        """Returns the function that scores a split: the joint "loss", "task_loss", "lm_loss" and
+        the metrics."""
+        rows = Packer(split.lengths, size, packer.row_length, devices, sequence_means)
+        return lambda params: evaluator.task(params, split, rows, spec, metric_names)
+
+    scorers = {name: scorer(split) for name, split in examples.items() if name != "train"}
     local = functools.partial(mesh_lib.local_rows, mesh)
     kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
     notes = [
@@ -354,7 +283,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         model=model,
         objective=objective,
         optimizer=Optimizer(config.optimizer, total, "finetune.optimizer"),
-        batches=kind(train, packer, config.batch_size, setup.seed, local),
+        batches=kind(train, packer, size, setup.seed, local),
         validate=scorers["validation"],
         test=scorers.get("test"),
         metric=metric_names[0],

@@ -54,49 +54,46 @@ def initial_state(
 def train_step(
     state: TrainState,
     batch: Batch,
-    *,
+    seed: int | jax.Array,
     model: GPT,
     objective: Objective,
-    optimizer: optax.GradientTransformation,
-    micro: int,
-    seed: int | jax.Array,
+    optimizer: Optimizer,
 ) -> tuple[TrainState, StepOutput]:
     """Updates the state by one batch.
 
     Args:
       state: parameters, optimizer state and step.
       batch: the packed rows.
+      seed: the dropout masks are a function of the seed and the step.
       model: the model.
       objective: the loss that is minimised.
-      optimizer: the update rule; its state is an `optax.ApplyIfFiniteState`.
-      micro: number of micro-batches that the batch is divided into; their gradients are summed.
-      seed: the dropout masks are a function of the seed and the step.
+      optimizer: the update rule, and the number of micro-batches that the batch is divided into,
+        whose gradients are summed.
 
     Returns:
       The next state, and the losses and gradient norm before the update.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
+    micro, update = optimizer.config.accumulation, optimizer.transformation.update
     grads, sums = gradients(model, objective, state.params, batch, key, micro)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     checksum = ledger.of_batch(batch)
     output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count, checksum)
     return TrainState(state.step + 1, params, opt_state), output
 
 
-def jit_train_step(mesh: Mesh, **kwargs: Any) -> Callable[[TrainState, Batch, Any], Any]:
+def jit_train_step(
+    mesh: Mesh, model: GPT, objective: Objective, optimizer: Optimizer
+) -> Callable[[TrainState, Batch, Any], Any]:
     """Returns the jitted function (state, batch, seed) -> (state, output) of `train_step`.
 
     The state is donated and keeps its layout; the output is replicated. The seed is a uint32
     argument, so that one program serves all seeds.
-
-    Args:
-      mesh: the devices.
-      **kwargs: the other keyword arguments of `train_step`.
     """
 
     def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, StepOutput]:
-        new_state, output = train_step(state, batch, seed=seed, **kwargs)
+        new_state, output = train_step(state, batch, seed, model, objective, optimizer)
         places = mesh_lib.state_sharding(new_state, mesh)
         return (
             jax.lax.with_sharding_constraint(new_state, places),

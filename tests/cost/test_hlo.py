@@ -51,6 +51,11 @@ pad=0_0x2_2x11_11 rhs_reversal=0x1x1}, dim_labels=0bf12_i12o0->0b12f
 """
 
 
+def costs(module: parse.Module) -> tuple[int, int]:
+    """Operations and memory traffic of a step."""
+    return flops.flops_and_bytes(module, module.executions())
+
+
 @pytest.mark.parametrize("start", [0, 2])
 def test_a_program_of_a_tpu_is_read(start):
     # The product's left side also has two spatial dimensions of size 1, absent in the text.
@@ -59,12 +64,12 @@ def test_a_program_of_a_tpu_is_read(start):
     assert module.unknown_loops() == []
     totals = collectives.totals(collectives.find(module))
     assert totals == {"all-reduce": {"count": trips, "bytes": 4 * trips}}
-    assert flops.flops(module) == 2 * 32 * 512 * 768 * 3 * 12 * 64
+    assert costs(module)[0] == 2 * 32 * 512 * 768 * 3 * 12 * 64
     # Each iteration reads a slice of the array and the counter, and reads and writes the sum.
     # Outside the loop, both matrices and the counter's first value are read. Writes to memory on
     # the chip do not count.
     matrices = 2 * (32 * 512 * 768 + 768 * 3 * 12 * 64)
-    assert flops.memory_bytes(module) == trips * (4 * 8 * 2 + 4 + 8) + matrices + 4
+    assert costs(module)[1] == trips * (4 * 8 * 2 + 4 + 8) + matrices + 4
 
 
 def test_a_kernel_counts_as_what_it_says():
@@ -72,7 +77,7 @@ def test_a_kernel_counts_as_what_it_says():
     kernel = f'%k = f32[] custom-call(), backend_config={{"custom_call_config":{{,{cost}}}}}'
     text = PROGRAM.replace("START", "0").replace("bf16[32,512,768]", "bf16[32,512,768,1,1]")
     more = parse.parse(text.replace("  %start = s32[]", f"  {kernel}\n  %start = s32[]"))
-    assert flops.flops(more) == flops.flops(parse.parse(text)) + 700
+    assert costs(more)[0] == costs(parse.parse(text))[0] + 700
 
 
 def test_a_loop_of_unknown_length_is_named():
@@ -180,12 +185,14 @@ def test_communication_is_exposed_as_far_as_nothing_hides_it():
     # A link sends 16 bytes in a second: each collective-permute takes 1 s, and so does the
     # all-gather, which receives half of 32 bytes.
     fast = hardware.Chip(product / 0.25, 1, 1e9, 16.0, 1.0, 4, "")
-    total, exposed = collectives.exposed_seconds(module, found, devices, fast)
+    total, exposed = collectives.total_and_exposed_seconds(module, found, devices, fast)
     assert total == pytest.approx(3.0)
     # One collective-permute overlaps nothing. The other two overlap a product of 0.25 s.
     assert exposed == pytest.approx(1 + 2 - 0.25, abs=1e-3)
     slow = hardware.Chip(product / 5, 1, 1e9, 16.0, 1.0, 4, "")
-    assert collectives.exposed_seconds(module, found, devices, slow)[1] == pytest.approx(1.0)
+    assert collectives.total_and_exposed_seconds(module, found, devices, slow)[1] == pytest.approx(
+        1.0
+    )
 
 
 # An all-reduce over four slices and an all-gather over two, in the style of libtpu.
@@ -234,11 +241,11 @@ def test_what_is_sent_between_slices_is_a_collective():
     # overlaps the first.
     product = 2 * 300**3
     chip = hardware.Chip(product / 0.5, 1, 1e12, 1.0, 16.0, 4, "")
-    total, exposed = collectives.exposed_seconds(module, found, [Place(0, 0)] * 4, chip)
+    total, exposed = collectives.total_and_exposed_seconds(module, found, [Place(0, 0)] * 4, chip)
     assert total == pytest.approx(24 / 16 + 16 / 16)
     assert exposed == pytest.approx(24 / 16 - 0.5 + 16 / 16, abs=1e-3)
     # A send reads its bytes and a recv writes them. The product reads its matrix twice.
-    assert flops.memory_bytes(module) == 2 * 16 + 16 + 32 + 3 * 4 * 300**2
+    assert costs(module)[1] == 2 * 16 + 16 + 32 + 3 * 4 * 300**2
 
 
 def test_the_least_time_of_a_collective_is_that_of_its_links():
@@ -260,4 +267,4 @@ def test_the_roofline_is_the_longer_of_its_two_parts():
     chip = hardware.Chip(100.0, 1, 10.0, 1.0, 1.0, 4, "")
     assert hardware.roofline(chip, 200.0, 5.0).step_seconds == 2.0
     assert hardware.roofline(chip, 200.0, 50.0).step_seconds == 5.0
-    assert hardware.roofline(chip, 200.0, 50.0, 0.25).step_seconds == 5.25
+    assert hardware.roofline(chip, 200.0, 50.0, 1.0, 0.25).step_seconds == 5.25

@@ -122,14 +122,12 @@ def test_three_steps_are_those_of_the_reference(expected):
     (test_gpt.py). The tolerance of 1e-4 covers both.
     """
     model, start, batch = problem()
-    optimizer = Optimizer(CONFIG, TOTAL).transformation
+    optimizer = Optimizer(CONFIG, TOTAL)
+    objective = Objective(TaskKind.CLASSIFICATION, LM_WEIGHT)
     step = small.fast_jit(
-        lambda current: step_lib.train_step(
-            current, batch, model=model, objective=Objective(TaskKind.CLASSIFICATION, LM_WEIGHT),
-            optimizer=optimizer, micro=1, seed=0,
-        )
-    )  # fmt: skip
-    current = state.create(start, optimizer)
+        lambda current: step_lib.train_step(current, batch, 0, model, objective, optimizer)
+    )
+    current = state.create(start, optimizer.transformation)
     for (task, lm, _), gradient_norm in zip(*expected[:2], strict=True):
         current, output = step(current)
         sums = output.losses

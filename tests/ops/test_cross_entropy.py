@@ -8,6 +8,7 @@ import reference
 import small
 
 from gptjax.ops import cross_entropy
+from gptjax.ops.cross_entropy import LMInputs
 
 
 def plain(x, table, targets, weights):
@@ -53,7 +54,8 @@ def test_loss_in_pieces_and_gradients_equal_the_plain_ones(shape, dtype):
     for pieces in divisors:
 
         def in_pieces(x, table, pieces=pieces):
-            return 3 * cross_entropy.cross_entropy(x, table, targets, weights, pieces)
+            inputs = LMInputs(x, table, targets, weights)
+            return 3 * cross_entropy.cross_entropy(inputs, pieces)
 
         got, grads = small.fast_jit(jax.value_and_grad(in_pieces, (0, 1)))(x, master)
         assert float(got) == pytest.approx(3 * exact, rel=1e-6)
@@ -62,7 +64,7 @@ def test_loss_in_pieces_and_gradients_equal_the_plain_ones(shape, dtype):
         small.assert_trees_close(grads, (exact_x, exact_table), tolerance)
         small.assert_trees_close(grads, want_grads, 2 * tolerance)
         assert not np.any(np.asarray(grads[0], np.float32)[weights == 0])
-    alone = cross_entropy.cross_entropy(x, master, targets, weights, divisors[1])
+    alone = cross_entropy.cross_entropy(LMInputs(x, master, targets, weights), divisors[1])
     assert float(alone) == pytest.approx(exact, rel=1e-6), "without differentiation"
 
 
@@ -74,7 +76,7 @@ def test_bfloat16_loss_is_exact_for_its_inputs():
     x64, table64 = (np.asarray(a, np.float64) for a in (x, table))
     log_p = reference.log_softmax(x64 @ table64.T)
     exact = -np.take_along_axis(log_p, targets[..., None], -1).sum()
-    got = cross_entropy.cross_entropy(x, table, targets, weights, 2)
+    got = cross_entropy.cross_entropy(LMInputs(x, table, targets, weights), 2)
     assert float(got) == pytest.approx(exact, rel=1e-6)
 
 

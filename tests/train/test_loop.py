@@ -56,7 +56,8 @@ def only_explicit_transfers(monkeypatch):
 def train(workdir, steps: int) -> Recorder:
     recorder = Recorder()
     config = finetuning(steps=steps, save_every=2)
-    run.run(experiment(finetune=config), str(workdir), tables=tables(), reporter=recorder)
+    options = run.Options(tables=tables(), reporter=recorder)
+    run.run(experiment(finetune=config), str(workdir), options)
     return recorder
 
 

@@ -33,9 +33,10 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     capsys.readouterr()
     recorder, workdir = Recorder(), str(tmp_path / "tables")
     summary = run.run(
-        experiment(finetune=finetuning(), init_from=pretrained), workdir, tables=tables(),
-        profile=3, reporter=recorder,
-    )  # fmt: skip
+        experiment(finetune=finetuning(), init_from=pretrained),
+        workdir,
+        run.Options(tables=tables(), profile=3, reporter=recorder),
+    )
     assert capsys.readouterr() == ("", "")
     assert runs.records(workdir) == runs.records(f"{tmp_path}/files")
     expected = runs.summary(f"{tmp_path}/files")["finetune"]
@@ -56,9 +57,10 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     assert gptjax.load(workdir).predict([{"text": "good the cat a wall"}]).labels == ["yes"]
     again = Recorder()
     run.run(
-        experiment(finetune=finetuning(), init_from=pretrained), workdir, tables=tables(),
-        reporter=again,
-    )  # fmt: skip
+        experiment(finetune=finetuning(), init_from=pretrained),
+        workdir,
+        run.Options(tables=tables(), reporter=again),
+    )
     assert again.lines[-1] == "finetune: continuing at step 40 of 40"
 
 
@@ -67,10 +69,8 @@ def test_texts_in_memory(tmp_path):
     config = PretrainConfig(batch_size=8, steps=2, validation_fraction=0.2, optimizer=optimizer)
     rows = datasets.Dataset.from_dict({"text": runs.sentences(200)})
     recorder = Recorder()
-    summary = run.run(
-        experiment(pretrain=config), str(tmp_path), tables={"pretrain": {"train": rows}},
-        reporter=recorder, profile=9,
-    )  # fmt: skip
+    options = run.Options(tables={"pretrain": {"train": rows}}, reporter=recorder, profile=9)
+    summary = run.run(experiment(pretrain=config), str(tmp_path), options)
     assert summary["pretrain"]["steps"] == 2
     # The stage is shorter than the trace that was asked for.
     folder = tmp_path / "profile" / "pretrain"
@@ -88,14 +88,16 @@ def test_texts_in_memory(tmp_path):
     ],
 )
 def test_wrong_tables_are_one_line(tmp_path, rows, changes, words):
+    options = run.Options(tables=rows)
     with pytest.raises(UserError) as error:
-        run.run(experiment(finetune=finetuning(**changes)), str(tmp_path / "w"), tables=rows)
+        run.run(experiment(finetune=finetuning(**changes)), str(tmp_path / "w"), options)
     assert words in str(error.value)
     assert not (tmp_path / "w").exists()
 
 
 def test_a_trace_is_not_written_to_a_bucket():
+    given = experiment(finetune=finetuning())
     with pytest.raises(UserError, match="`profile`=2: a trace is written to a folder"):
-        run.run(experiment(finetune=finetuning()), "gs://b/w", profile=2, tables=tables())
+        run.run(given, "gs://b/w", run.Options(profile=2, tables=tables()))
     with pytest.raises(UserError, match="`profile`=-1: must not be negative"):
-        run.run(experiment(finetune=finetuning()), "w", profile=-1, tables=tables())
+        run.run(given, "w", run.Options(profile=-1, tables=tables()))

@@ -215,9 +215,9 @@ def test_finetuning_mistakes(tokenizer):
 
 
 def test_texts_for_the_tokenizer_are_those_of_training():
-    assert list(stages.pretrain_texts(text_data())) == TEXT
+    assert list(text_data()["train"]) == TEXT
     many = [f"row {i}" for i in range(2500)]
-    assert list(stages.pretrain_texts(text_data(train=many))) == many
+    assert list(text_data(train=many)["train"]) == many
     data = label_data()
     config = FinetuneConfig(task="similarity", text_pair="text_pair")
     expected = [*data["train"].rows["text"], *data["train"].rows["text_pair"]]

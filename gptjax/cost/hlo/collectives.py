@@ -12,6 +12,7 @@ instructions.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -56,11 +57,6 @@ class Collective:
     """Whether some of these instructions compute."""
 
 
-def find(module: Module) -> list[Collective]:
-    """Returns the collectives of a step."""
-    return list(_walk(module, module.entry, 1))
-
-
 def _kind(each: Instruction) -> str:
     name = each.opcode.removesuffix("-start")
     if name == "send":
@@ -72,43 +68,49 @@ def _kind(each: Instruction) -> str:
 def _attribute(each: Instruction, name: str) -> str:
     """Returns the text of an attribute, which is `name="..."` or `name={{...}}`."""
     braces = r"\{(?:[^{}]|\{[^{}]*\})*\}"
-    found = re.search(rf'\b{name}=(?:"([^"]*)"|({braces}))', each.attributes)
-    return (found[1] or found[2]) if found else ""
+    return each.find(rf'\b{name}="([^"]*)"') or each.find(rf"\b{name}=({braces})")
+
+
+def find(module: Module) -> list[Collective]:
+    """Returns the collectives of a step."""
+    return list(_walk(module, module.entry, 1))
 
 
 def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
     computation = module.computations[name]
     order = list(computation.values())
-
-    def describe(each: Instruction, inside: Computation, start: int, end: int | None) -> Collective:
-        window = range(start + 1, end or start + 1)
-        busy = any(_computes(order[place]) for place in window)
-        size = _size(each, inside)
-        return Collective(each, _kind(each), size, times, name, window, busy)
-
     for place, each in enumerate(order):
-        if _kind(each).startswith(DCN):
-            yield describe(each, computation, place, _end_of_exchange(order, place))
-        elif _kind(each):
-            end = _end_of_start(order, place) if each.opcode.endswith("-start") else None
-            yield describe(each, computation, place, end)
-        elif each.opcode == "while":
-            count = module.trip_count(each, computation) or 1
-            yield from _walk(module, each.called("body")[0], times * count)
-        elif each.opcode in ("conditional", "call"):
-            for inner in each.called("branch_computations", "true_computation", "false_computation",
-                                     "to_apply", "calls"):  # fmt: skip
-                yield from _walk(module, inner, times)
-        elif each.opcode in ("fusion", "async-start"):
-            inside, collective = _fused(module, each)
-            if collective is None:
-                continue
-            if each.opcode == "async-start":
-                yield describe(collective, inside, place, _end_of_start(order, place))
-            elif _target(inside, _START):
-                yield describe(
-                    collective, inside, place, _last_piece(module, order, place, collective)
-                )
+        if begun := _begun(module, computation, order, place):
+            collective, inside, end = begun
+            window = range(place + 1, end)
+            overlaps = any(_computes(order[index]) for index in window)
+            kind, size = _kind(collective), _size(collective, inside)
+            yield Collective(collective, kind, size, times, name, window, overlaps)
+        elif each.opcode in ("while", "conditional", "call"):
+            for inner, count in module.inner(each, computation):
+                yield from _walk(module, inner, times * count)
+
+
+def _begun(
+    module: Module, computation: Computation, order: list[Instruction], place: int
+) -> tuple[Instruction, Computation, int] | None:
+    """Returns the collective that instruction number `place` begins; None if it begins none.
+
+    Returns:
+      The collective, the computation that it is in, and the index of the instruction that ends it.
+    """
+    each = order[place]
+    if kind := _kind(each):
+        # An exchange with other slices ends when the `recv` does.
+        start = order.index(_matching_recv(order, each)) if kind.startswith(DCN) else place
+        return each, computation, _end(order, start)
+    if each.opcode in ("fusion", "async-start"):
+        inside, collective = _fused(module, each)
+        if collective and each.opcode == "async-start":
+            return collective, inside, _end(order, place)
+        if collective and _target(inside, _START):
+            return collective, inside, _last_piece(module, order, place, collective)
+    return None
 
 
 def _target(inside: Computation, target: str) -> bool:
@@ -121,18 +123,16 @@ def _fused(module: Module, each: Instruction) -> tuple[Computation, Instruction 
     return inside, next((inner for inner in inside.values() if _kind(inner)), None)
 
 
-def _end_of_start(order: list[Instruction], start: int) -> int:
-    """Returns the index of the instruction that ends an asynchronous one: it takes its result."""
+def _end(order: list[Instruction], start: int) -> int:
+    """Returns the index of the instruction that ends an asynchronous one: it takes its result.
+
+    For an instruction that is not asynchronous it is the next one.
+    """
     name = order[start].name
     ends = ("-done", "-update")
     following = enumerate(order[start + 1 :], start + 1)
     return next((i for i, each in following
                  if name in each.operands and each.opcode.endswith(ends)), start + 1)  # fmt: skip
-
-
-def _end_of_exchange(order: list[Instruction], send: int) -> int:
-    """Returns the index of the instruction that ends the exchange with other slices."""
-    return _end_of_start(order, order.index(_matching_recv(order, order[send])))
 
 
 def _matching_recv(order: Iterable[Instruction], send: Instruction) -> Instruction:
@@ -144,12 +144,11 @@ def _matching_recv(order: Iterable[Instruction], send: Instruction) -> Instructi
 
 def _last_piece(module: Module, order: list[Instruction], start: int, first: Instruction) -> int:
     """Returns the index of the last fusion with a piece of a collective, by the shared channel."""
-    channel = re.search(r"channel_id=\d+\b", first.attributes)
-    last = start + 1
+    channel, last = first.find(r"(channel_id=\d+)\b"), start + 1
     for place in range(start + 1, len(order)):
         if channel and order[place].opcode == "fusion":
             inside, piece = _fused(module, order[place])
-            if piece is not None and f"{channel[0]}," in f"{piece.attributes},":
+            if piece is not None and f"{channel}," in f"{piece.attributes},":
                 # The fusion that ends it computes nothing; one with a piece does compute.
                 last = place + (not _target(inside, _DONE))
     return last
@@ -163,13 +162,11 @@ def _computes(each: Instruction) -> bool:
 def _size(each: Instruction, computation: Computation) -> int:
     if _kind(each) == DCN + "all-gather":
         return _matching_recv(computation.values(), each).shapes[0].bytes
-    operands = [computation[name] for name in each.operands if name in computation]
-    size = sum(shape.bytes for operand in operands for shape in operand.shapes)
-    if _kind(each) == "all-gather":
-        # The result of the asynchronous form is the tuple (input, output).
-        started = each.opcode.endswith("-start")
-        size = sum(shape.bytes for shape in each.shapes) - (size if started else 0)
-    return size
+    size = sum(computation[name].bytes for name in each.operands if name in computation)
+    if _kind(each) != "all-gather":
+        return size
+    # The result of the asynchronous form is the tuple (input, output).
+    return each.bytes - (size if each.opcode.endswith("-start") else 0)
 
 
 def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
@@ -202,15 +199,13 @@ def group(attributes: str) -> tuple[int, ...]:
         shape, sizes, order = (
             [int(n) for n in (part or "").split(",") if n] for part in iota.groups()
         )
-        ids = np.arange(np.prod(sizes)).reshape(sizes)
-        ids = ids.transpose(order) if order else ids
+        ids = np.arange(np.prod(sizes)).reshape(sizes).transpose(order or range(len(sizes)))
         return tuple(int(i) for i in ids.reshape(shape)[0])
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", attributes)
     if mesh:
-        axes = dict(part.split("=") for part in mesh[1].split(","))
+        axes = {name: int(size) for name, size in re.findall(r"([^,=]+)=(\d+)", mesh[1])}
         names = [part.strip() for part in mesh[2].split(",")]
-        ids = np.arange(np.prod([int(size) for size in axes.values()], dtype=int))
-        ids = ids.reshape([int(size) for size in axes.values()])
+        ids = np.arange(math.prod(axes.values())).reshape(list(axes.values()))
         index = tuple(slice(None) if axis in names else 0 for axis in axes)
         return tuple(int(i) for i in ids[index].reshape(-1))
     return ()
@@ -245,7 +240,7 @@ def seconds(each: Collective, devices: Sequence[Any], chip: hardware.Chip) -> fl
     return hardware.collective_seconds(each.kind, each.bytes, places, sides, chip)
 
 
-def exposed_seconds(
+def total_and_exposed_seconds(
     module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: hardware.Chip
 ) -> tuple[float, float]:
     """Returns the time of all collectives of a step, and the part that overlaps no computation.
@@ -260,14 +255,13 @@ def exposed_seconds(
         hideable = sum(seconds(each, devices, chip) for each in here if each.overlaps)
         waiting = sum(seconds(each, devices, chip) for each in here if not each.overlaps)
         places = {place for each in here for place in each.window}
-        order = list(module.computations[name].values())
-        hidden = sum(
-            hardware.roofline(
-                chip, *flops.flops_and_bytes(module, order[place], module.computations[name])
-            ).step_seconds
-            for place in places
-            if _computes(order[place])
+        computation = module.computations[name]
+        order = list(computation.values())
+        beside = (
+            module.executions_of(order[i], computation) for i in places if _computes(order[i])
         )
+        costs = (flops.flops_and_bytes(module, executions) for executions in beside)
+        hidden = sum(hardware.roofline(chip, *cost).step_seconds for cost in costs)
         total += times * (hideable + waiting)
         exposed += times * (waiting + max(0.0, hideable - hidden))
     return total, exposed
@@ -294,13 +288,11 @@ def entries(
             entry["devices"] = 2
         elif each.kind.startswith(DCN):
             entry["devices"] = slices(_attribute(instruction, _MEMBERS))
-        same = merged.setdefault(tuple(entry.values()), entry | {"count": 0, "seconds": 0.0})
+        nothing = {"count": 0, "seconds": None if chip is None else 0.0}
+        same = merged.setdefault(tuple(entry.values()), entry | nothing)
         same["count"] += each.times
         if chip is not None:
             same["seconds"] += each.times * seconds(each, devices, chip)
-    for entry in merged.values():
-        if chip is None:
-            entry["seconds"] = None
     return sorted(merged.values(), key=lambda entry: -entry["count"] * entry["bytes"])
 
 

@@ -24,9 +24,15 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _NAME = re.compile(r"%?([\w.\-]+)$")
 # Lines of the tables before a program, as in: 3 "model.py"; 7 {file_name_id=3 ... line=90 ...}.
-_FILE_NAME = re.compile(r'^(\d+) "(.*)"$')
-_LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)")
-_FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)")
+_FILE_NAME = re.compile(r'^(\d+) "(.*)"$', re.MULTILINE)
+_LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", re.MULTILINE)
+_FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", re.MULTILINE)
+# The attributes that name the computations of an instruction. All branches count: an upper bound.
+_INNER = {
+    "while": ("body",),
+    "conditional": ("branch_computations", "true_computation", "false_computation"),
+    **dict.fromkeys(("fusion", "call", "async-start"), ("calls", "to_apply")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +69,21 @@ class Instruction:
     root: bool
     """Whether it is the result of its computation."""
 
+    @property
+    def bytes(self) -> int:
+        """Size of the result."""
+        return sum(shape.bytes for shape in self.shapes)
+
+    @property
+    def main_memory_bytes(self) -> int:
+        """Size of the part of the result that is in the main memory."""
+        return sum(shape.bytes for shape in self.shapes if shape.space == 0)
+
+    def find(self, pattern: str) -> str:
+        """Returns the first group of a pattern in the attributes; "" if they do not match."""
+        found = re.search(pattern, self.attributes)
+        return found[1] if found else ""
+
     def called(self, *names: str) -> list[str]:
         """Returns the names of the computations in these attributes (calls, to_apply, body)."""
         pattern = rf"\b(?:{'|'.join(names)})=(?:%?([\w.\-]+)|\{{([^}}]*)\}})"
@@ -74,13 +95,12 @@ class Instruction:
     @property
     def op_name(self) -> str:
         """JAX's name of the operation, as jit(step)/jvp(GPT.hidden)/.../ffn_in/dot_general."""
-        found = re.search(r'op_name="([^"]*)"', self.attributes)
-        return found[1].replace("\\'", "'") if found else ""
+        return self.find(r'op_name="([^"]*)"').replace("\\'", "'")
 
     def numbers(self, name: str) -> tuple[int, ...]:
         """Returns the numbers of an attribute: (1, 2) for `name={1,2}`."""
-        found = re.search(rf"\b{name}=\{{([\d,]*)\}}", self.attributes)
-        return tuple(int(part) for part in found[1].split(",") if part) if found else ()
+        found = self.find(rf"\b{name}=\{{([\d,]*)\}}")
+        return tuple(int(part) for part in found.split(",") if part)
 
 
 Computation = dict[str, Instruction]
@@ -165,18 +185,17 @@ class Module:
         For CPUs and GPUs, XLA writes it as `known_trip_count`. For TPUs it follows from the
         condition, counter < limit: loops of JAX's scan count by one.
         """
-        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-        if known:
-            return int(known[1])
+        if known := loop.find(r'"known_trip_count":\{"n":"(\d+)"'):
+            return int(known)
         condition = self.computations[loop.called("condition")[0]]
         root = next(each for each in condition.values() if each.root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
             return None
         counter, limit = (condition[name] for name in root.operands)
-        place = re.search(r"\bindex=(\d+)", counter.attributes)
-        if limit.opcode != "constant" or place is None:
+        place = counter.find(r"\bindex=(\d+)")
+        if limit.opcode != "constant" or not place:
             return None
-        start = computation[computation[loop.operands[0]].operands[int(place[1])]]
+        start = computation[computation[loop.operands[0]].operands[int(place)]]
         while start.opcode in ("copy", "bitcast") and start.operands[0] in computation:
             start = computation[start.operands[0]]
         if start.opcode != "constant":
@@ -185,11 +204,17 @@ class Module:
 
     def source(self, instruction: Instruction) -> str:
         """Returns the source line, as "model.py:90": the innermost stack frame in gptjax, or ""."""
-        frame = re.search(r"stack_frame_id=(\d+)", instruction.attributes)
-        if frame:
-            return self.frames.get(int(frame[1]), "")
+        if frame := instruction.find(r"stack_frame_id=(\d+)"):
+            return self.frames.get(int(frame), "")
         file = re.search(r'source_file="([^"]*)" source_line=(\d+)', instruction.attributes)
         return f"{os.path.basename(file[1])}:{file[2]}" if file else ""
+
+    def inner(self, each: Instruction, computation: Computation) -> list[tuple[str, int]]:
+        """Returns the names of the computations that an instruction executes, and how often."""
+        if each.opcode not in _INNER:
+            return []
+        times = (self.trip_count(each, computation) or 1) if each.opcode == "while" else 1
+        return [(name, times) for name in each.called(*_INNER[each.opcode])]
 
     def executions(self) -> Iterator[Execution]:
         """Yields all instructions that a step executes, each once with its number of executions."""
@@ -205,20 +230,8 @@ class Module:
     ) -> Iterator[Execution]:
         """Yields an instruction of a computation, and all instructions that it calls."""
         yield Execution(each, computation, times, fused)
-        if each.opcode == "while":
-            body = each.called("body")[0]
-            yield from self._executions(
-                body, times * (self.trip_count(each, computation) or 1), fused
-            )
-        elif each.opcode == "conditional":
-            # An upper bound: all branches count.
-            for branch in each.called("branch_computations", "true_computation",
-                                      "false_computation"):  # fmt: skip
-                yield from self._executions(branch, times, fused)
-        elif each.opcode in ("fusion", "call", "async-start"):
-            inside = fused or each.opcode == "fusion"
-            for inner in each.called("calls", "to_apply"):
-                yield from self._executions(inner, times, inside)
+        for name, count in self.inner(each, computation):
+            yield from self._executions(name, times * count, fused or each.opcode == "fusion")
 
     def unknown_loops(self) -> list[str]:
         """Returns the names of loops of unknown trip count; their bodies count once."""
@@ -230,23 +243,12 @@ class Module:
         ]
 
 
-def _frames(lines: list[str]) -> dict[int, str]:
+def _frames(text: str) -> dict[int, str]:
     """Returns number of a stack frame -> its source line, from the tables before the program."""
-    files: dict[int, str] = {}
-    places: dict[int, tuple[str, str]] = {}
-    frames: dict[int, tuple[int, int]] = {}
-    section = ""
-    for line in lines:
-        if line in ("FileNames", "FunctionNames", "FileLocations", "StackFrames"):
-            section = line
-        elif section == "FileNames" and (found := _FILE_NAME.match(line)):
-            files[int(found[1])] = found[2]
-        elif section == "FileLocations" and (found := _LOCATION.match(line)):
-            places[int(found[1])] = (files[int(found[2])], found[3])
-        elif section == "StackFrames" and (found := _FRAME.match(line)):
-            frames[int(found[1])] = (int(found[2]), int(found[3]))
-        elif section == "StackFrames" and line.startswith(("%", "ENTRY")):
-            break
+    # The next table, of functions, has lines of the same form.
+    files = dict(_FILE_NAME.findall(text.partition("\nFileNames\n")[2].partition("\n\n")[0]))
+    places = {number: (files[file], line) for number, file, line in _LOCATION.findall(text)}
+    frames = {int(number): (place, int(up)) for number, place, up in _FRAME.findall(text)}
     # In some versions of XLA, parent_frame_id is the parent's number plus 1. There, frame 1 seems
     # to be its own parent: its parent_frame_id of 1 means none.
     shift = 1 if any(number == parent for number, (_, parent) in frames.items()) else 0
@@ -270,14 +272,10 @@ def parse(text: str) -> Module:
     computations: dict[str, Computation] = {}
     current: Computation = {}
     entry = ""
-    lines = text.splitlines()
-    for line in lines:
-        head = _HEAD.match(line)
-        if head:
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
             current = computations[head[2]] = {}
             entry = head[2] if head[1] else entry
-            continue
-        instruction = _instruction(re.sub(r"/\*.*?\*/", "", line))
-        if instruction is not None:
+        elif instruction := _instruction(re.sub(r"/\*.*?\*/", "", line)):
             current[instruction.name] = instruction
-    return Module(computations, entry, _frames(lines))
+    return Module(computations, entry, _frames(text))

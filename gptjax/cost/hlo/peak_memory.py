@@ -5,9 +5,11 @@ each value (the buffer assignment), and the first and last instruction that need
 ranges). It does so for CPUs and TPUs, and also for a program that it refuses for lack of memory.
 """
 
+import collections
 import dataclasses
 import glob
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -24,6 +26,8 @@ _CARRIERS = (
     "parameter", "while", "conditional", "tuple", "get-tuple-element", "custom-call", "broadcast",
     "copy", "copy-start", "copy-done", "bitcast", "call",
 )  # fmt: skip
+# In place of the instruction of a value that the program does not name.
+_UNKNOWN = parse.Instruction("", (), "", (), "", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +61,19 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
     if not files:
         return None
     prefix = max(files, key=os.path.getsize).removesuffix(_ASSIGNMENT)
-    texts = []
-    for path in (f"{prefix}.txt", f"{prefix}{_RANGES}", f"{prefix}{_ASSIGNMENT}"):
-        if not os.path.isfile(path):
-            return None
-        with open(path, encoding="utf-8", errors="replace") as file:
-            texts.append(file.read())
-    module = parse.parse(texts[0])
-    arguments, values = _read(texts[1], texts[2])
+    paths = [pathlib.Path(f"{prefix}{ending}") for ending in (".txt", _RANGES, _ASSIGNMENT)]
+    if not all(path.is_file() for path in paths):
+        return None
+    program, *texts = (path.read_text(encoding="utf-8", errors="replace") for path in paths)
+    module = parse.parse(program)
+    arguments, values = _read(*texts)
     now = _peak(values)
     instructions = {
         each.name: each for inside in module.computations.values() for each in inside.values()
     }
-    places: dict[tuple[int, int, int], list[_Value]] = {}
+    places = collections.defaultdict(list)
     for value in values:
-        places.setdefault((value.allocation, value.offset, value.size), []).append(value)
+        places[value.allocation, value.offset, value.size].append(value)
     entries: dict[tuple[Any, ...], dict[str, Any]] = {}
     total = 0
     for (allocation, _, size), here in places.items():
@@ -146,20 +148,18 @@ def _entry(
     argument: bool,
 ) -> dict[str, Any]:
     known = [v for v in here if v.name in instructions]
-    if argument:
-        named = [v for v in known if instructions[v.name].opcode == "parameter"]
-    else:
-        named = [v for v in known if instructions[v.name].opcode not in _CARRIERS]
-    value = (named or known or here)[0]
-    instruction = instructions.get(value.name)
+    opcodes = {v.name: instructions[v.name].opcode for v in known}
+    wanted = {"parameter"} if argument else set(opcodes.values()).difference(_CARRIERS)
+    value = ([v for v in known if opcodes[v.name] in wanted] or known or here)[0]
+    instruction = instructions.get(value.name, _UNKNOWN)
     return {
         "name": value.name,
-        "opcode": instruction.opcode if instruction else "",
+        "opcode": instruction.opcode,
         "shape": value.shape,
         "bytes": value.size,
         "argument": argument,
-        "op_name": instruction.op_name if instruction else "",
-        "source": module.source(instruction) if instruction else "",
+        "op_name": instruction.op_name,
+        "source": module.source(instruction),
     }
 
 
