@@ -59,7 +59,7 @@ class _Call(NamedTuple):
     progress: bool
 
 
-def finetune(
+def finetune(  # noqa: PLR0913 (keywords)
     train: Path | Table,
     validation: Path | Table | None = None,
     test: Path | Table | None = None,
@@ -149,7 +149,7 @@ def finetune(
     return _train(Stage.FINETUNE, fields, tables, call)
 
 
-def pretrain(
+def pretrain(  # noqa: PLR0913 (keywords)
     files: Path | Sequence[Path] | Table,
     validation: Path | Sequence[Path] | Table | None = None,
     *,

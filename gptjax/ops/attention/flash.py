@@ -115,7 +115,7 @@ def _kept(
     return dropout.keep_at(query * length + key + start, bits, config.rate)
 
 
-def _forward_kernel(
+def _forward_kernel(  # noqa: PLR0913 (Pallas passes one reference for each array)
     config: _KernelConfig, first_ref: Ref, scalars_ref: Ref,
     q_ref: Ref, k_ref: Ref, v_ref: Ref, query_ids_ref: Ref, key_ids_ref: Ref,
     y_ref: Ref, *saved_refs: Ref,
@@ -172,7 +172,7 @@ def _forward_kernel(
         lse_ref[...] = max_1T + jnp.log(sum_1T)
 
 
-def _backward_kernel(
+def _backward_kernel(  # noqa: PLR0913 (see `_forward_kernel`)
     config: _KernelConfig, last_ref: Ref, scalars_ref: Ref,
     q_ref: Ref, k_ref: Ref, v_ref: Ref, query_ids_ref: Ref, key_ids_ref: Ref,
     g_ref: Ref, lse_ref: Ref, delta_ref: Ref,
