@@ -20,7 +20,6 @@ from gptjax.train.context import RunContext
 from gptjax.train.profile import StepProfiler
 from gptjax.train.progress import Progress
 from gptjax.train.stages import Scores, Stage
-from gptjax.train.step import StepOutput
 
 # About so many training steps of a stage are recorded in metrics.jsonl, however many it has.
 _RECORDS = 500
@@ -58,7 +57,7 @@ class Trainer:
         self._state, self._done = state, start
         self._ledger = checkpoints.ledger(start)
         # Number, tokens and output of a step whose output is still on the devices.
-        self._pending: tuple[int, int, StepOutput] | None = None
+        self._pending: tuple[int, int, step_lib.StepOutput] | None = None
         self._record_every = max(1, stage.total_steps // _RECORDS)
         # Placed once, so that the steps transfer nothing but their batches.
         seed, mesh = np.uint32(context.setup.seed), context.setup.mesh
@@ -152,7 +151,7 @@ class Trainer:
         if self._pending is None:
             return
         step, tokens, on_devices = self._pending
-        output: StepOutput = jax.device_get(on_devices)
+        output: step_lib.StepOutput = jax.device_get(on_devices)
         self._pending = None
         stage = self._stage
         self._ledger = ledger.entry(self._ledger, int(output.batch_checksum))
@@ -215,7 +214,7 @@ class Trainer:
         ) from None
 
 
-def _mean_losses(stage: Stage, output: StepOutput) -> Scores:
+def _mean_losses(stage: Stage, output: step_lib.StepOutput) -> Scores:
     """Returns the training losses of one step, as means over its tokens and examples."""
     sums = output.losses
     lm = float(sums.lm.total) / max(float(sums.lm.weight), 1e-9)
