@@ -11,6 +11,7 @@ import math
 import os
 import platform as host_platform
 import re
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
@@ -207,6 +208,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
+
+
+def on_each_device(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Returns `function` applied on every device to its own parts of the arguments."""
+    # Whether a result is equal on all devices of an axis is known to the caller. JAX's check cannot
+    # always derive it, and Pallas kernels do not declare it.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
