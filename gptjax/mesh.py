@@ -138,11 +138,6 @@ def batch_divisor(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
-def _path(path: tuple[Any, ...]) -> str:
-    """Returns the keys, field names and indices of a tree path, joined by slashes."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
 def _divisible(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """Returns the layout without the mesh axes that do not divide their array axis.
 
@@ -169,7 +164,7 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        parameter = parameters.find(_path(path))
+        parameter = parameters.find(jax.tree_util.keystr(path, simple=True, separator="/"))
         axes = parameter.mesh_axes if parameter else ()
         if parameter and axes and parameter.stacked:
             axes = (None, *axes)
