@@ -11,6 +11,7 @@ import math
 import os
 import platform as host_platform
 import re
+from collections.abc import Callable
 from typing import Any, TypeGuard
 
 import jax
@@ -137,11 +138,6 @@ def batch_divisor(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
-def _path(path: tuple[Any, ...]) -> str:
-    """Returns the keys, field names and indices of a tree path, joined by slashes."""
-    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
-
-
 def _divisible(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
     """Returns the layout without the mesh axes that do not divide their array axis.
 
@@ -168,7 +164,7 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        parameter = parameters.find(_path(path))
+        parameter = parameters.find(jax.tree_util.keystr(path, simple=True, separator="/"))
         axes = parameter.mesh_axes if parameter else ()
         if parameter and axes and parameter.stacked:
             axes = (None, *axes)
@@ -207,6 +203,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of an array that every device holds completely."""
     return NamedSharding(mesh, P())
+
+
+def on_each_device(
+    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
+) -> Callable[..., Any]:
+    """Returns `function` applied on every device to its own parts of the arguments."""
+    # Whether a result is equal on all devices of an axis is known to the caller. JAX's check cannot
+    # always derive it, and Pallas kernels do not declare it.
+    return jax.shard_map(
+        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:

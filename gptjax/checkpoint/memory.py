@@ -7,7 +7,6 @@ import jax
 
 from gptjax.checkpoint import store
 from gptjax.checkpoint.meta import Meta
-from gptjax.checkpoint.store import CheckpointStore
 from gptjax.io import remote
 from gptjax.mesh import Params
 from gptjax.state import TrainState
@@ -71,5 +70,5 @@ class MemoryStore:
         """Does nothing."""
 
 
-Store = CheckpointStore | MemoryStore
+Store = store.CheckpointStore | MemoryStore
 """The stores that the training loop can save to."""

@@ -30,7 +30,6 @@ from gptjax.io import files, remote
 from gptjax.state import TrainState
 
 FOLDER = "checkpoints"
-_DAMAGED = "damaged"
 _SCORES = "scores.json"
 
 
@@ -69,7 +68,6 @@ class CheckpointStore:
           read_only: nothing is written or deleted.
         """
         self.directory = remote.absolute(workdir) / FOLDER / stage
-        self._damaged = self.directory.parent / _DAMAGED
         self._metric, self._policy = metric, policy
         self._saves, self._reader = SaveMonitor(), _reader()
         scores = self.directory / _SCORES
@@ -273,7 +271,7 @@ class CheckpointStore:
             brief(error),
         )
         if jax.process_index() == 0:
-            target = self._damaged / f"{self.directory.name}-{step}"
+            target = self.directory.parent / "damaged" / f"{self.directory.name}-{step}"
             if target.exists():
                 target.rmtree()
             remote.move_folder(self.directory / str(step), target)

@@ -325,16 +325,6 @@ def wait_until_same(what: str, read: Callable[[], Any], again: Callable[[], None
     require_same({what: read()})
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
-
-
 def _shown(name: str) -> str:
     """Returns the name of a fact for messages: fields of the configuration in backquotes."""
     field = name.removeprefix("config.")
@@ -343,8 +333,11 @@ def _shown(name: str) -> str:
 
 def _different(everyone: list[dict[str, Any]], names: list[str]) -> str:
     """Returns a message about the first process that differs from process 0, or ""."""
-    first = _flat(everyone[0])
-    for index, values in enumerate(map(_flat, everyone)):
+    from flax.traverse_util import flatten_dict
+
+    flat = [flatten_dict(values, sep=".") for values in everyone]
+    first = flat[0]
+    for index, values in enumerate(flat):
         wrong = [name for name in first | values if first.get(name) != values.get(name)]
         if wrong:
             parts = [

@@ -21,13 +21,12 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._requested = False
         self._signal: int | None = None
         self._previous: dict[int, object] = {}
 
     def __call__(self) -> bool:
         """Returns whether a signal to stop has arrived."""
-        return self._requested
+        return self._signal is not None
 
     @property
     def interrupted(self) -> bool:
@@ -35,7 +34,7 @@ class StopRequest:
         return self._signal == signal.SIGINT
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        self._requested, self._signal = True, number
+        self._signal = number
         self._restore()
         tell("\nstopping after this step (once more to stop at once)")
 

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.config import schema
-from gptjax.config.schema import Experiment
 from gptjax.cost import hardware, step_spec
 from gptjax.cost.hlo import collectives, parse, peak_memory
 from gptjax.cost.hlo import flops as flops_lib
@@ -73,7 +72,9 @@ class CompileResult:
     refusal: str
 
 
-def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> dict[str, Any]:
+def run(
+    experiment: schema.Experiment, topology: str, stage: str, output: str = ""
+) -> dict[str, Any]:
     """Compiles the train step of a stage for a topology; prints and returns the report.
 
     Args:
@@ -93,7 +94,7 @@ def run(experiment: Experiment, topology: str, stage: str, output: str = "") -> 
     return found
 
 
-def report(experiment: Experiment, target: Target, stage: str) -> dict[str, Any]:
+def report(experiment: schema.Experiment, target: Target, stage: str) -> dict[str, Any]:
     """Returns the report of the train step of a stage; the experiment comes from `validated`."""
     mesh = mesh_lib.make_mesh(experiment.mesh, target.devices)
     spec = step_spec.build(experiment, stage, mesh)

@@ -22,7 +22,6 @@ from gptjax.data import splits
 from gptjax.data.tokens import tokenizer
 from gptjax.errors import require
 from gptjax.model import gpt
-from gptjax.model.gpt import GPT
 from gptjax.model.objective import Objective
 from gptjax.train import stages
 from gptjax.train import step as step_lib
@@ -39,7 +38,7 @@ _GPT1_VOCABULARY = 40478
 class StepSpec:
     """All that decides the program of a train step."""
 
-    model: GPT
+    model: gpt.GPT
     objective: Objective
     optimizer: Optimizer
     batch: Batch

@@ -29,6 +29,11 @@ from gptjax.parameters import BLOCKS
 
 Array = jax.Array
 
+Ids = tuple[Array, Array]
+"""`query_ids_BT` and `key_ids_BT` of `AttentionInputs`."""
+Past = tuple[Cache, Array | int]
+"""The keys and values of the tokens before the new ones, and the position of the first new one."""
+
 # Name of the arrays that `remat=dots` stores: the results of matrix products.
 _MATMUL_RESULT = "matmul_result"
 
@@ -153,37 +158,37 @@ class LMHead(nn.Module):
         return LMHeadWeights(kernel, bias)
 
 
-class Attention(nn.Module):
-    """Masked multi-head self-attention, of whole sequences or of new tokens to a cache."""
+class _Layer(nn.Module):
+    """What the layers of a block share."""
 
     config: ModelConfig
     ops: ShardedOps
     max_sequence_length: int | None = None
     layout: KernelLayout = KernelLayout.TRAINING
 
+    def linear(self, name: str, *features: int, inputs: int = 1) -> Linear:
+        """Returns a linear layer with these features."""
+        return Linear(features, inputs, self.config, self.ops, self.layout, name=name)
+
+
+class Attention(_Layer):
+    """Masked multi-head self-attention, of whole sequences or of new tokens to a cache."""
+
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Array,
-        ids: tuple[Array, Array] | None,
-        deterministic: bool,
-        cache: Cache | None = None,
-        offset: Array | int = 0,
+        self, x_BTD: Array, ids: Ids | None, deterministic: bool, past: Past | None = None
     ) -> tuple[Array, Cache | None]:
         """Computes the layer; see `Block` for the arguments and the results."""
-        config = self.config
-        qkv = Linear(
-            (3, config.num_heads, config.head_width), 1, config, self.ops, self.layout, name="qkv"
-        )
-        q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv(x_BTD), 3, axis=2))
-        if cache is not None:
-            y_BTHK, cache = attention.cached(q_BTHK, k_BTHK, v_BTHK, cache, offset)
+        config, cache = self.config, None
+        qkv_BT3HK = self.linear("qkv", 3, config.num_heads, config.head_width)(x_BTD)
+        q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
+        if past is not None:
+            y_BTHK, cache = attention.cached(q_BTHK, k_BTHK, v_BTHK, *past)
         else:
             assert ids is not None
             inputs = AttentionInputs(q_BTHK, k_BTHK, v_BTHK, *ids)
             y_BTHK = self._causal(inputs, deterministic)
-        out = Linear((config.width,), 2, config, self.ops, self.layout, name="out")
-        return out(y_BTHK), cache
+        return self.linear("out", config.width, inputs=2)(y_BTHK), cache
 
     def _causal(self, inputs: AttentionInputs, deterministic: bool) -> Array:
         config, mesh = self.config, self.ops.mesh
@@ -199,47 +204,32 @@ class Attention(nn.Module):
         return attention.causal(inputs, key, kind=kind, mesh=mesh, max_sequence_length=longest)
 
 
-class Block(nn.Module):
+class Block(_Layer):
     """One decoder block: attention and feed-forward layer, each with dropout, residual, norm."""
-
-    config: ModelConfig
-    ops: ShardedOps
-    max_sequence_length: int | None = None
-    layout: KernelLayout = KernelLayout.TRAINING
 
     @nn.compact
     def __call__(
-        self,
-        x_BTD: Array,
-        ids: tuple[Array, Array] | None,
-        deterministic: bool,
-        cache: Cache | None = None,
-        offset: Array | int = 0,
+        self, x_BTD: Array, ids: Ids | None, deterministic: bool, past: Past | None = None
     ) -> tuple[Array, Cache | None]:
         """Computes the block for whole sequences, or with a cache for new tokens.
 
         Args:
           x_BTD: states of the tokens, in the compute dtype.
-          ids: `query_ids_BT` and `key_ids_BT` of `AttentionInputs`; not used with a cache.
+          ids: of the queries and keys; not used with a cache.
           deterministic: no dropout; else the rng "dropout" is needed.
-          cache: keys and values of the tokens before these; None: these are whole sequences.
-          offset: position of the first of the new tokens.
+          past: the tokens before these; None: these are whole sequences.
 
         Returns:
           The next states [B, T, D], and the cache with the keys and values of these tokens.
         """
         config = self.config
-
-        def linear(features: int, name: str) -> Linear:
-            return Linear((features,), 1, config, self.ops, self.layout, name=name)
-
         layer = Attention(config, self.ops, self.max_sequence_length, self.layout, name="attention")
-        y_BTD, cache = layer(x_BTD, ids, deterministic, cache, offset)
+        y_BTD, cache = layer(x_BTD, ids, deterministic, past)
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
         x_BTD = LayerNorm(config, name="norm1")(x_BTD + y_BTD)
-        h_BTF = linear(config.hidden_ffn_width, "ffn_in")(x_BTD)
+        h_BTF = self.linear("ffn_in", config.hidden_ffn_width)(x_BTD)
         h_BTF = activations.FUNCTIONS[config.activation](h_BTF)
-        y_BTD = linear(config.width, "ffn_out")(h_BTF)
+        y_BTD = self.linear("ffn_out", config.width)(h_BTF)
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
         return LayerNorm(config, name="norm2")(x_BTD + y_BTD), cache
 
@@ -270,16 +260,14 @@ class GPT(nn.Module):
         """Declares the parameters; those of the blocks are stacked on a leading axis of size L."""
         config = self.config
         init = nn.initializers.normal(config.init_std)
-        self.token_embedding = self.param(
-            "token_embedding", init, (config.vocab_size, config.width)
-        )
-        self.position_embedding = self.param(
-            "position_embedding", init, (config.context_length, config.width)
-        )
+
+        def embedding(name: str, rows: int) -> Array:
+            return self.param(name, init, (rows, config.width))
+
+        self.token_embedding = embedding("token_embedding", config.vocab_size)
+        self.position_embedding = embedding("position_embedding", config.context_length)
         if config.segment_types:
-            self.segment_embedding = self.param(
-                "segment_embedding", init, (config.segment_types, config.width)
-            )
+            self.segment_embedding = embedding("segment_embedding", config.segment_types)
         if not config.tied:
             self.lm_head = LMHead(config)
         self.embedding_dropout = Dropout(config.embedding_dropout)
@@ -323,9 +311,12 @@ class GPT(nn.Module):
         It is the token embedding; with `one_matrix` the positions follow the tokens, and dropout is
         applied. Only for several devices.
         """
+        return self.ops.replicate_table(self._tied_table(deterministic))
+
+    def _tied_table(self, deterministic: bool) -> Array:
         if self.config.one_matrix:
-            return self.ops.replicate_table(jnp.concatenate(self._one_matrix(deterministic)))
-        return self.ops.replicate_table(self.token_embedding)
+            return jnp.concatenate(self._one_matrix(deterministic))
+        return self.token_embedding
 
     def _embed(
         self,
@@ -387,11 +378,7 @@ class GPT(nn.Module):
         return x_BTD
 
     def decode(
-        self,
-        tokens_BT: Array,
-        layers: tuple[Params, ...],
-        cache: tuple[Cache, ...],
-        offset: Array,
+        self, tokens_BT: Array, layers: tuple[Params, ...], cache: tuple[Cache, ...], offset: Array
     ) -> tuple[Array, tuple[Cache, ...]]:
         """Computes the states of new tokens from a cache of those before them, without dropout.
 
@@ -411,7 +398,7 @@ class GPT(nn.Module):
         block = Block(self.config, self.ops, layout=KernelLayout.DECODING, parent=None)
         filled: list[Any] = []
         for params, old in zip(layers, cache, strict=True):
-            x_BTD, new = block.apply({"params": params}, x_BTD, None, True, old, offset)
+            x_BTD, new = block.apply({"params": params}, x_BTD, None, True, (old, offset))
             filled.append(new)
         return x_BTD, tuple(filled)
 
@@ -429,10 +416,7 @@ class GPT(nn.Module):
         """
         if not self.config.tied:
             return self.lm_head()
-        table = self.token_embedding
-        if self.config.one_matrix:
-            table = jnp.concatenate(self._one_matrix(deterministic))
-        return LMHeadWeights(table, None, replicated_table)
+        return LMHeadWeights(self._tied_table(deterministic), None, replicated_table)
 
     def lm_logits(self, x_BTD: Array) -> Array:
         """Returns the logits of the tokens, float32 [B, T, V]."""

@@ -38,6 +38,12 @@ def _dot(x: Array, y: Array, summed: tuple[tuple[int, ...], tuple[int, ...]]) ->
     return lax.dot_general(x, y, (summed, ((), ())), preferred_element_type=jnp.float32)
 
 
+def product(x: Array, y: Array, x_axis: int, y_axis: int, batch: tuple[int, ...] = ()) -> Array:
+    """Returns the float32 sum of products over one axis of each, for each entry of `batch`."""
+    axes = (((x_axis,), (y_axis,)), (batch, batch))
+    return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+
+
 def _as_matrix(x: Array, columns: int) -> Array:
     """Reshapes x to a matrix: its last `columns` axes become one axis, the others another."""
     rows = x.ndim - columns

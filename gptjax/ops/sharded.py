@@ -20,7 +20,6 @@ Each operation is a `custom_vjp` around `shard_map`, so that JAX does not differ
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -122,7 +121,7 @@ class ShardedOps:
             return matmul.matmul_transposed(x, table[0], 1)
 
         in_specs, out_spec = (_ROWS, _REPLICATED_TABLE), P(BATCH_AXES, None, "tensor")
-        run = _on_each_device(local, self.mesh, in_specs, out_spec)
+        run = mesh_lib.on_each_device(local, self.mesh, in_specs, out_spec)
         return run(x_BTD, self.replicate_table(table_VD))[..., : len(table_VD)]
 
     def cross_entropy(
@@ -152,17 +151,6 @@ class ShardedOps:
         pieces = cross_entropy.num_pieces(rows, length, table_NVD.shape[1] // tensor, limit)
         inputs = LMInputs(x_BTD, table_NVD, targets_BT, weights_BT)
         return _cross_entropy(inputs, pieces, self.mesh, vocab_size if tensor > 1 else None)
-
-
-def _on_each_device(
-    function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any
-) -> Callable[..., Any]:
-    """Returns `function` applied on every device to its own parts of the arguments."""
-    # Whether a result is equal on all devices of an axis is known here, but JAX's check cannot
-    # always derive it.
-    return jax.shard_map(
-        function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )
 
 
 def _gather(part: Array, spec: P) -> Array:
@@ -211,7 +199,7 @@ def _linear_forward(
         return y
 
     x_spec, y_spec = _linear_specs(x, inputs, spec)
-    return _on_each_device(local, mesh, (x_spec, spec), y_spec)(x, kernel), (x, kernel)
+    return mesh_lib.on_each_device(local, mesh, (x_spec, spec), y_spec)(x, kernel), (x, kernel)
 
 
 def _linear_backward(
@@ -227,7 +215,7 @@ def _linear_backward(
         return d_x, _reduce(matmul.weight_gradient(x, g, inputs), spec, mesh)
 
     x_spec, y_spec = _linear_specs(x, inputs, spec)
-    run = _on_each_device(local, mesh, (x_spec, spec, y_spec), (x_spec, spec))
+    run = mesh_lib.on_each_device(local, mesh, (x_spec, spec, y_spec), (x_spec, spec))
     return run(x, kernel, g.astype(x.dtype))
 
 
@@ -248,7 +236,7 @@ def _replicate_table(table_VD: Array, mesh: Mesh, vocab_size: int) -> Array:
             table = lax.dynamic_slice_in_dim(table, lax.axis_index("tensor") * rows, rows)
         return table[None]
 
-    return _on_each_device(local, mesh, (spec,), _REPLICATED_TABLE)(table_VD)
+    return mesh_lib.on_each_device(local, mesh, (spec,), _REPLICATED_TABLE)(table_VD)
 
 
 def _replicate_table_backward(
@@ -263,7 +251,7 @@ def _replicate_table_backward(
             g = lax.all_gather(g, "tensor", axis=0, tiled=True)[:vocab_size]
         return g
 
-    return (_on_each_device(local, mesh, (_REPLICATED_TABLE,), spec)(g_NVD),)
+    return (mesh_lib.on_each_device(local, mesh, (_REPLICATED_TABLE,), spec)(g_NVD),)
 
 
 _replicate_table.defvjp(lambda *args: (_replicate_table(*args), None), _replicate_table_backward)
@@ -277,7 +265,9 @@ def _lookup(replicated_NVD: Array, ids_BT: Array, mesh: Mesh, rows: int) -> Arra
         found = table[0].at[_local_ids(ids, mesh, rows)].get(mode="fill", fill_value=0)
         return lax.psum(found, "tensor") if mesh.shape["tensor"] > 1 else found
 
-    return _on_each_device(local, mesh, (_REPLICATED_TABLE, _ROWS), _ROWS)(replicated_NVD, ids_BT)
+    return mesh_lib.on_each_device(local, mesh, (_REPLICATED_TABLE, _ROWS), _ROWS)(
+        replicated_NVD, ids_BT
+    )
 
 
 def _local_ids(ids: Array, mesh: Mesh, rows: int) -> Array:
@@ -293,7 +283,9 @@ def _lookup_backward(mesh: Mesh, rows: int, ids_BT: Array, g_BTD: Array) -> tupl
         zeros = jnp.zeros((rows, g.shape[-1]), g.dtype)
         return zeros.at[_local_ids(ids, mesh, rows)].add(g, mode="drop")[None]
 
-    return _on_each_device(local, mesh, (_ROWS, _ROWS), _REPLICATED_TABLE)(ids_BT, g_BTD), None
+    return mesh_lib.on_each_device(local, mesh, (_ROWS, _ROWS), _REPLICATED_TABLE)(
+        ids_BT, g_BTD
+    ), None
 
 
 _lookup.defvjp(lambda table, ids, *args: (_lookup(table, ids, *args), ids), _lookup_backward)
@@ -317,7 +309,7 @@ def _cross_entropy(inputs: LMInputs, pieces: int, mesh: Mesh, vocab_size: int | 
         own = inputs.replace(table=inputs.table[0])  # type: ignore[attr-defined]
         return _reduce(cross_entropy.total_loss(own, pieces, vocab_size), P(), mesh)
 
-    return _on_each_device(local, mesh, (_LM_LAYOUT,), P())(inputs)
+    return mesh_lib.on_each_device(local, mesh, (_LM_LAYOUT,), P())(inputs)
 
 
 def _cross_entropy_forward(
@@ -331,7 +323,7 @@ def _cross_entropy_forward(
         return _reduce(total, P(), mesh), (d_x, d_table_DV[None])
 
     out_specs = (P(), (_ROWS, P(BATCH_AXES, None, "tensor")))
-    return _on_each_device(local, mesh, (_LM_LAYOUT,), out_specs)(inputs)
+    return mesh_lib.on_each_device(local, mesh, (_LM_LAYOUT,), out_specs)(inputs)
 
 
 def _cross_entropy_backward(

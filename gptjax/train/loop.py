@@ -1,5 +1,6 @@
 """The training loop of one stage: it steps, validates, saves, and stops when asked."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -13,17 +14,18 @@ from gptjax.batch import Batch
 from gptjax.checkpoint.memory import Store
 from gptjax.checkpoint.meta import Meta
 from gptjax.errors import Preempted, StopRequested, TrainingDiverged
+from gptjax.io.files import disk_errors
 from gptjax.state import TrainState
 from gptjax.train import ledger
 from gptjax.train import step as step_lib
 from gptjax.train.context import RunContext
-from gptjax.train.profile import StepProfiler
 from gptjax.train.progress import Progress
 from gptjax.train.stages import Scores, Stage
-from gptjax.train.step import StepOutput
 
 # About so many training steps of a stage are recorded in metrics.jsonl, however many it has.
 _RECORDS = 500
+# Steps before a profiler trace: the first ones of a run compile, and wait for the first batches.
+_UNTRACED_STEPS = 3
 # The user is told if a larger share of the time than this was spent waiting for batches.
 _LONG_WAIT = 0.1
 
@@ -58,7 +60,7 @@ class Trainer:
         self._state, self._done = state, start
         self._ledger = checkpoints.ledger(start)
         # Number, tokens and output of a step whose output is still on the devices.
-        self._pending: tuple[int, int, StepOutput] | None = None
+        self._pending: tuple[int, int, step_lib.StepOutput] | None = None
         self._record_every = max(1, stage.total_steps // _RECORDS)
         # Placed once, so that the steps transfer nothing but their batches.
         seed, mesh = np.uint32(context.setup.seed), context.setup.mesh
@@ -67,8 +69,12 @@ class Trainer:
         self._train_step = _jit_train_step(mesh, stage.model, stage.objective, stage.optimizer)
         self._reporter = context.options.reporter
         self._progress = Progress(stage.name, stage.total_steps, start, self._reporter)
-        folder = os.path.join(context.workdir, "profile", stage.name)
-        self._profiler = StepProfiler(folder, context.options.profile, start, stage.total_steps)
+        left = stage.total_steps - start
+        count = min(context.options.profile, left)
+        first = start + 1 + min(_UNTRACED_STEPS, left - count)
+        self._traced_steps = range(first, first + count)
+        self._trace_folder = os.path.join(context.workdir, "profile", stage.name)
+        self._trace = contextlib.ExitStack()  # closing it ends the trace, if one has begun
 
     def train(self) -> dict[str, float]:
         """Trains to the end of the stage.
@@ -81,18 +87,18 @@ class Trainer:
           Preempted: the run was asked to stop; the state is saved.
           TrainingDiverged: several updates in a row were not finite.
         """
-        progress, profiler, name = self._progress, self._profiler, self._stage.name
+        progress, name = self._progress, self._stage.name
         with progress:
             try:
                 self._run_steps()
             except StopRequested:
                 self._save_and_stop()
             finally:
-                profiler.end()
+                self._end_trace()
         self._checkpoints.wait()
-        if profiler.steps:
-            steps = f"{len(profiler.steps)} steps from {profiler.steps[0]:,} on"
-            self._reporter.say(f"{name}: trace of {steps} -> {profiler.folder}")
+        if traced := self._traced_steps:
+            steps = f"{len(traced)} steps from {traced[0]:,} on"
+            self._reporter.say(f"{name}: trace of {steps} -> {self._trace_folder}")
         if not progress.tokens_per_second:
             return {}
         if progress.input_wait > _LONG_WAIT:
@@ -120,16 +126,21 @@ class Trainer:
 
     def _profiled_step(self, batch: Batch) -> None:
         """Takes the next step, and begins or ends the profiler trace where it is due."""
-        profiler, step = self._profiler, self._done + 1
-        if step in profiler.steps[:1]:
-            with self._progress.paused():
-                profiler.begin()
+        step = self._done + 1
+        if step in self._traced_steps[:1]:
+            with self._progress.paused(), disk_errors(self._trace_folder):
+                self._trace.enter_context(jax.profiler.trace(self._trace_folder))
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
             self._step(batch)
-        if step in profiler.steps[-1:]:
+        if step in self._traced_steps[-1:]:
             self._read_pending()
             with self._progress.paused():
-                profiler.end()
+                self._end_trace()
+
+    def _end_trace(self) -> None:
+        """Ends the profiler trace, if it has begun, and writes it."""
+        with disk_errors(self._trace_folder):
+            self._trace.close()
 
     def _step(self, batch: Batch) -> None:
         """Starts the next step, then reads the output of the one before.
@@ -152,7 +163,7 @@ class Trainer:
         if self._pending is None:
             return
         step, tokens, on_devices = self._pending
-        output: StepOutput = jax.device_get(on_devices)
+        output: step_lib.StepOutput = jax.device_get(on_devices)
         self._pending = None
         stage = self._stage
         self._ledger = ledger.entry(self._ledger, int(output.batch_checksum))
@@ -215,7 +226,7 @@ class Trainer:
         ) from None
 
 
-def _mean_losses(stage: Stage, output: StepOutput) -> Scores:
+def _mean_losses(stage: Stage, output: step_lib.StepOutput) -> Scores:
     """Returns the training losses of one step, as means over its tokens and examples."""
     sums = output.losses
     lm = float(sums.lm.total) / max(float(sums.lm.weight), 1e-9)

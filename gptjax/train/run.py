@@ -19,7 +19,6 @@ from gptjax.config import schema, validation
 from gptjax.config.schema import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import Preempted, StopRequested, require
 from gptjax.evaluate import probes
 from gptjax.io import files, remote
@@ -159,7 +158,7 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
 
 def _choose_tokenizer_and_sizes(
     experiment: Experiment, workdir: str, data: dict[str, Any], options: Options
-) -> tuple[Tokenizer, ModelConfig]:
+) -> tuple[tokenizer_lib.Tokenizer, ModelConfig]:
     """Returns the tokenizer, and the model's configuration with the tokenizer's vocabulary size.
 
     The tokenizer is that of `init_from`, else that of the workdir, else a new one.

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax import state as state_lib
 from gptjax.batch import Batch
-from gptjax.mesh import Params
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Losses, Objective, gradients
@@ -34,7 +33,7 @@ class StepOutput:
 
 
 def initial_state(
-    model: GPT, optimizer: Optimizer, params: Params | None = None
+    model: GPT, optimizer: Optimizer, params: mesh_lib.Params | None = None
 ) -> Callable[[jax.Array], TrainState]:
     """Returns a function of a random key that returns the state before the first step.
 

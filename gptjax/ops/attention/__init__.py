@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from gptjax.config.schema import AttentionKind
 from gptjax.errors import require
-from gptjax.ops.attention import blocked, partition, plain
-from gptjax.ops.attention.inputs import AttentionInputs
+from gptjax.ops.attention import blocked, plain
+from gptjax.ops.attention.inputs import AttentionInputs, shard_over_batch_and_heads
 from gptjax.ops.dropout import DropoutKey
 
 Array = jax.Array
@@ -142,4 +142,4 @@ def causal(
     def kernel(inputs: AttentionInputs, dropout_key: DropoutKey, heads_BH: Array) -> Array:
         return blocked.blocked(inputs, dropout_key, heads_BH, max_sequence_length or length)
 
-    return partition.shard_over_batch_and_heads(kernel, mesh, inputs, dropout_key)
+    return shard_over_batch_and_heads(kernel, mesh, inputs, dropout_key)

@@ -38,6 +38,8 @@ _BLOCK = 128
 _WINDOW_QUERIES = 64
 # The most scores that a group computes at a time: 4 MiB of float32.
 _MAX_SCORES = 2**20
+# The products of each entry of the first axis.
+_product = functools.partial(matmul.product, batch=(0,))
 _HIDDEN_SCORE = float(jnp.finfo(jnp.float32).min)
 
 
@@ -155,7 +157,7 @@ class _Group:
         float32 [N, Q, S]; those of hidden keys are `_HIDDEN_SCORE`.
         """
         end = hi + self.lookback
-        scores_NQS = _dot(q_NTK[:, lo:hi], k_NSK[:, :end], 2, 2) / math.sqrt(q_NTK.shape[-1])
+        scores_NQS = _product(q_NTK[:, lo:hi], k_NSK[:, :end], 2, 2) / math.sqrt(q_NTK.shape[-1])
         visible_RQS = self.query_ids_RT[:, lo:hi, None] == self.key_ids_RS[:, None, :end]
         places_Q, places_S = jnp.arange(lo + self.lookback, end), jnp.arange(end)
         visible_RQS &= places_Q[None, :, None] >= places_S[None, None]
@@ -178,12 +180,6 @@ class _Group:
         return jnp.where(kept_NQS, x_NQS, 0)
 
 
-def _dot(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
-    """Returns the float32 sum of products over one axis of each, for each entry of the first."""
-    contract = (((x_axis,), (y_axis,)), ((0,), (0,)))
-    return lax.dot_general(x, y, contract, preferred_element_type=jnp.float32)
-
-
 def _forward(group: _Group, q_NTK: Array, k_NSK: Array, v_NSK: Array) -> tuple[Array, Array]:
     """Returns y [N, T, K] and the log-sum-exp of the scores [N, T, 1], both float32."""
     outputs, lse = [], []
@@ -194,25 +190,22 @@ def _forward(group: _Group, q_NTK: Array, k_NSK: Array, v_NSK: Array) -> tuple[A
         sum_NQ1 = exp_NQS.sum(-1, keepdims=True)
         lse.append(largest_NQ1 + jnp.log(sum_NQ1))
         dropped_NQS = group.drop(exp_NQS, lo).astype(v_NSK.dtype)
-        y_NQK = _dot(dropped_NQS, v_NSK[:, : dropped_NQS.shape[2]], 2, 1)
+        y_NQK = _product(dropped_NQS, v_NSK[:, : dropped_NQS.shape[2]], 2, 1)
         outputs.append(y_NQK / (sum_NQ1 * (1 - group.dropout_key.rate)))
     return jnp.concatenate(outputs, 1), jnp.concatenate(lse, 1)
 
 
-def _backward(
-    group: _Group,
-    q_NTK: Array,
-    k_NSK: Array,
-    v_NSK: Array,
-    y_NTK: Array,
-    lse_NT1: Array,
-    d_y_NTK: Array,
-) -> tuple[Array, Array, Array]:
+def _backward(group: _Group, *arrays: Array) -> tuple[Array, Array, Array]:
     """Returns the gradients of q, k and v of a group.
 
     If the windows of tiles overlap, those of k and v are float32, because they are added up later.
     Otherwise they have the dtype of q.
+
+    Args:
+      group: the group.
+      *arrays: q, k, v, y and lse, as in `_forward`, and the gradient of y.
     """
+    q_NTK, k_NSK, v_NSK, y_NTK, lse_NT1, d_y_NTK = arrays
     heads, _, width = q_NTK.shape
     scale = 1 / (1 - group.dropout_key.rate)
     delta_NT1 = (d_y_NTK.astype(jnp.float32) * y_NTK).sum(-1, keepdims=True)
@@ -222,13 +215,13 @@ def _backward(
         end = hi + group.lookback
         d_y_NQK, q_NQK = d_y_NTK[:, lo:hi], q_NTK[:, lo:hi]
         p_NQS = jnp.exp(group.scores(q_NTK, k_NSK, lo, hi) - lse_NT1[:, lo:hi])
-        d_p_NQS = group.drop(_dot(d_y_NQK, v_NSK[:, :end], 2, 2) * scale, lo)
+        d_p_NQS = group.drop(_product(d_y_NQK, v_NSK[:, :end], 2, 2) * scale, lo)
         dropped_NQS = group.drop(p_NQS * scale, lo).astype(v_NSK.dtype)
         d_scores_NQS = p_NQS * (d_p_NQS - delta_NT1[:, lo:hi]) / math.sqrt(width)
         d_scores_NQS = d_scores_NQS.astype(q_NTK.dtype)
-        d_q.append(_dot(d_scores_NQS, k_NSK[:, :end], 2, 1))
-        d_v = _dot(matmul.transposed(d_y_NQK), dropped_NQS, 2, 1)
-        d_k = _dot(matmul.transposed(q_NQK), d_scores_NQS, 2, 1)
+        d_q.append(_product(d_scores_NQS, k_NSK[:, :end], 2, 1))
+        d_v = _product(matmul.transposed(d_y_NQK), dropped_NQS, 2, 1)
+        d_k = _product(matmul.transposed(q_NQK), d_scores_NQS, 2, 1)
         d_v_NKS, d_k_NKS = d_v_NKS.at[:, :, :end].add(d_v), d_k_NKS.at[:, :, :end].add(d_k)
     # Without the barrier XLA would move the transposes of the results into the products.
     d_k_NKS, d_v_NKS = lax.optimization_barrier((d_k_NKS, d_v_NKS))

@@ -26,9 +26,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh
 
 from gptjax.ops import dropout
-from gptjax.ops.attention import partition
-from gptjax.ops.attention.inputs import AttentionInputs
+from gptjax.ops.attention.inputs import AttentionInputs, shard_over_batch_and_heads
 from gptjax.ops.dropout import DropoutKey
+from gptjax.ops.matmul import product
 
 Array = jax.Array
 Ref = Any
@@ -73,12 +73,6 @@ def _block_size(length: int) -> int:
     return BLOCK if pl.cdiv(length, LANES) * LANES % BLOCK == 0 else LANES
 
 
-def _product(x: Array, y: Array, contract_x: int, contract_y: int) -> Array:
-    """Returns the float32 matrix product that sums over the given axes."""
-    dimensions = (((contract_x,), (contract_y,)), ((), ()))
-    return lax.dot_general(x, y, dimensions, preferred_element_type=jnp.float32)
-
-
 def _scores(
     q_KT: Array, k_KS: Array, query_ids_1T: Array, key_ids_1S: Array, distance: Any
 ) -> Array:
@@ -86,7 +80,7 @@ def _scores(
 
     `distance` is the place of the first query in the row, minus the place of the first key.
     """
-    s_ST = _product(k_KS, q_KT, 0, 0) * (1 / math.sqrt(q_KT.shape[0]))
+    s_ST = product(k_KS, q_KT, 0, 0) * (1 / math.sqrt(q_KT.shape[0]))
     key, query = (lax.broadcasted_iota(jnp.int32, s_ST.shape, axis) for axis in range(2))
     visible_ST = (key - query <= distance) & (key_ids_1S.reshape(-1, 1) == query_ids_1T)
     return jnp.where(visible_ST, s_ST, -jnp.inf)
@@ -152,7 +146,7 @@ def _forward_kernel(  # noqa: PLR0913 (Pallas passes one reference for each arra
             kept_ST = _kept(config, scalars_ref, p_ST.shape, b, h, i * block, j * block)
             p_ST = jnp.where(kept_ST, p_ST, 0)
         v_KS = v_ref[:, at]
-        return new_1T, sum_1T, y_KT * shrink_1T + _product(v_KS, p_ST.astype(v_KS.dtype), 1, 0)
+        return new_1T, sum_1T, y_KT * shrink_1T + product(v_KS, p_ST.astype(v_KS.dtype), 1, 0)
 
     start = (
         jnp.full((1, block), jnp.finfo(jnp.float32).min, jnp.float32),
@@ -205,16 +199,16 @@ def _backward_kernel(  # noqa: PLR0913 (see `_forward_kernel`)
         q_KT, g_KT = q_ref[:, at], g_ref[:, at]
         s_ST = _scores(q_KT, k_KS, query_ids_ref[:, at], key_ids_1S, (i - j) * block)
         p_ST = jnp.exp(s_ST - lse_ref[:, at])
-        dp_ST = _product(v_KS, g_KT, 0, 0)
+        dp_ST = product(v_KS, g_KT, 0, 0)
         p_kept_ST = p_ST
         if config.rate:
             kept_ST = _kept(config, scalars_ref, p_ST.shape, b, h, i * block, j * block)
             p_kept_ST, dp_ST = (jnp.where(kept_ST, x, 0) for x in (p_ST, dp_ST))
         # ds and p lack the factor 1 / (1 - rate); the sums are multiplied with it at the end.
         ds_ST = (p_ST * (dp_ST - delta_ref[:, at] * (1 - config.rate))).astype(k_KS.dtype)
-        dq_sum_ref[:, at] += _product(k_KS, ds_ST, 1, 0)
-        dk_KS += _product(q_KT, ds_ST, 1, 1)
-        return dk_KS, dv_KS + _product(g_KT, p_kept_ST.astype(g_KT.dtype), 1, 1)
+        dq_sum_ref[:, at] += product(k_KS, ds_ST, 1, 0)
+        dk_KS += product(q_KT, ds_ST, 1, 1)
+        return dk_KS, dv_KS + product(g_KT, p_kept_ST.astype(g_KT.dtype), 1, 1)
 
     zeros_KS = jnp.zeros(k_KS.shape, jnp.float32)
     dk_KS, dv_KS = lax.fori_loop(j, last_ref[b * blocks + j] + 1, step, (zeros_KS, zeros_KS))
@@ -399,4 +393,4 @@ def flash(
     rate = 0.0 if dropout_key is None else dropout_key.rate
     config = _KernelConfig(length, heads, rate, block or _block_size(length), interpret)
     kernel = functools.partial(_pad_and_run, config)
-    return partition.shard_over_batch_and_heads(kernel, mesh, inputs, dropout_key)
+    return shard_over_batch_and_heads(kernel, mesh, inputs, dropout_key)
