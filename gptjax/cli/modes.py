@@ -24,8 +24,8 @@ from gptjax.config.schema import (
     Words,
 )
 from gptjax.data import splits
-from gptjax.data.tables import text_files
 from gptjax.data.tables.labelled import LabelledTable, as_text
+from gptjax.data.tables.texts import read_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
@@ -118,7 +118,7 @@ def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
     pretrain = gpt.meta.experiment_config().pretrain or PretrainConfig()
     if flags.INPUT.value:
         source = flags.INPUT.value
-        texts = text_files.read_text(source, pretrain.line_breaks)
+        texts = read_text(source, pretrain.line_breaks)
     else:
         _require_data(gpt, pretrain.dataset or pretrain.train_files)
         texts = _split(splits.text_splits(pretrain))
@@ -211,7 +211,7 @@ def _unlabelled_rows(gpt: GPT, task: TaskSpec) -> LabelledTable:
         "--input: give the file with the rows to predict; or --split, if the model was fine-tuned "
         "on a data set of the Hugging Face hub",
     )
-    return splits.one_split(finetune, flags.SPLIT.value, task.text_columns)
+    return splits.one_split(finetune.dataset, flags.SPLIT.value, task.text_columns)
 
 
 def _records(found: Predictions) -> list[Record]:
@@ -300,7 +300,7 @@ def tokenizer(command: Command) -> None:
     require(flags.INPUT.value, "--input: give the text files (comma-separated globs)")
     require(output_path, "--output: give the folder to write")
     validation.validate_tokenizer(config)
-    texts = text_files.read_text(flags.INPUT.value)
+    texts = read_text(flags.INPUT.value)
     trained = tokenizer_lib.build(config, texts)
     files = {"tokenizer.json": trained.to_json()}
     pair = tokenizer_lib.pair_texts(trained)

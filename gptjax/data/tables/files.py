@@ -1,4 +1,4 @@
-"""Files of labelled rows -> `datasets.Dataset`: CSV, TSV, JSON lines, Parquet.
+"""Files of labelled rows -> `datasets.Dataset`: CSV, TSV, JSON lines, Parquet; and the hub's files.
 
 CSV and JSON lines have their own readers here, because those of pyarrow change data silently: they
 turn strings that look like dates into times and large integers into floats, accept stray quotes and
@@ -18,10 +18,11 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pyarrow as pa
+
 from gptjax.errors import UserError, brief, nearest, require
 
 if TYPE_CHECKING:  # importing `datasets` takes 1.6 s, and `launch.py --help` does not need it
-    import pyarrow as pa
     from datasets import Dataset
 
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
@@ -118,8 +119,6 @@ def to_dataset(table: pa.Table) -> Dataset:
 
 
 def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
-    import pyarrow as pa
-
     is_csv = ending == ".csv"
     limit = csv.field_size_limit(2**31 - 1)  # by default a cell over 128 KB is refused
     try:
@@ -197,8 +196,6 @@ def _checked(
 
 def _json_lines(path: str) -> pa.Table:
     """Returns all rows. Types are unified in the end: a column of integers and floats is float."""
-    import pyarrow as pa
-
     tables = []
     rows = _json_rows(path)
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
@@ -234,8 +231,6 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_column(chunk: list[tuple[int, dict[str, Any]]], name: str, path: str) -> pa.Array:
-    import pyarrow as pa
-
     try:
         return pa.array([row.get(name) for _, row in chunk])
     except (ValueError, TypeError, OverflowError) as error:
@@ -251,7 +246,6 @@ def _json_column(chunk: list[tuple[int, dict[str, Any]]], name: str, path: str) 
 
 
 def _parquet(path: str) -> pa.Table:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -265,3 +259,32 @@ def _parquet(path: str) -> pa.Table:
             plain = table.column(index).cast(field.type.value_type)
             table = table.set_column(index, field.name, plain)
     return table
+
+
+def load_hub(name: str, split: str) -> Dataset:
+    """Loads one split of a data set from the Hugging Face hub or a local folder of data files.
+
+    Args:
+      name: "owner/name", "owner/name:config" or a folder.
+      split: a name such as "train", or a slice such as "train[:1000]".
+
+    Raises:
+      UserError: no such data set, no network, no such split (the message lists the existing ones),
+        or a data set that needs its own code to load (that code is never run).
+    """
+    datasets = import_datasets()
+    repository, _, config = name.partition(":")
+    try:
+        return datasets.load_dataset(repository, config or None, split=split)
+    except Exception as error:  # remote data sets and the network raise exceptions of many types
+        try:
+            offline = isinstance(error, ConnectionError)
+            splits = [] if offline else datasets.get_dataset_split_names(repository, config or None)
+        except Exception:
+            splits = []
+        if splits and split.partition("[")[0] not in splits:
+            message = f"no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}"
+        else:
+            message = f"cannot load split {split!r} ({brief(error)})"
+            message += "; check the name and the network, or give files instead"
+        raise UserError(f"data set {name}: {message}") from error

@@ -1,21 +1,51 @@
-"""Labelled rows: a table with everything that an error message needs to name one of its cells."""
+"""Labelled rows: a table with everything that an error message needs to name one of its cells.
+
+Columns are read by expressions. `article+question` joins two columns by a space; `options[2]` is
+the third element of a column of lists. A column that has the whole expression as its name comes
+first.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptjax.data.tables import expressions
-from gptjax.errors import require
+from gptjax.errors import nearest, require
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_ELEMENT = re.compile(r"(.+)\[(\d+)\]")
 
 
 def as_text(value: Any) -> str:
     """Returns a cell as text: None is empty, numbers are as Python writes them."""
     return "" if value is None else str(value)
+
+
+def _parts(expression: str, existing: Collection[str]) -> list[str]:
+    """Returns the summands of an expression.
+
+    >>> _parts("article + options[2]", []), _parts("a+b", ["a+b"])
+    (['article', 'options[2]'], ['a+b'])
+    """
+    if expression in existing:
+        return [expression]
+    return [part.strip() for part in expression.split("+")]
+
+
+def _element(part: str, existing: Collection[str]) -> tuple[str, int | None]:
+    """Returns the column that a summand reads, and the index in its lists; None: the whole cell.
+
+    >>> _element("options[2]", ["options"]), _element("options[2]", ["options[2]"])
+    (('options', 2), ('options[2]', None))
+    """
+    match = _ELEMENT.fullmatch(part)
+    return (match[1], int(match[2])) if match and part not in existing else (part, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,36 +85,46 @@ class LabelledTable:
             rows = self.rows.select(indices, keep_in_memory=True)
         return dataclasses.replace(self, rows=rows, numbers=[self.number(i) for i in indices])
 
-    def require_columns(self, names: Iterable[str]) -> None:
-        """Checks that the table has all columns that these names or expressions read.
+    def sources(self, expressions: Iterable[str]) -> list[str]:
+        """Returns the columns that expressions read, each once, whether they exist or not."""
+        existing = self.column_names
+        parts = (part for expression in expressions for part in _parts(expression, existing))
+        return list(dict.fromkeys(_element(part, existing)[0] for part in parts))
+
+    def require_columns(self, expressions: Iterable[str]) -> None:
+        """Checks that the table has all columns that these expressions read.
 
         Raises:
           UserError: names the missing column, the nearest existing one and all existing ones.
         """
-        expressions.require_columns(self.column_names, names, self.source)
+        existing = self.column_names
+        for name in self.sources(expressions):
+            require(
+                name in existing,
+                f"{self.source}: no column {name!r}{nearest(name, existing)}; "
+                f"the columns are {', '.join(map(repr, existing))}",
+            )
 
-    def columns(self, names: Iterable[str]) -> dict[str, list[Any]]:
-        """Returns column name or expression (see `expressions.py`) -> values, one for each row.
+    def columns(self, expressions: Iterable[str]) -> dict[str, list[Any]]:
+        """Returns expression -> values, one for each row.
 
         Raises:
           UserError: a list without the wanted element, or columns of different lengths.
         """
-        values = {name: self._column(name) for name in names}
+        values = {expression: self._column(expression) for expression in expressions}
         lengths = {len(column) for column in values.values()}
         require(len(lengths) < 2, f"{self.source}: columns of different lengths {sorted(lengths)}")
         return values
 
-    def _column(self, name: str) -> list[Any]:
-        if name in self.column_names:
-            return list(self.rows[name])
-        parts = [self._part(part) for part in expressions.parts(name)]
+    def _column(self, expression: str) -> list[Any]:
+        parts = [self._part(part) for part in _parts(expression, self.column_names)]
         if len(parts) == 1:
             return parts[0]
         return [" ".join(map(as_text, row)) for row in zip(*parts, strict=True)]
 
     def _part(self, part: str) -> list[Any]:
         """Returns the values of one part of a sum: a column, or an element of each of its lists."""
-        column, index = expressions.element(part, self.column_names)
+        column, index = _element(part, self.column_names)
         values = list(self.rows[column])
         if index is None:
             return values
@@ -96,3 +136,50 @@ class LabelledTable:
                 f"{self.cell(i, column)}: {problem}; {part} needs at least {index + 1}",
             )
         return [cell[index] for cell in values]
+
+
+def require_fraction(fraction: float) -> None:
+    """Checks the part of the training data that is to be held out for validation."""
+    require(0 < fraction < 1, f"validation fraction {fraction}: write a number between 0 and 1")
+
+
+def holdout(
+    table: LabelledTable, columns: Sequence[str], fraction: float, seed: int
+) -> tuple[LabelledTable, LabelledTable]:
+    """Splits rows into (train, validation) without a leak, the same way on every machine.
+
+    Rows with the same text form a group, and a group is never divided. Case and white space are
+    ignored in the comparison. Groups are ordered by a hash of seed and text; the first ones are
+    held out until validation has ceil(fraction * rows) rows. Both parts keep the order of the rows.
+
+    Args:
+      table: the rows.
+      columns: the columns, or expressions, whose text is compared.
+      fraction: the part of the rows to hold out, between 0 and 1.
+      seed: another seed holds out other rows.
+
+    Raises:
+      UserError: `fraction` is not between 0 and 1, or a part would be empty.
+    """
+    require_fraction(fraction)
+    compared = table.columns(table.sources(columns)).values()
+    groups: dict[bytes, list[int]] = {}
+    for index, row in enumerate(zip(*compared, strict=True)):
+        text = "\x1f".join(" ".join(as_text(cell).casefold().split()) for cell in row)
+        data = f"{seed}\x1e{text}".encode(errors="surrogatepass")
+        groups.setdefault(hashlib.blake2b(data, digest_size=16).digest(), []).append(index)
+    count = sum(map(len, groups.values()))
+    wanted = math.ceil(fraction * count)
+    held_out: set[int] = set()
+    for name in sorted(groups):
+        if len(held_out) >= wanted:
+            break
+        held_out.update(groups[name])
+    require(
+        0 < len(held_out) < count,
+        f"{table.source}: cannot hold out {fraction:g} of {count} rows with {len(groups)} "
+        "different texts; give a validation file",
+    )
+    kept = [index for index in range(count) if index not in held_out]
+    parent = dataclasses.replace(table, part_of=table.source)
+    return parent.select(kept), parent.select(sorted(held_out))

@@ -12,11 +12,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gptjax.data.tables import expressions, files
+import pyarrow as pa
+
+from gptjax.data.tables import files
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import UserError, require
 
 if TYPE_CHECKING:
-    import pyarrow as pa
     from datasets import Dataset
 
 Table = Any
@@ -69,8 +71,6 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
             _check_column(name, cells, source)
         return _LazyColumns(by_name, by_name.__getitem__)
     if hasattr(table, "__arrow_c_stream__"):
-        import pyarrow as pa
-
         arrow = table if isinstance(table, pa.Table) else pa.table(table)
         return _LazyColumns(arrow.column_names, arrow.column)
     if isinstance(table, Sequence) and not isinstance(table, str | bytes):
@@ -81,27 +81,20 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
     )
 
 
-def dataset(table: Table, source: str, needed: Iterable[str]) -> Dataset:
+def dataset(table: Table, source: str, needed: Sequence[str]) -> Dataset:
     """Returns the columns of a table that `needed` reads, as a `datasets.Dataset`.
 
     Args:
       table: in one of the forms of this module.
       source: the name of the table in error messages.
-      needed: column names, or expressions (see `expressions.py`).
+      needed: column names, or expressions (see `labelled.py`).
 
     Raises:
       UserError: the object is not a table, a column is missing, or the lengths differ.
     """
-    import pyarrow as pa
-
-    existing, needed = columns(table, source), list(needed)
-    expressions.require_columns(list(existing), needed, source)
-    names = dict.fromkeys(
-        name for expression in needed for name in expressions.sources(expression, existing)
-    )
-    cells = {name: existing[name] for name in names}
-    lengths = {len(column) for column in cells.values()}
-    require(len(lengths) < 2, f"{source}: columns of different lengths {sorted(lengths)}")
+    labelled = LabelledTable(columns(table, source), source)
+    labelled.require_columns(needed)
+    cells = labelled.columns(labelled.sources(needed))
     return files.to_dataset(pa.table({name: _array(column) for name, column in cells.items()}))
 
 
@@ -141,8 +134,6 @@ def _values(column: Any) -> list[Any]:
 
 def _array(cells: Sequence[Any]) -> pa.Array:
     """Returns an Arrow array. Cells of several types become texts; they are read as such anyway."""
-    import pyarrow as pa
-
     if len({type(cell) for cell in cells if cell is not None}) < 2:
         try:
             return pa.array(cells)
