@@ -90,18 +90,20 @@ class Evaluator:
     def outputs(self, params: Params, examples: Examples, packer: Packer) -> Outputs:
         """Runs the model on all examples, packed; the outputs are in the order of the examples."""
         step = jit_eval_step(self.mesh, self.model, self.objective)
-        waiting, sums = [], []
-        logits: np.ndarray | None = None
         local = functools.partial(mesh_lib.local_rows, self.mesh)
+        sums: list[Losses] = []
+        waiting: list[Any] = []
+        fetched = []
         for batch, index in self.stoppable(loader.every_example(examples, packer, local)):
             losses, out = step(params, mesh_lib.to_devices(batch, self.mesh))
-            waiting.append((index, out))
             sums.append(losses)
+            waiting.append((index, out))
             if len(waiting) > 1:  # fetched one batch late, so that the device never waits
-                logits = _scatter(logits, len(examples), *waiting.pop(0))
-        for pair in waiting:
-            logits = _scatter(logits, len(examples), *pair)
-        assert logits is not None
+                fetched.append(jax.device_get(waiting.pop(0)))
+        fetched += jax.device_get(waiting)
+        logits = np.zeros((len(examples), fetched[0][1].shape[-1]), np.float32)
+        for index, out in fetched:
+            logits[index[index >= 0]] = out[index >= 0]
         parts = jax.device_get(sums)
         labelled = examples.labels is not None
         task_loss = _mean([part.task for part in parts]) if labelled else None
@@ -148,16 +150,6 @@ def _mean(parts: list[Sum]) -> float:
     # Added in float64 on the host: a float32 total of millions of tokens would lose digits.
     total = sum(float(part.total) for part in parts)
     return total / max(sum(float(part.weight) for part in parts), 1e-9)
-
-
-def _scatter(logits: np.ndarray | None, count: int, index: np.ndarray, out: Any) -> np.ndarray:
-    """Writes the logits of a batch to the rows of its examples in [count, O]."""
-    out = jax.device_get(out)
-    if logits is None:
-        logits = np.zeros((count, out.shape[-1]), np.float32)
-    real = index >= 0
-    logits[index[real]] = out[real]
-    return logits
 
 
 @functools.cache
