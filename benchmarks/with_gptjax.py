@@ -12,7 +12,7 @@ from gptjax.config.schema import MeshConfig, ModelConfig
 from gptjax.data import loader
 from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.generate import Sampling
+from gptjax.infer.generate import Sampler, Sampling
 from gptjax.model import gpt
 from gptjax.model.objective import Objective
 from gptjax.train import step as step_lib
@@ -92,6 +92,5 @@ class Generation:
 
     def __call__(self, prompt: np.ndarray, batch: int, tokens: int) -> np.ndarray:
         """Returns int [batch, tokens]: continuations of int [T]."""
-        return generate.generate(
-            self._decoder, prompt, tokens, batch, Sampling(temperature=0.0), 0, self._banned
-        )  # fmt: skip
+        sampler = Sampler.of(Sampling(temperature=0.0), 0, self._banned)
+        return generate.generate(self._decoder, prompt, tokens, batch, sampler)

@@ -27,7 +27,7 @@ from gptjax.cost.step_spec import StepSpec
 from gptjax.errors import require
 from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.generate import Sampling
+from gptjax.infer.generate import Sampler, Sampling
 from gptjax.io import console, files
 from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
@@ -309,9 +309,8 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     prompt = np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS, dtype=np.int32)
 
     def call(tokens: int) -> np.ndarray:
-        return generate.generate(
-            decoder, prompt, tokens, request.num_samples, Sampling(), 0, np.zeros(vocabulary, bool)
-        )  # fmt: skip
+        sampler = Sampler.of(Sampling(), 0, np.zeros(vocabulary, bool))
+        return generate.generate(decoder, prompt, tokens, request.num_samples, sampler)
 
     console.say(
         f"generate: {request.num_samples} x {request.max_new_tokens} tokens, {request.timed} times"

@@ -66,20 +66,23 @@ class Sampler:
     banned_V: Array
     key: Array
 
+    @classmethod
+    def of(cls, sampling: Sampling, seed: int, banned: np.ndarray) -> "Sampler":
+        """Returns the arrays of a rule.
 
-@flax.struct.dataclass
-class Window:
-    """The tokens that condition the next ones: a prompt, or the end of a longer text.
-
-    Attributes:
-      tokens_NT: int32, padded at the end.
-      length: int32 scalar, number of tokens before the padding.
-      num_drawn: int32 scalar, number of tokens drawn before this window.
-    """
-
-    tokens_NT: Array
-    length: Array
-    num_drawn: Array
+        Args:
+          sampling: the rule by which tokens are drawn.
+          seed: equal seeds give equal draws.
+          banned: bool [V], tokens that are never drawn.
+        """
+        require(-(2**63) <= seed < 2**63, f"`seed`={seed}: must be a number of 64 bits")
+        return cls(
+            temperature=jnp.float32(sampling.temperature),
+            top_k=jnp.int32(min(sampling.top_k, len(banned))),
+            top_p=jnp.float32(sampling.top_p),
+            banned_V=jnp.asarray(banned),
+            key=jax.random.key(seed),
+        )
 
 
 @flax.struct.dataclass
@@ -152,34 +155,37 @@ def _next_logits(decoder: Decoder, x_N1D: Array, banned_V: Array) -> Array:
     return jnp.where(banned_V[None], -jnp.inf, decoder.lm_logits(x_N1D)[:, 0])
 
 
-@functools.partial(jax.jit, static_argnames=("num_samples", "entries"))
+@functools.partial(jax.jit, static_argnames=("samples", "entries"))
 def _prefill(
-    decoder: Decoder, sampler: Sampler, window: Window, *, num_samples: int, entries: int
-) -> DecodingState:
-    """Runs a window through the decoder; returns the state of its samples.
+    decoder: Decoder, banned_V: Array, tokens_NT: Array, length: Array, samples: int, entries: int
+) -> tuple[Caches, Array]:
+    """Runs a prompt, or the end of a longer text, through the decoder.
 
     Args:
       decoder: the model.
-      sampler: only its banned tokens are used.
-      window: one row for all samples, or a row for each.
-      num_samples: N; a multiple of the rows of the window.
-      entries: S of the cache, at least the tokens of the window.
+      banned_V: bool, tokens that are never drawn.
+      tokens_NT: int32, padded at the end: one row for all samples, or a row for each.
+      length: int32 scalar, number of tokens before the padding.
+      samples: their number, a multiple of the rows of `tokens_NT`.
+      entries: S of the cache, at least T.
+
+    Returns:
+      The cache, and the logits of the next token of each sample.
     """
-    rows = window.tokens_NT.shape[0]
+    rows = tokens_NT.shape[0]
     cache = decoder.new_cache(rows, entries)
-    x_NTD, cache = decoder.states(window.tokens_NT, cache, 0)
+    x_NTD, cache = decoder.states(tokens_NT, cache, 0)
     # The padding writes to the cache too. Later tokens overwrite those entries before any query
     # may attend to them.
-    x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, window.length - 1, 1, axis=1)
-    logits_NV = _next_logits(decoder, x_N1D, sampler.banned_V)
+    x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
+    logits_NV = _next_logits(decoder, x_N1D, banned_V)
 
     def repeated(x: Array) -> Array:
         """Repeats each row; the leading axis of a cache holds the heads of a row together."""
-        x = jnp.repeat(x.reshape(rows, -1, *x.shape[1:]), num_samples // rows, axis=0)
+        x = jnp.repeat(x.reshape(rows, -1, *x.shape[1:]), samples // rows, axis=0)
         return x.reshape(-1, *x.shape[2:])
 
-    cache, logits_NV = jax.tree.map(repeated, (cache, logits_NV))
-    return DecodingState(cache, logits_NV, window.length, window.num_drawn)
+    return jax.tree.map(repeated, (cache, logits_NV))
 
 
 @jax.jit
@@ -237,13 +243,7 @@ def window_start(length: int, context_length: int) -> int:
 
 
 def generate(
-    decoder: Decoder,
-    prompt: np.ndarray,
-    max_new_tokens: int,
-    num_samples: int,
-    sampling: Sampling,
-    seed: int,
-    banned: np.ndarray,
+    decoder: Decoder, prompt: np.ndarray, max_new_tokens: int, num_samples: int, sampler: Sampler
 ) -> np.ndarray:
     """Returns continuations of one prompt, int32 [num_samples, max_new_tokens].
 
@@ -252,30 +252,23 @@ def generate(
       prompt: int32 [T], at least one token. If it does not fit into the context, its end is used.
       max_new_tokens: may exceed the context (see `window_start`).
       num_samples: number of continuations.
-      sampling: the rule by which tokens are drawn.
-      seed: equal seeds give equal continuations.
-      banned: bool [V], tokens that are never drawn.
+      sampler: from `Sampler.of`.
     """
-    require(-(2**63) <= seed < 2**63, f"`seed`={seed}: must be a number of 64 bits")
-    sampler = Sampler(
-        temperature=jnp.float32(sampling.temperature),
-        top_k=jnp.int32(min(sampling.top_k, len(banned))),
-        top_p=jnp.float32(sampling.top_p),
-        banned_V=jnp.asarray(banned),
-        key=jax.random.key(seed),
-    )
     context = decoder.model.config.context_length
     texts = prompt[None].astype(np.int32)
     done = 0
     while done < max_new_tokens:
-        tail = texts[:, window_start(texts.shape[1], context) :]
-        length = tail.shape[1]
+        window = texts[:, window_start(texts.shape[1], context) :]
+        length = window.shape[1]
         count = min(max_new_tokens - done, context - length)
         padding = _bucket(length, context) - length
-        tokens_NT = jnp.asarray(np.pad(tail, ((0, 0), (0, padding))))
-        window = Window(tokens_NT, jnp.int32(length), jnp.int32(done))
+        tokens_NT = jnp.asarray(np.pad(window, ((0, 0), (0, padding))))
         entries = _bucket(length + count, context)
-        state = _prefill(decoder, sampler, window, num_samples=num_samples, entries=entries)
+        position = jnp.int32(length)
+        cache, logits_NV = _prefill(
+            decoder, sampler.banned_V, tokens_NT, position, num_samples, entries
+        )
+        state = DecodingState(cache, logits_NV, position, jnp.int32(done))
         out = _decode(decoder, sampler, state, jnp.int32(count))
         texts = np.repeat(texts, num_samples // texts.shape[0], axis=0)
         texts = np.concatenate([texts, np.asarray(out)[:, :count]], axis=1)

@@ -11,7 +11,7 @@ import small
 from gptjax.errors import UserError
 from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.generate import Sampler, Sampling, Window
+from gptjax.infer.generate import Sampler, Sampling
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 
@@ -102,9 +102,8 @@ def test_cached_equals_uncached(setup, length, count, samples, sampling):
     banned = np.zeros(97, bool)
     banned[[0, 7, 50]] = True
     prompt = prompt_of(length, length)
-    got = generate.generate(
-        decoder_lib.prepare(model, params), prompt, count, samples, sampling, 11, banned
-    )
+    rule = Sampler.of(sampling, 11, banned)
+    got = generate.generate(decoder_lib.prepare(model, params), prompt, count, samples, rule)
     assert got.shape == (samples, count)
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, naive(logits, prompt, count, samples, sampling, 11, banned))
@@ -127,7 +126,8 @@ def test_prompts_of_a_bucket_and_any_sampling_share_one_compilation(setup):
     decoder, none = decoder_lib.prepare(model, params), np.zeros(97, bool)
 
     def run(length, count, sampling, seed):
-        generate.generate(decoder, prompt_of(length), count, 2, sampling, seed, none)
+        sampler = Sampler.of(sampling, seed, none)
+        generate.generate(decoder, prompt_of(length), count, 2, sampler)
 
     run(3, 2, GREEDY, 0)
     sizes = generate._prefill._cache_size(), generate._decode._cache_size()
@@ -158,17 +158,16 @@ def test_samples_of_a_prompt_get_its_cache(setup, prompts):
     rows = np.stack([prompt_of(16, seed) for seed in range(prompts)])
 
     def prefill(rows, samples):
-        window = Window(jnp.asarray(rows), jnp.int32(9), jnp.int32(0))
-        return generate._prefill(decoder, sampler(), window, num_samples=samples, entries=16)
+        return generate._prefill(
+            decoder, jnp.zeros(97, bool), jnp.asarray(rows), jnp.int32(9), samples, 16
+        )
 
-    together = prefill(rows, 2 * prompts)
+    cache, logits = prefill(rows, 2 * prompts)
     alone = [prefill(row[None], 1) for row in rows]
     for sample in range(2 * prompts):
-        own_state = alone[sample // 2]
-        np.testing.assert_allclose(
-            together.logits_NV[sample], own_state.logits_NV[0], rtol=1e-5, atol=1e-6
-        )
-        for layer, own in zip(together.cache, own_state.cache, strict=True):
+        own_cache, own_logits = alone[sample // 2]
+        np.testing.assert_allclose(logits[sample], own_logits[0], rtol=1e-5, atol=1e-6)
+        for layer, own in zip(cache, own_cache, strict=True):
             heads = layer["key"].reshape(2 * prompts, *own["key"].shape)[sample]
             np.testing.assert_allclose(heads, own["key"], rtol=1e-5, atol=1e-6)
 
@@ -177,9 +176,8 @@ def test_bfloat16_generates_what_its_logits_say():
     """Greedy tokens are the most likely ones of the uncached model, to the rounding of bfloat16."""
     model = GPT(small.config(context_length=CONTEXT, dtype="bfloat16"))
     params = small.params(model, seed=4)
-    got = generate.generate(
-        decoder_lib.prepare(model, params), prompt_of(5), 12, 1, GREEDY, 0, np.zeros(97, bool)
-    )
+    sampler = Sampler.of(GREEDY, 0, np.zeros(97, bool))
+    got = generate.generate(decoder_lib.prepare(model, params), prompt_of(5), 12, 1, sampler)
     tokens = np.concatenate([prompt_of(5), got[0]])[None]
     ones, positions = np.ones_like(tokens), np.arange(17, dtype=np.int32)[None]
     x = gpt.run(model, params, tokens, ones, positions, method="hidden")
@@ -217,11 +215,9 @@ def test_ties_at_the_edge_share_their_fate():
 
 def test_top_k_1_is_greedy(setup):
     model, params, _ = setup
-    none = np.zeros(97, bool)
+    decoder, none = decoder_lib.prepare(model, params), np.zeros(97, bool)
     one, greedy = (
-        generate.generate(
-            decoder_lib.prepare(model, params), prompt_of(9), 12, 1, sampling, 5, none
-        )
+        generate.generate(decoder, prompt_of(9), 12, 1, Sampler.of(sampling, 5, none))
         for sampling in (Sampling(1.3, top_k=1), GREEDY)
     )
     np.testing.assert_array_equal(one, greedy)
