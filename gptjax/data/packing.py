@@ -124,13 +124,7 @@ class Packer:
         self._sequence_means, self._divisor = sequence_means, divisor
         longest, mean = int(lengths.max()), float(lengths.mean())
         sample = _sample(lengths, batch_size)
-        if row_length:
-            self.row_length = _round_up(max(longest, row_length), _LENGTH_STEP)
-            self.slots = _slots(self.row_length, mean, batch_size)
-            rows = [len(first_fit(batch, self.row_length, self.slots)) for batch in sample]
-            self.rows = max(rows)
-            return
-        self.rows, self.row_length = _shape(sample, longest, mean)
+        self.rows, self.row_length = _shape(sample, longest, mean, row_length)
         self.slots = _slots(self.row_length, mean, batch_size)
 
     def pack(
@@ -221,15 +215,20 @@ def _slots(row_length: int, mean: float, batch_size: int) -> int:
     return min(batch_size, 1 << max(2, math.ceil(math.log2(2 * row_length / mean))))
 
 
-def _shape(sample: list[list[int]], longest: int, mean: float) -> tuple[int, int]:
+def _shape(sample: list[list[int]], longest: int, mean: float, wanted: int) -> tuple[int, int]:
     """Returns the rows and the row length of a batch, see `Packer`.
 
     Args:
       sample: the lengths of the examples of some batches.
       longest: tokens of the longest example.
       mean: tokens of the examples, on average.
+      wanted: the row length, or somewhat more; 0: the best one.
     """
     batch_size = len(sample[0])
+    if wanted:
+        length = _round_up(max(longest, wanted), _LENGTH_STEP)
+        slots = _slots(length, mean, batch_size)
+        return max(len(first_fit(batch, length, slots)) for batch in sample), length
     total = batch_size * mean
     best = (math.inf, 0, 0)
     rows = 1 << (batch_size.bit_length() - 1)
@@ -252,16 +251,16 @@ def _round_up(value: int, multiple: int) -> int:
 def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
     """Returns a batch of padding for these examples."""
     tokens = np.zeros((height, length), np.int32)
-    candidates = examples.num_candidates
+    extract = np.zeros((height, slots, examples.num_candidates), np.int32)
     labels = examples.labels
     return Batch(
         tokens=tokens,
         segment_ids=np.zeros_like(tokens),
         positions=np.zeros_like(tokens),
         token_types=np.zeros_like(tokens),
-        lm_weights=np.zeros(tokens.shape, np.float32),
-        extract=np.zeros((height, slots, candidates), np.int32),
-        candidate_mask=np.zeros((height, slots, candidates), np.float32),
+        lm_weights=np.zeros_like(tokens, np.float32),
+        extract=extract,
+        candidate_mask=np.zeros_like(extract, np.float32),
         example_mask=np.zeros((height, slots), np.float32),
         labels=None if labels is None else np.zeros((height, slots), labels.dtype),
     )
