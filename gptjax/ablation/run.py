@@ -5,6 +5,7 @@ trained with each seed. The table holds the median score with the lowest and the
 of the constant answer, and the paper's score where it has the same variant of the same task.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
 import os
@@ -187,10 +188,11 @@ def _pretrain(ablation: Ablation, check_stop: Callable[[], None], options: run_l
     return folder
 
 
+@dataclasses.dataclass
 class _Runner:
     """Runs the fine-tunings that have no result yet, several at a time.
 
-    Args:
+    Attributes:
       ablation: the fine-tunings.
       pretrained: path of the checkpoint that they start from.
       given: fields that may not overrule the checkpoint.
@@ -198,19 +200,16 @@ class _Runner:
       check_stop: raises `StopRequested` where the process was asked to stop.
     """
 
-    def __init__(
-        self,
-        ablation: Ablation,
-        pretrained: str,
-        given: Collection[str],
-        reporter: Reporter,
-        check_stop: Callable[[], None],
-    ):
-        self._ablation, self._pretrained, self._given = ablation, pretrained, given
-        self._reporter, self._check_stop = reporter, check_stop
+    ablation: Ablation
+    pretrained: str
+    given: Collection[str]
+    reporter: Reporter
+    check_stop: Callable[[], None]
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._failed = False
-        self._path = os.path.join(ablation.workdir, _RESULTS)
+        self._path = os.path.join(self.ablation.workdir, _RESULTS)
         old = files.read_json(self._path) if exists(self._path) else {}
         self._seconds_before, self._began = old.get("seconds", 0.0), time.monotonic()
         # Results of variants and seeds that this command leaves out stay in the file.
@@ -224,31 +223,25 @@ class _Runner:
         Raises:
           Preempted: the process was asked to stop.
         """
-        path = os.path.join(self._ablation.workdir, "config.json")
-        files.write_json(path, schema.to_dict(self._ablation.experiment))
+        path = os.path.join(self.ablation.workdir, "config.json")
+        files.write_json(path, schema.to_dict(self.ablation.experiment))
         self._write_results()
-        jobs = self._ablation.jobs
-        waiting = [job for job in jobs if job not in self._records]
-        if not waiting:
-            return
-        free = list(meshes)
+        jobs = self.ablation.jobs
+        free = collections.deque(meshes)
 
         def work(job: Job) -> None:
             self._check_stop_or_failure()
-            with self._lock:
-                mesh = free.pop()
+            mesh = free.pop()
             try:
                 self._run_job(job, mesh)
             except BaseException:
                 self._failed = True
                 raise
             finally:
-                with self._lock:
-                    free.append(mesh)
+                free.append(mesh)
 
         with concurrent.futures.ThreadPoolExecutor(len(meshes)) as pool:
-            futures = [pool.submit(work, job) for job in waiting]
-            concurrent.futures.wait(futures)
+            futures = [pool.submit(work, job) for job in jobs if job not in self._records]
         errors = [error for future in futures if (error := future.exception())]
         for error in errors:
             if not isinstance(error, Preempted | StopRequested):
@@ -264,11 +257,11 @@ class _Runner:
         """Raises `StopRequested` where the process was asked to stop, or another job has failed."""
         if self._failed:
             raise StopRequested
-        self._check_stop()
+        self.check_stop()
 
     def _run_job(self, job: Job, mesh: Mesh) -> None:
         """Runs one fine-tuning, and writes and reports its result."""
-        ablation = self._ablation
+        ablation = self.ablation
         config = variant(ablation.tasks[job.task], job.variant)
         config = dataclasses.replace(config, compare_from_scratch=False)
         experiment = dataclasses.replace(
@@ -277,11 +270,11 @@ class _Runner:
             seed=job.seed,
             pretrain=None,
             ablation=None,
-            init_from=self._pretrained,
+            init_from=self.pretrained,
             finetune=config,
         )
         folder = os.path.join(ablation.workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
-        options = run_lib.Options(given=self._given, reporter=Reporter(), trial=True)
+        options = run_lib.Options(given=self.given, reporter=Reporter(), trial=True)
         began = time.monotonic()
         try:
             summary = run_lib.train(
@@ -299,18 +292,18 @@ class _Runner:
             self._report(job, record)
 
     def _report(self, job: Job, record: dict[str, Any]) -> None:
-        jobs = self._ablation.jobs
+        jobs = self.ablation.jobs
         done = sum(each in self._records for each in jobs)
         score = f"{record['split']} {format_score(record['metric'], record['score'], '')}"
         text = "diverged" if record["score"] is None else score
-        self._reporter.say(
+        self.reporter.say(
             f"[{done}/{len(jobs)}] {job}: {text} ({record['metric']}), {record['seconds']:.0f} s"
         )
 
     def _write_results(self) -> None:
         results = {
-            "name": self._ablation.experiment.name,
-            "pretrained": self._pretrained,
+            "name": self.ablation.experiment.name,
+            "pretrained": self.pretrained,
             "machine": mesh_lib.describe_machine(),
             # Elapsed time of all commands. Several fine-tunings run at the same time, so that their
             # own seconds add up to more.
@@ -349,15 +342,14 @@ def _meshes(experiment: Experiment) -> list[Mesh]:
     """
     parallel = experiment.ablation.parallel if experiment.ablation else 0
     devices = jax.devices()
-    if experiment.mesh != MeshConfig():
-        require(
-            parallel < 2,
-            f"`ablation.parallel`={parallel}: each would have one device; leave "
-            "`mesh` as it is, or parallel at 1",
-        )
-        return [mesh_lib.make_mesh(experiment.mesh)]
+    own_mesh = experiment.mesh != MeshConfig()
+    require(
+        parallel < 2 or not own_mesh,
+        f"`ablation.parallel`={parallel}: each would have one device; leave "
+        "`mesh` as it is, or parallel at 1",
+    )
     count = parallel or (len(devices) if len(devices) > 1 else 1 + (devices[0].platform == "cpu"))
-    if count == 1:
+    if own_mesh or count == 1:
         return [mesh_lib.make_mesh(experiment.mesh)]
     one = MeshConfig(data=1)
     return [mesh_lib.make_mesh(one, [devices[i % len(devices)]]) for i in range(count)]
