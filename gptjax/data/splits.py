@@ -1,22 +1,17 @@
 """The splits of a stage: from the built-in data, files, the hub, or tables in memory."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from gptjax.config import schema
 from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskKind, TaskSpec
 from gptjax.data.builtin import tasks as builtin_tasks
 from gptjax.data.builtin.tasks import SPLITS
 from gptjax.data.tables import files
+from gptjax.data.tables.files import Dataset
 from gptjax.data.tables.labelled import LabelledTable, as_text, holdout
 from gptjax.data.tables.texts import Texts, holdout_text, read_text
 from gptjax.errors import require
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BUILTIN = "builtin"
 
@@ -38,10 +33,8 @@ def text_splits(
       UserError: files, columns or splits that do not exist, or no text in them.
     """
     if tables is not None:
-        texts = {
-            name: _documents(rows, config.text, f"`{name}`")
-            for name, rows in _in_order(tables, ("train", "validation")).items()
-        }
+        tables = _in_order(tables, ("train", "validation"))
+        texts = {name: _documents(rows, config.text, f"`{name}`") for name, rows in tables.items()}
     elif config.dataset == BUILTIN:
         texts = {name: builtin_tasks.builtin_text(name) for name in ("train", "validation")}
     elif config.dataset:
@@ -52,9 +45,8 @@ def text_splits(
     if "validation" not in texts and config.validation_files:
         texts["validation"] = read_text(config.validation_files, config.line_breaks)
     elif "validation" not in texts:
-        texts["train"], texts["validation"] = holdout_text(
-            texts["train"], config.validation_fraction
-        )
+        parts = holdout_text(texts["train"], config.validation_fraction)
+        texts["train"], texts["validation"] = parts
     return texts
 
 
@@ -71,14 +63,8 @@ def _documents(rows: Dataset, column: str, source: str) -> Texts:
 
 def task_spec(config: FinetuneConfig) -> TaskSpec:
     """Returns the task that the configuration describes, without the names of its labels."""
-    return TaskSpec(
-        kind=TaskKind(config.task),
-        text=config.text,
-        text_pair=config.text_pair,
-        choices=schema.split_names(config.choices),
-        label=config.label,
-        cut=config.cut,
-    )
+    kind, choices = TaskKind(config.task), schema.split_names(config.choices)
+    return TaskSpec(kind, config.text, config.text_pair, choices, config.label, cut=config.cut)
 
 
 def labelled_splits(
@@ -101,10 +87,8 @@ def labelled_splits(
     spec = task_spec(config)
     needed = (*spec.text_columns, spec.label)
     if tables is not None:
-        splits = {
-            name: _checked(rows, f"`{name}`", needed)
-            for name, rows in _in_order(tables, SPLITS).items()
-        }
+        tables = _in_order(tables, SPLITS)
+        splits = {name: _checked(rows, f"`{name}`", needed) for name, rows in tables.items()}
     else:
         if config.dataset.startswith(f"{BUILTIN}:"):
             names = SPLITS
@@ -112,21 +96,19 @@ def labelled_splits(
             names = ("train", config.validation_split, config.test_split)
         else:
             names = (config.train_file, config.validation_file, config.test_file)
-        splits = {
-            split: one_split(config.dataset, name, needed)
-            if config.dataset
-            else read_labelled(name, config.columns, needed)
-            for split, name in zip(SPLITS, names, strict=True)
-            if name
-        }
+        splits = {}
+        for split, name in zip(SPLITS, names, strict=True):
+            if name and config.dataset:
+                splits[split] = one_split(config.dataset, name, needed)
+            elif name:
+                splits[split] = read_labelled(name, config.columns, needed)
     if "validation" not in splits:
         require(
             config.validation_fraction > 0,
             "`finetune.validation_fraction`: must be above 0 without validation_file",
         )
-        splits["train"], splits["validation"] = holdout(
-            splits["train"], spec.text_columns, config.validation_fraction, seed
-        )
+        parts = holdout(splits["train"], spec.text_columns, config.validation_fraction, seed)
+        splits["train"], splits["validation"] = parts
     return {name: without_label(table, config) for name, table in splits.items()}
 
 

@@ -6,8 +6,6 @@ module, or a topic of the language reference. A hash of the unit's name decides 
 docstrings only the first is kept, so that no docstring is in two splits.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import gc

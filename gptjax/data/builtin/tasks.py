@@ -11,24 +11,19 @@ the name of its function, as it does in real life. But a signature that opens a 
 ("find(sub) -> int") is removed.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from gptjax.config.schema import TaskKind
 from gptjax.data.builtin.corpus import Entry, name_hash, plain, read_entries, without_signature
-from gptjax.data.tables.files import to_dataset
+from gptjax.data.tables.files import Dataset, to_dataset
 from gptjax.data.tables.texts import Texts, pieces
 from gptjax.errors import require
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
 TASKS = tuple(kind for kind in TaskKind if kind is not TaskKind.REGRESSION)

@@ -8,23 +8,20 @@ Nothing is cached: an edited file is always read anew. A user's mistake is a `Us
 with file, line and column.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyarrow as pa
 
 from gptjax.errors import UserError, brief, nearest, require
 
-if TYPE_CHECKING:  # importing `datasets` takes 1.6 s, and `launch.py --help` does not need it
-    from datasets import Dataset
-
+Dataset = Any
+"""A `datasets.Dataset`. The library is imported where it is used, because that takes 1.6 s."""
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _ROWS_AT_ONCE = 10_000
 
@@ -96,9 +93,8 @@ def bad_byte(path: str) -> str:
                 byte = line[error.start]
                 utf16 = number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff")
                 hint = " (it looks like UTF-16)" if utf16 else ""
-                return (
-                    f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8{hint}; save it as UTF-8"
-                )
+                where = f"{path}, line {number}"
+                return f"{where}: byte 0x{byte:02x} is not UTF-8{hint}; save it as UTF-8"
     return f"{path}: not UTF-8; save the file as UTF-8"
 
 
@@ -151,19 +147,17 @@ def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]
     The reader is strict: otherwise a stray quote would silently join rows.
     """
     reader = csv.reader(handle, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {line}: {error} in the row that starts here; put quotes around the "
-                'whole cell and write a quote inside it as "", or save as .tsv (no quoting)'
-            ) from error
-        if cells:
-            yield line, cells
+    line = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {line}: {error} in the row that starts here; put quotes around the "
+            'whole cell and write a quote inside it as "", or save as .tsv (no quoting)'
+        ) from error
 
 
 def _tsv_rows(handle: Iterable[str]) -> Iterator[tuple[int, list[str]]]:

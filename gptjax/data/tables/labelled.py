@@ -5,19 +5,15 @@ the third element of a column of lists. A column that has the whole expression a
 first.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
+from gptjax.data.tables.files import Dataset
 from gptjax.errors import nearest, require
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 _ELEMENT = re.compile(r"(.+)\[(\d+)\]")
 
@@ -27,25 +23,15 @@ def as_text(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def _parts(expression: str, existing: Collection[str]) -> list[str]:
-    """Returns the summands of an expression.
+def _parts(expression: str, existing: Collection[str]) -> list[tuple[str, int | None]]:
+    """Returns (column, index in its lists; None: the whole cell) of each summand.
 
-    >>> _parts("article + options[2]", []), _parts("a+b", ["a+b"])
-    (['article', 'options[2]'], ['a+b'])
+    >>> _parts("article + options[2]", ["article", "options"]), _parts("a+b", ["a+b"])
+    ([('article', None), ('options', 2)], [('a+b', None)])
     """
-    if expression in existing:
-        return [expression]
-    return [part.strip() for part in expression.split("+")]
-
-
-def _element(part: str, existing: Collection[str]) -> tuple[str, int | None]:
-    """Returns the column that a summand reads, and the index in its lists; None: the whole cell.
-
-    >>> _element("options[2]", ["options"]), _element("options[2]", ["options[2]"])
-    (('options', 2), ('options[2]', None))
-    """
-    match = _ELEMENT.fullmatch(part)
-    return (match[1], int(match[2])) if match and part not in existing else (part, None)
+    parts = [expression] if expression in existing else map(str.strip, expression.split("+"))
+    elements = ((part, part not in existing and _ELEMENT.fullmatch(part)) for part in parts)
+    return [(match[1], int(match[2])) if match else (part, None) for part, match in elements]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +62,8 @@ class LabelledTable:
         """Returns the name of a cell, for error messages."""
         return f"{self.source}: row {self.number(index)}, column {column}"
 
-    def select(self, indices: Sequence[int]) -> LabelledTable:
+    def select(self, indices: Sequence[int]) -> Self:
         """Returns the rows at the indices; they keep their numbers in the file."""
-        rows: Any
         if isinstance(self.rows, Mapping):
             rows = {name: [cells[i] for i in indices] for name, cells in self.rows.items()}
         else:
@@ -89,7 +74,7 @@ class LabelledTable:
         """Returns the columns that expressions read, each once, whether they exist or not."""
         existing = self.column_names
         parts = (part for expression in expressions for part in _parts(expression, existing))
-        return list(dict.fromkeys(_element(part, existing)[0] for part in parts))
+        return list(dict.fromkeys(column for column, _ in parts))
 
     def require_columns(self, expressions: Iterable[str]) -> None:
         """Checks that the table has all columns that these expressions read.
@@ -117,14 +102,13 @@ class LabelledTable:
         return values
 
     def _column(self, expression: str) -> list[Any]:
-        parts = [self._part(part) for part in _parts(expression, self.column_names)]
+        parts = [self._part(*part) for part in _parts(expression, self.column_names)]
         if len(parts) == 1:
             return parts[0]
         return [" ".join(map(as_text, row)) for row in zip(*parts, strict=True)]
 
-    def _part(self, part: str) -> list[Any]:
+    def _part(self, column: str, index: int | None) -> list[Any]:
         """Returns the values of one part of a sum: a column, or an element of each of its lists."""
-        column, index = _element(part, self.column_names)
         values = list(self.rows[column])
         if index is None:
             return values
@@ -133,14 +117,9 @@ class LabelledTable:
             problem = "is no list" if count is None else f"has {count} elements"
             require(
                 count is not None and index < count,
-                f"{self.cell(i, column)}: {problem}; {part} needs at least {index + 1}",
+                f"{self.cell(i, column)}: {problem}; {column}[{index}] needs at least {index + 1}",
             )
         return [cell[index] for cell in values]
-
-
-def require_fraction(fraction: float) -> None:
-    """Checks the part of the training data that is to be held out for validation."""
-    require(0 < fraction < 1, f"validation fraction {fraction}: write a number between 0 and 1")
 
 
 def holdout(
@@ -159,9 +138,8 @@ def holdout(
       seed: another seed holds out other rows.
 
     Raises:
-      UserError: `fraction` is not between 0 and 1, or a part would be empty.
+      UserError: a part would be empty.
     """
-    require_fraction(fraction)
     compared = table.columns(table.sources(columns)).values()
     groups: dict[bytes, list[int]] = {}
     for index, row in enumerate(zip(*compared, strict=True)):

@@ -1,21 +1,19 @@
 """Running text: rows of strings with a fingerprint, read from files and divided for validation."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import glob
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import pyarrow as pa
 
 from gptjax.config.schema import LineBreaks, split_names
 from gptjax.data import cache, fingerprints
 from gptjax.data.tables.files import bad_byte, read_table, require_file
-from gptjax.data.tables.labelled import LabelledTable, require_fraction
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import UserError, require
 
 PIECE_CHARACTERS = 1 << 16
@@ -42,21 +40,16 @@ class Texts:
     rows are read. Equal rows may have different fingerprints if they come from different places."""
 
     @classmethod
-    def of(cls, rows: pa.ChunkedArray | Iterable[str]) -> Texts:
+    def of(cls, rows: pa.ChunkedArray | Iterable[str]) -> Self:
         """Returns the rows with the fingerprint of their contents, for which all are read once."""
         if not isinstance(rows, pa.ChunkedArray):
             rows = pa.chunked_array([pa.array(rows, pa.string())])
-        return cls(rows, fingerprints.of_texts(_strings(rows)))
+        return cls(rows, fingerprints.of_texts(cls(rows, "")))
 
     def __iter__(self) -> Iterator[str]:
         """Yields the rows in order."""
-        return _strings(self.rows)
-
-
-def _strings(rows: pa.ChunkedArray) -> Iterator[str]:
-    for chunk in rows.chunks:
-        for start in range(0, len(chunk), _ROWS_AT_ONCE):
-            yield from chunk.slice(start, _ROWS_AT_ONCE).to_pylist()
+        for batch in pa.table([self.rows], ["text"]).to_batches(max_chunksize=_ROWS_AT_ONCE):
+            yield from batch["text"].to_pylist()
 
 
 def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Texts:
@@ -79,10 +72,6 @@ def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Texts:
     Raises:
       UserError: a pattern without a file, no text at all, or a byte that is not UTF-8.
     """
-    require(
-        line_breaks in tuple(LineBreaks),
-        f"line_breaks={line_breaks!r}: write one of {', '.join(LineBreaks)}",
-    )
     paths = _expand(patterns)
 
     def make() -> Texts:
@@ -237,11 +226,10 @@ def holdout_text(texts: Texts, fraction: float) -> tuple[Texts, Texts]:
     which determine their contents, so that the text is not read for them again.
 
     Raises:
-      UserError: `fraction` is not between 0 and 1, or a part would be empty.
+      UserError: a part would be empty.
     """
     import pyarrow.compute as pc
 
-    require_fraction(fraction)
     rows = texts.rows
     starts = [0, *itertools.accumulate(pc.utf8_length(rows).to_pylist())]
     cut = _line_start(rows, starts, int((1 - fraction) * starts[-1]), starts[-1] // 100)
