@@ -72,10 +72,9 @@ def get_or_make(
 @functools.cache  # one warning for each folder
 def _warn(directory: str, reason: str) -> None:
     logging.warning(
-        "%s: cannot write the cache there (%s); the data stays in memory; set GPTJAX_CACHE to "
-        "another folder, or to nothing for no cache",
-        directory, reason,
-    )  # fmt: skip
+        f"{directory}: cannot write the cache there ({reason}); the data stays in memory; set "
+        "GPTJAX_CACHE to another folder, or to nothing for no cache"
+    )
 
 
 def _find(directory: str, name: str, ending: str) -> str | None:

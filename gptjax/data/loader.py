@@ -48,10 +48,10 @@ def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:
 
 
 def _window_batch(
-    stream: np.ndarray, starts: Sequence[int], window: int, rows: int, rows_of_this_process: RowMask
+    stream: np.ndarray, starts: Sequence[int], window: int, rows: int, row_mask: RowMask
 ) -> Batch:
     """Returns a batch of the windows of the stream that begin at `starts`."""
-    filled = rows_of_this_process(rows)
+    filled = row_mask(rows)
     windows = [
         stream[start : start + window] if filled[row] else stream[:0]
         for row, start in enumerate(starts)
@@ -93,7 +93,7 @@ class TextBatches(Batches):
       window: tokens of a window.
       batch_size: windows of a batch.
       seed: decides the windows and their order.
-      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+      row_mask: the rows to fill, see `packing.RowMask`.
       windows: the number of windows in an epoch.
 
     Raises:
@@ -104,7 +104,7 @@ class TextBatches(Batches):
     window: int
     batch_size: int
     seed: int
-    rows_of_this_process: RowMask = all_rows
+    row_mask: RowMask = all_rows
 
     def __post_init__(self) -> None:
         require(
@@ -128,9 +128,7 @@ class TextBatches(Batches):
     def __getitem__(self, step: int) -> Batch:
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         starts = [self._start(position) for position in positions]
-        return _window_batch(
-            self.stream, starts, self.window, self.batch_size, self.rows_of_this_process
-        )
+        return _window_batch(self.stream, starts, self.window, self.batch_size, self.row_mask)
 
 
 @dataclasses.dataclass(eq=False)
@@ -144,14 +142,14 @@ class TaskBatches(Batches):
       packer: for batches of `batch_size` of these examples.
       batch_size: examples of a batch.
       seed: decides the order of the examples.
-      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+      row_mask: the rows to fill, see `packing.RowMask`.
     """
 
     examples: Examples
     packer: Packer
     batch_size: int
     seed: int
-    rows_of_this_process: RowMask = all_rows
+    row_mask: RowMask = all_rows
 
     def __post_init__(self) -> None:
         self._order = _shuffled(len(self.examples), self.seed)
@@ -161,7 +159,7 @@ class TaskBatches(Batches):
         """Returns int [batch_size]: the indices of the examples of a step."""
 
     def __getitem__(self, step: int) -> Batch:
-        return self.packer.pack(self.examples, self.chosen(step), self.rows_of_this_process)[0]
+        return self.packer.pack(self.examples, self.chosen(step), self.row_mask)[0]
 
     def _at(self, start: int, stop: int) -> np.ndarray:
         """Returns the indices of the examples at positions [start, stop) of the shuffled order."""
@@ -217,11 +215,7 @@ class WholeEpochBatches(TaskBatches):
 
 
 def text_in_order(
-    stream: np.ndarray,
-    window: int,
-    rows: int,
-    limit: int = 0,
-    rows_of_this_process: RowMask = all_rows,
+    stream: np.ndarray, window: int, rows: int, limit: int = 0, row_mask: RowMask = all_rows
 ) -> Iterator[Batch]:
     """Yields all windows of a stream in order.
 
@@ -230,26 +224,24 @@ def text_in_order(
       window: tokens of a window; the last one may be shorter.
       rows: windows of a batch.
       limit: the largest number of batches; 0: no limit.
-      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+      row_mask: the rows to fill, see `packing.RowMask`.
     """
     starts = range(0, len(stream), window)
     if limit:
         starts = starts[: limit * rows]
     for first in range(0, len(starts), rows):
-        yield _window_batch(
-            stream, starts[first : first + rows], window, rows, rows_of_this_process
-        )
+        yield _window_batch(stream, starts[first : first + rows], window, rows, row_mask)
 
 
 def every_example(
-    examples: Examples, packer: Packer, rows_of_this_process: RowMask = all_rows
+    examples: Examples, packer: Packer, row_mask: RowMask = all_rows
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields packed batches in which every example occurs once.
 
     Args:
       examples: all of them.
       packer: for the shape of the batches.
-      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+      row_mask: the rows to fill, see `packing.RowMask`.
 
     Yields:
       A batch of full rows (the last batch may have fewer), and int32 [B, E]: the index of the
@@ -262,5 +254,5 @@ def every_example(
         fitted = first_fit(pool, packer.row_length, packer.slots)
         rows += [[start + i for i in row] for row in fitted]
     chunks = grain.MapDataset.source(rows).batch(packer.rows, batch_fn=list)
-    batches = chunks.map(lambda chunk: packer.fill(examples, chunk, rows_of_this_process))
+    batches = chunks.map(lambda chunk: packer.fill(examples, chunk, row_mask))
     return iter(batches.to_iter_dataset(_READ))

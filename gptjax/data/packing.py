@@ -128,14 +128,14 @@ class Packer:
         self.slots = _slots(self.row_length, mean, batch_size)
 
     def pack(
-        self, examples: Examples, chosen: np.ndarray, rows_of_this_process: RowMask = all_rows
+        self, examples: Examples, chosen: np.ndarray, row_mask: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
         """Packs some of the examples.
 
         Args:
           examples: all examples.
           chosen: int [n], the indices of those to pack.
-          rows_of_this_process: the rows to fill, see `RowMask`.
+          row_mask: the rows to fill, see `RowMask`.
 
         Returns:
           The batch, and int32 [B, E]: the index of the example in each slot, -1 for an empty slot.
@@ -143,17 +143,17 @@ class Packer:
         lengths = examples.lengths[chosen].tolist()
         rows = first_fit(lengths, self.row_length, self.slots)
         indices = [[int(chosen[i]) for i in row] for row in rows]
-        return self.fill(examples, indices, rows_of_this_process)
+        return self.fill(examples, indices, row_mask)
 
     def fill(
-        self, examples: Examples, rows: list[list[int]], rows_of_this_process: RowMask = all_rows
+        self, examples: Examples, rows: list[list[int]], row_mask: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
         """Packs examples that are assigned to rows already; otherwise like `pack`.
 
         Args:
           examples: all examples.
           rows: the indices of the examples in each row.
-          rows_of_this_process: the rows to fill, see `RowMask`.
+          row_mask: the rows to fill, see `RowMask`.
         """
         height = self.rows
         if len(rows) > height:  # in steps of a quarter: every other height is compiled anew
@@ -161,7 +161,7 @@ class Packer:
         height = _round_up(height, self._divisor)
         batch = _empty(height, self.row_length, self.slots, examples)
         index = np.full((height, self.slots), -1, np.int32)
-        filled = rows_of_this_process(height)
+        filled = row_mask(height)
         for b, row in enumerate(rows):
             index[b, : len(row)] = row
             if filled[b]:
@@ -178,6 +178,7 @@ class Packer:
                 sequence = i * examples.num_candidates + c
                 tokens = examples.tokens[sequence]
                 stop, segment = start + len(tokens), segment + 1
+                second = start + int(examples.second_start[sequence])
                 padding = stop  # the start of the padding inside the sequence
                 if examples.padding_start is not None:
                     padding = start + int(examples.padding_start[sequence])
@@ -185,9 +186,7 @@ class Packer:
                 batch.tokens[b, start:stop] = tokens
                 batch.segment_ids[b, start:stop] = segment
                 batch.positions[b, start:stop] = np.arange(len(tokens))
-                batch.token_types[b, start + examples.second_start[sequence] : stop] = (
-                    TokenType.SECOND_TEXT
-                )
+                batch.token_types[b, second:stop] = TokenType.SECOND_TEXT
                 batch.token_types[b, padding:stop] = TokenType.PADDING
                 batch.lm_weights[b, start : padding - 1] = weight
                 batch.extract[b, e, c] = stop - 1

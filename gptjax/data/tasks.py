@@ -84,11 +84,10 @@ def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
     if spec.kind is TaskKind.REGRESSION:
         return spec
     source = f"{table.source}: column {spec.label}"
-    names: set[str] = set()
-    for i, value in enumerate(table.columns([spec.label])[spec.label]):
-        name = as_text(value).strip()
-        require(name, f"{table.cell(i, spec.label)}: the label is empty")
-        names.add(name)
+    cells = [as_text(value).strip() for value in table.columns([spec.label])[spec.label]]
+    if "" in cells:
+        raise UserError(f"{table.cell(cells.index(''), spec.label)}: the label is empty")
+    names = set(cells)
     if spec.kind is not TaskKind.MULTIPLE_CHOICE:
         require(
             len(names) > 1,
@@ -131,17 +130,14 @@ def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:
             )
         return targets
     ids = {name: i for i, name in enumerate(spec.labels)}
-    known = f"known labels: {', '.join(spec.labels[:10])}"
-    classes = np.zeros(len(values), np.int32)
-    for i, value in enumerate(values):
-        name = as_text(value).strip()
-        require(
-            name in ids,
-            f"{table.cell(i, spec.label)}: label {name!r} was not seen in training; "
-            f"{known}{nearest(name, ids)}",
-        )
-        classes[i] = ids[name]
-    return classes
+    names = [as_text(value).strip() for value in values]
+    for i, name in enumerate(names):
+        if name not in ids:
+            raise UserError(
+                f"{table.cell(i, spec.label)}: label {name!r} was not seen in training; "
+                f"known labels: {', '.join(spec.labels[:10])}{nearest(name, ids)}"
+            )
+    return np.array([ids[name] for name in names], np.int32)
 
 
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
@@ -180,10 +176,8 @@ class _Builder:
             context_length >= 5,
             f"`model.context_length`={context_length}: a pair of texts needs at least 5",
         )
-        self._start, self._delimiter, self._extract = (
-            np.array([i], np.int32)
-            for i in (tokenizer.start_id, tokenizer.delimiter_id, tokenizer.extract_id)
-        )
+        ids = (tokenizer.start_id, tokenizer.delimiter_id, tokenizer.extract_id)
+        self._start, self._delimiter, self._extract = np.split(np.array(ids, np.int32), 3)
         self._spec, self._padding = spec, tokenizer.padding_id
         self._length = spec.flatten or context_length
 
@@ -217,7 +211,7 @@ class _Builder:
             return [min(lengths[0], self._length - 2)]
         if self._spec.cut == Cut.HALF and not self._spec.flatten:  # as in the authors' code
             return [min(length, self._length // 2 - 2) for length in lengths]
-        return cut_pair(*lengths, self._length - 3)
+        return cut_pair(lengths[0], lengths[1], self._length - 3)
 
 
 def _encode_columns(
@@ -273,13 +267,9 @@ def encode(
         sequences += example
         cut += any(sequence.cut for sequence in example)
         empty += any(len(text) == 0 for text in texts)
-    padding_start = np.array([sequence.padding_start for sequence in sequences], np.int32)
-    return Examples(
-        num_candidates=spec.num_candidates,
-        tokens=[sequence.tokens for sequence in sequences],
-        second_start=np.array([sequence.second_start for sequence in sequences], np.int32),
-        labels=label_ids(spec, table) if labelled else None,
-        cut=cut,
-        empty=empty,
-        padding_start=padding_start if spec.flatten else None,
-    )
+    tokens = [sequence.tokens for sequence in sequences]
+    second = np.array([sequence.second_start for sequence in sequences], np.int32)
+    padding = np.array([sequence.padding_start for sequence in sequences], np.int32)
+    labels = label_ids(spec, table) if labelled else None
+    examples = Examples(spec.num_candidates, tokens, second, labels, cut, empty)
+    return dataclasses.replace(examples, padding_start=padding) if spec.flatten else examples

@@ -53,9 +53,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, exact: bool = False):
         self._backend, self.exact = backend, exact
-        self.start_id, self.delimiter_id, self.extract_id, self.padding_id, self.unknown_id = map(
-            self.token_id, (*SPECIALS, UNKNOWN)
-        )
+        ids = map(self.token_id, (*SPECIALS, UNKNOWN))
+        self.start_id, self.delimiter_id, self.extract_id, self.padding_id, self.unknown_id = ids
 
     def __len__(self) -> int:
         """Returns the number of ids, special tokens included."""
@@ -74,9 +73,7 @@ class Tokenizer:
         """Returns int32 [length] ids of each text, tokenised on all cores."""
         ids: list[np.ndarray] = []
         for chunk in _chunks(texts):
-            words: Sequence[Any] = chunk
-            if self.exact:
-                words = [gpt1_words.words(text) for text in chunk]
+            words = [gpt1_words.words(text) for text in chunk] if self.exact else chunk
             encodings = self._backend.encode_batch_fast(
                 words, is_pretokenized=self.exact, add_special_tokens=False
             )
@@ -132,11 +129,7 @@ def _well_formed(text: str) -> str:
     """
     if text.isascii():
         return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _add_specials(backend: tokenizers.Tokenizer, exact: bool = False) -> Tokenizer:
