@@ -8,6 +8,7 @@ of the constant answer, and the paper's score where it has the same variant of t
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import threading
 import time
@@ -63,12 +64,8 @@ class Ablation:
     @property
     def jobs(self) -> list[Job]:
         """All fine-tunings, in the order in which they begin."""
-        return [
-            Job(task, name, seed)
-            for seed in self.seeds
-            for task in self.tasks
-            for name in self.variants
-        ]
+        order = itertools.product(self.seeds, self.tasks, self.variants)
+        return [Job(task, name, seed) for seed, task, name in order]
 
 
 def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
@@ -99,13 +96,7 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
     )
 
 
-def run(
-    experiment: Experiment,
-    workdir: str,
-    seeds: int,
-    given: Collection[str] = (),
-    reporter: Reporter | None = None,
-) -> None:
+def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str] = ()) -> None:
     """Pretrains if the experiment has such a stage, runs all fine-tunings, and writes the tables.
 
     Results are kept in WORKDIR/ablation.json. The same command continues where it was stopped, and
@@ -117,7 +108,6 @@ def run(
       workdir: folder of the run.
       seeds: number of seeds, from that of the experiment on.
       given: fields that the user set by flag, as in `train.run.run`.
-      reporter: receives messages, and the progress of pretraining; None means stdout and stderr.
 
     Raises:
       UserError, Preempted, TrainingDiverged: as in `train.run.run`.
@@ -125,7 +115,7 @@ def run(
     require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
     experiment = validation.validate(experiment)
-    reporter = reporter or TerminalReporter()
+    reporter = TerminalReporter()
     ablation = _plan(experiment, workdir, seeds)
     _check(ablation)
     meshes = _meshes(experiment)
@@ -164,8 +154,7 @@ def _check(ablation: Ablation) -> None:
     experiment = ablation.experiment
     layers = experiment.model.num_layers
     if not experiment.pretrain:
-        meta = load.open_checkpoint(experiment.init_from, "init_from").meta
-        layers = meta.model.num_layers
+        layers = load.open_checkpoint(experiment.init_from, "init_from").meta.model.num_layers
     for config in ablation.tasks.values():
         metrics.parse(config.metrics, config.task)
         for name in ablation.variants:

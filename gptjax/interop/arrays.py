@@ -147,9 +147,8 @@ def stack_layers(found: Arrays, model: ModelConfig, where: str) -> Arrays:
         require(np.isfinite(array).all(), f"{where}: {name} has values that are not finite")
     arrays = {parameter.path: found[parameter.path] for parameter in embeddings}
     for parameter in BLOCK_PARAMETERS:
-        path = parameter.path
         own = [found[f"{i}/{parameter.path_in_block}"] for i in range(model.num_layers)]
-        arrays[path] = np.stack(own).reshape(zeros[path].shape)
+        arrays[parameter.path] = np.stack(own).reshape(zeros[parameter.path].shape)
     return arrays
 
 

@@ -4,9 +4,9 @@ import os
 import pathlib
 import shutil
 import tempfile
-import types
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +25,8 @@ from gptjax.io import files, remote
 from gptjax.mesh import make_mesh
 from gptjax.model import gpt
 
-FORMATS: dict[str, types.ModuleType] = {
-    WeightFormat.OPENAI: openai,
-    WeightFormat.HUGGINGFACE: huggingface,
-}
+FORMATS: dict[str, Any] = {WeightFormat.OPENAI: openai, WeightFormat.HUGGINGFACE: huggingface}
+"""Name of a format -> the module that reads and writes it."""
 
 
 @contextmanager

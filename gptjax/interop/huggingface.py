@@ -92,9 +92,8 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     if side or not special:
         # Such a task head is not used. The side files have ours with its bias. A head of another
         # program was trained to read the state at another token than our extract token.
-        arrays = {
-            name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
-        }
+        for name in [name for name in arrays if name.startswith((_SCORE, _CHOICE))]:
+            del arrays[name]
     if side:
         stacked = arrays_lib.stack_layers(arrays, side.model, str(folder))
         return dataclasses.replace(side, arrays=stacked | side.arrays)
@@ -172,9 +171,8 @@ def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
 
 def _has_our_tokens(folder: pathlib.Path) -> bool:
     """Returns whether the folder's tokenizer has our special tokens."""
-    path = folder / "tokenizer.json"
-    added = folder / "added_tokens.json"
-    texts = [file.read_text(encoding="utf-8") for file in (path, added) if file.exists()]
+    files = (folder / "tokenizer.json", folder / "added_tokens.json")
+    texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
     return any(f'"{EXTRACT}"' in text for text in texts)
 
 
