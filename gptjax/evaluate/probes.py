@@ -32,9 +32,10 @@ from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics
-from gptjax.evaluate.score import Evaluator
+from gptjax.evaluate.score import Evaluator, lm_logits
 from gptjax.mesh import Params
-from gptjax.model import gpt, losses
+from gptjax.model import losses
+from gptjax.model.gpt import GPT
 
 # The most logits of a batch, in elements (64 MiB of float32).
 _LOGITS = 2**24
@@ -61,11 +62,6 @@ class Probe:
     def metric(self) -> str:
         """Name of the metric that compares the answers with the labels."""
         return "matthews" if self.kind == ProbeKind.ACCEPTABILITY else "accuracy"
-
-    @property
-    def num_classes(self) -> int:
-        """Number of different labels."""
-        return max(self.num_candidates, 2)
 
 
 def _join(
@@ -145,9 +141,8 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
         table = splits.read_labelled(config.file, config.columns, needed)
     else:
         table = splits.one_split(config.dataset, config.split, needed)
-    rows = table.columns(needed)
-    if config.limit:
-        rows = {column: values[: config.limit] for column, values in rows.items()}
+    last = config.limit or None
+    rows = {column: values[:last] for column, values in table.columns(needed).items()}
     table = LabelledTable(rows, table.source)
     has_choices = ProbeKind(config.kind).has_candidates
     kind = TaskKind.MULTIPLE_CHOICE if has_choices else TaskKind.CLASSIFICATION
@@ -262,16 +257,16 @@ def run(
     for probe in probes:
         totals, counts = log_probabilities(evaluator, params, probe)
         chosen = answers(probe.kind, totals, counts, probe.labels)
-        names = (probe.metric,)
-        score = metrics.compute(names, probe.labels, chosen, probe.num_classes)
-        baseline = metrics.majority_baseline(names, probe.labels, probe.num_classes)
+        names, classes = (probe.metric,), max(probe.num_candidates, 2)
+        score = metrics.compute(names, probe.labels, chosen, classes)
+        baseline = metrics.majority_baseline(names, probe.labels, classes)
         rows = float(len(probe.labels))
         scores[probe.name] = {**score, "floor": baseline[probe.metric], "rows": rows}
     return scores
 
 
 @functools.cache
-def jit_span_step(mesh: Mesh, model: gpt.GPT) -> Callable[[Params, Batch], Any]:
+def jit_span_step(mesh: Mesh, model: GPT) -> Callable[[Params, Batch], Any]:
     """Returns a jitted function (params, batch) -> (log-probabilities, weights).
 
     Both are float32 [B], replicated: for each row the sum of the log-probabilities of its tokens,
@@ -279,14 +274,10 @@ def jit_span_step(mesh: Mesh, model: gpt.GPT) -> Callable[[Params, Batch], Any]:
     """
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        x_BTD = gpt.run(
-            model, params, batch.tokens, batch.segment_ids, batch.positions, method="hidden"
-        )
-        logits_BTV = gpt.run(model, params, x_BTD, method="lm_logits")
+        logits_BTV = lm_logits(model, params, batch.tokens, batch.segment_ids, batch.positions)
         targets_BT = losses.lm_targets(batch)
         log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
         log_p_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
-        output = ((log_p_BT * batch.lm_weights).sum(axis=1), batch.lm_weights.sum(axis=1))
-        return jax.lax.with_sharding_constraint(output, mesh_lib.replicated(mesh))
+        return (log_p_BT * batch.lm_weights).sum(axis=1), batch.lm_weights.sum(axis=1)
 
-    return jax.jit(step)
+    return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

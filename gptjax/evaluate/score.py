@@ -18,7 +18,7 @@ from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples
 from gptjax.evaluate import metrics
 from gptjax.mesh import Params
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, run
 from gptjax.model.losses import Sum
 from gptjax.model.objective import Losses, Objective, forward
 
@@ -105,8 +105,7 @@ class Evaluator:
         for index, out in fetched:
             logits[index[index >= 0]] = out[index >= 0]
         parts = jax.device_get(sums)
-        labelled = examples.labels is not None
-        task_loss = _mean([part.task for part in parts]) if labelled else None
+        task_loss = _mean([part.task for part in parts]) if examples.labels is not None else None
         return Outputs(logits, _mean([part.lm for part in parts]), task_loss)
 
     def task(
@@ -141,6 +140,14 @@ class Evaluator:
         return losses | metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
 
 
+def lm_logits(
+    model: GPT, params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Returns the logits of the token that follows each token, float32 [B, T, V]."""
+    x_BTD = run(model, params, tokens, segments, positions, method="hidden")
+    return run(model, params, x_BTD, method="lm_logits")
+
+
 def predictions(spec: TaskSpec, logits: np.ndarray) -> np.ndarray:
     """Returns int [n] best classes or answers, or float32 [n] regression values."""
     return logits[:, 0] if spec.kind == TaskKind.REGRESSION else logits.argmax(axis=1)
@@ -157,9 +164,5 @@ def jit_eval_step(
     mesh: Mesh, model: GPT, objective: Objective
 ) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:
     """Returns the jitted `forward` without dropout; loss sums and logits come back replicated."""
-
-    def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
-        output = forward(model, objective, params, batch)
-        return jax.lax.with_sharding_constraint(output, mesh_lib.replicated(mesh))
-
-    return jax.jit(step)
+    step = functools.partial(forward, model, objective)
+    return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

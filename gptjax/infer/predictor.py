@@ -27,13 +27,13 @@ from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, require
 from gptjax.evaluate import metrics, probes
 from gptjax.evaluate import score as score_lib
-from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate as generate_lib
 from gptjax.io import files, remote
 from gptjax.mesh import Params
 from gptjax.model import gpt as gpt_lib
 from gptjax.model.objective import Objective
 
+_lm_logits = jax.jit(score_lib.lm_logits, static_argnames=("model",))
 # Examples of a batch: enough to keep a device busy, and few enough for a small memory.
 _BATCH = 64
 
@@ -97,9 +97,9 @@ class GPT:
         return self.meta.experiment_config()
 
     @functools.cached_property
-    def _decoder(self) -> decoder_lib.Decoder:
+    def _decoder(self) -> generate_lib.Decoder:
         """The decoder with its own copy of the weights, made at the first generation."""
-        return decoder_lib.prepare(self.model, self.params)
+        return generate_lib.prepare(self.model, self.params)
 
     def _module(
         self, attention: AttentionKind, mesh: Mesh | None = None, longest: int | None = None
@@ -163,7 +163,7 @@ class GPT:
           prompt: a text, or its token ids; may be empty.
           max_new_tokens: number of tokens after the prompt. It may exceed the context: the model
             then reads the last half context of the text.
-          temperature, top_k, top_p: the rule by which tokens are drawn, see `Sampling`.
+          temperature, top_k, top_p: the rule by which tokens are drawn, see `make_sampler`.
           num_samples: number of texts.
           seed: equal seeds give equal texts.
 
@@ -172,7 +172,6 @@ class GPT:
         """
         require(max_new_tokens >= 0, f"`max_new_tokens`={max_new_tokens}: must not be negative")
         require(num_samples > 0, f"`num_samples`={num_samples}: must be greater than 0")
-        sampling = generate_lib.Sampling(temperature, top_k, top_p)
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         # The model needs a token to read. A line break precedes a new text in the training data.
         ids = prompt_ids or self.tokenizer.encode("\n") or [self.tokenizer.start_id]
@@ -180,7 +179,7 @@ class GPT:
         banned[len(self.tokenizer) :] = True
         special = (*tokenizer_lib.SPECIALS, tokenizer_lib.UNKNOWN)
         banned[[self.tokenizer.token_id(name) for name in special]] = True
-        sampler = generate_lib.Sampler.of(sampling, seed, banned)
+        sampler = generate_lib.make_sampler(banned, seed, temperature, top_k, top_p)
         new = generate_lib.generate(
             self._decoder, np.array(ids, np.int32), max_new_tokens, num_samples, sampler
         )
@@ -311,20 +310,10 @@ def _positions(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     both arrays.
     """
     index = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
-    first = jnp.concatenate(
-        [jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
-    )
+    first = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
     positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
     runs = jnp.cumsum(first, axis=1, dtype=jnp.int32)
     return jnp.where(segments_BT != 0, positions, 0), jnp.where(segments_BT != 0, runs, 0)
-
-
-@functools.partial(jax.jit, static_argnames=("model",))
-def _lm_logits(
-    model: gpt_lib.GPT, params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array
-) -> jax.Array:
-    x_BTD = gpt_lib.run(model, params, tokens, segments, positions, method="hidden")
-    return gpt_lib.run(model, params, x_BTD, method="lm_logits")
 
 
 def load(
@@ -346,22 +335,15 @@ def load(
     """
     mesh = mesh_lib.make_mesh(mesh_config or MeshConfig())
     checkpoint = open_checkpoint(os.fspath(path), argument)
-    meta = checkpoint.meta
-    return GPT(
-        config=meta.model,
-        params=checkpoint.load_params(mesh),
-        tokenizer=tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path),
-        task=meta.task,
-        meta=meta,
-        mesh=mesh,
-        path=checkpoint.path,
-        summary=_summary(checkpoint.path),
-    )
+    meta, path = checkpoint.meta, checkpoint.path
+    params = checkpoint.load_params(mesh)
+    tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, path)
+    return GPT(meta.model, params, tokenizer, meta.task, meta, mesh, path, _summary(path))
 
 
 def _summary(path: str) -> dict[str, Any]:
     """Returns summary.json of the workdir of a checkpoint; {} if it is missing or damaged."""
     file = remote.absolute(path).parents[2] / "summary.json"
     with contextlib.suppress(UserError):
-        return files.read_json(file) if file.exists() else {}
+        return files.read_json(file)
     return {}
