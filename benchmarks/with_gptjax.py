@@ -10,9 +10,7 @@ from benchmarks.sizes import Size
 from gptjax import mesh, state
 from gptjax.config.schema import MeshConfig, ModelConfig
 from gptjax.data import loader
-from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.generate import Sampling
 from gptjax.model import gpt
 from gptjax.model.objective import Objective
 from gptjax.train import step as step_lib
@@ -81,11 +79,10 @@ class Generation:
         model = gpt.make_model(sizes.model_config(size, dtype), None)
         if params is None:
             params = jax.jit(lambda key: gpt.init_params(model, key))(jax.random.key(0))
-        self._decoder = decoder_lib.prepare(model, params)
+        self._decoder = generate.prepare(model, params)
         self._banned = np.zeros(size.vocab_size, bool)
 
     def __call__(self, prompt: np.ndarray, batch: int, tokens: int) -> np.ndarray:
         """Returns int [batch, tokens]: continuations of int [T]."""
-        return generate.generate(
-            self._decoder, prompt, tokens, batch, Sampling(temperature=0.0), 0, self._banned
-        )  # fmt: skip
+        sampler = generate.make_sampler(self._banned, temperature=0.0)
+        return generate.generate(self._decoder, prompt, tokens, batch, sampler)

@@ -2,8 +2,8 @@
 
 Everything that depends on the name of a parameter reads this table: the layout on a mesh
 (`gptjax.mesh`), weight decay (`gptjax.train.optimizer`), the copy of a model for generation
-(`gptjax.infer.decoder`), and the formats of OpenAI and Hugging Face (`gptjax.interop`). A parameter
-that is added to `gptjax.model.gpt` needs a row here; a test compares the two.
+(`gptjax.infer.generate`), and the formats of OpenAI and Hugging Face (`gptjax.interop`). A
+parameter that is added to `gptjax.model.gpt` needs a row here; a test compares the two.
 """
 
 import dataclasses

@@ -5,8 +5,10 @@ trained with each seed. The table holds the median score with the lowest and the
 of the constant answer, and the paper's score where it has the same variant of the same task.
 """
 
+import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import threading
 import time
@@ -62,12 +64,8 @@ class Ablation:
     @property
     def jobs(self) -> list[Job]:
         """All fine-tunings, in the order in which they begin."""
-        return [
-            Job(task, name, seed)
-            for seed in self.seeds
-            for task in self.tasks
-            for name in self.variants
-        ]
+        order = itertools.product(self.seeds, self.tasks, self.variants)
+        return [Job(task, name, seed) for seed, task, name in order]
 
 
 def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
@@ -98,13 +96,7 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
     )
 
 
-def run(
-    experiment: Experiment,
-    workdir: str,
-    seeds: int,
-    given: Collection[str] = (),
-    reporter: Reporter | None = None,
-) -> None:
+def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str] = ()) -> None:
     """Pretrains if the experiment has such a stage, runs all fine-tunings, and writes the tables.
 
     Results are kept in WORKDIR/ablation.json. The same command continues where it was stopped, and
@@ -116,7 +108,6 @@ def run(
       workdir: folder of the run.
       seeds: number of seeds, from that of the experiment on.
       given: fields that the user set by flag, as in `train.run.run`.
-      reporter: receives messages, and the progress of pretraining; None means stdout and stderr.
 
     Raises:
       UserError, Preempted, TrainingDiverged: as in `train.run.run`.
@@ -124,7 +115,7 @@ def run(
     require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
     experiment = validation.validate(experiment)
-    reporter = reporter or TerminalReporter()
+    reporter = TerminalReporter()
     ablation = _plan(experiment, workdir, seeds)
     _check(ablation)
     meshes = _meshes(experiment)
@@ -163,8 +154,7 @@ def _check(ablation: Ablation) -> None:
     experiment = ablation.experiment
     layers = experiment.model.num_layers
     if not experiment.pretrain:
-        meta = load.open_checkpoint(experiment.init_from, "init_from").meta
-        layers = meta.model.num_layers
+        layers = load.open_checkpoint(experiment.init_from, "init_from").meta.model.num_layers
     for config in ablation.tasks.values():
         metrics.parse(config.metrics, config.task)
         for name in ablation.variants:
@@ -187,10 +177,11 @@ def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
     return folder
 
 
+@dataclasses.dataclass
 class _Runner:
     """Runs the fine-tunings that have no result yet, several at a time.
 
-    Args:
+    Attributes:
       ablation: the fine-tunings.
       pretrained: path of the checkpoint that they start from.
       given: fields that may not overrule the checkpoint.
@@ -198,19 +189,16 @@ class _Runner:
       check_stop: raises `StopRequested` where the process was asked to stop.
     """
 
-    def __init__(
-        self,
-        ablation: Ablation,
-        pretrained: str,
-        given: Collection[str],
-        reporter: Reporter,
-        check_stop: Callable[[], None],
-    ):
-        self._ablation, self._pretrained, self._given = ablation, pretrained, given
-        self._reporter, self._check_stop = reporter, check_stop
+    ablation: Ablation
+    pretrained: str
+    given: Collection[str]
+    reporter: Reporter
+    check_stop: Callable[[], None]
+
+    def __post_init__(self) -> None:
         self._lock = threading.Lock()
         self._failed = False
-        self._path = os.path.join(ablation.workdir, _RESULTS)
+        self._path = os.path.join(self.ablation.workdir, _RESULTS)
         old = files.read_json(self._path) if exists(self._path) else {}
         self._seconds_before, self._began = old.get("seconds", 0.0), time.monotonic()
         # Results of variants and seeds that this command leaves out stay in the file.
@@ -224,31 +212,25 @@ class _Runner:
         Raises:
           Preempted: the process was asked to stop.
         """
-        path = os.path.join(self._ablation.workdir, "config.json")
-        files.write_json(path, schema.to_dict(self._ablation.experiment))
+        path = os.path.join(self.ablation.workdir, "config.json")
+        files.write_json(path, schema.to_dict(self.ablation.experiment))
         self._write_results()
-        jobs = self._ablation.jobs
-        waiting = [job for job in jobs if job not in self._records]
-        if not waiting:
-            return
-        free = list(meshes)
+        jobs = self.ablation.jobs
+        free = collections.deque(meshes)
 
         def work(job: Job) -> None:
             self._check_stop_or_failure()
-            with self._lock:
-                mesh = free.pop()
+            mesh = free.pop()
             try:
                 self._run_job(job, mesh)
             except BaseException:
                 self._failed = True
                 raise
             finally:
-                with self._lock:
-                    free.append(mesh)
+                free.append(mesh)
 
         with concurrent.futures.ThreadPoolExecutor(len(meshes)) as pool:
-            futures = [pool.submit(work, job) for job in waiting]
-            concurrent.futures.wait(futures)
+            futures = [pool.submit(work, job) for job in jobs if job not in self._records]
         errors = [error for future in futures if (error := future.exception())]
         for error in errors:
             if not isinstance(error, Preempted | StopRequested):
@@ -264,11 +246,11 @@ class _Runner:
         """Raises `StopRequested` where the process was asked to stop, or another job has failed."""
         if self._failed:
             raise StopRequested
-        self._check_stop()
+        self.check_stop()
 
     def _run_job(self, job: Job, mesh: Mesh) -> None:
         """Runs one fine-tuning, and writes and reports its result."""
-        ablation = self._ablation
+        ablation = self.ablation
         config = variant(ablation.tasks[job.task], job.variant)
         config = dataclasses.replace(config, compare_from_scratch=False)
         experiment = dataclasses.replace(
@@ -277,12 +259,12 @@ class _Runner:
             seed=job.seed,
             pretrain=None,
             ablation=None,
-            init_from=self._pretrained,
+            init_from=self.pretrained,
             finetune=config,
         )
         folder = os.path.join(ablation.workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
         options = run_lib.Options(
-            given=self._given, reporter=Reporter(), trial=True,
+            given=self.given, reporter=Reporter(), trial=True,
             check_stop=self._check_stop_or_failure,
         )  # fmt: skip
         began = time.monotonic()
@@ -300,18 +282,18 @@ class _Runner:
             self._report(job, record)
 
     def _report(self, job: Job, record: dict[str, Any]) -> None:
-        jobs = self._ablation.jobs
+        jobs = self.ablation.jobs
         done = sum(each in self._records for each in jobs)
         score = f"{record['split']} {format_score(record['metric'], record['score'], '')}"
         text = "diverged" if record["score"] is None else score
-        self._reporter.say(
+        self.reporter.say(
             f"[{done}/{len(jobs)}] {job}: {text} ({record['metric']}), {record['seconds']:.0f} s"
         )
 
     def _write_results(self) -> None:
         results = {
-            "name": self._ablation.experiment.name,
-            "pretrained": self._pretrained,
+            "name": self.ablation.experiment.name,
+            "pretrained": self.pretrained,
             "machine": mesh_lib.describe_machine(),
             # Elapsed time of all commands. Several fine-tunings run at the same time, so that their
             # own seconds add up to more.
@@ -350,15 +332,14 @@ def _meshes(experiment: Experiment) -> list[Mesh]:
     """
     parallel = experiment.ablation.parallel if experiment.ablation else 0
     devices = jax.devices()
-    if experiment.mesh != MeshConfig():
-        require(
-            parallel < 2,
-            f"`ablation.parallel`={parallel}: each would have one device; leave "
-            "`mesh` as it is, or parallel at 1",
-        )
-        return [mesh_lib.make_mesh(experiment.mesh)]
+    own_mesh = experiment.mesh != MeshConfig()
+    require(
+        parallel < 2 or not own_mesh,
+        f"`ablation.parallel`={parallel}: each would have one device; leave "
+        "`mesh` as it is, or parallel at 1",
+    )
     count = parallel or (len(devices) if len(devices) > 1 else 1 + (devices[0].platform == "cpu"))
-    if count == 1:
+    if own_mesh or count == 1:
         return [mesh_lib.make_mesh(experiment.mesh)]
     one = MeshConfig(data=1)
     return [mesh_lib.make_mesh(one, [devices[i % len(devices)]]) for i in range(count)]

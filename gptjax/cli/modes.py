@@ -19,8 +19,8 @@ from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
 from gptjax.config.schema import FinetuneConfig, TaskSpec
 from gptjax.data import splits
-from gptjax.data.tables import text_files
 from gptjax.data.tables.labelled import LabelledTable, as_text
+from gptjax.data.tables.texts import read_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
@@ -104,7 +104,7 @@ def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
     pretrain = gpt.experiment.pretrain or schema.PretrainConfig()
     if flags.INPUT.value:
         source = flags.INPUT.value
-        texts = text_files.read_text(source, pretrain.line_breaks)
+        texts = read_text(source, pretrain.line_breaks)
     else:
         _require_data(gpt, pretrain.dataset or pretrain.train_files)
         texts = _split(splits.text_splits(pretrain))
@@ -194,7 +194,7 @@ def _unlabelled_rows(gpt: GPT, task: TaskSpec) -> LabelledTable:
         "--input: give the file with the rows to predict; or --split, if the model was fine-tuned "
         "on a data set of the Hugging Face hub",
     )
-    return splits.one_split(finetune, flags.SPLIT.value, task.text_columns)
+    return splits.one_split(finetune.dataset, flags.SPLIT.value, task.text_columns)
 
 
 def _records(found: predictor.Predictions) -> list[Record]:
@@ -269,7 +269,7 @@ def run_tokenizer(command: Command) -> None:
     require(flags.INPUT.value, "--input: give the text files (comma-separated globs)")
     require(output_path, "--output: give the folder to write")
     validation.validate_tokenizer(config)
-    trained = tokenizer_lib.build(config, text_files.read_text(flags.INPUT.value))
+    trained = tokenizer_lib.build(config, read_text(flags.INPUT.value))
     texts = {"tokenizer.json": trained.to_json()}
     pair = tokenizer_lib.pair_texts(trained)
     if pair is not None:

@@ -25,9 +25,7 @@ from gptjax.config.schema import BenchKind, Experiment, MeshConfig, Stage
 from gptjax.cost import step_spec
 from gptjax.cost.step_spec import StepSpec
 from gptjax.errors import require
-from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.generate import Sampling
 from gptjax.io import console, files
 from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
@@ -302,13 +300,12 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
     spec = step_spec.build(experiment, stage, mesh)
     vocabulary = spec.model.config.vocab_size
     params = jax.jit(lambda key: gpt.init_params(spec.model, key))(jax.random.key(0))
-    decoder = decoder_lib.prepare(spec.model, params)
+    decoder = generate.prepare(spec.model, params)
     prompt = np.random.default_rng(0).integers(vocabulary, size=PROMPT_TOKENS, dtype=np.int32)
 
     def call(tokens: int) -> np.ndarray:
-        return generate.generate(
-            decoder, prompt, tokens, request.num_samples, Sampling(), 0, np.zeros(vocabulary, bool)
-        )  # fmt: skip
+        sampler = generate.make_sampler(np.zeros(vocabulary, bool))
+        return generate.generate(decoder, prompt, tokens, request.num_samples, sampler)
 
     console.say(
         f"generate: {request.num_samples} x {request.max_new_tokens} tokens, {request.timed} times"

@@ -19,12 +19,14 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import BinaryIO, TypeVar
 
 from gptjax.data import fingerprints
 
 T = TypeVar("T")
+Writer = Callable[[BinaryIO], None]
+"""Writes the contents of an entry to a file."""
 
 # No entry takes this long to write. An older temporary file was left behind by a killed process.
 _ABANDONED_SECONDS = 24 * 3600
@@ -36,48 +38,43 @@ def folder() -> str:
 
 
 def get_or_make(
-    name: str, ending: str, write: Callable[[BinaryIO], None], read: Callable[[str], T]
-) -> T | None:
+    name: str, ending: str, write: Writer, read: Callable[[str], T], make: Callable[[], T]
+) -> T:
     """Returns the entry `name`; writes it first if it is missing or damaged.
 
     Args:
-      name: from `fingerprints.of_values`; entries of equal names have equal contents.
+      name: from `fingerprints.of_values`; entries of equal names have equal contents. Nothing is
+        kept under the name "".
       ending: the ending of the file name, such as ".json".
       write: writes the contents. An `OSError` that it raises counts as an error of the disk.
       read: opens the file of the given path. The returned object may stay mapped to the file.
+      make: returns the same as `read`, without a file.
 
     Returns:
-      The result of `read`; None, after a warning, if the cache cannot be written (no folder, no
-      space, no permission).
+      The result of `read`; that of `make`, after a warning, if the cache cannot be written (no
+      folder, no space, no permission).
     """
     root = folder()
-    if not root:
-        return None
+    if not root or not name:
+        return make()
     directory = os.path.join(root, "data")
     path = _find(directory, name, ending)
     if path is not None:
         with contextlib.suppress(OSError):  # another process has just deleted it
             return read(path)
     try:
-        os.makedirs(directory, exist_ok=True)
-        with _temporary_file(directory, name) as temporary:
-            with open(temporary, "xb") as file:
-                write(file)
-            path = os.path.join(directory, f"{name}-{fingerprints.of_file(temporary)}{ending}")
-            os.replace(temporary, path)
-        return read(path)
+        return read(_written(directory, name, ending, write))
     except OSError as error:
         _warn(directory, error.strerror or str(error))
-        return None
+    return make()
 
 
 @functools.cache  # one warning for each folder
 def _warn(directory: str, reason: str) -> None:
     logging.warning(
-        "%s: cannot write the cache there (%s); the data stays in memory; set GPTJAX_CACHE to "
-        "another folder, or to nothing for no cache",
-        directory, reason,
-    )  # fmt: skip
+        f"{directory}: cannot write the cache there ({reason}); the data stays in memory; set "
+        "GPTJAX_CACHE to another folder, or to nothing for no cache"
+    )
 
 
 def _find(directory: str, name: str, ending: str) -> str | None:
@@ -90,18 +87,21 @@ def _find(directory: str, name: str, ending: str) -> str | None:
     return None
 
 
-@contextlib.contextmanager
-def _temporary_file(directory: str, name: str) -> Iterator[str]:
-    """Yields an unused path for the file that is being written; removes that file on an error."""
+def _written(directory: str, name: str, ending: str, write: Writer) -> str:
+    """Writes an entry and returns its path; an error leaves no file."""
+    os.makedirs(directory, exist_ok=True)
     for abandoned in glob.glob(os.path.join(glob.escape(directory), ".*.tmp")):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(abandoned) > _ABANDONED_SECONDS:
                 os.remove(abandoned)
     # `tempfile` would make a file that only its owner can read, and the entry would stay so.
-    path = os.path.join(directory, f".{name}.{uuid.uuid4().hex}.tmp")
+    temporary = os.path.join(directory, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
-        yield path
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(path)
-        raise
+        with open(temporary, "xb") as file:
+            write(file)
+        path = os.path.join(directory, f"{name}-{fingerprints.of_file(temporary)}{ending}")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):  # it has its final name already, unless an error came
+            os.remove(temporary)
+    return path

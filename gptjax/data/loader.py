@@ -9,6 +9,7 @@ whole epoch.
 """
 
 import abc
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +48,10 @@ def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:
 
 
 def _window_batch(
-    stream: np.ndarray, starts: Sequence[int], window: int, rows: int, rows_of_this_process: RowMask
+    stream: np.ndarray, starts: Sequence[int], window: int, rows: int, row_mask: RowMask
 ) -> Batch:
     """Returns a batch of the windows of the stream that begin at `starts`."""
-    filled = rows_of_this_process(rows)
+    filled = row_mask(rows)
     windows = [
         stream[start : start + window] if filled[row] else stream[:0]
         for row, start in enumerate(starts)
@@ -78,6 +79,7 @@ class Batches(abc.ABC):
         return iter(steps.to_iter_dataset(_READ))
 
 
+@dataclasses.dataclass(eq=False)
 class TextBatches(Batches):
     """Random contiguous windows of a token stream.
 
@@ -87,91 +89,77 @@ class TextBatches(Batches):
     windows in all, are seen in other epochs.
 
     Attributes:
+      stream: integers [n], token ids.
+      window: tokens of a window.
+      batch_size: windows of a batch.
+      seed: decides the windows and their order.
+      row_mask: the rows to fill, see `packing.RowMask`.
       windows: the number of windows in an epoch.
+
+    Raises:
+      UserError: the stream has fewer tokens than one window.
     """
 
-    def __init__(
-        self,
-        stream: np.ndarray,
-        window: int,
-        batch_size: int,
-        seed: int,
-        rows_of_this_process: RowMask = all_rows,
-    ):
-        """Checks that the stream is long enough.
+    stream: np.ndarray
+    window: int
+    batch_size: int
+    seed: int
+    row_mask: RowMask = all_rows
 
-        Args:
-          stream: integers [n], token ids.
-          window: tokens of a window.
-          batch_size: windows of a batch.
-          seed: decides the windows and their order.
-          rows_of_this_process: the rows to fill, see `packing.RowMask`.
-
-        Raises:
-          UserError: the stream has fewer tokens than one window.
-        """
+    def __post_init__(self) -> None:
         require(
-            len(stream) >= window,
-            f"`pretrain`: the training text has {len(stream)} tokens, fewer than one window "
-            f"of {window}; give more text or a smaller `pretrain.window`",
+            len(self.stream) >= self.window,
+            f"`pretrain`: the training text has {len(self.stream)} tokens, fewer than one window "
+            f"of {self.window}; give more text or a smaller `pretrain.window`",
         )
-        self._stream, self._window, self._batch_size, self._seed = stream, window, batch_size, seed
-        self._rows_of_this_process = rows_of_this_process
         # One window fewer than fit leaves the offset free to vary by more than a window.
-        self.windows = max(1, len(stream) // window - 1)
-        self._order = _shuffled(self.windows, seed)
+        self.windows = max(1, len(self.stream) // self.window - 1)
+        self._order = _shuffled(self.windows, self.seed)
 
     def _start(self, position: int) -> int:
         """Returns the first token of the window at a position of the shuffled order."""
         # The largest offset reaches the end of the stream, so that no token is left out for ever.
-        offsets = len(self._stream) - self.windows * self._window + 1
-        data = f"{self._seed}:{position // self.windows}".encode()
+        offsets = len(self.stream) - self.windows * self.window + 1
+        data = f"{self.seed}:{position // self.windows}".encode()
         digest = hashlib.blake2b(data, digest_size=8).digest()
         offset = int.from_bytes(digest, "little") % offsets
-        return offset + int(self._order[position]) * self._window
+        return offset + int(self._order[position]) * self.window
 
     def __getitem__(self, step: int) -> Batch:
-        positions = range(step * self._batch_size, (step + 1) * self._batch_size)
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         starts = [self._start(position) for position in positions]
-        return _window_batch(
-            self._stream, starts, self._window, self._batch_size, self._rows_of_this_process
-        )
+        return _window_batch(self.stream, starts, self.window, self.batch_size, self.row_mask)
 
 
+@dataclasses.dataclass(eq=False)
 class TaskBatches(Batches):
     """Packed batches of shuffled examples, all with the same number of examples.
 
     The two subclasses differ in how an epoch is divided into batches.
+
+    Attributes:
+      examples: all of them.
+      packer: for batches of `batch_size` of these examples.
+      batch_size: examples of a batch.
+      seed: decides the order of the examples.
+      row_mask: the rows to fill, see `packing.RowMask`.
     """
 
-    def __init__(
-        self,
-        examples: Examples,
-        packer: Packer,
-        batch_size: int,
-        seed: int,
-        rows_of_this_process: RowMask = all_rows,
-    ):
-        """Takes the examples.
+    examples: Examples
+    packer: Packer
+    batch_size: int
+    seed: int
+    row_mask: RowMask = all_rows
 
-        Args:
-          examples: all of them.
-          packer: for batches of `batch_size` of these examples.
-          batch_size: examples of a batch.
-          seed: decides the order of the examples.
-          rows_of_this_process: the rows to fill, see `packing.RowMask`.
-        """
-        self._examples, self._packer, self._batch_size = examples, packer, batch_size
-        self._rows_of_this_process = rows_of_this_process
-        self._seed = seed % 2**32
-        self._order = _shuffled(len(examples), seed)
+    def __post_init__(self) -> None:
+        self._order = _shuffled(len(self.examples), self.seed)
 
     @abc.abstractmethod
     def chosen(self, step: int) -> np.ndarray:
         """Returns int [batch_size]: the indices of the examples of a step."""
 
     def __getitem__(self, step: int) -> Batch:
-        return self._packer.pack(self._examples, self.chosen(step), self._rows_of_this_process)[0]
+        return self.packer.pack(self.examples, self.chosen(step), self.row_mask)[0]
 
     def _at(self, start: int, stop: int) -> np.ndarray:
         """Returns the indices of the examples at positions [start, stop) of the shuffled order."""
@@ -188,7 +176,7 @@ class BalancedBatches(TaskBatches):
 
     def chosen(self, step: int) -> np.ndarray:
         """Returns int [batch_size]: the indices of the examples of a step."""
-        count, size = len(self._examples), self._batch_size
+        count, size = len(self.examples), self.batch_size
         epoch = step * size // count
         if (step + 1) * size > (epoch + 1) * count:  # the batch goes on in the next epoch
             return self._at(step * size, (step + 1) * size)
@@ -206,11 +194,11 @@ class BalancedBatches(TaskBatches):
         The batches, as many as are within the epoch, are int [steps, batch_size]: the indices of
         the examples of each step.
         """
-        count, size = len(self._examples), self._batch_size
+        count, size = len(self.examples), self.batch_size
         first, last = -(-epoch * count // size), (epoch + 1) * count // size
         indices = self._at(first * size, max(first, last) * size)
-        rng = np.random.default_rng((self._seed, epoch))
-        return first, indices[balance_batches(self._examples.lengths[indices], size, rng)]
+        rng = np.random.default_rng((self.seed % 2**32, epoch))
+        return first, indices[balance_batches(self.examples.lengths[indices], size, rng)]
 
 
 class WholeEpochBatches(TaskBatches):
@@ -221,17 +209,13 @@ class WholeEpochBatches(TaskBatches):
 
     def chosen(self, step: int) -> np.ndarray:
         """Returns int [batch_size]: the indices of the examples of a step."""
-        epoch, batch = divmod(step, len(self._examples) // self._batch_size)
-        start = epoch * len(self._examples) + batch * self._batch_size
-        return self._at(start, start + self._batch_size)
+        epoch, batch = divmod(step, len(self.examples) // self.batch_size)
+        start = epoch * len(self.examples) + batch * self.batch_size
+        return self._at(start, start + self.batch_size)
 
 
 def text_in_order(
-    stream: np.ndarray,
-    window: int,
-    rows: int,
-    limit: int = 0,
-    rows_of_this_process: RowMask = all_rows,
+    stream: np.ndarray, window: int, rows: int, limit: int = 0, row_mask: RowMask = all_rows
 ) -> Iterator[Batch]:
     """Yields all windows of a stream in order.
 
@@ -240,26 +224,24 @@ def text_in_order(
       window: tokens of a window; the last one may be shorter.
       rows: windows of a batch.
       limit: the largest number of batches; 0: no limit.
-      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+      row_mask: the rows to fill, see `packing.RowMask`.
     """
     starts = range(0, len(stream), window)
     if limit:
         starts = starts[: limit * rows]
     for first in range(0, len(starts), rows):
-        yield _window_batch(
-            stream, starts[first : first + rows], window, rows, rows_of_this_process
-        )
+        yield _window_batch(stream, starts[first : first + rows], window, rows, row_mask)
 
 
 def every_example(
-    examples: Examples, packer: Packer, rows_of_this_process: RowMask = all_rows
+    examples: Examples, packer: Packer, row_mask: RowMask = all_rows
 ) -> Iterator[tuple[Batch, np.ndarray]]:
     """Yields packed batches in which every example occurs once.
 
     Args:
       examples: all of them.
       packer: for the shape of the batches.
-      rows_of_this_process: the rows to fill, see `packing.RowMask`.
+      row_mask: the rows to fill, see `packing.RowMask`.
 
     Yields:
       A batch of full rows (the last batch may have fewer), and int32 [B, E]: the index of the
@@ -272,5 +254,5 @@ def every_example(
         fitted = first_fit(pool, packer.row_length, packer.slots)
         rows += [[start + i for i in row] for row in fitted]
     chunks = grain.MapDataset.source(rows).batch(packer.rows, batch_fn=list)
-    batches = chunks.map(lambda chunk: packer.fill(examples, chunk, rows_of_this_process))
+    batches = chunks.map(lambda chunk: packer.fill(examples, chunk, row_mask))
     return iter(batches.to_iter_dataset(_READ))

@@ -124,24 +124,18 @@ class Packer:
         self._sequence_means, self._divisor = sequence_means, divisor
         longest, mean = int(lengths.max()), float(lengths.mean())
         sample = _sample(lengths, batch_size)
-        if row_length:
-            self.row_length = _round_up(max(longest, row_length), _LENGTH_STEP)
-            self.slots = _slots(self.row_length, mean, batch_size)
-            rows = [len(first_fit(batch, self.row_length, self.slots)) for batch in sample]
-            self.rows = max(rows)
-            return
-        self.rows, self.row_length = _shape(sample, longest, mean)
+        self.rows, self.row_length = _shape(sample, longest, mean, row_length)
         self.slots = _slots(self.row_length, mean, batch_size)
 
     def pack(
-        self, examples: Examples, chosen: np.ndarray, rows_of_this_process: RowMask = all_rows
+        self, examples: Examples, chosen: np.ndarray, row_mask: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
         """Packs some of the examples.
 
         Args:
           examples: all examples.
           chosen: int [n], the indices of those to pack.
-          rows_of_this_process: the rows to fill, see `RowMask`.
+          row_mask: the rows to fill, see `RowMask`.
 
         Returns:
           The batch, and int32 [B, E]: the index of the example in each slot, -1 for an empty slot.
@@ -149,17 +143,17 @@ class Packer:
         lengths = examples.lengths[chosen].tolist()
         rows = first_fit(lengths, self.row_length, self.slots)
         indices = [[int(chosen[i]) for i in row] for row in rows]
-        return self.fill(examples, indices, rows_of_this_process)
+        return self.fill(examples, indices, row_mask)
 
     def fill(
-        self, examples: Examples, rows: list[list[int]], rows_of_this_process: RowMask = all_rows
+        self, examples: Examples, rows: list[list[int]], row_mask: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
         """Packs examples that are assigned to rows already; otherwise like `pack`.
 
         Args:
           examples: all examples.
           rows: the indices of the examples in each row.
-          rows_of_this_process: the rows to fill, see `RowMask`.
+          row_mask: the rows to fill, see `RowMask`.
         """
         height = self.rows
         if len(rows) > height:  # in steps of a quarter: every other height is compiled anew
@@ -167,7 +161,7 @@ class Packer:
         height = _round_up(height, self._divisor)
         batch = _empty(height, self.row_length, self.slots, examples)
         index = np.full((height, self.slots), -1, np.int32)
-        filled = rows_of_this_process(height)
+        filled = row_mask(height)
         for b, row in enumerate(rows):
             index[b, : len(row)] = row
             if filled[b]:
@@ -184,6 +178,7 @@ class Packer:
                 sequence = i * examples.num_candidates + c
                 tokens = examples.tokens[sequence]
                 stop, segment = start + len(tokens), segment + 1
+                second = start + int(examples.second_start[sequence])
                 padding = stop  # the start of the padding inside the sequence
                 if examples.padding_start is not None:
                     padding = start + int(examples.padding_start[sequence])
@@ -191,9 +186,7 @@ class Packer:
                 batch.tokens[b, start:stop] = tokens
                 batch.segment_ids[b, start:stop] = segment
                 batch.positions[b, start:stop] = np.arange(len(tokens))
-                batch.token_types[b, start + examples.second_start[sequence] : stop] = (
-                    TokenType.SECOND_TEXT
-                )
+                batch.token_types[b, second:stop] = TokenType.SECOND_TEXT
                 batch.token_types[b, padding:stop] = TokenType.PADDING
                 batch.lm_weights[b, start : padding - 1] = weight
                 batch.extract[b, e, c] = stop - 1
@@ -221,15 +214,20 @@ def _slots(row_length: int, mean: float, batch_size: int) -> int:
     return min(batch_size, 1 << max(2, math.ceil(math.log2(2 * row_length / mean))))
 
 
-def _shape(sample: list[list[int]], longest: int, mean: float) -> tuple[int, int]:
+def _shape(sample: list[list[int]], longest: int, mean: float, wanted: int) -> tuple[int, int]:
     """Returns the rows and the row length of a batch, see `Packer`.
 
     Args:
       sample: the lengths of the examples of some batches.
       longest: tokens of the longest example.
       mean: tokens of the examples, on average.
+      wanted: the row length, or somewhat more; 0: the best one.
     """
     batch_size = len(sample[0])
+    if wanted:
+        length = _round_up(max(longest, wanted), _LENGTH_STEP)
+        slots = _slots(length, mean, batch_size)
+        return max(len(first_fit(batch, length, slots)) for batch in sample), length
     total = batch_size * mean
     best = (math.inf, 0, 0)
     rows = 1 << (batch_size.bit_length() - 1)
@@ -252,16 +250,16 @@ def _round_up(value: int, multiple: int) -> int:
 def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
     """Returns a batch of padding for these examples."""
     tokens = np.zeros((height, length), np.int32)
-    candidates = examples.num_candidates
+    extract = np.zeros((height, slots, examples.num_candidates), np.int32)
     labels = examples.labels
     return Batch(
         tokens=tokens,
         segment_ids=np.zeros_like(tokens),
         positions=np.zeros_like(tokens),
         token_types=np.zeros_like(tokens),
-        lm_weights=np.zeros(tokens.shape, np.float32),
-        extract=np.zeros((height, slots, candidates), np.int32),
-        candidate_mask=np.zeros((height, slots, candidates), np.float32),
+        lm_weights=np.zeros_like(tokens, np.float32),
+        extract=extract,
+        candidate_mask=np.zeros_like(extract, np.float32),
         example_mask=np.zeros((height, slots), np.float32),
         labels=None if labels is None else np.zeros((height, slots), labels.dtype),
     )

@@ -1,22 +1,17 @@
 """The splits of a stage: from the built-in data, files, the hub, or tables in memory."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from gptjax.config import schema
 from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskKind, TaskSpec
 from gptjax.data.builtin import tasks as builtin_tasks
-from gptjax.data.tables import expressions, files, hub, text_files
-from gptjax.data.tables.holdout import holdout, holdout_text
-from gptjax.data.tables.labelled import LabelledTable, as_text
-from gptjax.data.tables.texts import Texts
+from gptjax.data.builtin.tasks import SPLITS
+from gptjax.data.tables import files
+from gptjax.data.tables.files import Dataset
+from gptjax.data.tables.labelled import LabelledTable, as_text, holdout
+from gptjax.data.tables.texts import Texts, holdout_text, read_text
 from gptjax.errors import require
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 BUILTIN = "builtin"
 
@@ -38,29 +33,26 @@ def text_splits(
       UserError: files, columns or splits that do not exist, or no text in them.
     """
     if tables is not None:
-        texts = {
-            name: _documents(rows, config.text, f"`{name}`")
-            for name, rows in _in_order(tables, ("train", "validation")).items()
-        }
+        tables = _in_order(tables, ("train", "validation"))
+        texts = {name: _documents(rows, config.text, f"`{name}`") for name, rows in tables.items()}
     elif config.dataset == BUILTIN:
-        return {name: builtin_tasks.builtin_text(name) for name in ("train", "validation")}
+        texts = {name: builtin_tasks.builtin_text(name) for name in ("train", "validation")}
     elif config.dataset:
-        rows = hub.load_hub(config.dataset, "train")
+        rows = files.load_hub(config.dataset, "train")
         texts = {"train": _documents(rows, config.text, config.dataset)}
     else:
-        texts = {"train": text_files.read_text(config.train_files, config.line_breaks)}
-    if "validation" in texts:
-        return texts
-    if config.validation_files:
-        validation = text_files.read_text(config.validation_files, config.line_breaks)
-        return texts | {"validation": validation}
-    train, validation = holdout_text(texts["train"], config.validation_fraction)
-    return {"train": train, "validation": validation}
+        texts = {"train": read_text(config.train_files, config.line_breaks)}
+    if "validation" not in texts and config.validation_files:
+        texts["validation"] = read_text(config.validation_files, config.line_breaks)
+    elif "validation" not in texts:
+        parts = holdout_text(texts["train"], config.validation_fraction)
+        texts["train"], texts["validation"] = parts
+    return texts
 
 
 def _documents(rows: Dataset, column: str, source: str) -> Texts:
     """Returns the text of a column; a blank line ends each row, as it does in `read_text`."""
-    expressions.require_columns(rows.column_names, [column], source)
+    LabelledTable(rows, source).require_columns([column])
     files.import_datasets()  # without progress bars
     documents = rows.map(
         lambda row: {"text": as_text(row[column]).rstrip("\n") + "\n\n"},
@@ -71,14 +63,8 @@ def _documents(rows: Dataset, column: str, source: str) -> Texts:
 
 def task_spec(config: FinetuneConfig) -> TaskSpec:
     """Returns the task that the configuration describes, without the names of its labels."""
-    return TaskSpec(
-        kind=TaskKind(config.task),
-        text=config.text,
-        text_pair=config.text_pair,
-        choices=schema.split_names(config.choices),
-        label=config.label,
-        cut=config.cut,
-    )
+    kind, choices = TaskKind(config.task), schema.split_names(config.choices)
+    return TaskSpec(kind, config.text, config.text_pair, choices, config.label, cut=config.cut)
 
 
 def labelled_splits(
@@ -101,45 +87,40 @@ def labelled_splits(
     spec = task_spec(config)
     needed = (*spec.text_columns, spec.label)
     if tables is not None:
-        splits = {
-            name: _checked(LabelledTable(rows, f"`{name}`"), needed)
-            for name, rows in _in_order(tables, ("train", "validation", "test")).items()
-        }
-    elif config.dataset.startswith(BUILTIN + ":"):
-        splits = _builtin(config.dataset, needed)
-    elif config.dataset:
-        names = {"train": "train", "validation": config.validation_split, "test": config.test_split}
-        splits = {split: _from_hub(config, name, needed) for split, name in names.items() if name}
+        tables = _in_order(tables, SPLITS)
+        splits = {name: _checked(rows, f"`{name}`", needed) for name, rows in tables.items()}
     else:
-        paths = {
-            "train": config.train_file,
-            "validation": config.validation_file,
-            "test": config.test_file,
-        }
-        splits = {
-            name: read_labelled(path, config.columns, needed)
-            for name, path in paths.items()
-            if path
-        }
+        if config.dataset.startswith(f"{BUILTIN}:"):
+            names = SPLITS
+        elif config.dataset:
+            names = ("train", config.validation_split, config.test_split)
+        else:
+            names = (config.train_file, config.validation_file, config.test_file)
+        splits = {}
+        for split, name in zip(SPLITS, names, strict=True):
+            if name and config.dataset:
+                splits[split] = one_split(config.dataset, name, needed)
+            elif name:
+                splits[split] = read_labelled(name, config.columns, needed)
     if "validation" not in splits:
         require(
             config.validation_fraction > 0,
             "`finetune.validation_fraction`: must be above 0 without validation_file",
         )
-        train, validation = holdout(
-            splits["train"], spec.text_columns, config.validation_fraction, seed
-        )
-        splits |= {"train": train, "validation": validation}
+        parts = holdout(splits["train"], spec.text_columns, config.validation_fraction, seed)
+        splits["train"], splits["validation"] = parts
     return {name: without_label(table, config) for name, table in splits.items()}
 
 
-def one_split(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> LabelledTable:
+def one_split(dataset: str, split: str, needed: tuple[str, ...]) -> LabelledTable:
     """Returns one split of a data set, built in or from the hub, with the columns `needed`."""
-    if not config.dataset.startswith(BUILTIN + ":"):
-        return _from_hub(config, split, needed)
-    splits = _builtin(config.dataset, needed)
-    require(split in splits, f"{config.dataset}: no split {split!r}; it has {', '.join(splits)}")
-    return splits[split]
+    name = dataset.removeprefix(f"{BUILTIN}:")
+    if name == dataset:
+        rows = files.load_hub(dataset, split)
+    else:
+        require(split in SPLITS, f"{dataset}: no split {split!r}; it has {', '.join(SPLITS)}")
+        rows = builtin_tasks.builtin_task(name, split)
+    return _checked(rows, f"{dataset} ({split})", needed)
 
 
 def read_labelled(path: str, columns: str, needed: tuple[str, ...]) -> LabelledTable:
@@ -150,8 +131,7 @@ def read_labelled(path: str, columns: str, needed: tuple[str, ...]) -> LabelledT
       columns: comma-separated names of the columns of a file without a header; "": it has one.
       needed: names or expressions.
     """
-    rows = files.read_table(path, schema.split_names(columns))
-    return _checked(LabelledTable(rows, path), needed)
+    return _checked(files.read_table(path, schema.split_names(columns)), path, needed)
 
 
 def without_label(table: LabelledTable, config: FinetuneConfig) -> LabelledTable:
@@ -177,21 +157,7 @@ def _in_order(tables: Mapping[str, Dataset], names: tuple[str, ...]) -> dict[str
     return {name: tables[name] for name in names if name in tables}
 
 
-def _checked(table: LabelledTable, needed: tuple[str, ...]) -> LabelledTable:
+def _checked(rows: Dataset, source: str, needed: tuple[str, ...]) -> LabelledTable:
+    table = LabelledTable(rows, source)
     table.require_columns(needed)
     return table
-
-
-def _from_hub(config: FinetuneConfig, split: str, needed: tuple[str, ...]) -> LabelledTable:
-    rows = hub.load_hub(config.dataset, split)
-    return _checked(LabelledTable(rows, f"{config.dataset} ({split})"), needed)
-
-
-def _builtin(dataset: str, needed: tuple[str, ...]) -> dict[str, LabelledTable]:
-    name = dataset.removeprefix(BUILTIN + ":")
-    return {
-        split: _checked(
-            LabelledTable(builtin_tasks.builtin_task(name, split), f"{dataset} ({split})"), needed
-        )
-        for split in builtin_tasks.SPLITS
-    }

@@ -84,11 +84,10 @@ def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
     if spec.kind is TaskKind.REGRESSION:
         return spec
     source = f"{table.source}: column {spec.label}"
-    names: set[str] = set()
-    for i, value in enumerate(table.columns([spec.label])[spec.label]):
-        name = as_text(value).strip()
-        require(name, f"{table.cell(i, spec.label)}: the label is empty")
-        names.add(name)
+    cells = [as_text(value).strip() for value in table.columns([spec.label])[spec.label]]
+    if "" in cells:
+        raise UserError(f"{table.cell(cells.index(''), spec.label)}: the label is empty")
+    names = set(cells)
     if spec.kind is not TaskKind.MULTIPLE_CHOICE:
         require(
             len(names) > 1,
@@ -131,17 +130,14 @@ def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:
             )
         return targets
     ids = {name: i for i, name in enumerate(spec.labels)}
-    known = f"known labels: {', '.join(spec.labels[:10])}"
-    classes = np.zeros(len(values), np.int32)
-    for i, value in enumerate(values):
-        name = as_text(value).strip()
-        require(
-            name in ids,
-            f"{table.cell(i, spec.label)}: label {name!r} was not seen in training; "
-            f"{known}{nearest(name, ids)}",
-        )
-        classes[i] = ids[name]
-    return classes
+    names = [as_text(value).strip() for value in values]
+    for i, name in enumerate(names):
+        if name not in ids:
+            raise UserError(
+                f"{table.cell(i, spec.label)}: label {name!r} was not seen in training; "
+                f"known labels: {', '.join(spec.labels[:10])}{nearest(name, ids)}"
+            )
+    return np.array([ids[name] for name in names], np.int32)
 
 
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
@@ -167,78 +163,55 @@ class _Sequence(NamedTuple):
     """The start of the second text; the end of the first if there is no second."""
     padding_start: int
     """The start of the padding; the length if there is none."""
+    cut: bool
+    """Whether a text was cut."""
 
 
 class _Builder:
     """Joins tokenised texts and special tokens to sequences that fit the context length."""
 
-    def __init__(self, tokenizer: Tokenizer, context_length: int, halves: bool = False):
-        """Takes the sizes that the sequences must fit.
-
-        Args:
-          tokenizer: for the ids of the special tokens.
-          context_length: tokens of the longest sequence.
-          halves: whether each text of a long pair is cut to half of the context, as in the authors'
-            code; else the longer text is cut first.
-        """
+    def __init__(self, spec: TaskSpec, tokenizer: Tokenizer, context_length: int):
+        """Takes the task, the ids of the special tokens, and the most tokens of a sequence."""
         require(
             context_length >= 5,
             f"`model.context_length`={context_length}: a pair of texts needs at least 5",
         )
-        self._start, self._delimiter, self._extract = (
-            np.array([i], np.int32)
-            for i in (tokenizer.start_id, tokenizer.delimiter_id, tokenizer.extract_id)
-        )
-        self._context_length, self._halves = context_length, halves
-        self._padding = tokenizer.padding_id
-        self.cut = False
-        """Whether a text was cut since this was last set to False."""
+        ids = (tokenizer.start_id, tokenizer.delimiter_id, tokenizer.extract_id)
+        self._start, self._delimiter, self._extract = np.split(np.array(ids, np.int32), 3)
+        self._spec, self._padding = spec, tokenizer.padding_id
+        self._length = spec.flatten or context_length
 
-    def build(self, spec: TaskSpec, texts: Sequence[np.ndarray]) -> list[_Sequence]:
+    def build(self, texts: Sequence[np.ndarray]) -> list[_Sequence]:
         """Returns the sequences of an example with these texts."""
-        if spec.flatten:
-            return [self._padded(texts, spec.flatten)]
-        if spec.kind is TaskKind.CLASSIFICATION:
-            return [self._single(texts[0])]
-        if spec.kind is TaskKind.ENTAILMENT:
-            return [self._pair(texts[0], texts[1])]
-        if spec.kind is TaskKind.MULTIPLE_CHOICE:
-            return [self._pair(texts[0], answer, spec.ends_in_question) for answer in texts[1:]]
-        assert spec.kind.sums_candidates, spec.kind
-        return [self._pair(texts[0], texts[1]), self._pair(texts[1], texts[0])]
+        if self._spec.kind is TaskKind.MULTIPLE_CHOICE:
+            return [self._join([texts[0], answer]) for answer in texts[1:]]
+        orders = [texts, texts[::-1]][: self._spec.num_candidates]
+        return [self._join(order) for order in orders]
 
-    def _single(self, text: np.ndarray) -> _Sequence:
-        keep = self._context_length - 2
-        self.cut |= len(text) > keep
-        tokens = np.concatenate([self._start, text[:keep], self._extract])
-        return _Sequence(tokens, len(tokens), len(tokens))
-
-    def _pair(self, first: np.ndarray, second: np.ndarray, keep_end: bool = False) -> _Sequence:
-        """Returns the sequence of two texts; `keep_end`: the first one is cut at its beginning."""
-        keep, keep_second = cut_pair(len(first), len(second), self._context_length - 3)
-        if self._halves:
-            half = self._context_length // 2 - 2
-            keep, keep_second = min(len(first), half), min(len(second), half)
-        self.cut |= keep < len(first) or keep_second < len(second)
-        first = first[len(first) - keep :] if keep_end else first[:keep]
-        parts = [self._start, first, self._delimiter, second[:keep_second], self._extract]
-        tokens = np.concatenate(parts)
-        return _Sequence(tokens, keep + 2, len(tokens))
-
-    def _padded(self, texts: Sequence[np.ndarray], length: int) -> _Sequence:
-        """Returns the sequence of a flattened head: one or two texts, padded to `length`."""
-        if len(texts) == 1:
-            keep = [min(len(texts[0]), length - 2)]
-        else:
-            keep = list(cut_pair(len(texts[0]), len(texts[1]), length - 3))
-        self.cut |= any(n < len(text) for n, text in zip(keep, texts, strict=True))
+    def _join(self, texts: Sequence[np.ndarray]) -> _Sequence:
+        """Returns the sequence of one or two texts; that of a flattened head is padded."""
+        keep = self._kept([len(text) for text in texts])
         parts = [self._start]
-        for text, n in zip(texts, keep, strict=True):
-            parts += [text[:n], self._delimiter]
+        for text, count in zip(texts, keep, strict=True):
+            parts += [text[:count], self._delimiter]
+        if self._spec.kind is TaskKind.MULTIPLE_CHOICE and self._spec.ends_in_question:
+            parts[1] = texts[0][len(texts[0]) - keep[0] :]
+        if not self._spec.flatten:
+            parts[-1] = self._extract
         tokens = np.concatenate(parts)
-        padding = np.full(length - len(tokens), self._padding, np.int32)
-        second_start = keep[0] + 2 if len(texts) > 1 else len(tokens)
-        return _Sequence(np.concatenate([tokens, padding]), second_start, len(tokens))
+        end = len(tokens)
+        if self._spec.flatten:
+            tokens = np.pad(tokens, (0, self._length - end), constant_values=self._padding)
+        cut = any(count < len(text) for text, count in zip(texts, keep, strict=True))
+        return _Sequence(tokens, keep[0] + 2 if len(texts) > 1 else end, end, cut)
+
+    def _kept(self, lengths: Sequence[int]) -> Sequence[int]:
+        """Returns how many tokens of one or two texts to keep."""
+        if len(lengths) == 1:
+            return [min(lengths[0], self._length - 2)]
+        if self._spec.cut == Cut.HALF and not self._spec.flatten:  # as in the authors' code
+            return [min(length, self._length // 2 - 2) for length in lengths]
+        return cut_pair(lengths[0], lengths[1], self._length - 3)
 
 
 def _encode_columns(
@@ -286,21 +259,17 @@ def encode(
         different lengths.
     """
     columns = table.columns([*spec.text_columns, *([spec.label] if labelled else [])])
-    builder = _Builder(tokenizer, context_length, halves=spec.cut == Cut.HALF)
+    builder = _Builder(spec, tokenizer, context_length)
     sequences: list[_Sequence] = []
     cut = empty = 0
     for texts in _encode_columns(spec, columns, tokenizer, use_cache):
-        builder.cut = False
-        sequences += builder.build(spec, texts)
-        cut += builder.cut
+        example = builder.build(texts)
+        sequences += example
+        cut += any(sequence.cut for sequence in example)
         empty += any(len(text) == 0 for text in texts)
-    padding_start = np.array([sequence.padding_start for sequence in sequences], np.int32)
-    return Examples(
-        num_candidates=spec.num_candidates,
-        tokens=[sequence.tokens for sequence in sequences],
-        second_start=np.array([sequence.second_start for sequence in sequences], np.int32),
-        labels=label_ids(spec, table) if labelled else None,
-        cut=cut,
-        empty=empty,
-        padding_start=padding_start if spec.flatten else None,
-    )
+    tokens = [sequence.tokens for sequence in sequences]
+    second = np.array([sequence.second_start for sequence in sequences], np.int32)
+    padding = np.array([sequence.padding_start for sequence in sequences], np.int32)
+    labels = label_ids(spec, table) if labelled else None
+    examples = Examples(spec.num_candidates, tokens, second, labels, cut, empty)
+    return dataclasses.replace(examples, padding_start=padding) if spec.flatten else examples

@@ -5,11 +5,12 @@ correlations are not means over examples, so unlike the losses they cannot be su
 """
 
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from gptjax.config.schema import TaskKind
+from gptjax.config.schema import TaskKind, split_names
 from gptjax.errors import UserError, require
 
 _CLASS_METRICS = ("accuracy", "f1", "macro_f1", "matthews")
@@ -18,20 +19,12 @@ _REGRESSION_METRICS = ("pearson", "spearman", "mse")
 NAMES: tuple[str, ...] = (*_CLASS_METRICS, *_REGRESSION_METRICS)
 """All names that `finetune.metrics` accepts."""
 
-FITTING: dict[TaskKind, tuple[str, ...]] = {
-    TaskKind.CLASSIFICATION: _CLASS_METRICS,
-    TaskKind.ENTAILMENT: _CLASS_METRICS,
-    TaskKind.SIMILARITY: _CLASS_METRICS,
+FITTING: dict[TaskKind, tuple[str, ...]] = dict.fromkeys(TaskKind, _CLASS_METRICS) | {
     # The label is the position of the right answer, which is no class that could have an F1.
     TaskKind.MULTIPLE_CHOICE: ("accuracy",),
     TaskKind.REGRESSION: _REGRESSION_METRICS,
 }
 """Kind of task -> the metrics that are defined for it."""
-
-DEFAULTS: dict[TaskKind, tuple[str, ...]] = {
-    kind: _REGRESSION_METRICS if kind is TaskKind.REGRESSION else ("accuracy",) for kind in FITTING
-}
-"""Kind of task -> the metrics that are computed where the user names none."""
 
 PERCENT = frozenset({"accuracy", "f1", "macro_f1"})
 """The metrics that are shown as percentages."""
@@ -41,7 +34,8 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
     """Splits a comma-separated string of metric names and checks them against the kind of task.
 
     Args:
-      names: such as ``"f1, accuracy"``. An empty string means `DEFAULTS[kind]`.
+      names: such as ``"f1, accuracy"``. An empty string means accuracy; in a regression, all of its
+        metrics.
       kind: a `TaskKind`.
 
     Returns:
@@ -54,8 +48,7 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
     ('f1', 'accuracy')
     """
     fitting = FITTING[TaskKind(kind)]
-    parts = (part.strip().lower() for part in names.split(","))
-    chosen = tuple(dict.fromkeys(part for part in parts if part))
+    chosen = tuple(dict.fromkeys(split_names(names.lower())))
     for name in chosen:
         if name not in NAMES:
             nearest = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.0)[0]
@@ -68,7 +61,7 @@ def parse(names: str, kind: str) -> tuple[str, ...]:
             f"`finetune.metrics`: {name!r} does not fit a {kind} task; "
             f"write {' or '.join(fitting)}",
         )
-    return chosen or DEFAULTS[TaskKind(kind)]
+    return chosen or (fitting if kind == TaskKind.REGRESSION else ("accuracy",))
 
 
 def compute(
@@ -130,14 +123,14 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: i
             "write 'macro_f1'",
         )
         # Booleans for "is the second label", so that a split without it is no special case.
-        return sk.f1_score(labels == 1, predictions == 1, zero_division=0.0)
-    if name == "macro_f1":
-        # The mean is over the labels that occur. A label that a small split lacks has no F1.
-        return sk.f1_score(labels, predictions, average="macro", zero_division=0.0)
+        labels, predictions = labels == 1, predictions == 1
     if name in _REGRESSION_METRICS:
         labels, predictions = labels.astype(np.float64), predictions.astype(np.float64)
     scores: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
         "accuracy": sk.accuracy_score,
+        "f1": functools.partial(sk.f1_score, zero_division=0.0),
+        # The mean is over the labels that occur. A label that a small split lacks has no F1.
+        "macro_f1": functools.partial(sk.f1_score, average="macro", zero_division=0.0),
         "mse": sk.mean_squared_error,
         "matthews": sk.matthews_corrcoef,
         "pearson": lambda y, p: stats.pearsonr(y, p).statistic,

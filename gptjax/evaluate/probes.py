@@ -16,7 +16,7 @@ substitution     (Winograd schemas) The candidate after which the rest of the te
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,22 +26,15 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
-from gptjax.config.schema import (
-    FinetuneConfig,
-    ProbeConfig,
-    ProbeKind,
-    TaskKind,
-    TaskSpec,
-    split_names,
-)
+from gptjax.config.schema import ProbeConfig, ProbeKind, TaskKind, TaskSpec, split_names
 from gptjax.data import loader, splits, tasks
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens.tokenizer import Tokenizer
 from gptjax.errors import require
 from gptjax.evaluate import metrics
-from gptjax.evaluate.score import Evaluator
+from gptjax.evaluate.score import Evaluator, lm_logits
 from gptjax.mesh import Params
-from gptjax.model import gpt, losses
+from gptjax.model import losses
 from gptjax.model.gpt import GPT
 
 # The most logits of a batch, in elements (64 MiB of float32).
@@ -69,25 +62,6 @@ class Probe:
     def metric(self) -> str:
         """Name of the metric that compares the answers with the labels."""
         return "matthews" if self.kind == ProbeKind.ACCEPTABILITY else "accuracy"
-
-    @property
-    def num_classes(self) -> int:
-        """Number of different labels."""
-        return max(self.num_candidates, 2)
-
-
-def _table(config: ProbeConfig, needed: tuple[str, ...]) -> LabelledTable:
-    """Reads the rows of a probe."""
-    if config.file:
-        return splits.read_labelled(config.file, config.columns, needed)
-    source = FinetuneConfig(dataset=config.dataset)
-    return splits.one_split(source, config.split, needed)
-
-
-def _needed(config: ProbeConfig) -> tuple[str, ...]:
-    """Returns the columns that a probe reads."""
-    names = (config.text, *split_names(config.choices), config.pronoun, config.pronoun_start)
-    return tuple(name for name in (*names, config.label) if name)
 
 
 def _join(
@@ -117,41 +91,32 @@ def _join(
     return tokens, np.array(first, np.int32)
 
 
-def _parts(
-    config: ProbeConfig, rows: dict[str, list[Any]], i: int, where: str
-) -> Iterator[tuple[str, str]]:
-    """Yields (text before, scored text) for each candidate of row i."""
-    text = as_text(rows[config.text][i])
+def _parts(config: ProbeConfig, table: LabelledTable, i: int) -> list[tuple[str, str]]:
+    """Returns (text before, scored text) for each candidate of row i."""
+    text = as_text(table.rows[config.text][i])
     if config.kind == ProbeKind.ACCEPTABILITY:
-        yield "", text
-        return
+        return [("", text)]
     if config.kind == ProbeKind.NEXT_WORD:
         # A tokenizer of characters needs the space; the other tokenizers drop it.
-        for word in split_names(config.words):
-            yield f"{text} {config.append} ", word
-        return
-    candidates = [as_text(rows[name][i]) for name in split_names(config.choices)]
+        return [(f"{text} {config.append} ", word) for word in split_names(config.words)]
+    candidates = [as_text(table.rows[name][i]) for name in split_names(config.choices)]
     if config.kind == ProbeKind.MULTIPLE_CHOICE:
-        for candidate in candidates:
-            yield f"{text} ", candidate
-        return
-    before, after = _divided(config, rows, text, i, f"{where}: row {i + 1}, column {config.text}")
-    for candidate in candidates:
-        yield before + candidate, after
+        return [(f"{text} ", candidate) for candidate in candidates]
+    before, after = _divided(config, table, i)
+    return [(before + candidate, after) for candidate in candidates]
 
 
-def _divided(
-    config: ProbeConfig, rows: dict[str, list[Any]], text: str, i: int, where: str
-) -> tuple[str, str]:
-    """Returns the text before and the text after the place of the candidates."""
+def _divided(config: ProbeConfig, table: LabelledTable, i: int) -> tuple[str, str]:
+    """Returns the text before and the text after the place of the candidates in row i."""
+    text, where = as_text(table.rows[config.text][i]), table.cell(i, config.text)
     if not config.pronoun:
         before, blank, after = text.partition("_")
         require(blank, f"{where}: no _ for what the candidates replace")
         return before, after
-    pronoun = as_text(rows[config.pronoun][i])
+    pronoun = as_text(table.rows[config.pronoun][i])
     places = [m.start() for m in re.finditer(rf"(?<!\w){re.escape(pronoun)}(?!\w)", text)]
     if config.pronoun_start:
-        start = as_text(rows[config.pronoun_start][i])
+        start = as_text(table.rows[config.pronoun_start][i])
         places = [place for place in places if str(place) == start]
     count = len(places) if pronoun else 0
     require(
@@ -169,18 +134,19 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
     Raises:
       UserError: no such file, column or place to substitute at; a label that is not understood.
     """
-    table = _table(config, _needed(config))
-    rows = table.columns(_needed(config))
-    if config.limit:
-        rows = {column: values[: config.limit] for column, values in rows.items()}
-    has_choices = ProbeKind(config.kind).has_candidates
-    spec = TaskSpec(
-        kind=TaskKind.MULTIPLE_CHOICE if has_choices else TaskKind.CLASSIFICATION,
-        text=config.text,
-        choices=split_names(config.choices) if has_choices else (),
-        label=config.label,
-    )
+    choices = split_names(config.choices)
+    columns = (config.text, *choices, config.pronoun, config.pronoun_start, config.label)
+    needed = tuple(column for column in columns if column)
+    if config.file:
+        table = splits.read_labelled(config.file, config.columns, needed)
+    else:
+        table = splits.one_split(config.dataset, config.split, needed)
+    last = config.limit or None
+    rows = {column: values[:last] for column, values in table.columns(needed).items()}
     table = LabelledTable(rows, table.source)
+    has_choices = ProbeKind(config.kind).has_candidates
+    kind = TaskKind.MULTIPLE_CHOICE if has_choices else TaskKind.CLASSIFICATION
+    spec = TaskSpec(kind, config.text, choices=choices, label=config.label)
     spec = tasks.find_labels(spec, table)
     words = split_names(config.words)
     require(
@@ -194,7 +160,7 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
         f"acceptable) and 1, not {', '.join(spec.labels[:5])}",
     )
     count = len(rows[config.text])
-    parts = [part for i in range(count) for part in _parts(config, rows, i, table.source)]
+    parts = [part for i in range(count) for part in _parts(config, table, i)]
     labels = tasks.label_ids(spec, table)
     tokens, first = _join(parts, tokenizer, context_length)
     return Probe(name, config.kind, len(parts) // count, tokens, first, labels)
@@ -291,9 +257,9 @@ def run(
     for probe in probes:
         totals, counts = log_probabilities(evaluator, params, probe)
         chosen = answers(probe.kind, totals, counts, probe.labels)
-        names = (probe.metric,)
-        score = metrics.compute(names, probe.labels, chosen, probe.num_classes)
-        baseline = metrics.majority_baseline(names, probe.labels, probe.num_classes)
+        names, classes = (probe.metric,), max(probe.num_candidates, 2)
+        score = metrics.compute(names, probe.labels, chosen, classes)
+        baseline = metrics.majority_baseline(names, probe.labels, classes)
         rows = float(len(probe.labels))
         scores[probe.name] = {**score, "floor": baseline[probe.metric], "rows": rows}
     return scores
@@ -308,14 +274,10 @@ def jit_span_step(mesh: Mesh, model: GPT) -> Callable[[Params, Batch], Any]:
     """
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        x_BTD = gpt.run(
-            model, params, batch.tokens, batch.segment_ids, batch.positions, method="hidden"
-        )
-        logits_BTV = gpt.run(model, params, x_BTD, method="lm_logits")
+        logits_BTV = lm_logits(model, params, batch.tokens, batch.segment_ids, batch.positions)
         targets_BT = losses.lm_targets(batch)
         log_p_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
         log_p_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
-        output = ((log_p_BT * batch.lm_weights).sum(axis=1), batch.lm_weights.sum(axis=1))
-        return jax.lax.with_sharding_constraint(output, mesh_lib.replicated(mesh))
+        return (log_p_BT * batch.lm_weights).sum(axis=1), batch.lm_weights.sum(axis=1)
 
-    return jax.jit(step)
+    return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

@@ -18,7 +18,7 @@ from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples
 from gptjax.evaluate import metrics
 from gptjax.mesh import Params
-from gptjax.model.gpt import GPT
+from gptjax.model.gpt import GPT, run
 from gptjax.model.losses import Sum
 from gptjax.model.objective import Losses, Objective, forward
 
@@ -90,21 +90,22 @@ class Evaluator:
     def outputs(self, params: Params, examples: Examples, packer: Packer) -> Outputs:
         """Runs the model on all examples, packed; the outputs are in the order of the examples."""
         step = jit_eval_step(self.mesh, self.model, self.objective)
-        waiting, sums = [], []
-        logits: np.ndarray | None = None
         local = functools.partial(mesh_lib.local_rows, self.mesh)
+        sums: list[Losses] = []
+        waiting: list[Any] = []
+        fetched = []
         for batch, index in self.stoppable(loader.every_example(examples, packer, local)):
             losses, out = step(params, mesh_lib.to_devices(batch, self.mesh))
-            waiting.append((index, out))
             sums.append(losses)
+            waiting.append((index, out))
             if len(waiting) > 1:  # fetched one batch late, so that the device never waits
-                logits = _scatter(logits, len(examples), *waiting.pop(0))
-        for pair in waiting:
-            logits = _scatter(logits, len(examples), *pair)
-        assert logits is not None
+                fetched.append(jax.device_get(waiting.pop(0)))
+        fetched += jax.device_get(waiting)
+        logits = np.zeros((len(examples), fetched[0][1].shape[-1]), np.float32)
+        for index, out in fetched:
+            logits[index[index >= 0]] = out[index >= 0]
         parts = jax.device_get(sums)
-        labelled = examples.labels is not None
-        task_loss = _mean([part.task for part in parts]) if labelled else None
+        task_loss = _mean([part.task for part in parts]) if examples.labels is not None else None
         return Outputs(logits, _mean([part.lm for part in parts]), task_loss)
 
     def task(
@@ -139,6 +140,14 @@ class Evaluator:
         return losses | metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
 
 
+def lm_logits(
+    model: GPT, params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array
+) -> jax.Array:
+    """Returns the logits of the token that follows each token, float32 [B, T, V]."""
+    x_BTD = run(model, params, tokens, segments, positions, method="hidden")
+    return run(model, params, x_BTD, method="lm_logits")
+
+
 def predictions(spec: TaskSpec, logits: np.ndarray) -> np.ndarray:
     """Returns int [n] best classes or answers, or float32 [n] regression values."""
     return logits[:, 0] if spec.kind == TaskKind.REGRESSION else logits.argmax(axis=1)
@@ -150,24 +159,10 @@ def _mean(parts: list[Sum]) -> float:
     return total / max(sum(float(part.weight) for part in parts), 1e-9)
 
 
-def _scatter(logits: np.ndarray | None, count: int, index: np.ndarray, out: Any) -> np.ndarray:
-    """Writes the logits of a batch to the rows of its examples in [count, O]."""
-    out = jax.device_get(out)
-    if logits is None:
-        logits = np.zeros((count, out.shape[-1]), np.float32)
-    real = index >= 0
-    logits[index[real]] = out[real]
-    return logits
-
-
 @functools.cache
 def jit_eval_step(
     mesh: Mesh, model: GPT, objective: Objective
 ) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:
     """Returns the jitted `forward` without dropout; loss sums and logits come back replicated."""
-
-    def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
-        output = forward(model, objective, params, batch)
-        return jax.lax.with_sharding_constraint(output, mesh_lib.replicated(mesh))
-
-    return jax.jit(step)
+    step = functools.partial(forward, model, objective)
+    return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

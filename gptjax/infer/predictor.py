@@ -13,39 +13,27 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
-from gptjax.checkpoint import meta as meta_lib
 from gptjax.checkpoint.load import open_checkpoint
-from gptjax.config.schema import (
-    AttentionKind,
-    Experiment,
-    LmMean,
-    MeshConfig,
-    ModelConfig,
-    ProbeConfig,
-    TaskKind,
-    TaskSpec,
-)
+from gptjax.checkpoint.meta import Meta
+from gptjax.config import schema
+from gptjax.config.schema import AttentionKind, MeshConfig, TaskKind, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tables import memory
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tables.memory import Table
-from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
 from gptjax.errors import UserError, require
 from gptjax.evaluate import metrics, probes
 from gptjax.evaluate import score as score_lib
-from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate as generate_lib
-from gptjax.infer.decoder import Decoder
-from gptjax.infer.generate import Sampling
 from gptjax.io import files, remote
 from gptjax.mesh import Params
 from gptjax.model import gpt as gpt_lib
 from gptjax.model.objective import Objective
 
+_lm_logits = jax.jit(score_lib.lm_logits, static_argnames=("model",))
 # Examples of a batch: enough to keep a device busy, and few enough for a small memory.
 _BATCH = 64
 
@@ -85,11 +73,11 @@ class GPT:
       folder: keeps a temporary workdir alive as long as this object; None if the user chose one.
     """
 
-    config: ModelConfig
+    config: schema.ModelConfig
     params: Params = dataclasses.field(repr=False)
-    tokenizer: Tokenizer
+    tokenizer: tokenizer_lib.Tokenizer
     task: TaskSpec | None
-    meta: meta_lib.Meta = dataclasses.field(repr=False)
+    meta: Meta = dataclasses.field(repr=False)
     mesh: Mesh = dataclasses.field(repr=False)
     path: str
     summary: dict[str, Any] = dataclasses.field(repr=False, default_factory=dict)
@@ -104,14 +92,14 @@ class GPT:
         return self._module(AttentionKind.PLAIN if several else AttentionKind.AUTO)
 
     @functools.cached_property
-    def experiment(self) -> Experiment:
+    def experiment(self) -> schema.Experiment:
         """The configuration of the run; defaults only for an imported model."""
         return self.meta.experiment_config()
 
     @functools.cached_property
-    def _decoder(self) -> Decoder:
+    def _decoder(self) -> generate_lib.Decoder:
         """The decoder with its own copy of the weights, made at the first generation."""
-        return decoder_lib.prepare(self.model, self.params)
+        return generate_lib.prepare(self.model, self.params)
 
     def _module(
         self, attention: AttentionKind, mesh: Mesh | None = None, longest: int | None = None
@@ -175,7 +163,7 @@ class GPT:
           prompt: a text, or its token ids; may be empty.
           max_new_tokens: number of tokens after the prompt. It may exceed the context: the model
             then reads the last half context of the text.
-          temperature, top_k, top_p: the rule by which tokens are drawn, see `Sampling`.
+          temperature, top_k, top_p: the rule by which tokens are drawn, see `make_sampler`.
           num_samples: number of texts.
           seed: equal seeds give equal texts.
 
@@ -184,17 +172,17 @@ class GPT:
         """
         require(max_new_tokens >= 0, f"`max_new_tokens`={max_new_tokens}: must not be negative")
         require(num_samples > 0, f"`num_samples`={num_samples}: must be greater than 0")
-        sampling = Sampling(temperature, top_k, top_p)
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         # The model needs a token to read. A line break precedes a new text in the training data.
         ids = prompt_ids or self.tokenizer.encode("\n") or [self.tokenizer.start_id]
         banned = np.zeros(self.config.vocab_size, bool)
         banned[len(self.tokenizer) :] = True
-        banned[[self.tokenizer.token_id(name) for name in (*SPECIALS, UNKNOWN)]] = True
+        special = (*tokenizer_lib.SPECIALS, tokenizer_lib.UNKNOWN)
+        banned[[self.tokenizer.token_id(name) for name in special]] = True
+        sampler = generate_lib.make_sampler(banned, seed, temperature, top_k, top_p)
         new = generate_lib.generate(
-            self._decoder, np.array(ids, np.int32), max_new_tokens, num_samples, sampling, seed,
-            banned,
-        )  # fmt: skip
+            self._decoder, np.array(ids, np.int32), max_new_tokens, num_samples, sampler
+        )
         return [self.tokenizer.decode([*prompt_ids, *row]) for row in new]
 
     def predict(self, rows: Table) -> Predictions:
@@ -212,7 +200,8 @@ class GPT:
         examples = self.encode(rows)
         if not len(examples):
             return Predictions([], None, task.labels, 0, 0)
-        outputs = self._run(examples, Objective(task.kind, lm_weight=0.0))
+        evaluator, packer = self._batched(examples, Objective(task.kind, lm_weight=0.0))
+        outputs = evaluator.outputs(self.params, examples, packer)
         found = score_lib.predictions(task, outputs.logits)
         if task.kind is TaskKind.REGRESSION:
             return Predictions(found.tolist(), None, (), examples.cut, examples.empty)
@@ -241,15 +230,13 @@ class GPT:
         assert examples.labels is not None
         require(len(examples), f"{where}: no rows")
         chosen = metrics.parse(names, task.kind)
-        outputs = self._run(examples, Objective(task.kind))
-        assert outputs.task_loss is not None
-        found = score_lib.predictions(task, outputs.logits)
-        scores = metrics.compute(chosen, examples.labels, found, len(task.labels))
+        evaluator, packer = self._batched(examples, Objective(task.kind))
+        scores = evaluator.task(self.params, examples, packer, task, chosen)
+        del scores["loss"]
         baseline = metrics.majority_baseline(chosen, examples.labels, len(task.labels))
-        losses = {"task_loss": outputs.task_loss, "lm_loss": outputs.lm_loss}
-        return losses | scores | {f"floor_{name}": value for name, value in baseline.items()}
+        return scores | {f"floor_{name}": value for name, value in baseline.items()}
 
-    def encode(self, rows: Table, where: str = "`rows`", labelled: bool = False) -> Examples:
+    def encode(self, rows: Table, where: str = "`rows`", labelled: bool = False) -> tasks.Examples:
         """Returns rows as token sequences, the input of the task head.
 
         Args:
@@ -281,7 +268,7 @@ class GPT:
             self.params, stream, window or self.config.context_length, rows
         )
 
-    def probe(self, configs: Mapping[str, ProbeConfig]) -> dict[str, dict[str, float]]:
+    def probe(self, configs: Mapping[str, schema.ProbeConfig]) -> dict[str, dict[str, float]]:
         """Returns the score, the floor and the number of rows of zero-shot probes, by their names.
 
         Args:
@@ -297,16 +284,18 @@ class GPT:
         module = self._module(AttentionKind.AUTO, self.mesh, longest)
         return score_lib.Evaluator(module, self.mesh, objective)
 
-    def _run(self, examples: Examples, objective: Objective) -> score_lib.Outputs:
+    def _batched(
+        self, examples: tasks.Examples, objective: Objective
+    ) -> tuple[score_lib.Evaluator, Packer]:
+        """Returns an evaluator and a packer for these examples."""
         finetune = self.experiment.finetune
-        means = finetune is not None and finetune.lm_mean == LmMean.SEQUENCE
+        means = finetune is not None and finetune.lm_mean == schema.LmMean.SEQUENCE
         divisor = mesh_lib.batch_divisor(self.mesh)
         wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
         # Sizes are powers of two, so that requests of similar sizes share compiled programs.
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
-        evaluator = self._evaluator(objective, _power(examples.max_sequence_length))
-        return evaluator.outputs(self.params, examples, packer)
+        return self._evaluator(objective, _power(examples.max_sequence_length)), packer
 
 
 def _power(number: int) -> int:
@@ -321,30 +310,14 @@ def _positions(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     both arrays.
     """
     index = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
-    first = jnp.concatenate(
-        [jnp.ones_like(segments_BT[:, :1], bool), segments_BT[:, 1:] != segments_BT[:, :-1]], axis=1
-    )
+    first = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
     positions = index - jax.lax.cummax(jnp.where(first, index, 0), axis=1)
     runs = jnp.cumsum(first, axis=1, dtype=jnp.int32)
     return jnp.where(segments_BT != 0, positions, 0), jnp.where(segments_BT != 0, runs, 0)
 
 
-@functools.partial(jax.jit, static_argnames=("model",))
-def _lm_logits(
-    model: gpt_lib.GPT,
-    params: Params,
-    tokens: jax.Array,
-    segments: jax.Array,
-    positions: jax.Array,
-) -> jax.Array:
-    x_BTD = gpt_lib.run(model, params, tokens, segments, positions, method="hidden")
-    return gpt_lib.run(model, params, x_BTD, method="lm_logits")
-
-
 def load(
-    path: str | os.PathLike[str],
-    mesh_config: MeshConfig | None = None,
-    argument: str = "path",
+    path: str | os.PathLike[str], mesh_config: MeshConfig | None = None, argument: str = "path"
 ) -> GPT:
     """Loads a trained model.
 
@@ -362,22 +335,15 @@ def load(
     """
     mesh = mesh_lib.make_mesh(mesh_config or MeshConfig())
     checkpoint = open_checkpoint(os.fspath(path), argument)
-    meta = checkpoint.meta
-    return GPT(
-        config=meta.model,
-        params=checkpoint.load_params(mesh),
-        tokenizer=tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path),
-        task=meta.task,
-        meta=meta,
-        mesh=mesh,
-        path=checkpoint.path,
-        summary=_summary(checkpoint.path),
-    )
+    meta, path = checkpoint.meta, checkpoint.path
+    params = checkpoint.load_params(mesh)
+    tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, path)
+    return GPT(meta.model, params, tokenizer, meta.task, meta, mesh, path, _summary(path))
 
 
 def _summary(path: str) -> dict[str, Any]:
     """Returns summary.json of the workdir of a checkpoint; {} if it is missing or damaged."""
     file = remote.absolute(path).parents[2] / "summary.json"
     with contextlib.suppress(UserError):
-        return files.read_json(file) if file.exists() else {}
+        return files.read_json(file)
     return {}

@@ -17,6 +17,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+import safetensors.flax
 import safetensors.numpy
 from flax import traverse_util
 
@@ -27,17 +28,9 @@ from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
 from gptjax.errors import UserError, brief, require
 from gptjax.io.files import read_json
-from gptjax.parameters import (
-    POSITION_EMBEDDING,
-    TASK_HEAD_BIAS,
-    TASK_HEAD_KERNEL,
-    TOKEN_EMBEDDING,
-    Parameter,
-    Role,
-)
+from gptjax.parameters import POSITION_EMBEDDING, TASK_HEAD_BIAS, TASK_HEAD_KERNEL, TOKEN_EMBEDDING
 
 Arrays = dict[str, np.ndarray]
-Shapes = dict[str, tuple[int, ...]]
 
 _SIDE_FILE, _SIDE_ARRAYS_FILE = "gptjax.json", "gptjax.safetensors"
 
@@ -66,16 +59,6 @@ class Weights:
         return {name: self.arrays[name] for name in names if name in self.arrays}
 
 
-@dataclasses.dataclass(frozen=True)
-class SideFiles:
-    """The contents of the two files beside those of the format."""
-
-    model: ModelConfig
-    tokenizer: Tokenizer
-    task: TaskSpec | None
-    arrays: Arrays
-
-
 def flatten(params: Mapping[str, Any]) -> Arrays:
     """Returns the arrays of a parameter tree by path, float32."""
     flat = traverse_util.flatten_dict(params, sep="/")
@@ -87,21 +70,22 @@ def unflatten(arrays: Arrays) -> dict[str, Any]:
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
-def _layer_shape(parameter: Parameter, model: ModelConfig) -> tuple[int, ...]:
-    """Returns the shape of a parameter of a block, without the axis of the layers."""
+def _shape(parameter: parameters.Parameter, model: ModelConfig) -> tuple[int, ...]:
+    """Returns the shape of a parameter in the parameter tree."""
     sizes = {
         "D": model.width, "F": model.hidden_ffn_width, "3": 3, "H": model.num_heads,
-        "K": model.head_width,
+        "K": model.head_width, "T": model.context_length, "V": model.vocab_size,
     }  # fmt: skip
-    return tuple(sizes[letter] for letter in parameter.shape)
+    layers = (model.num_layers,) if parameter.stacked else ()
+    return (*layers, *(sizes[letter] for letter in parameter.shape))
 
 
-def _as_matrix(parameter: Parameter, array: np.ndarray) -> np.ndarray:
+def _as_matrix(parameter: parameters.Parameter, array: np.ndarray) -> np.ndarray:
     """Returns a layer's array as [inputs, outputs] or [outputs].
 
     Heads, and query, key and value, are joined to one axis.
     """
-    if parameter.role != Role.KERNEL:
+    if parameter.role != parameters.Role.KERNEL:
         return array.reshape(-1)
     if parameter.shape.endswith("D"):
         return array.reshape(-1, array.shape[-1])
@@ -115,10 +99,14 @@ def split_layers(weights: Weights) -> Arrays:
       Both embeddings by their path; and for each layer "LAYER/PATH", where PATH is that in a block,
       as matrices [inputs, outputs] and vectors.
     """
-    found = {name: weights.arrays[name] for name in (POSITION_EMBEDDING, TOKEN_EMBEDDING)}
-    for layer in range(weights.model.num_layers):
+    return _split(weights.arrays, weights.model.num_layers)
+
+
+def _split(arrays: Arrays, num_layers: int) -> Arrays:
+    found = {name: arrays[name] for name in (POSITION_EMBEDDING, TOKEN_EMBEDDING)}
+    for layer in range(num_layers):
         for parameter in BLOCK_PARAMETERS:
-            array = weights.arrays[parameter.path][layer]
+            array = arrays[parameter.path][layer]
             found[f"{layer}/{parameter.path_in_block}"] = _as_matrix(parameter, array)
     return found
 
@@ -132,49 +120,36 @@ def stack_layers(found: Arrays, model: ModelConfig, where: str) -> Arrays:
       where: name of the arrays' source in error messages.
 
     Raises:
-      UserError: an array is missing, not expected, of another shape, or not finite.
+      UserError: it names every array that is missing, not expected or of another shape, or one that
+        is not finite.
     """
-    embeddings = (TOKEN_EMBEDDING, POSITION_EMBEDDING)
-    layers = len({name.partition("/")[0] for name in found} - set(embeddings))
+    layers = len({name.partition("/")[0] for name in found} - {POSITION_EMBEDDING, TOKEN_EMBEDDING})
     require(
         model.num_layers <= layers,
         f"{where}: the configuration has {model.num_layers} layers, the weights {layers}",
     )
-    wanted: Shapes = {
-        POSITION_EMBEDDING: (model.context_length, model.width),
-        TOKEN_EMBEDDING: (model.vocab_size, model.width),
+    # Arrays of zeros without memory of their own.
+    embeddings = parameters.in_openai_order(stacked=False)
+    zeros = {
+        parameter.path: np.broadcast_to(0.0, _shape(parameter, model))
+        for parameter in (*embeddings, *BLOCK_PARAMETERS)
     }
-    shapes = {parameter: _layer_shape(parameter, model) for parameter in BLOCK_PARAMETERS}
-    for layer in range(model.num_layers):
-        for parameter, shape in shapes.items():
-            matrix = _as_matrix(parameter, np.broadcast_to(0.0, shape))
-            wanted[f"{layer}/{parameter.path_in_block}"] = matrix.shape
-    require_shapes({name: array.shape for name, array in found.items()}, wanted, where)
-    for name, array in found.items():
-        require(np.isfinite(array).all(), f"{where}: {name} has values that are not finite")
-    arrays = {name: found[name] for name in embeddings}
-    for parameter, shape in shapes.items():
-        of_layers = [
-            found[f"{layer}/{parameter.path_in_block}"] for layer in range(model.num_layers)
-        ]
-        arrays[parameter.path] = np.stack(of_layers).reshape(model.num_layers, *shape)
-    return arrays
-
-
-def require_shapes(found: Shapes, wanted: Shapes, where: str) -> None:
-    """Checks the names and shapes of arrays.
-
-    Raises:
-      UserError: it names every array that is missing, not expected, or of another shape.
-    """
+    wanted = {name: array.shape for name, array in _split(zeros, model.num_layers).items()}
     problems = [f"missing {name}" for name in wanted if name not in found]
     problems += [f"extra {name}" for name in found if name not in wanted]
     problems += [
-        f"{name} is {list(found[name])}, not {list(shape)}"
+        f"{name} is {list(found[name].shape)}, not {list(shape)}"
         for name, shape in wanted.items()
-        if name in found and found[name] != shape
+        if name in found and found[name].shape != shape
     ]
     require(not problems, f"{where}: the arrays do not fit the model: {'; '.join(problems)}")
+    for name, array in found.items():
+        require(np.isfinite(array).all(), f"{where}: {name} has values that are not finite")
+    arrays = {parameter.path: found[parameter.path] for parameter in embeddings}
+    for parameter in BLOCK_PARAMETERS:
+        own = [found[f"{i}/{parameter.path_in_block}"] for i in range(model.num_layers)]
+        arrays[parameter.path] = np.stack(own).reshape(zeros[parameter.path].shape)
+    return arrays
 
 
 def require_plain(model: ModelConfig) -> None:
@@ -183,43 +158,42 @@ def require_plain(model: ModelConfig) -> None:
     Raises:
       UserError: they have none.
     """
-    require(
-        not model.segment_types,
-        "`mode`=export: the model has a segment embedding; the format has no place for it",
-    )
-    require(
-        model.tied,
-        "`mode`=export: the LM head is not tied to the token embedding; the format has no place "
-        "for another",
-    )
-    require(
-        model.hidden_ffn_width == 4 * model.width,
-        f"`mode`=export: the feed-forward layer is {model.hidden_ffn_width} wide; in the format it "
-        f"is always four times the width, {4 * model.width}",
-    )
+    problem = ""
+    if model.segment_types:
+        problem = "the model has a segment embedding; the format has no place for it"
+    elif not model.tied:
+        problem = (
+            "the LM head is not tied to the token embedding; the format has no place for another"
+        )
+    elif model.hidden_ffn_width != 4 * model.width:
+        problem = (
+            f"the feed-forward layer is {model.hidden_ffn_width} wide; in the format it is always "
+            f"four times the width, {4 * model.width}"
+        )
+    require(not problem, f"`mode`=export: {problem}")
 
 
-def add_special_tokens(embedding: np.ndarray, tokenizer: Tokenizer, where: str) -> np.ndarray:
-    """Adds rows for our special tokens to a token embedding that has none.
+def add_special_tokens(arrays: Arrays, tokenizer: Tokenizer, where: str) -> None:
+    """Adds rows for our special tokens to the token embedding, which has none.
 
     The rows are drawn from N(0, 0.02) with a fixed seed.
 
     Args:
-      embedding: float32 [V, D], the ordinary tokens.
+      arrays: those of the model, by the names of `split_layers`.
       tokenizer: of the model, with the special tokens.
-      where: name of the embedding's source in error messages.
+      where: name of the arrays' source in error messages.
 
     Raises:
       UserError: the embedding and the tokenizer do not have the same number of ordinary tokens.
     """
-    ordinary = len(tokenizer) - len(SPECIALS)
+    embedding, ordinary = arrays[TOKEN_EMBEDDING], len(tokenizer) - len(SPECIALS)
     require(
         len(embedding) == ordinary,
         f"{where}: the token embedding has {len(embedding)} rows, the vocabulary {ordinary} "
         "tokens; give the vocabulary that the weights were trained with",
     )
     drawn = np.random.default_rng(0).normal(0.0, 0.02, (len(SPECIALS), embedding.shape[1]))
-    return np.concatenate([embedding, drawn.astype(np.float32)])
+    arrays[TOKEN_EMBEDDING] = np.concatenate([embedding, drawn.astype(np.float32)])
 
 
 def read_safetensors(path: pathlib.Path) -> Arrays:
@@ -229,10 +203,7 @@ def read_safetensors(path: pathlib.Path) -> Arrays:
       UserError: the file is damaged, or has arrays of integers or of values that are not finite.
     """
     try:
-        # Read as JAX arrays, because NumPy has no bfloat16.
-        with safetensors.safe_open(path, framework="flax") as file:
-            names = file.keys()
-            found = {name: file.get_tensor(name) for name in names}
+        found = safetensors.flax.load_file(path)  # JAX arrays, because NumPy has no bfloat16
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}") from error
     except safetensors.SafetensorError as error:
@@ -274,14 +245,15 @@ def write_side_files(weights: Weights, files: Sequence[pathlib.Path], extra: Arr
     safetensors.numpy.save_file(arrays, folder / _SIDE_ARRAYS_FILE)
 
 
-def read_side_files(files: Sequence[pathlib.Path]) -> SideFiles | None:
+def read_side_files(files: Sequence[pathlib.Path]) -> Weights | None:
     """Reads the side files.
 
     Args:
       files: the format's files with the other arrays.
 
     Returns:
-      Their contents; None if there are none, or if they belong to other weights.
+      Their contents, with those arrays that the format has no place for; None if there are no side
+      files, or if they belong to other weights.
 
     Raises:
       UserError: they are damaged.
@@ -299,4 +271,4 @@ def read_side_files(files: Sequence[pathlib.Path]) -> SideFiles | None:
         task = TaskSpec.from_dict(values["task"]) if values["task"] else None
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: is not what gptjax wrote ({error!r}); remove it") from error
-    return SideFiles(model, tokenizer, task, read_safetensors(folder / _SIDE_ARRAYS_FILE))
+    return Weights(model, read_safetensors(folder / _SIDE_ARRAYS_FILE), tokenizer, task)

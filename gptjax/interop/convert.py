@@ -4,9 +4,9 @@ import os
 import pathlib
 import shutil
 import tempfile
-import types
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +16,7 @@ from gptjax.checkpoint.load import open_checkpoint
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.config import schema, validation
-from gptjax.config.schema import (
-    Experiment,
-    FinetuneConfig,
-    MeshConfig,
-    PretrainConfig,
-    Stage,
-    TaskSpec,
-    WeightFormat,
-    Words,
-)
+from gptjax.config.schema import Experiment, FinetuneConfig, Stage, WeightFormat, Words
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, brief, require
 from gptjax.interop import arrays, huggingface, openai
@@ -34,10 +25,8 @@ from gptjax.io import files, remote
 from gptjax.mesh import make_mesh
 from gptjax.model import gpt
 
-FORMATS: dict[str, types.ModuleType] = {
-    WeightFormat.OPENAI: openai,
-    WeightFormat.HUGGINGFACE: huggingface,
-}
+FORMATS: dict[str, Any] = {WeightFormat.OPENAI: openai, WeightFormat.HUGGINGFACE: huggingface}
+"""Name of a format -> the module that reads and writes it."""
 
 
 @contextmanager
@@ -126,27 +115,19 @@ def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
     except ValueError as error:
         raise UserError(f"`input`={where}: {error}") from error
     stage = Stage.FINETUNE if found.task else Stage.PRETRAIN
-    experiment = Experiment(
-        name="imported", model=found.model, pretrain=PretrainConfig(),
-        finetune=_finetune_config(found.task) if found.task else None,
-    )  # fmt: skip
+    experiment = Experiment(name="imported", model=found.model, pretrain=schema.PretrainConfig())
+    if task := found.task:
+        experiment.finetune = FinetuneConfig(
+            task=task.kind, text=task.text, text_pair=task.text_pair,
+            choices=",".join(task.choices), label=task.label,
+        )  # fmt: skip
     meta = Meta(
         stage, found.model, found.tokenizer.to_json(), found.tokenizer.hash, found.task, "loss",
         schema.to_dict(experiment), data_fingerprint="",
     )  # fmt: skip
-    checkpoints = CheckpointStore(str(workdir), stage)
-    try:
-        start = state.TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {})
+    start = state.TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {})
+    with closing(CheckpointStore(str(workdir), stage)) as checkpoints:
         checkpoints.save(0, start, meta)
-    finally:
-        checkpoints.close()
-
-
-def _finetune_config(task: TaskSpec) -> FinetuneConfig:
-    return FinetuneConfig(
-        task=task.kind, text=task.text, text_pair=task.text_pair, choices=",".join(task.choices),
-        label=task.label,
-    )  # fmt: skip
 
 
 def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
@@ -165,7 +146,7 @@ def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
     """
     require(input_path, "`input`: give the `workdir` of a finished training")
     checkpoint = open_checkpoint(input_path, "input")
-    params = checkpoint.load_params(make_mesh(MeshConfig()))
+    params = checkpoint.load_params(make_mesh(schema.MeshConfig()))
     meta = checkpoint.meta
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path)
     found = Weights(meta.model, arrays.flatten(params), tokenizer, meta.task)

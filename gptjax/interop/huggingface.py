@@ -18,34 +18,27 @@ import safetensors.numpy
 
 from gptjax.config.schema import Activation, ModelConfig, TaskKind, TaskSpec
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.data.tokens.tokenizer import (
-    DELIMITER,
-    EXTRACT,
-    PADDING,
-    SPECIALS,
-    START,
-    UNKNOWN,
-    Tokenizer,
-)
+from gptjax.data.tokens.tokenizer import EXTRACT, SPECIALS, UNKNOWN, Tokenizer
 from gptjax.errors import UserError, require
 from gptjax.interop import arrays as arrays_lib
 from gptjax.interop.arrays import Arrays, Weights
 from gptjax.io import files as files_lib
 from gptjax.parameters import PARAMETERS, TASK_HEAD_BIAS, TASK_HEAD_KERNEL, TOKEN_EMBEDDING
 
-
-def _our_names(stacked: bool) -> dict[str, str]:
-    """Returns their names -> ours, of the parameters of a block or of the others."""
-    return {
-        parameter.huggingface: parameter.path_in_block
-        for parameter in PARAMETERS.values()
-        if parameter.huggingface is not None and parameter.stacked == stacked
-    }
-
-
-_OURS, _OURS_IN_BLOCK = _our_names(stacked=False), _our_names(stacked=True)
+# Our names of parameters (without "blocks/") -> theirs (without "transformer." and "h.LAYER."),
+# and back.
+_THEIRS = {row.path_in_block: row.huggingface for row in PARAMETERS.values() if row.huggingface}
+_OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
 _PREFIX, _LM_HEAD, _SCORE = "transformer.", "lm_head.weight", "score.weight"
 _CHOICE = "multiple_choice_head.summary"
+# Their names of the sizes in config.json -> ours.
+_SIZES = {
+    "n_positions": "context_length", "n_embd": "width", "n_layer": "num_layers",
+    "n_head": "num_heads", "afn": "activation", "embd_pdrop": "embedding_dropout",
+    "attn_pdrop": "attention_dropout", "resid_pdrop": "residual_dropout",
+    "summary_first_dropout": "head_dropout", "initializer_range": "init_std",
+    "layer_norm_epsilon": "layer_norm_epsilon",
+}  # fmt: skip
 # Their names of activation functions -> ours.
 _ACTIVATIONS = {"gelu": Activation.GELU_TANH, "relu": Activation.RELU}
 _FILE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
@@ -62,18 +55,15 @@ def our_name(name: str) -> str:
       name: without "transformer.".
     """
     found = re.fullmatch(r"h\.(\d+)\.(.+)", name)
-    if found and found[2] in _OURS_IN_BLOCK:
-        return f"{int(found[1])}/{_OURS_IN_BLOCK[found[2]]}"
+    if found and found[2] in _OURS:
+        return f"{int(found[1])}/{_OURS[found[2]]}"
     return _OURS.get(name, name)
 
 
 def _their_name(name: str) -> str:
     """Returns their name of an array of `arrays.split_layers`."""
     layer, _, path = name.partition("/")
-    if layer.isdigit():
-        found = next(theirs for theirs, ours in _OURS_IN_BLOCK.items() if ours == path)
-        return f"{_PREFIX}h.{layer}.{found}"
-    return _PREFIX + next(theirs for theirs, ours in _OURS.items() if ours == name)
+    return _PREFIX + (f"h.{layer}.{_THEIRS[path]}" if layer.isdigit() else _THEIRS[name])
 
 
 def read(folder: pathlib.Path, exact: bool = True) -> Weights:
@@ -90,33 +80,29 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     """
     values = files_lib.read_json(folder / "config.json")
     files = _files(folder)
-    found: Arrays = {}
-    for path in files:
-        found |= arrays_lib.read_safetensors(path)
     arrays = {
         our_name(name.removeprefix(_PREFIX)): array
-        for name, array in found.items()
+        for path in files
+        for name, array in arrays_lib.read_safetensors(path).items()
         if not _CONSTANTS.search(name)
     }
     _untie(arrays, folder)
     side = arrays_lib.read_side_files(files)
-    if side or not _has_our_tokens(folder):
+    special = side is not None or _has_our_tokens(folder)
+    if side or not special:
         # Such a task head is not used. The side files have ours with its bias. A head of another
         # program was trained to read the state at another token than our extract token.
-        arrays = {
-            name: each for name, each in arrays.items() if not name.startswith((_SCORE, _CHOICE))
-        }
+        for name in [name for name in arrays if name.startswith((_SCORE, _CHOICE))]:
+            del arrays[name]
     if side:
         stacked = arrays_lib.stack_layers(arrays, side.model, str(folder))
-        return Weights(side.model, stacked | side.arrays, side.tokenizer, side.task)
+        return dataclasses.replace(side, arrays=stacked | side.arrays)
     model = _model_config(values, folder)
     tokenizer = _tokenizer(folder, exact)
     head, task = _pop_head(arrays, values, folder)
-    if not _has_our_tokens(folder):
+    if not special:
         require(TOKEN_EMBEDDING in arrays, f"{folder}: missing tokens_embed.weight")
-        arrays[TOKEN_EMBEDDING] = arrays_lib.add_special_tokens(
-            arrays[TOKEN_EMBEDDING], tokenizer, str(folder)
-        )
+        arrays_lib.add_special_tokens(arrays, tokenizer, str(folder))
     model = dataclasses.replace(model, vocab_size=len(arrays.get(TOKEN_EMBEDDING, ())))
     stacked = arrays_lib.stack_layers(arrays, model, str(folder))
     return Weights(model, stacked | head, tokenizer, task)
@@ -167,20 +153,8 @@ def _model_config(values: Any, folder: pathlib.Path) -> ModelConfig:
         activation in _ACTIVATIONS,
         f"{where}: afn is {activation!r}; it must be one of {', '.join(_ACTIVATIONS)}",
     )
-    defaults = ModelConfig()
-    return ModelConfig(
-        context_length=values.get("n_positions", defaults.context_length),
-        num_layers=values.get("n_layer", defaults.num_layers),
-        width=values.get("n_embd", defaults.width),
-        num_heads=values.get("n_head", defaults.num_heads),
-        activation=_ACTIVATIONS[activation],
-        embedding_dropout=values.get("embd_pdrop", defaults.embedding_dropout),
-        attention_dropout=values.get("attn_pdrop", defaults.attention_dropout),
-        residual_dropout=values.get("resid_pdrop", defaults.residual_dropout),
-        head_dropout=values.get("summary_first_dropout", defaults.head_dropout),
-        init_std=values.get("initializer_range", defaults.init_std),
-        layer_norm_epsilon=values.get("layer_norm_epsilon", defaults.layer_norm_epsilon),
-    )
+    sizes = {ours: values[theirs] for theirs, ours in _SIZES.items() if theirs in values}
+    return ModelConfig(**sizes | {"activation": _ACTIVATIONS[activation]})
 
 
 def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
@@ -197,9 +171,8 @@ def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
 
 def _has_our_tokens(folder: pathlib.Path) -> bool:
     """Returns whether the folder's tokenizer has our special tokens."""
-    path = folder / "tokenizer.json"
-    added = folder / "added_tokens.json"
-    texts = [file.read_text(encoding="utf-8") for file in (path, added) if file.exists()]
+    files = (folder / "tokenizer.json", folder / "added_tokens.json")
+    texts = [file.read_text(encoding="utf-8") for file in files if file.exists()]
     return any(f'"{EXTRACT}"' in text for text in texts)
 
 
@@ -297,13 +270,9 @@ def _their_config(weights: Weights, architecture: str) -> dict[str, Any]:
     """Returns the contents of config.json."""
     model, tokenizer = weights.model, weights.tokenizer
     values: dict[str, Any] = {
-        "model_type": "openai-gpt", "architectures": [architecture],
-        "vocab_size": model.vocab_size, "n_positions": model.context_length,
-        "n_embd": model.width, "n_layer": model.num_layers, "n_head": model.num_heads,
+        "model_type": "openai-gpt", "architectures": [architecture], "vocab_size": model.vocab_size,
+        **{theirs: getattr(model, ours) for theirs, ours in _SIZES.items()},
         "afn": next(theirs for theirs, ours in _ACTIVATIONS.items() if ours == model.activation),
-        "embd_pdrop": model.embedding_dropout, "attn_pdrop": model.attention_dropout,
-        "resid_pdrop": model.residual_dropout, "summary_first_dropout": model.head_dropout,
-        "initializer_range": model.init_std, "layer_norm_epsilon": model.layer_norm_epsilon,
         "summary_type": "cls_index", "summary_use_proj": True, "summary_proj_to_labels": True,
         "bos_token_id": tokenizer.start_id, "pad_token_id": tokenizer.padding_id,
     }  # fmt: skip
@@ -326,15 +295,12 @@ def _write_tokenizer(weights: Weights, folder: pathlib.Path) -> None:
         pair = tokenizer_lib.pair_texts(tokenizer)
         assert pair is not None
         kind = "OpenAIGPTTokenizer"
-        files = {
-            "vocab.json": pair[0],
-            "merges.txt": pair[1],
-            "added_tokens.json": json.dumps({name: tokenizer.token_id(name) for name in SPECIALS}),
-        }
+        added = json.dumps({name: tokenizer.token_id(name) for name in SPECIALS})
+        files = {"vocab.json": pair[0], "merges.txt": pair[1], "added_tokens.json": added}
     values = {
         "tokenizer_class": kind, "model_max_length": weights.model.context_length,
-        "unk_token": UNKNOWN, "bos_token": START, "sep_token": DELIMITER, "cls_token": EXTRACT,
-        "pad_token": PADDING,
+        "unk_token": UNKNOWN,
+        **dict(zip(("bos_token", "sep_token", "cls_token", "pad_token"), SPECIALS, strict=True)),
         # As in our tokenizer, the name of a special token inside of a text is ordinary text.
         "split_special_tokens": True,
     }  # fmt: skip

@@ -6,6 +6,7 @@ release has no special tokens: their rows of the token embedding are drawn anew 
 fine-tuning.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -41,18 +42,14 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     named = _by_name(_read_arrays(folder, files))
     side = arrays_lib.read_side_files(files)
     if side:
-        extra = dict(side.arrays)
-        named[TOKEN_EMBEDDING] = np.concatenate(
-            [named[TOKEN_EMBEDDING], extra.pop(TOKEN_EMBEDDING)]
-        )
+        special = side.arrays.pop(TOKEN_EMBEDDING)
+        named[TOKEN_EMBEDDING] = np.concatenate([named[TOKEN_EMBEDDING], special])
         arrays = arrays_lib.stack_layers(named, side.model, str(folder))
-        return Weights(side.model, arrays | extra, side.tokenizer, side.task)
+        return dataclasses.replace(side, arrays=arrays | side.arrays)
     pair = str(folder / _VOCABULARY_FILE), str(folder / _MERGES_FILE)
     tokenizer = tokenizer_lib.load_gpt1(*pair, exact)
     model = _model_config(named, folder)
-    named[TOKEN_EMBEDDING] = arrays_lib.add_special_tokens(
-        named[TOKEN_EMBEDDING], tokenizer, str(folder)
-    )
+    arrays_lib.add_special_tokens(named, tokenizer, str(folder))
     return Weights(model, arrays_lib.stack_layers(named, model, str(folder)), tokenizer)
 
 

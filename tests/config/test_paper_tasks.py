@@ -9,7 +9,6 @@ from gptjax.config import paper_tasks
 from gptjax.config.paper_tasks import SUBMISSIONS, TASKS
 from gptjax.config.schema import FinetuneConfig
 from gptjax.data.tables import files as files_lib
-from gptjax.data.tables import hub
 from gptjax.errors import UserError
 from gptjax.infer import predictor
 from gptjax.io import files
@@ -138,7 +137,7 @@ def check_submission(tmp_path, name, predictions, monkeypatch):
         return files_lib.read_table(path, ())
 
     # The run read a file. A run on the hub would have the task's data set in its configuration.
-    monkeypatch.setattr(hub, "load_hub", load_hub)
+    monkeypatch.setattr(files_lib, "load_hub", load_hub)
     loaded = predictor.load
 
     def load(*args, **kwargs):

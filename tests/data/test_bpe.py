@@ -10,7 +10,7 @@ import pytest
 import small
 import text_rules
 
-from gptjax.data.tables import text_files
+from gptjax.data.tables import texts as texts_lib
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.data.tokens.tokenizer import SPECIALS, UNKNOWN, Tokenizer
@@ -139,10 +139,10 @@ def test_training_reads_a_generator_once_and_pieces_do_not_matter():
 
 
 def test_tokenising_by_rows_is_tokenising_the_whole(trained, monkeypatch):
-    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 64)
+    monkeypatch.setattr(texts_lib, "PIECE_CHARACTERS", 64)
     monkeypatch.setattr(store, "_TEXTS_AT_ONCE", 7)
     lines = [text.removesuffix("\n") + end for text in bpe.TEXTS * 5 for end in ("\n", " ", ", \n")]
-    rows = list(text_files.pieces(lines))
+    rows = list(texts_lib.pieces(lines))
     assert len(rows) > 20
     assert "".join(rows) == "".join(lines)
     stream = store.token_stream(rows, trained)

@@ -35,7 +35,7 @@ class Maker:
         file.write(self.contents)
 
     def kept(self, name="k"):
-        return cache.get_or_make(name, ".bin", self.write, read_bytes)
+        return cache.get_or_make(name, ".bin", self.write, read_bytes, lambda: None)
 
 
 def warnings_of(caplog):
@@ -98,7 +98,7 @@ def full(file):
 
 
 def test_a_full_disk_is_one_warning_and_leaves_nothing(place, caplog):
-    assert cache.get_or_make("k", ".bin", full, lambda path: path) is None
+    assert cache.get_or_make("k", ".bin", full, read_bytes, lambda: None) is None
     (line,) = warnings_of(caplog)
     assert str(place) in line
     assert "No space left on device" in line
@@ -132,7 +132,7 @@ def test_an_error_of_the_maker_is_its_own(place):
         raise ValueError("wrong text")
 
     with pytest.raises(ValueError, match="wrong text"):
-        cache.get_or_make("k", ".bin", broken, lambda path: path)
+        cache.get_or_make("k", ".bin", broken, read_bytes, lambda: None)
     assert list(place.iterdir()) == []
 
 
@@ -159,7 +159,7 @@ def test_writers_at_the_same_time_both_have_it(place, caplog):
         file.write(b"second")
 
     def run():
-        found.append(cache.get_or_make("k", ".bin", write, read_bytes))
+        found.append(cache.get_or_make("k", ".bin", write, read_bytes, lambda: None))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -178,7 +178,8 @@ def test_processes_at_the_same_time(place):
         "def write(file):\n"
         "    for i in range(20): file.write(bytes([i]) * 5000); file.flush(); time.sleep(0.01)\n"
         "read = lambda path: open(path, 'rb').read()\n"
-        "print(json.dumps([len(cache.get_or_make('k', '.bin', write, read)) for _ in range(3)]))\n"
+        "find = lambda: cache.get_or_make('k', '.bin', write, read, lambda: '')\n"
+        "print(json.dumps([len(find()) for _ in range(3)]))\n"
     )
     start = [sys.executable, "-W", "error::UserWarning", "-c", code]
     running = [subprocess.Popen(start, stdout=subprocess.PIPE, text=True) for _ in range(3)]

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gptjax.data.tables.expressions import require_columns
 from gptjax.data.tables.files import read_table
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import UserError
 
 ODD = [
@@ -181,12 +181,11 @@ def test_missing_files_and_columns_offer_the_nearest_name(tmp_path):
     assert "did you mean 'train.csv'?" in fails(read_table, str(tmp_path / "trian.csv"))
     assert "no such file" in fails(read_table, str(tmp_path / "nowhere" / "x.csv"))
     assert "is a folder" in fails(read_table, str(tmp_path))
-    read = read_table(path)
-    names = read.column_names
-    require_columns(names, ["label", "Sentence"], path)
-    message = fails(require_columns, names, ["label", "sentence"], path)
+    table = LabelledTable(read_table(path), path)
+    table.require_columns(["label", "Sentence"])
+    message = fails(table.require_columns, ["label", "sentence"])
     assert message == (
         f"{path}: no column 'sentence'; did you mean 'Sentence'?; "
         "the columns are 'Sentence', 'label'"
     )
-    assert "did you mean" not in fails(require_columns, names, ["zzz"], path)
+    assert "did you mean" not in fails(table.require_columns, ["zzz"])

@@ -10,9 +10,8 @@ import small
 
 from gptjax.config.schema import OptimizerConfig, PretrainConfig, TokenizerConfig
 from gptjax.data import fingerprints, splits
-from gptjax.data.tables import text_files
-from gptjax.data.tables.holdout import holdout_text
-from gptjax.data.tables.texts import Texts
+from gptjax.data.tables import texts as texts_lib
+from gptjax.data.tables.texts import Texts, holdout_text
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.train import stages
 from gptjax.train.context import Setup
@@ -129,7 +128,7 @@ def test_a_text_is_hashed_once_before_the_first_step(tmp_path, monkeypatch, hash
     # Cached rows: the file, for its name in the cache; and the cached rows themselves.
     # Rows in memory: the rows.
     for worth, passes in ((0, 2), (1 << 30, 1)):
-        monkeypatch.setattr(text_files, "_WORTH_CACHING", worth)
+        monkeypatch.setattr(texts_lib, "_WORTH_CACHING", worth)
         cold = prepare(config)
         hashed.clear()
         warm = prepare(config)

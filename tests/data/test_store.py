@@ -10,7 +10,7 @@ import small
 
 from gptjax.config.schema import TaskSpec
 from gptjax.data import fingerprints, loader, tasks
-from gptjax.data.tables import text_files
+from gptjax.data.tables import texts as texts_lib
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
@@ -238,8 +238,8 @@ def test_examples_are_the_same_with_and_without_the_cache(tokenizer, place, monk
 
 
 def rows_of(path, monkeypatch, worth=0, **kwargs):
-    monkeypatch.setattr(text_files, "_WORTH_CACHING", worth)
-    return list(text_files.read_text(str(path), **kwargs))
+    monkeypatch.setattr(texts_lib, "_WORTH_CACHING", worth)
+    return list(texts_lib.read_text(str(path), **kwargs))
 
 
 def test_rows_are_kept_by_content(tmp_path, place, monkeypatch):
@@ -274,7 +274,7 @@ def test_a_text_that_changes_while_it_is_read_is_not_kept(tmp_path, place, monke
     path = tmp_path / "t.txt"
     path.write_text("one\n")
     digests = iter(["before", "after"])
-    monkeypatch.setattr(text_files.fingerprints, "of_file", lambda path: next(digests))
+    monkeypatch.setattr(texts_lib.fingerprints, "of_file", lambda path: next(digests))
     assert rows_of(path, monkeypatch) == ["one\n"]
     assert list(place.iterdir()) == []
     assert "has changed" in caplog.text
@@ -282,13 +282,13 @@ def test_a_text_that_changes_while_it_is_read_is_not_kept(tmp_path, place, monke
 
 _LARGE = """
 import sys
-from gptjax.data.tables import holdout, text_files
+from gptjax.data.tables import texts as texts_lib
 from gptjax.data.tokens import store, tokenizer
 import pyarrow as pa
 own = tokenizer.load(sys.argv[2])
-text_files._WORTH_CACHING = 1 << 20
-texts = text_files.read_text(sys.argv[1], 'keep')
-train, _ = holdout.holdout_text(texts, 0.1)
+texts_lib._WORTH_CACHING = 1 << 20
+texts = texts_lib.read_text(sys.argv[1], 'keep')
+train, _ = texts_lib.holdout_text(texts, 0.1)
 allocated = pa.total_allocated_bytes() / 2**20
 stream = store.token_stream(train, own, train.fingerprint)
 statistics = store.statistics(stream, own, train.fingerprint)

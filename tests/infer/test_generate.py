@@ -1,6 +1,7 @@
 """Generation with a cache equals recomputing everything for every token."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,7 @@ import pytest
 import small
 
 from gptjax.errors import UserError
-from gptjax.infer import decoder as decoder_lib
 from gptjax.infer import generate
-from gptjax.infer.generate import Sampler, Sampling, Window
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
 
@@ -81,17 +80,23 @@ def prompt_of(length, seed=0):
     return np.random.default_rng(seed).integers(97, size=length).astype(np.int32)
 
 
-GREEDY = Sampling(temperature=0.0)
+class Rule(NamedTuple):
+    """The arguments of `make_sampler` that say how a token is drawn."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+
+GREEDY = Rule(temperature=0.0)
+NONE = np.zeros(97, bool)
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0):
-    return Sampler(
-        jnp.float32(temperature), jnp.int32(top_k), jnp.float32(top_p), jnp.zeros(97, bool),
-        jax.random.key(0),
-    )  # fmt: skip
+    return generate.make_sampler(NONE, 0, temperature, top_k, top_p)
 
 
-@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(0.7, 12, 0.9)])
+@pytest.mark.parametrize("sampling", [GREEDY, Rule(), Rule(0.7, 12, 0.9)])
 @pytest.mark.parametrize(
     ("length", "count", "samples"),
     [(1, 6, 1), (9, 45, 1), (17, 30, 3), (19, 3, 3), (20, 25, 1), (33, 15, 3)],
@@ -102,9 +107,8 @@ def test_cached_equals_uncached(setup, length, count, samples, sampling):
     banned = np.zeros(97, bool)
     banned[[0, 7, 50]] = True
     prompt = prompt_of(length, length)
-    got = generate.generate(
-        decoder_lib.prepare(model, params), prompt, count, samples, sampling, 11, banned
-    )
+    rule = generate.make_sampler(banned, 11, *sampling)
+    got = generate.generate(generate.prepare(model, params), prompt, count, samples, rule)
     assert got.shape == (samples, count)
     assert got.dtype == np.int32
     np.testing.assert_array_equal(got, naive(logits, prompt, count, samples, sampling, 11, banned))
@@ -124,15 +128,16 @@ def test_window_start_is_its_rule():
 
 def test_prompts_of_a_bucket_and_any_sampling_share_one_compilation(setup):
     model, params, _ = setup
-    decoder, none = decoder_lib.prepare(model, params), np.zeros(97, bool)
+    decoder = generate.prepare(model, params)
 
     def run(length, count, sampling, seed):
-        generate.generate(decoder, prompt_of(length), count, 2, sampling, seed, none)
+        rule = generate.make_sampler(NONE, seed, *sampling)
+        generate.generate(decoder, prompt_of(length), count, 2, rule)
 
     run(3, 2, GREEDY, 0)
     sizes = generate._prefill._cache_size(), generate._decode._cache_size()
     for length in (1, 2, 8, 11, 12):
-        run(length, 1 + length % 4, Sampling(0.5 + length / 10, length, 0.9), length)
+        run(length, 1 + length % 4, Rule(0.5 + length / 10, length, 0.9), length)
     assert (generate._prefill._cache_size(), generate._decode._cache_size()) == sizes
     run(16, 2, GREEDY, 0)  # a larger cache
     assert generate._prefill._cache_size() == sizes[0] + 1
@@ -154,21 +159,20 @@ def test_buckets_hold_what_they_must_with_little_waste():
 def test_samples_of_a_prompt_get_its_cache(setup, prompts):
     """As many rows as samples, a row's copies side by side, heads of a row together."""
     model, params, _ = setup
-    decoder = decoder_lib.prepare(model, params)
+    decoder = generate.prepare(model, params)
     rows = np.stack([prompt_of(16, seed) for seed in range(prompts)])
 
     def prefill(rows, samples):
-        window = Window(jnp.asarray(rows), jnp.int32(9), jnp.int32(0))
-        return generate._prefill(decoder, sampler(), window, num_samples=samples, entries=16)
+        return generate._prefill(
+            decoder, sampler(), jnp.asarray(rows), jnp.int32(9), samples, entries=16
+        )
 
-    together = prefill(rows, 2 * prompts)
+    cache, logits = prefill(rows, 2 * prompts)
     alone = [prefill(row[None], 1) for row in rows]
     for sample in range(2 * prompts):
-        own_state = alone[sample // 2]
-        np.testing.assert_allclose(
-            together.logits_NV[sample], own_state.logits_NV[0], rtol=1e-5, atol=1e-6
-        )
-        for layer, own in zip(together.cache, own_state.cache, strict=True):
+        own_cache, own_logits = alone[sample // 2]
+        np.testing.assert_allclose(logits[sample], own_logits[0], rtol=1e-5, atol=1e-6)
+        for layer, own in zip(cache, own_cache, strict=True):
             heads = layer["key"].reshape(2 * prompts, *own["key"].shape)[sample]
             np.testing.assert_allclose(heads, own["key"], rtol=1e-5, atol=1e-6)
 
@@ -177,9 +181,7 @@ def test_bfloat16_generates_what_its_logits_say():
     """Greedy tokens are the most likely ones of the uncached model, to the rounding of bfloat16."""
     model = GPT(small.config(context_length=CONTEXT, dtype="bfloat16"))
     params = small.params(model, seed=4)
-    got = generate.generate(
-        decoder_lib.prepare(model, params), prompt_of(5), 12, 1, GREEDY, 0, np.zeros(97, bool)
-    )
+    got = generate.generate(generate.prepare(model, params), prompt_of(5), 12, 1, sampler(*GREEDY))
     tokens = np.concatenate([prompt_of(5), got[0]])[None]
     ones, positions = np.ones_like(tokens), np.arange(17, dtype=np.int32)[None]
     x = gpt.run(model, params, tokens, ones, positions, method="hidden")
@@ -217,12 +219,10 @@ def test_ties_at_the_edge_share_their_fate():
 
 def test_top_k_1_is_greedy(setup):
     model, params, _ = setup
-    none = np.zeros(97, bool)
+    decoder = generate.prepare(model, params)
     one, greedy = (
-        generate.generate(
-            decoder_lib.prepare(model, params), prompt_of(9), 12, 1, sampling, 5, none
-        )
-        for sampling in (Sampling(1.3, top_k=1), GREEDY)
+        generate.generate(decoder, prompt_of(9), 12, 1, generate.make_sampler(NONE, 5, *rule))
+        for rule in (Rule(1.3, top_k=1), GREEDY)
     )
     np.testing.assert_array_equal(one, greedy)
 
@@ -252,4 +252,4 @@ def test_draws_follow_the_probabilities():
 )
 def test_sampling_out_of_range_is_a_user_error(values):
     with pytest.raises(UserError, match=next(iter(values))):
-        Sampling(**values)
+        generate.make_sampler(NONE, **values)

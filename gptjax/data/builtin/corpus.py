@@ -6,8 +6,6 @@ module, or a topic of the language reference. A hash of the unit's name decides 
 docstrings only the first is kept, so that no docstring is in two splits.
 """
 
-from __future__ import annotations
-
 import ast
 import functools
 import gc
@@ -22,6 +20,8 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
+
+import pyarrow as pa
 
 from gptjax.data import cache
 from gptjax.errors import UserError
@@ -79,7 +79,6 @@ def without_signature(doc: str) -> str:
 
 def read_entries() -> Sequence[Entry]:
     """Returns all entries of this Python installation, from the cache if it has them."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     stdlib = sysconfig.get_path("stdlib")
@@ -92,8 +91,8 @@ def read_entries() -> Sequence[Entry]:
     def read(path: str) -> list[Entry]:
         return [Entry(**row) for row in pq.ParquetFile(path).read().to_pylist()]
 
-    entries = cache.get_or_make(name + name_hash(stdlib).hex(), ".parquet", write, read)
-    return collect(stdlib) if entries is None else entries
+    make = functools.partial(collect, stdlib)
+    return cache.get_or_make(name + name_hash(stdlib).hex(), ".parquet", write, read, make)
 
 
 @functools.lru_cache(maxsize=1)  # for processes that cannot write the cache on disk
@@ -103,8 +102,8 @@ def collect(stdlib: str) -> Sequence[Entry]:
     gc_was_enabled = gc.isenabled()
     gc.disable()  # twice as fast: the parser makes millions of objects, but no cycles
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the library's own old escapes and deprecated modules
+        # The library has old escapes and deprecated modules.
+        with warnings.catch_warnings(action="ignore"):
             for module, path in _sources(stdlib):
                 docstrings.extend(_parsed(module, path))
             for module in _C_MODULES:

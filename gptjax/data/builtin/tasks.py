@@ -11,23 +11,19 @@ the name of its function, as it does in real life. But a signature that opens a 
 ("find(sub) -> int") is removed.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from statistics import median
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
+
+import pyarrow as pa
 
 from gptjax.config.schema import TaskKind
 from gptjax.data.builtin.corpus import Entry, name_hash, plain, read_entries, without_signature
-from gptjax.data.tables.files import to_dataset
-from gptjax.data.tables.text_files import pieces
-from gptjax.data.tables.texts import Texts
+from gptjax.data.tables.files import Dataset, to_dataset
+from gptjax.data.tables.texts import Texts, pieces
 from gptjax.errors import require
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 SPLITS = ("train", "validation", "test")
 TASKS = (
@@ -39,16 +35,6 @@ _MIN_TASK_CHARACTERS = 20
 _CLASSES = 10
 _PARTNER_BLOCK = 48
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*\s+(?=\S)")
-
-
-class Item(NamedTuple):
-    """Two texts that belong together, for the tasks that ask whether two texts do."""
-
-    package: str
-    unit: str
-    split: str
-    left: str
-    right: str
 
 
 def builtin_text(split: str) -> Texts:
@@ -91,22 +77,18 @@ def builtin_task(name: str, split: str) -> Dataset:
     Raises:
       UserError: no such task or split, or a Python installation without its sources.
     """
-    import pyarrow as pa
-
     require(name in TASKS, f"built-in task {name!r}: write one of {', '.join(TASKS)}")
     if name == TaskKind.CLASSIFICATION:
         rows = _classification(read_entries(), split)
     else:
-        items = (
-            _halves(read_entries()) if name == TaskKind.SIMILARITY else _described(read_entries())
-        )
-        own = _of_split(items, split)
+        pairs = _halves if name == TaskKind.SIMILARITY else _described
+        own = _of_split(pairs(read_entries()), split)
         rows = _choice_rows(own) if name == TaskKind.MULTIPLE_CHOICE else _pair_rows(own)
     rows.sort(key=lambda row: name_hash(repr(row)))
     return to_dataset(pa.Table.from_pylist(rows))
 
 
-def _of_split(entries: Sequence[Any], split: str) -> list[Any]:
+def _of_split(entries: Sequence[Entry], split: str) -> list[Entry]:
     require(split in SPLITS, f"built-in split {split!r}: write one of {', '.join(SPLITS)}")
     return [entry for entry in entries if entry.split == split]
 
@@ -114,20 +96,16 @@ def _of_split(entries: Sequence[Any], split: str) -> list[Any]:
 def _gist(doc: str) -> str:
     """Returns whole sentences of `doc` on one line, without a signature in front.
 
-    The result has at most 400 characters.
+    The result has at most 400 characters. If no sentence ends in their second half, it ends with a
+    word.
     """
-    return _cut(" ".join(without_signature(doc).split()), _TASK_CHARACTERS)
-
-
-def _cut(text: str, limit: int) -> str:
-    """Returns at most `limit` characters of a text, up to the end of a sentence or a word."""
+    text, limit = " ".join(without_signature(doc).split()), _TASK_CHARACTERS
     if len(text) <= limit:
         return text
-    ends = [match.end() for match in _SENTENCE_END.finditer(text, 0, limit)]
-    long_enough = [end for end in ends if end > limit // 2]
-    return text[
-        : long_enough[-1] if long_enough else text.rfind(" ", 0, limit) + 1 or limit
-    ].strip()
+    cut = max((match.end() for match in _SENTENCE_END.finditer(text, 0, limit)), default=0)
+    if cut <= limit // 2:
+        cut = text.rfind(" ", 0, limit) + 1 or limit
+    return text[:cut].strip()
 
 
 def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
@@ -152,25 +130,23 @@ def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]
     return [row for of_package in rows.values() for row in of_package[:most]]
 
 
-def _described(entries: Sequence[Entry]) -> list[Item]:
-    """Returns pairs of signature and docstring.
+def _described(entries: Sequence[Entry]) -> list[Entry]:
+    """Returns pairs of texts that belong together: signature and docstring.
 
     Each signature occurs once, although several modules may have a function of the same name.
     """
-    items = [
-        Item(entry.package, entry.unit, entry.split, entry.signature, _gist(entry.doc))
-        for entry in entries
-        if entry.subject in ("class", "function")
-    ]
-    return _unique([item for item in items if len(item.right) >= _MIN_TASK_CHARACTERS])
+    own = (entry for entry in entries if entry.subject in ("class", "function"))
+    pairs = [entry._replace(doc=_gist(entry.doc)) for entry in own]
+    return _unique([pair for pair in pairs if len(pair.doc) >= _MIN_TASK_CHARACTERS])
 
 
-def _halves(entries: Sequence[Entry]) -> list[Item]:
+def _halves(entries: Sequence[Entry]) -> list[Entry]:
     """Returns the two parts of each docstring that has at least two sentences.
 
-    It is divided at the end of the sentence that is nearest to its middle.
+    It is divided at the end of the sentence that is nearest to its middle. The first part takes the
+    place of the signature, so that the result is like that of `_described`.
     """
-    items = []
+    pairs = []
     for entry in entries:
         text = _gist(entry.doc)
         ends = [match.end() for match in _SENTENCE_END.finditer(text)]
@@ -178,54 +154,52 @@ def _halves(entries: Sequence[Entry]) -> list[Item]:
             cut = min(ends, key=lambda end: abs(end - len(text) / 2))
             left, right = text[:cut].strip(), text[cut:].strip()
             if min(len(left), len(right)) >= _MIN_TASK_CHARACTERS:
-                items.append(Item(entry.package, entry.unit, entry.split, left, right))
-    return _unique(items)
+                pairs.append(entry._replace(signature=left, doc=right))
+    return _unique(pairs)
 
 
-def _unique(items: Sequence[Item]) -> list[Item]:
-    """Returns the items without those that repeat a text, so that no text is in two splits."""
+def _unique(pairs: Sequence[Entry]) -> list[Entry]:
+    """Returns the pairs without those that repeat a text, so that no text is in two splits."""
     seen: set[str] = set()
     kept = []
-    for item in items:
-        keys = {plain(item.left), plain(item.right)}
+    for pair in pairs:
+        keys = {plain(pair.signature), plain(pair.doc)}
         if not keys & seen:
-            kept.append(item)
+            kept.append(pair)
             seen |= keys
     return kept
 
 
-def _groups(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
-    """Yields groups of `size` items of similar length from the same or neighbouring modules.
+def _groups(pairs: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
+    """Yields groups of `size` pairs of similar length from the same or neighbouring modules.
 
-    Within a group every left text meets every right text, so that only the match of the two can
-    tell the answer. Up to `size` - 1 items of each block are not used.
+    Within a group every first text meets every second text, so that only the match of the two can
+    tell the answer. Up to `size` - 1 pairs of each block are not used.
     """
-    ordered = sorted(items, key=lambda item: (len(item.right), name_hash(item.right)))
+    ordered = sorted(pairs, key=lambda pair: (len(pair.doc), name_hash(pair.doc)))
     for start in range(0, len(ordered), _PARTNER_BLOCK):
-        block = sorted(
-            ordered[start : start + _PARTNER_BLOCK],
-            key=lambda item: (item.package, item.unit, name_hash(item.right)),
-        )
+        block = ordered[start : start + _PARTNER_BLOCK]
+        block.sort(key=lambda pair: (pair.package, pair.unit, name_hash(pair.doc)))
         for first in range(0, len(block) - size + 1, size):
             yield block[first : first + size]
 
 
-def _pair_rows(items: Sequence[Item]) -> list[dict[str, Any]]:
+def _pair_rows(pairs: Sequence[Entry]) -> list[dict[str, Any]]:
     return [
-        {"text": item.left, "text_pair": other.right, "label": int(item is other)}
-        for group in _groups(items, 2)
-        for item in group
+        {"text": pair.signature, "text_pair": other.doc, "label": int(pair is other)}
+        for group in _groups(pairs, 2)
+        for pair in group
         for other in group
     ]
 
 
-def _choice_rows(items: Sequence[Item]) -> list[dict[str, Any]]:
+def _choice_rows(pairs: Sequence[Entry]) -> list[dict[str, Any]]:
     return [
-        {"text": item.left}
-        | {f"choice{number}": other.right for number, other in enumerate(group, start=1)}
+        {"text": pair.signature}
+        | {f"choice{number}": other.doc for number, other in enumerate(group, start=1)}
         | {"label": label}
-        for group in _groups(items, 4)
-        for label, item in enumerate(group)
+        for group in _groups(pairs, 4)
+        for label, pair in enumerate(group)
     ]
 
 

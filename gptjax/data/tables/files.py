@@ -1,4 +1,4 @@
-"""Files of labelled rows -> `datasets.Dataset`: CSV, TSV, JSON lines, Parquet.
+"""Files of labelled rows -> `datasets.Dataset`: CSV, TSV, JSON lines, Parquet; and the hub's files.
 
 CSV and JSON lines have their own readers here, because those of pyarrow change data silently: they
 turn strings that look like dates into times and large integers into floats, accept stray quotes and
@@ -8,22 +8,20 @@ Nothing is cached: an edited file is always read anew. A user's mistake is a `Us
 with file, line and column.
 """
 
-from __future__ import annotations
-
 import csv
 import itertools
 import json
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import pyarrow as pa
 
 from gptjax.errors import UserError, brief, nearest, require
 
-if TYPE_CHECKING:  # importing `datasets` takes 1.6 s, and `launch.py --help` does not need it
-    import pyarrow as pa
-    from datasets import Dataset
-
+Dataset = Any
+"""A `datasets.Dataset`. The library is imported where it is used, because that takes 1.6 s."""
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _ROWS_AT_ONCE = 10_000
 
@@ -95,9 +93,8 @@ def bad_byte(path: str) -> str:
                 byte = line[error.start]
                 utf16 = number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff")
                 hint = " (it looks like UTF-16)" if utf16 else ""
-                return (
-                    f"{path}, line {number}: byte 0x{byte:02x} is not UTF-8{hint}; save it as UTF-8"
-                )
+                where = f"{path}, line {number}"
+                return f"{where}: byte 0x{byte:02x} is not UTF-8{hint}; save it as UTF-8"
     return f"{path}: not UTF-8; save the file as UTF-8"
 
 
@@ -118,8 +115,6 @@ def to_dataset(table: pa.Table) -> Dataset:
 
 
 def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
-    import pyarrow as pa
-
     is_csv = ending == ".csv"
     limit = csv.field_size_limit(2**31 - 1)  # by default a cell over 128 KB is refused
     try:
@@ -152,19 +147,17 @@ def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]
     The reader is strict: otherwise a stray quote would silently join rows.
     """
     reader = csv.reader(handle, strict=True)
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise UserError(
-                f"{path}, line {line}: {error} in the row that starts here; put quotes around the "
-                'whole cell and write a quote inside it as "", or save as .tsv (no quoting)'
-            ) from error
-        if cells:
-            yield line, cells
+    line = 1
+    try:
+        for cells in reader:
+            if cells:
+                yield line, cells
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path}, line {line}: {error} in the row that starts here; put quotes around the "
+            'whole cell and write a quote inside it as "", or save as .tsv (no quoting)'
+        ) from error
 
 
 def _tsv_rows(handle: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
@@ -197,8 +190,6 @@ def _checked(
 
 def _json_lines(path: str) -> pa.Table:
     """Returns all rows. Types are unified in the end: a column of integers and floats is float."""
-    import pyarrow as pa
-
     tables = []
     rows = _json_rows(path)
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
@@ -234,8 +225,6 @@ def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _json_column(chunk: list[tuple[int, dict[str, Any]]], name: str, path: str) -> pa.Array:
-    import pyarrow as pa
-
     try:
         return pa.array([row.get(name) for _, row in chunk])
     except (ValueError, TypeError, OverflowError) as error:
@@ -251,7 +240,6 @@ def _json_column(chunk: list[tuple[int, dict[str, Any]]], name: str, path: str) 
 
 
 def _parquet(path: str) -> pa.Table:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
@@ -265,3 +253,32 @@ def _parquet(path: str) -> pa.Table:
             plain = table.column(index).cast(field.type.value_type)
             table = table.set_column(index, field.name, plain)
     return table
+
+
+def load_hub(name: str, split: str) -> Dataset:
+    """Loads one split of a data set from the Hugging Face hub or a local folder of data files.
+
+    Args:
+      name: "owner/name", "owner/name:config" or a folder.
+      split: a name such as "train", or a slice such as "train[:1000]".
+
+    Raises:
+      UserError: no such data set, no network, no such split (the message lists the existing ones),
+        or a data set that needs its own code to load (that code is never run).
+    """
+    datasets = import_datasets()
+    repository, _, config = name.partition(":")
+    try:
+        return datasets.load_dataset(repository, config or None, split=split)
+    except Exception as error:  # remote data sets and the network raise exceptions of many types
+        try:
+            offline = isinstance(error, ConnectionError)
+            splits = [] if offline else datasets.get_dataset_split_names(repository, config or None)
+        except Exception:
+            splits = []
+        if splits and split.partition("[")[0] not in splits:
+            message = f"no split {split!r}{nearest(split, splits)}; it has {', '.join(splits)}"
+        else:
+            message = f"cannot load split {split!r} ({brief(error)})"
+            message += "; check the name and the network, or give files instead"
+        raise UserError(f"data set {name}: {message}") from error

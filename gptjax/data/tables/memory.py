@@ -6,18 +6,16 @@ a polars DataFrame. The libraries are recognised by their methods, so that panda
 installed.
 """
 
-from __future__ import annotations
-
+import collections
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from gptjax.data.tables import expressions, files
+import pyarrow as pa
+
+from gptjax.data.tables.files import Dataset, to_dataset
+from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import UserError, require
-
-if TYPE_CHECKING:
-    import pyarrow as pa
-    from datasets import Dataset
 
 Table = Any
 """One of the forms above."""
@@ -25,21 +23,14 @@ Columns = Mapping[str, Sequence[Any]]
 """Column name -> values, one for each row."""
 
 
-class _LazyColumns(Mapping[str, Sequence[Any]]):
-    """Columns that are converted when they are read, so that unused ones may contain anything."""
+class _Columns(collections.UserDict[str, Any]):
+    """Columns of any library, by name.
 
-    def __init__(self, names: Iterable[Any], read: Callable[[str], Any]):
-        """Takes the names of the columns, and a function from a name to a column of any library."""
-        self._names, self._read = list(map(str, names)), read
+    A column is converted to a list when it is read, so that unused ones may contain anything.
+    """
 
     def __getitem__(self, name: str) -> list[Any]:
-        return _values(self._read(name))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+        return _values(self.data[name])
 
 
 def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
@@ -58,21 +49,19 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
     """
     if hasattr(table, "iloc") and hasattr(table, "columns"):  # pandas
         names = list(map(str, table.columns))
-        return _LazyColumns(names, lambda name: table.iloc[:, names.index(name)])
+        return _Columns({name: table.iloc[:, names.index(name)] for name in names})
     if hasattr(table, "features") and hasattr(table, "column_names"):  # datasets
         require(hasattr(table, "__len__"), f"{source}: is a stream; give a datasets.Dataset")
         rows = table.with_format(None)  # another format, such as "torch", gives tensors
-        return _LazyColumns(rows.column_names, rows.__getitem__)
+        return _Columns({name: rows[name] for name in rows.column_names})
     if isinstance(table, Mapping):
         by_name = {str(name): cells for name, cells in table.items()}
         for name, cells in by_name.items():
             _check_column(name, cells, source)
-        return _LazyColumns(by_name, by_name.__getitem__)
+        return _Columns(by_name)
     if hasattr(table, "__arrow_c_stream__"):
-        import pyarrow as pa
-
         arrow = table if isinstance(table, pa.Table) else pa.table(table)
-        return _LazyColumns(arrow.column_names, arrow.column)
+        return _Columns(zip(arrow.column_names, arrow.columns, strict=True))
     if isinstance(table, Sequence) and not isinstance(table, str | bytes):
         return _of_rows(table, source, default)
     raise UserError(
@@ -81,28 +70,21 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
     )
 
 
-def dataset(table: Table, source: str, needed: Iterable[str]) -> Dataset:
+def dataset(table: Table, source: str, needed: Sequence[str]) -> Dataset:
     """Returns the columns of a table that `needed` reads, as a `datasets.Dataset`.
 
     Args:
       table: in one of the forms of this module.
       source: the name of the table in error messages.
-      needed: column names, or expressions (see `expressions.py`).
+      needed: column names, or expressions (see `labelled.py`).
 
     Raises:
       UserError: the object is not a table, a column is missing, or the lengths differ.
     """
-    import pyarrow as pa
-
-    existing, needed = columns(table, source), list(needed)
-    expressions.require_columns(list(existing), needed, source)
-    names = dict.fromkeys(
-        name for expression in needed for name in expressions.sources(expression, existing)
-    )
-    cells = {name: existing[name] for name in names}
-    lengths = {len(column) for column in cells.values()}
-    require(len(lengths) < 2, f"{source}: columns of different lengths {sorted(lengths)}")
-    return files.to_dataset(pa.table({name: _array(column) for name, column in cells.items()}))
+    labelled = LabelledTable(columns(table, source), source)
+    labelled.require_columns(needed)
+    cells = labelled.columns(labelled.sources(needed))
+    return to_dataset(pa.table({name: _array(column) for name, column in cells.items()}))
 
 
 def _check_column(name: Any, cells: Any, source: str) -> None:
@@ -141,8 +123,6 @@ def _values(column: Any) -> list[Any]:
 
 def _array(cells: Sequence[Any]) -> pa.Array:
     """Returns an Arrow array. Cells of several types become texts; they are read as such anyway."""
-    import pyarrow as pa
-
     if len({type(cell) for cell in cells if cell is not None}) < 2:
         try:
             return pa.array(cells)

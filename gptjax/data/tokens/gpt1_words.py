@@ -12,7 +12,8 @@ from typing import Any
 
 from gptjax.errors import UserError
 
-_REPLACED = {"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"}
+# Characters that the authors' `text_standardize` maps to ASCII.
+REPLACED = {"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"}
 # The authors' pattern also has `\\+` for backslashes. Their string is not raw, so that it means
 # `\+`, which matches a plus sign. Therefore backslashes get no spaces here either.
 _PUNCTUATION = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
@@ -25,9 +26,7 @@ def standardize(text: str) -> str:
 
     This is the authors' `text_standardize`.
     """
-    for old, new in _REPLACED.items():
-        text = text.replace(old, new)
-    text = _PUNCTUATION.sub(r" \1 ", text)
+    text = _PUNCTUATION.sub(r" \1 ", text.translate(str.maketrans(REPLACED)))
     text = _LINE_BREAK.sub(" \n ", text)
     return _SPACES.sub(" ", text).strip()
 

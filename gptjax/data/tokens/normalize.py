@@ -12,19 +12,10 @@ differences).
 
 from tokenizers import Regex, normalizers, pre_tokenizers
 
-# The authors' `text_standardize` maps the first five to ASCII; ftfy straightens the
-# curly quotes.
-_PUNCTUATION = {
-    "—": "-",
-    "–": "-",
-    "―": "-",
-    "…": "...",
-    "´": "'",
-    "‘": "'",
-    "’": "'",
-    "“": '"',
-    "”": '"',
-}
+from gptjax.data.tokens.gpt1_words import REPLACED
+
+# ftfy straightens the curly quotes.
+_PUNCTUATION = REPLACED | {"‘": "'", "’": "'", "“": '"', "”": '"'}
 NEWLINE = "\n"
 
 
@@ -55,29 +46,21 @@ _ENGLISH = Regex(
 )
 
 
-def english_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    """Returns a splitter into words that is close to spaCy's English rules.
-
-    It is for vocabularies that were learnt from spaCy's words.
-    """
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\n"), "isolated"),
-            pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
-            pre_tokenizers.Split(_ENGLISH, "isolated"),
-        ]
-    )
-
-
-def pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+def pre_tokenizer(english: bool = False) -> pre_tokenizers.PreTokenizer:
     """Returns a splitter into words at white space and punctuation.
 
     White space is removed; line breaks and punctuation are words themselves.
+
+    Args:
+      english: whether to come close to spaCy's English rules, for vocabularies that were learnt
+        from spaCy's words.
     """
     return pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r"\n"), "isolated"),
             pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
-            pre_tokenizers.Punctuation("isolated"),
+            pre_tokenizers.Split(_ENGLISH, "isolated")
+            if english
+            else pre_tokenizers.Punctuation("isolated"),
         ]
     )

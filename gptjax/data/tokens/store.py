@@ -4,13 +4,12 @@ The tokens of a corpus are a file of raw uint16 or int32 values that is mapped i
 larger than memory is tokenised to disk piece by piece, and training reads only its windows.
 """
 
-import dataclasses
 import importlib.metadata
 import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -25,8 +24,7 @@ _WORTH_CACHING = 1 << 17
 _TOKENS_AT_ONCE = 1 << 22
 
 
-@dataclasses.dataclass(frozen=True)
-class StreamStatistics:
+class StreamStatistics(NamedTuple):
     """Facts about all tokens of a stream."""
 
     fingerprint: str
@@ -61,12 +59,11 @@ def token_stream(texts: Iterable[str], tokenizer: Tokenizer, fingerprint: str = 
             return np.zeros(0, dtype)
         return np.asarray(np.memmap(path, dtype, mode="r"))  # a view; nothing is read yet
 
-    if fingerprint:
-        name = _cache_name("tokens", fingerprint, tokenizer)
-        stream = cache.get_or_make(name, ".bin", write, read)
-        if stream is not None:
-            return stream
-    return np.concatenate([np.zeros(0, dtype), *pieces()])
+    def make() -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *pieces()])
+
+    name = _cache_name("tokens", fingerprint, tokenizer)
+    return cache.get_or_make(name, ".bin", write, read, make)
 
 
 def statistics(stream: np.ndarray, tokenizer: Tokenizer, fingerprint: str = "") -> StreamStatistics:
@@ -85,17 +82,14 @@ def statistics(stream: np.ndarray, tokenizer: Tokenizer, fingerprint: str = "") 
         return StreamStatistics(fingerprints.of_arrays(stream), unknown)
 
     def write(file: BinaryIO) -> None:
-        file.write(json.dumps(dataclasses.asdict(compute())).encode())
+        file.write(json.dumps(compute()._asdict()).encode())
 
     def read(path: str) -> StreamStatistics:
         with open(path, "rb") as file:
             return StreamStatistics(**json.load(file))
 
-    kept = None
-    if fingerprint:
-        name = _cache_name("statistics", fingerprint, tokenizer)
-        kept = cache.get_or_make(name, ".json", write, read)
-    return kept or compute()
+    name = _cache_name("statistics", fingerprint, tokenizer)
+    return cache.get_or_make(name, ".json", write, read, compute)
 
 
 def encode_texts(
@@ -108,11 +102,12 @@ def encode_texts(
       tokenizer: text -> ids.
       use_cache: whether the ids of long texts are kept in the cache.
     """
-    if not use_cache or not cache.folder() or sum(map(len, texts)) < _WORTH_CACHING:
+
+    def make() -> list[np.ndarray]:
         return tokenizer.encode_batch(texts)
 
     def write(file: BinaryIO) -> None:
-        encoded = tokenizer.encode_batch(texts)
+        encoded = make()
         ids = np.concatenate(encoded).astype(_id_type(tokenizer))
         np.savez(file, ids=ids, lengths=np.array(list(map(len, encoded)), np.int32))
 
@@ -122,9 +117,10 @@ def encode_texts(
         ends = np.cumsum(lengths).tolist()
         return [ids[start:end] for start, end in itertools.pairwise([0, *ends])]
 
+    if not use_cache or not cache.folder() or sum(map(len, texts)) < _WORTH_CACHING:
+        return make()
     name = _cache_name("texts", fingerprints.of_texts(texts), tokenizer)
-    kept = cache.get_or_make(name, ".npz", write, read)
-    return tokenizer.encode_batch(texts) if kept is None else kept
+    return cache.get_or_make(name, ".npz", write, read, make)
 
 
 def _id_type(tokenizer: Tokenizer) -> np.dtype:
@@ -132,7 +128,12 @@ def _id_type(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _cache_name(contents: str, fingerprint: str, tokenizer: Tokenizer) -> str:
-    """Names `contents`, made from texts by a tokenizer, and by libraries of certain versions."""
+    """Names `contents`, made from texts by a tokenizer, and by libraries of certain versions.
+
+    Texts without a fingerprint have no name: "".
+    """
+    if not fingerprint:
+        return ""
     libraries = ("tokenizers", "ftfy", "spacy") if tokenizer.exact else ("tokenizers",)
     versions = map(importlib.metadata.version, libraries)
     dtype = _id_type(tokenizer).str

@@ -53,11 +53,8 @@ class Tokenizer:
 
     def __init__(self, backend: tokenizers.Tokenizer, exact: bool = False):
         self._backend, self.exact = backend, exact
-        self.start_id = self.token_id(START)
-        self.delimiter_id = self.token_id(DELIMITER)
-        self.extract_id = self.token_id(EXTRACT)
-        self.padding_id = self.token_id(PADDING)
-        self.unknown_id = self.token_id(UNKNOWN)
+        ids = map(self.token_id, (*SPECIALS, UNKNOWN))
+        self.start_id, self.delimiter_id, self.extract_id, self.padding_id, self.unknown_id = ids
 
     def __len__(self) -> int:
         """Returns the number of ids, special tokens included."""
@@ -76,9 +73,7 @@ class Tokenizer:
         """Returns int32 [length] ids of each text, tokenised on all cores."""
         ids: list[np.ndarray] = []
         for chunk in _chunks(texts):
-            words: Sequence[Any] = chunk
-            if self.exact:
-                words = [gpt1_words.words(text) for text in chunk]
+            words = [gpt1_words.words(text) for text in chunk] if self.exact else chunk
             encodings = self._backend.encode_batch_fast(
                 words, is_pretokenized=self.exact, add_special_tokens=False
             )
@@ -134,11 +129,7 @@ def _well_formed(text: str) -> str:
     """
     if text.isascii():
         return text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _add_specials(backend: tokenizers.Tokenizer, exact: bool = False) -> Tokenizer:
@@ -186,9 +177,7 @@ def _read(path: str | os.PathLike[str]) -> str:
 
 
 def _bpe(
-    vocabulary: dict[str, int],
-    merges: list[tuple[str, str]],
-    exact: bool = False,
+    vocabulary: dict[str, int], merges: list[tuple[str, str]], exact: bool = False
 ) -> tokenizers.Tokenizer:
     backend = tokenizers.Tokenizer(
         models.BPE(vocabulary, merges, unk_token=UNKNOWN, end_of_word_suffix=END_OF_WORD)
@@ -198,9 +187,7 @@ def _bpe(
         # Only a vocabulary learnt from spaCy's words has this token: our own words never join an
         # apostrophe to a letter.
         english = f"n't{END_OF_WORD}" in vocabulary
-        backend.pre_tokenizer = (
-            normalize.english_pre_tokenizer() if english else normalize.pre_tokenizer()
-        )
+        backend.pre_tokenizer = normalize.pre_tokenizer(english)
     backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
     return backend
 
@@ -267,9 +254,8 @@ def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokeniz
     _check_vocabulary(vocabulary, vocab_file)
     merges = []
     for number, line in enumerate(_read(merges_file).split("\n"), 1):
-        if not line or (number == 1 and line.startswith("#version")):
-            continue
-        merges.append(_merge(line.split(), vocabulary, f"{merges_file}: line {number}"))
+        if line and not (number == 1 and line.startswith("#version")):
+            merges.append(_merge(line.split(), vocabulary, f"{merges_file}: line {number}"))
     return _add_specials(_bpe(vocabulary, merges, exact), exact)
 
 
@@ -301,14 +287,14 @@ def _merge(pair: Sequence[str], vocabulary: dict[str, int], source: str) -> tupl
 def _check_vocabulary(vocabulary: Any, path: str) -> None:
     """Checks that a vocabulary has the ids 0, 1, 2, ...: the special tokens get the next ones."""
     require(isinstance(vocabulary, dict), f"{path}: must be one JSON object of token: id")
-    owners: dict[int, str] = {}
+    seen: set[int] = set()
     for token, index in vocabulary.items():
         require(
-            type(index) is int and 0 <= index < len(vocabulary) and index not in owners,
+            type(index) is int and 0 <= index < len(vocabulary) and index not in seen,
             f"{path}: token {token!r} has the id {index!r}; the ids of {len(vocabulary)} tokens "
             f"are 0 to {len(vocabulary) - 1}, each once",
         )
-        owners[index] = token
+        seen.add(index)
     require(UNKNOWN in vocabulary, f"{path}: it has no token {UNKNOWN}")
     for name in SPECIALS:
         require(name not in vocabulary, f"{path}: {name} must not be in it; it is added")
@@ -358,7 +344,7 @@ def build(config: TokenizerConfig, texts: Iterable[str], fingerprint: str = "") 
         "tokenizer", _VERSION, fingerprint, config.kind, config.vocab_size,
         _bpe({}, []).to_str(), tokenizers.__version__,
     )  # fmt: skip
-    return cache.get_or_make(name, ".json", write, load) or train()
+    return cache.get_or_make(name, ".json", write, load, train)
 
 
 def pair_texts(tokenizer: Tokenizer) -> tuple[str, str] | None:
