@@ -36,8 +36,8 @@ def checksums(tree: Any) -> dict[str, int]:
     return {jax.tree_util.keystr(path): int(value) for path, value in leaves}
 
 
-def verify(found: dict[str, int], saved: dict[str, int]) -> None:
+def verify(tree: Any, saved: dict[str, int]) -> None:
     """Raises `ValueError` with the path of the first array whose checksum is not the saved one."""
-    for name, value in found.items():
+    for name, value in checksums(tree).items():
         if saved.get(name) != value:
             raise ValueError(f"array {name} does not have the checksum it was saved with")

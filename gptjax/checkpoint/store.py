@@ -202,15 +202,15 @@ class CheckpointStore:
             optimizer=ocp.args.StandardRestore(_abstract(arrays)),
         )
         state = TrainState(params=restored["params"], **restored["optimizer"])
-        verify(checksums(state), self.meta_and_checksums(step)[1])
+        verify(state, self.meta_and_checksums(step)[1])
         return state
 
     def restore_params(self, step: int, like: Any) -> Any:
         """Returns the parameters, a third of the bytes; arguments and errors as in `restore`."""
         params = self._read(step, params=ocp.args.StandardRestore(_abstract(like)))["params"]
-        saved = self.meta_and_checksums(step)[1]
-        prefix = jax.tree_util.keystr((jax.tree_util.GetAttrKey("params"),))
-        verify({prefix + name: value for name, value in checksums(params).items()}, saved)
+        # As a part of a state, so that the paths are those of the saved checksums.
+        part = TrainState(step=None, params=params, opt_state=None)  # type: ignore[arg-type]
+        verify(part, self.meta_and_checksums(step)[1])
         return params
 
     def restore_best_params(self, like: Any) -> tuple[int, Any]:

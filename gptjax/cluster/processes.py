@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from etils import epath
 
@@ -75,9 +75,7 @@ def place(options: Options) -> Place | None:
     if given == (None, None, None):
         return _detect(options.initialization_timeout)
     require(None not in given, f"{_FLAGS} go together; give all three, or none")
-    address, count, index = options.coordinator_address, given[1], given[2]
-    assert count is not None
-    assert index is not None
+    address, count, index = cast(tuple[str, int, int], given)
     host, _, port = address.rpartition(":")
     require(
         host and port.isascii() and port.isdecimal() and 0 < int(port) < 65536,
@@ -95,15 +93,13 @@ def _detect(timeout: int) -> Place | None:
     mpi = int(env.get("OMPI_COMM_WORLD_SIZE") or 1)
     pods = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
     # JAX would take an interactive shell of Slurm, or any pod, for a part of a larger job.
-    hidden = [] if slurm > 1 else ["slurm"]
-    hidden += [] if mpi > 1 else ["ompi"]
-    hidden += [] if pods else ["k8s"]
+    several = {"slurm": slurm > 1, "ompi": mpi > 1, "k8s": pods}
 
     from jax._src import clusters  # the public function starts the run as well
 
     kinds = [
         kind for kind in clusters.ClusterEnv._cluster_types
-        if not kind.opt_in_only_method and _kind(kind) not in hidden
+        if not kind.opt_in_only_method and several.get(_kind(kind), True)
     ]  # fmt: skip
     kind = next((kind for kind in kinds if kind.is_env_present()), None)
     if kind is None:

@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -183,12 +184,10 @@ def _compile(spec: StepSpec, mesh: Mesh) -> tuple[Callable[..., Any], float]:
 
 def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
     """Returns the seconds of each timed run, from its call until its results are computed."""
-    seconds = []
-    for _ in range(_WARMUP[request.what] + request.timed):
-        start = time.perf_counter()
-        jax.block_until_ready(run_once())
-        seconds.append(time.perf_counter() - start)
-    return np.array(seconds[_WARMUP[request.what] :])
+    warmup = _WARMUP[request.what]
+    runs = warmup + request.timed
+    seconds = timeit.repeat(lambda: jax.block_until_ready(run_once()), number=1, repeat=runs)
+    return np.array(seconds[warmup:])
 
 
 def _trace(run_once: Callable[[], Any], request: Request) -> None:

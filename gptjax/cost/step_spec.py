@@ -92,9 +92,8 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
         size, assumed["vocab_size"] = vocabulary(experiment)
         model = dataclasses.replace(model, vocab_size=size)
     if stage == Stage.PRETRAIN:
-        rows, length = stages.pretrain_shape(config, model, mesh)
         task, objective = None, Objective()
-        batch = _abstract_batch(rows, length, mesh)
+        batch = _abstract_batch(stages.pretrain_shape(config, model, mesh), mesh)
     else:
         task, batch = _task_and_batch(config, model, mesh, assumed)
         objective = Objective(task.kind, config.lm_weight, config.task_weight)
@@ -123,27 +122,30 @@ def _task_and_batch(
         "long as they may be; packing makes fewer rows of shorter ones"
     )
     # `packing.Packer` makes such rows where one example fills a row.
-    shape = (rows, min(config.batch_size, 4), candidates)
+    examples = (rows, min(config.batch_size, 4), candidates)
     labels = np.float32 if task.kind is TaskKind.REGRESSION else np.int32
-    return task, _abstract_batch(rows, length, mesh, shape, labels)
+    return task, _abstract_batch((rows, length), mesh, examples, labels)
 
 
 def _abstract_batch(
-    rows: int,
-    length: int,
-    mesh: Mesh,
-    examples: tuple[int, int, int] | None = None,
-    labels: Any = np.int32,
+    shape: tuple[int, int], mesh: Mesh, examples: tuple[int, ...] = (), labels: Any = np.int32
 ) -> Batch:
-    """Returns a batch of shapes, its rows divided over the mesh; `examples` is (B, E, C)."""
+    """Returns a batch of shapes, its rows divided over the mesh.
+
+    Args:
+      shape: (B, T).
+      mesh: the devices.
+      examples: (B, E, C); (): the batch has none, as in pretraining.
+      labels: the type of the labels.
+    """
     place = mesh_lib.batch_sharding(mesh)
 
     def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
-    ids, weights = array((rows, length), np.int32), array((rows, length), np.float32)
+    ids, weights = array(shape, np.int32), array(shape, np.float32)
     batch = Batch(ids, ids, ids, ids, weights)
-    if examples is None:
+    if not examples:
         return batch
     return batch.replace(  # type: ignore[attr-defined]
         extract=array(examples, np.int32),

@@ -1,7 +1,7 @@
 """The floating-point operations of a training step, and the most that a device can do a second."""
 
 import functools
-import time
+import timeit
 
 import jax
 import jax.numpy as jnp
@@ -38,9 +38,5 @@ def matmul_ceiling(dtype: str, size: int = 1536) -> float:
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))
     product(a).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        product(a).block_until_ready()
-        seconds.append(time.perf_counter() - start)
+    seconds = timeit.repeat(lambda: product(a).block_until_ready(), number=1, repeat=5)
     return 2 * size**3 / min(seconds)

@@ -76,11 +76,7 @@ def joint(objective: Objective, sums: Losses, weight: Losses) -> jax.Array:
 
 
 def forward(
-    model: GPT,
-    objective: Objective,
-    params: Params,
-    batch: Batch,
-    key: jax.Array | None = None,
+    model: GPT, objective: Objective, params: Params, batch: Batch, key: jax.Array | None = None
 ) -> tuple[Losses, jax.Array | None]:
     """Runs the model on a batch.
 

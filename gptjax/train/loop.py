@@ -43,21 +43,15 @@ class Trainer:
       checkpoints: where states are saved.
       meta: the metadata of each checkpoint, without its ledger.
       state: the state to start from; its buffers are donated.
-      start: number of steps that the state has seen.
     """
 
     def __init__(
-        self,
-        context: RunContext,
-        stage: Stage,
-        checkpoints: Store,
-        meta: Meta,
-        state: TrainState,
-        start: int,
+        self, context: RunContext, stage: Stage, checkpoints: Store, meta: Meta, state: TrainState
     ):
         self._context, self._stage = context, stage
         self._checkpoints, self._meta = checkpoints, meta
-        self._state, self._done = state, start
+        self._state = state
+        self._done = start = int(jax.device_get(state.step))
         self._ledger = checkpoints.ledger(start)
         # Number, tokens and output of a step whose output is still on the devices.
         self._pending: tuple[int, int, step_lib.StepOutput] | None = None
@@ -104,10 +98,7 @@ class Trainer:
         if progress.input_wait > _LONG_WAIT:
             share = f"{progress.input_wait:.0%}"
             self._reporter.say(f"{name}: {share} of the time waiting for batches")
-        return {
-            "tokens_per_second": progress.tokens_per_second,
-            "input_wait": progress.input_wait,
-        }
+        return {"tokens_per_second": progress.tokens_per_second, "input_wait": progress.input_wait}
 
     def _run_steps(self) -> None:
         stage = self._stage

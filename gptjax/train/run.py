@@ -282,7 +282,7 @@ def _train_stage(
         finished = old if start == stage.total_steps else None
         if not finished:
             context.log.rewind(stage.name, start)
-        trainer = Trainer(context, stage, checkpoints, meta, state, start)
+        trainer = Trainer(context, stage, checkpoints, meta, state)
         speed = trainer.train()
         del state, restored, trainer  # they hold the buffers of the training state
         best, params = checkpoints.restore_best_params(like.params)
