@@ -3,8 +3,8 @@
     python launch.py --config=gpt1_task:rte --config.init_from=runs/gpt1
 
 TASK is mnli, snli, scitail, qnli, rte, story_cloze, race, cola, sst2, mrpc, stsb or qqp.
-gptjax/config/paper_tasks.py has the data sets and columns of the tasks. A second word, such as in
-`--config=gpt1_task:rte,original`, chooses a recipe of gptjax/config/recipes.py: `original`
+gptjax/config/paper_tasks.py has the data sets and columns of the tasks. A second word, for example
+in `--config=gpt1_task:rte,original`, chooses a recipe of gptjax/config/recipes.py: `original`
 reproduces OpenAI's code, and `modern` trains GPT-1 with the methods of today. The data comes from
 the Hugging Face hub, or from files with the same columns:
 

@@ -2,8 +2,8 @@
 
     python launch.py --config=pretrain_file --config.pretrain.train_files='books/*.txt'
 
-The default is 2,000 steps of 2,048 tokens. If the lines of a file are wrapped at a fixed width,
-such as in many books, the lines of each paragraph are joined.
+The default is 2,000 steps of 2,048 tokens. If the lines of a file are wrapped at a fixed width
+(many books are), the lines of each paragraph are joined.
 
 Result on six novels (5.3 MB, 1.2 million training tokens, the last tenth of the text held out) with
 seed 0: the validation loss is 4.68 nats per token and the perplexity is 107.9, after 15 minutes on

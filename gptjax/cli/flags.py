@@ -401,7 +401,7 @@ def _mode(word: str, options: Sequence[tuple[str, str]]) -> str:
 
 
 def _forget() -> None:
-    """Undoes an earlier call of `parse`, so that one process can parse several command lines."""
+    """Undoes an earlier call of `parse`, so that a process can parse several command lines."""
     for name in list(FLAGS):
         if name.startswith("config."):
             delattr(FLAGS, name)

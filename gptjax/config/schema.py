@@ -29,7 +29,7 @@ class Stage(enum.StrEnum):
     PRETRAIN = "pretrain"
     FINETUNE = "finetune"
     FINETUNE_FROM_SCRATCH = "finetune_from_scratch"
-    """The same fine-tuning, but from random weights, as a comparison."""
+    """A repetition of the fine-tuning from random weights, as a comparison."""
 
 
 class TaskKind(enum.StrEnum):
@@ -236,7 +236,7 @@ class ModelConfig(_Config):
     segment_types: int = limited(
         0, lambda rows: rows in (0, 2, 3), "must be 0 (none), 2, or 3 (with one for padding)"
     )
-    """Rows of the segment embedding, which tells the two texts of a pair apart: 0 (no such
+    """Rows of the segment embedding, which marks the text that a token belongs to: 0 (no such
     embedding), 2 (first text, second text) or 3 (first text, second text, padding)."""
     tied: bool = True
     """Whether the LM head is the token embedding. Otherwise it is a linear layer with a bias."""
@@ -360,7 +360,7 @@ class PretrainConfig(_Config):
     eval_every: int = not_negative(0)
     """Steps between two validations. 0 means one validation, at the end."""
     save_every: int = positive(1000)
-    """Steps between two checkpoints. Each validation saves one too."""
+    """Steps between two checkpoints. Each validation saves a checkpoint too."""
     eval_batches: int = not_negative(0)
     """Batches in a validation. 0 means the whole validation text."""
     optimizer: OptimizerConfig = dataclasses.field(
@@ -411,7 +411,7 @@ class FinetuneConfig(_Config):
     task_weight: float = not_negative(1.0)
     """Weight of the task loss."""
     lm_mean: str = one_of(LmMean.TOKEN)
-    """Average of the LM loss: token (the mean over all tokens) or sequence (the mean over the
+    """The average of the LM loss: token (the mean over all tokens) or sequence (the mean over the
     tokens of each sequence, and then the mean of these means)."""
     cut: str = one_of(Cut.LONGEST)
     """The way to shorten two texts: longest (if they exceed the context, the longer text loses
@@ -436,7 +436,7 @@ class FinetuneConfig(_Config):
     evals_per_epoch: float = positive(1.0)
     """Validations in an epoch."""
     save_every: int = positive(1000)
-    """Steps between two checkpoints. Each validation saves one too."""
+    """Steps between two checkpoints. Each validation saves a checkpoint too."""
     compare_from_scratch: bool = False
     """Whether a second fine-tuning from random weights follows, to show the gain of pretraining."""
     transfer: str = limited(
@@ -486,7 +486,7 @@ class ProbeConfig(_Config):
     words: str = "negative,positive"
     """For next_word: one word for each label, comma-separated, in the order of the labels."""
     limit: int = not_negative(1000)
-    """Number of rows, from the first one. 0 means all rows."""
+    """Number of rows that are used, from the first row on. 0 means all rows."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
