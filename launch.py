@@ -1,7 +1,7 @@
-"""Runs gptjax from a clone of its repository, as the command `gptjax` does once it is installed.
+"""Runs gptjax from a clone of its repository. An installed gptjax has the command `gptjax` instead.
 
 python launch.py             trains the quickstart
-python launch.py --help      explains the rest
+python launch.py --help      explains the modes and flags
 """
 
 from gptjax.__main__ import main

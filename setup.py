@@ -1,4 +1,4 @@
-"""The packages and the extras of the installation, which pyproject.toml cannot express."""
+"""The packages and the optional requirements, which pyproject.toml cannot express."""
 
 import pathlib
 
@@ -6,14 +6,14 @@ from setuptools import find_packages, setup
 
 
 def requirements(extra: str) -> list[str]:
-    """Returns the lines of requirements-EXTRA.txt, without comments and other files."""
+    """Returns the requirements in requirements-EXTRA.txt, without comments and `-r FILE` lines."""
     text = pathlib.Path(f"requirements-{extra}.txt").read_text(encoding="utf-8")
     return [line for line in text.splitlines() if line and not line.startswith(("#", "-r"))]
 
 
 setup(
     packages=[*find_packages(include=["gptjax", "gptjax.*"]), "gptjax.experiments"],
-    # In the repository the experiments are beside the package; installed, they are inside it.
+    # In the repository the experiments are beside the package. The installation puts them inside.
     package_dir={"gptjax.experiments": "experiments"},
     extras_require={extra: requirements(extra) for extra in ("cuda", "remote", "tpu")},
 )

@@ -3,20 +3,24 @@
     python launch.py --config=gpt1_finetune --config.init_from=runs/gpt1_pretrain \
         --config.finetune.train_file=train.tsv --config.finetune.text=sentence
 
-The hyper-parameters are a learning rate of 6.25e-5, batches of 32, 3 epochs, a warm-up over 0.2% of
-the training and a linear decay, lambda 0.5, and a dropout of 0.1 before the classifier (Radford et
-al. 2018, section 4.1). The sizes and the tokenizer are those of `init_from`.
+The paper is Radford et al. 2018. The hyper-parameters of its section 4.1 are a learning rate of
+6.25e-5, batches of 32 examples, 3 epochs, a warm-up over 0.2% of the training with a linear decay
+after it, a weight of 0.5 for the LM loss (lambda), and a dropout of 0.1 before the task head. The
+sizes of the model and the tokenizer come from the checkpoint in `init_from`.
 
-`--config=gpt1_finetune:original` and `:modern` use other recipes (gptjax/config/recipes.py).
-`--config.finetune.dataset=nyu-mll/glue:mrpc` reads a data set of the Hugging Face hub instead of a
-file.
+`--config=gpt1_finetune:original` and `--config=gpt1_finetune:modern` use other recipes, which
+gptjax/config/recipes.py describes. `--config.finetune.dataset=nyu-mll/glue:mrpc` reads a data set
+of the Hugging Face hub instead of a file.
 """
 
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, recipes
 
 
 def get_config(recipe: str = "paper") -> Experiment:
-    """Returns the experiment; it needs `--config.init_from`, the training file and its columns."""
+    """Returns the experiment with the given recipe.
+
+    It needs `--config.init_from`, `--config.finetune.train_file` and names of columns.
+    """
     experiment = Experiment(
         name="gpt1_finetune",
         model=ModelConfig(dtype="bfloat16"),

@@ -1,19 +1,19 @@
-"""Pretrains GPT-1's architecture with 350M, 1.3B or 6.7B parameters on a slice of TPUs.
+"""Pretrains GPT-1's architecture with 350M, 1.3B or 6.7B parameters on a TPU slice.
 
     python launch.py compile --config=larger:350m --topology=v5e:4x4
     python launch.py compile --config=larger:1b3 --topology=v5e:8x8
     python launch.py compile --config=larger:6b7 --topology=v5p:4x4x4
     python launch.py --config=larger:350m --config.pretrain.train_files='corpus/*.txt'
 
-The models have 346, 1,297 and 6,620 million parameters. Layers, width, context, batch size and
-learning rate are those of the GPT-3 of that size (Brown et al. 2020, table 2.1), except that 1.3B
-has 16 heads of 128 instead of 24. The number of steps gives about 20 tokens for each parameter
-(Hoffmann et al. 2022). The rest is as in GPT-1: post-LN, GELU, the tied embedding and learned
-positions.
+The models have 346, 1,297 and 6,620 million parameters. Layers, width, heads, context, batch size
+and learning rate are the values of the GPT-3 of that size (Brown et al. 2020, table 2.1), except
+that 1.3B has 16 heads of width 128 instead of 24 heads. The number of steps gives about 20 tokens
+for each parameter (Hoffmann et al. 2022). The rest is the same as in GPT-1: layer norms after the
+residual sums (post-LN), GELU, the tied embedding and learned positions.
 
-The trainings have not been run in this project, which has no accelerator. docs/larger.md gives the
-cost of a step, estimated from the compiled program. Post-LN models of this depth may need a longer
-warm-up.
+The training runs have not been made in this project, which has no accelerator. docs/larger.md gives
+the cost of a step, which is estimated from the compiled program. Post-LN models of this depth might
+need a longer warm-up.
 """
 
 import dataclasses
@@ -48,7 +48,7 @@ _SIZES = {
 
 
 def get_config(size: str = "350m") -> Experiment:
-    """Returns the experiment of a size; it needs `--config.pretrain.train_files`."""
+    """Returns the experiment of a size. It needs `--config.pretrain.train_files`."""
     require(size in _SIZES, f"the size must be one of {', '.join(_SIZES)}{nearest(size, _SIZES)}")
     own = _SIZES[size]
     return Experiment(
@@ -61,8 +61,8 @@ def get_config(size: str = "350m") -> Experiment:
             dtype="bfloat16",
             remat="full",
         ),
-        # With the four special tokens the embedding has 40,960 rows, a multiple of 128 and of the
-        # sizes of all these meshes.
+        # With the four special tokens the embedding has 40,960 rows. This number is a multiple of
+        # 128, and of the number of devices in each topology that the docstring above names.
         tokenizer=TokenizerConfig(vocab_size=40956),
         pretrain=PretrainConfig(
             batch_size=own.batch_size,

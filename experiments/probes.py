@@ -1,21 +1,24 @@
-"""The paper's zero-shot probes, which test a language model on tasks without any fine-tuning.
+"""Zero-shot probes of the paper: tasks that a language model does without any fine-tuning.
 
     python launch.py evaluate --probes --config=probes --checkpoint=runs/gpt1
 
 The probes are CoLA, SST-2, RACE and the Winograd schemas of definite pronouns, from the Hugging
-Face hub. `--config.probes.cola.dataset= --config.probes.cola.file=dev.tsv` and the like read files
+Face hub. Flags such as `--config.probes.cola.dataset= --config.probes.cola.file=dev.tsv` read files
 with the same columns instead.
 
-An experiment that pretrains may have the field `probes` as well. Then each validation scores them,
-and plots/probes.png shows the scores over the steps. This project cannot reach the hub, so these
-probes have not been run on its data.
+Any experiment that pretrains can have the field `probes`. Each validation then scores the probes,
+and plots/probes.png shows the scores over the steps. These probes have not been run on the data of
+the hub, because this project cannot reach the hub.
 """
 
 from gptjax.config import Experiment, ModelConfig, PretrainConfig, ProbeConfig
 
 
 def get_config() -> Experiment:
-    """Returns the probes, with a pretraining that needs `--config.pretrain.train_files`."""
+    """Returns the experiment of a pretraining and its probes.
+
+    To train it, `--config.pretrain.train_files` is needed.
+    """
     return Experiment(
         name="probes",
         model=ModelConfig(context_length=512),

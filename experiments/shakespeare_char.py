@@ -1,4 +1,4 @@
-"""Trains a tiny character model with GPT-1's architecture, as nanoGPT's first example does.
+"""Trains a tiny character model with GPT-1's architecture, like the first example of nanoGPT.
 
     python launch.py --config=shakespeare_char --config.pretrain.train_files=input.txt
     python launch.py generate --checkpoint=runs/shakespeare_char --prompt='ROMEO:'
@@ -6,15 +6,15 @@
 The model has 4 layers of width 128 with 4 heads, and a context of 64 characters. It trains for
 2,000 steps with batches of 12 and without dropout. The last tenth of the text is held out.
 
-Result on tiny Shakespeare (1.1 MB), seed 0: validation loss 1.72 nats per character over the whole
-held-out part, after 2 minutes on 2 cores of an Intel Xeon (2026-11-23).
+Result on tiny Shakespeare (1.1 MB) with seed 0: the validation loss is 1.72 nats per character over
+the whole held-out part, after 2 minutes on 2 cores of an Intel Xeon (2026-11-23).
 """
 
 from gptjax.config import Experiment, ModelConfig, OptimizerConfig, PretrainConfig, TokenizerConfig
 
 
 def get_config() -> Experiment:
-    """Returns the experiment; it needs the text file."""
+    """Returns the experiment. It reads the text file input.txt by default."""
     return Experiment(
         name="shakespeare_char",
         model=ModelConfig(

@@ -4,15 +4,19 @@
         --config.finetune.train_file=msr_paraphrase_train.txt \
         --config.finetune.test_file=msr_paraphrase_test.txt
 
-The task head of this model reads the states of all positions. Tests compare the losses and the head
-with a float64 reference. The score on MRPC was not measured.
+The files are the training and test files of MRPC. The task head of this model reads the hidden
+states of all positions. Tests compare the losses and the task head with a float64 reference. The
+score on MRPC was not measured.
 """
 
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig, recipes
 
 
 def get_config() -> Experiment:
-    """Returns the experiment; it needs the files of MRPC, or others and their columns."""
+    """Returns the experiment. It needs the files of MRPC.
+
+    Other files need flags for their columns, because the default columns are those of MRPC.
+    """
     experiment = Experiment(
         name="tutorial",
         model=ModelConfig(context_length=128),

@@ -4,9 +4,10 @@
 >>> gpt.predict({"text": ["A good film."]}).labels                    # doctest: +SKIP
 ['5']
 
-A file, a mapping of columns, a pandas DataFrame, a pyarrow Table or a `datasets.Dataset` goes in; a
-`GPT` comes out. `gptjax.pretrain` trains on plain text, and `gptjax.load` reads a model from disk.
-The command `python launch.py` does the same and more; `launch.py --help` lists its modes.
+`gptjax.finetune` takes a file, a mapping of columns, a pandas DataFrame, a pyarrow Table or a
+`datasets.Dataset`, and returns a `GPT`. `gptjax.pretrain` trains on plain text, and `gptjax.load`
+reads a model from disk. The command `python launch.py` does the same and more, and
+`python launch.py --help` lists its modes.
 """
 
 import importlib
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["GPT", "__version__", "finetune", "load", "pretrain"]
 __version__ = "0.1.0"
 
-# The modules of the public names. They are imported at the first use of a name, because they import
-# JAX, which takes seconds.
+# Public name -> its module. A module is imported when a name is used for the first time, because
+# the modules import JAX, which takes seconds.
 _MODULES = {
     "GPT": "gptjax.infer.predictor",
     "load": "gptjax.infer.predictor",

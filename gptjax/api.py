@@ -1,6 +1,7 @@
 """Training from Python: `finetune` and `pretrain`, for notebooks, scripts and services.
 
-They do the same as mode `train` of the command line: the same configuration gives the same model.
+The functions do the same as the mode `train` of the command line, so the same configuration gives
+the same model. The experiment is the configuration of a run. A stage is `pretrain` or `finetune`.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ from gptjax.train.progress import Reporter, TerminalReporter
 Path = str | os.PathLike[str]
 
 _FIELDS = ("task", "text", "text_pair", "choices", "label", "metrics")
-"""The fields of a fine-tuning that are arguments too."""
-# Stage -> field or split -> the argument that sets it, for error messages.
+"""The fields of `FinetuneConfig` that are arguments of `finetune` too."""
+# Stage -> name of a field or split -> name of the argument that sets it, for error messages.
 _ARGUMENTS: dict[Stage, dict[str, str]] = {
     Stage.FINETUNE: {
         **{f"finetune.{name}": name for name in _FIELDS},
@@ -98,44 +99,48 @@ def finetune(  # noqa: PLR0913 (keywords)
     of column names to lists, a list of mappings, a pandas DataFrame, a pyarrow Table or a
     `datasets.Dataset`. The same rows give the same model in each form.
 
-    A run is stopped by an interrupt (Ctrl-C, or the stop button of a notebook): the current step is
-    finished and saved, then `KeyboardInterrupt` is raised. SIGTERM saves too and raises
-    `gptjax.errors.Preempted`. The same call with the same `workdir` continues. Signals are handled
-    only if the call is made in the main thread, as Python requires.
+    An interrupt (Ctrl-C, or the stop button of a notebook) stops a run. The current step is
+    finished and the state is saved, and then `KeyboardInterrupt` is raised. After SIGTERM the state
+    is saved too, and `gptjax.errors.Preempted` is raised. The same call with the same `workdir`
+    continues the run. Signals are handled only if the call is made in the main thread, because
+    Python requires this.
 
     Args:
-      train: rows with the columns of the task.
-      validation: rows that choose the best checkpoint; None: a tenth of `train` is held out.
-      test: rows for the final score; None: no test.
+      train: the training rows, with the columns of the task.
+      validation: the rows whose score chooses the best checkpoint. None means that a part of
+        `train` is held out, a tenth by default.
+      test: the rows for the final score. None means no test.
       task: classification, entailment, similarity, multiple_choice or regression.
-      text: column of the text; `"a+b"` joins two columns, `"c[0]"` reads the first element of a
-        column of lists.
-      text_pair: column of the second text, in entailment, similarity and regression.
-      choices: columns of the answers, in multiple_choice.
-      label: column of the label.
-      metrics: names of scores; the first one chooses the best checkpoint.
-      init_from: a workdir, checkpoint or `GPT` to start from, with its tokenizer and sizes; None:
+      text: the column of the text. `"a+b"` joins two columns, and `"c[0]"` reads the first element
+        of a column of lists.
+      text_pair: the column of the second text, in entailment, similarity and regression.
+      choices: the columns of the answers, in multiple_choice.
+      label: the column of the label.
+      metrics: names of metrics. The first metric chooses the best checkpoint.
+      init_from: a workdir, a checkpoint or a `GPT`. The run starts from its weights, tokenizer and
+        sizes. None means the `init_from` of the experiment, which is empty by default, that is,
         random weights.
-      workdir: the folder of the run, as of the command line: checkpoints, metrics.jsonl,
-        summary.json. A run that was interrupted there continues, and one that is complete is only
-        loaded. None: a temporary folder, which is deleted with the returned `GPT` (copy it to keep
-        the model), but kept and named by the exception if the run is stopped.
-      config: the experiment to start from, or the name of one; None: "finetune_file". Only its
-        fine-tuning stage is trained.
-      overrides: values of other fields of the experiment by their dotted names, such as
+      workdir: the folder for checkpoints, metrics.jsonl and summary.json, as on the command line.
+        If the folder holds an interrupted run, the run continues. If the run is complete, the model
+        is only loaded. None means a temporary folder. It is deleted together with the returned
+        `GPT`, so copy it to keep the model. If the run is stopped, the folder is not deleted, and
+        the message of the exception names it.
+      config: an experiment or the name of an experiment, whose values are the defaults. None means
+        "finetune_file". Only the fine-tuning stage of the experiment is trained.
+      overrides: dotted name -> value, for other fields of the experiment, such as
         {"finetune.epochs": 3.0, "model.width": 256, "seed": 1}.
-      progress: whether to show messages and the progress. A notebook shows a bar, a terminal too,
-        and other programs get plain lines.
+      progress: whether to show messages and the progress. A notebook and a terminal show a progress
+        bar. Other programs get plain lines.
 
-    Arguments that are None keep the value of the experiment.
+    If an argument is None, the value of the experiment is used.
 
     Returns:
       The model of the best checkpoint. Its `summary["finetune"]` holds the scores.
 
     Raises:
-      UserError: wrong arguments, fields or rows. The message names the argument and the row.
+      UserError: an argument, a field or a row is wrong. The message names it.
       TrainingDiverged: several updates in a row were not finite.
-      KeyboardInterrupt, Preempted: the run was stopped; its state is saved.
+      KeyboardInterrupt, Preempted: the run was stopped, and its state is saved.
     """
     tables = {"train": train, "validation": validation, "test": test}
     tables = {split: table for split, table in tables.items() if table is not None}
@@ -175,17 +180,18 @@ def pretrain(  # noqa: PLR0913 (keywords)
     Args:
       files: names or globs of text files, or a table in memory (see `finetune`) whose rows are
         documents.
-      validation: as `files`; None: the last tenth of the text is held out.
-      text: column of the text in a table.
-      config: the experiment to start from, or the name of one; None: "pretrain_file". Only its
-        pretraining stage is trained.
-      init_from, workdir, overrides, progress: as in `finetune`.
+      validation: files or a table in the same form. None means that the end of the training text is
+        held out, a tenth by default.
+      text: the column of the text in a table.
+      config: an experiment or the name of an experiment, whose values are the defaults. None means
+        "pretrain_file". Only the pretraining stage of the experiment is trained.
+      init_from, workdir, overrides, progress: the same as in `finetune`.
 
     Returns:
       The model of the best checkpoint. Its `summary["pretrain"]` holds the scores.
 
     Raises:
-      The exceptions of `finetune`.
+      UserError, TrainingDiverged, KeyboardInterrupt, Preempted: the same as in `finetune`.
     """
     fields: dict[str, Any] = dict.fromkeys(("dataset", "train_files", "validation_files"), "")
     fields["text"] = text
@@ -209,16 +215,16 @@ def _is_path(value: Any) -> TypeGuard[Path]:
 
 
 def _joined(names: Any) -> Any:
-    """Returns a list of names as one text with commas; other values are not changed."""
+    """Returns a list of names as one text with commas. None and a single name are not changed."""
     return names if names is None or _is_path(names) else ",".join(map(os.fspath, names))
 
 
 def _experiment(stage: Stage, fields: Mapping[str, Any], call: _Call) -> Experiment:
-    """Returns the experiment of a call, which has no other stage.
+    """Returns the experiment of a call, with a single stage.
 
     Args:
-      stage: the stage.
-      fields: name -> value of fields of the stage; None keeps the value of the experiment.
+      stage: the stage to train.
+      fields: name of a field of the stage -> value. None keeps the value of the experiment.
       call: the other arguments.
     """
     config = call.config
@@ -243,9 +249,10 @@ def _with_field(config: Any, path: str, value: Any, whole: str = "") -> Any:
 
     Args:
       config: the configuration, or a part of it.
-      path: dotted name of the field below `config`.
-      value: of the field.
-      whole: dotted name of the field below the experiment, for messages; "" means `path`.
+      path: the dotted name of the field in `config`.
+      value: the new value of the field.
+      whole: the dotted name of the field in the experiment, for error messages. An empty string
+        means that it is `path`.
     """
     whole = whole or path
     name, _, rest = path.partition(".")
@@ -263,14 +270,14 @@ def _with_field(config: Any, path: str, value: Any, whole: str = "") -> Any:
 
 
 class _TemporaryFolder:
-    """A folder that is deleted with this object, or when Python ends."""
+    """A folder that is deleted together with this object, or when Python ends."""
 
     def __init__(self) -> None:
         self.path = tempfile.mkdtemp(prefix="gptjax-")
         self._delete = weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
 
     def keep(self) -> None:
-        """Leaves the folder on the disk."""
+        """Prevents the deletion of the folder."""
         self._delete.detach()
 
 
@@ -278,9 +285,9 @@ class NotebookReporter(TerminalReporter):
     """Shows messages and a progress bar in a notebook."""
 
     def begin(self, stage: str, total_steps: int, start_step: int) -> None:
-        """Opens the bar."""
+        """Opens the progress bar of a stage."""
         with warnings.catch_warnings():
-            # Without ipywidgets, tqdm warns and falls back to a bar of text.
+            # If ipywidgets is not installed, tqdm warns and shows a bar of text instead.
             warnings.simplefilter("ignore")
             from tqdm.auto import tqdm
         layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}"
@@ -292,7 +299,7 @@ def _reporter(progress: bool) -> Reporter:
         return Reporter()
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
-    # IPython in a terminal has a shell of another kind.
+    # IPython in a terminal has no "IPKernelApp" in its configuration.
     in_notebook = shell is not None and "IPKernelApp" in shell.config
     return NotebookReporter() if in_notebook else TerminalReporter()
 
@@ -303,9 +310,9 @@ def _train(
     """Trains one stage and returns its best model.
 
     Args:
-      stage: the stage.
-      fields: as in `_experiment`.
-      tables: split -> rows; empty if the fields name files.
+      stage: the stage to train.
+      fields: name of a field of the stage -> value. None keeps the value of the experiment.
+      tables: split -> rows. The mapping is empty if the fields name files.
       call: the other arguments.
     """
     import datasets
@@ -316,7 +323,8 @@ def _train(
     reporter = _reporter(call.progress)
     try:
         with _arguments_named(stage), contextlib.ExitStack() as end:
-            if datasets.is_progress_bar_enabled():  # reading data switches it off
+            # Reading data disables the progress bars of `datasets`, which belong to the caller.
+            if datasets.is_progress_bar_enabled():
                 end.callback(datasets.enable_progress_bars)
             rows: dict[str, Any] = {stage: _datasets(experiment, stage, tables)} if tables else {}
             options = run_lib.Options(given=call.overrides, tables=rows, reporter=reporter)
@@ -333,7 +341,7 @@ def _train(
 def _datasets(
     experiment: Experiment, stage: Stage, tables: Mapping[str, Path | Table]
 ) -> dict[str, Any]:
-    """Returns split -> the columns of its table that the stage reads, as a `datasets.Dataset`."""
+    """Returns split -> a `datasets.Dataset` with the columns of its table that the stage reads."""
     experiment = validation_lib.validate(experiment, [stage])
     if experiment.finetune:
         spec = splits.task_spec(experiment.finetune)
@@ -350,7 +358,7 @@ def _datasets(
 
 
 def _stopped(error: Preempted | TrainingDiverged, workdir: str) -> BaseException:
-    """Returns the exception of a stopped run, with a message for Python."""
+    """Returns the exception of a stopped run, with a message for callers from Python."""
     message = str(error).replace("the same command", f"the same call with {workdir=!s}")
     if isinstance(error, Preempted) and error.interrupted:
         return KeyboardInterrupt(message)
@@ -359,7 +367,7 @@ def _stopped(error: Preempted | TrainingDiverged, workdir: str) -> BaseException
 
 @contextlib.contextmanager
 def _arguments_named(stage: Stage) -> Iterator[None]:
-    """Turns the names of fields and splits in error messages into the names of arguments."""
+    """Turns names of fields and splits in error messages into names of arguments."""
     names = _ARGUMENTS[stage]
     try:
         yield

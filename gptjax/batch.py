@@ -1,20 +1,22 @@
-"""The batch: the contract between data and model.
+"""The batch: the data format that the data pipeline writes and the model reads.
 
-Several sequences share a row (they are packed), and all shapes are static. All sequences of one
-example are in the same row, so that the task head never gathers states across rows or devices.
+Rows are packed, that is, several token sequences share a row. A sequence in a packed row is also
+called a segment. All shapes are static. All sequences of one example are in the same row, so that
+the task head never gathers hidden states across rows or devices.
 
-Letters of shapes. The name of an array ends in one letter for each of its axes: `q_BTHK` is
-[B, T, H, K]. In the whole project:
+The name of an array ends in one letter for each of its axes, for example `q_BTHK` is [B, T, H, K].
+These letters are the same in the whole project:
 
   B  rows of a batch                      D  width of the model
-  T  tokens of a row (or queries)         H  heads of attention
-  S  keys that a query may see            K  width of a head
-  E  example slots of a row               F  width inside the feed-forward layer
-  C  candidate sequences of an example    V  vocabulary
+  T  tokens in a row (or queries)         H  attention heads
+  S  keys                                 K  width of a head
+  E  slots for examples in a row          F  width inside the feed-forward layer
+  C  candidates of an example             V  size of the vocabulary
   L  layers                               O  outputs of the task head
 
-A multiple choice has one candidate sequence for each answer, other tasks have one or two. A file
-that needs further letters defines them in its docstring.
+The candidates of an example are its sequences. A multiple choice has one candidate for each answer,
+and other tasks have one or two candidates. A file that needs more letters defines them in its
+docstring.
 """
 
 import enum
@@ -32,16 +34,16 @@ class TokenType(enum.IntEnum):
     FIRST_TEXT = 0
     SECOND_TEXT = 1
     PADDING = 2
-    """Padding inside of a sequence, for a task head that reads sequences of one length."""
+    """Padding inside a sequence. It is used if the task head needs sequences of equal length."""
 
 
 @flax.struct.dataclass
 class Batch:
     """Packed rows. The last four fields are None in pretraining.
 
-    An example: three sequences in one row. They are three examples of a classification (C = 1). The
-    tokens 1 and 2 stand for the start token and the extract token. The fourth slot is not used, and
-    the last token of the row is padding.
+    The row below holds three sequences, which are three examples of a classification (C = 1). Token
+    1 is the start token. Token 2 is the extract token, which ends a sequence and whose hidden state
+    the task head reads. The fourth slot is not used, and the last token of the row is padding.
 
     >>> import numpy as np
     >>> batch = Batch(                  # B = 1, T = 12, E = 4, C = 1
@@ -56,18 +58,18 @@ class Batch:
     ...     labels=np.array([[1, 0, 1, 0]]),
     ... )
 
-    The task head reads the states at the extract tokens:
+    The task head reads the hidden states at the extract tokens:
 
     >>> batch.tokens[0, batch.extract[0, :3, 0]]
     array([2, 2, 2])
 
-    The language model predicts token t + 1 at t, but never the first token of the next sequence:
+    At token t the language model predicts token t + 1, but not across the end of a sequence:
 
     >>> weighted = np.flatnonzero(batch.lm_weights[0])
     >>> [(int(batch.tokens[0, t]), int(batch.tokens[0, t + 1])) for t in weighted]
     [(1, 7), (7, 8), (8, 9), (9, 2), (1, 5), (5, 2), (1, 6), (6, 2)]
 
-    A token attends to the tokens of its own segment up to itself. The token at 6 attends to:
+    A token attends to itself and to the earlier tokens of its segment. Token 6 attends to:
 
     >>> same_segment = batch.segment_ids[0] == batch.segment_ids[0, 6]
     >>> np.flatnonzero(same_segment & (np.arange(12) <= 6))
@@ -77,19 +79,19 @@ class Batch:
     tokens: Array
     """int32 [B, T]"""
     segment_ids: Array
-    """int32 [B, T]: 1, 2, ... for the sequences of a row; 0 is padding."""
+    """int32 [B, T]: 1, 2, ... for the sequences of a row. 0 means padding."""
     positions: Array
     """int32 [B, T]: 0, 1, ... in each sequence."""
     token_types: Array
     """int32 [B, T]: values of `TokenType`."""
     lm_weights: Array
-    """float32 [B, T]: the weight of predicting token t + 1 at t; 0 at the last token of a sequence
-    and at padding."""
+    """float32 [B, T]: the weight of the prediction of token t + 1 in the LM loss. It is 0 at the
+    last token of a sequence and at padding."""
     extract: Array = None
-    """int32 [B, E, C]: the place in the row of the extract token of candidate c of example e."""
+    """int32 [B, E, C]: the index in the row of the extract token of candidate c of example e."""
     candidate_mask: Array = None
-    """float32 [B, E, C]: 1 for a candidate, 0 for an empty place."""
+    """float32 [B, E, C]: 1 for a candidate, 0 for an empty slot."""
     example_mask: Array = None
     """float32 [B, E]: 1 for an example, 0 for an empty slot."""
     labels: Array = None
-    """int32 [B, E]: the class or the right answer; float32 [B, E]: the target of a regression."""
+    """int32 [B, E], the class or the right answer. In a regression: float32 [B, E], the target."""

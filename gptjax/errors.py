@@ -1,23 +1,26 @@
-"""The exceptions that a user meets: each ends a run with one line and an exit code of its own."""
+"""The exceptions of gptjax. The command line reports each as one line and its own exit code."""
 
 import difflib
 import typing
 
 
 class UserError(Exception):
-    """Wrong use or wrong input. The command line prints ``error: MESSAGE`` and exits with code 2.
+    """The user made a mistake, or the input is wrong.
 
-    The message is one line that names what is wrong, where (file, row, column, argument or field)
-    and what to write instead. Arguments and fields stand in backquotes, as in "`top_p`=2: must be
-    at most 1"; the command line turns them into flags. Every other exception is a bug of ours and
-    keeps its traceback.
+    The command line prints ``error: MESSAGE`` and exits with code 2.
+
+    The message is one line. It names the mistake, the place of the mistake (file, row, column,
+    argument or field) and a correction. Arguments and fields are written in backquotes, for example
+    "`top_p`=2: must be at most 1", and the command line turns them into flags. An exception that is
+    not defined in this module (except KeyboardInterrupt) is a bug of gptjax and keeps its
+    traceback.
     """
 
 
 class ProcessLost(Exception):
     """Another process of the run did not start, or has ended. The exit code is 1.
 
-    The user has made no mistake: the same command may succeed at the next attempt.
+    The user has made no mistake, and the same command may succeed at the next attempt.
     """
 
 
@@ -26,9 +29,10 @@ class TrainingDiverged(Exception):
 
 
 class StopRequested(Exception):
-    """The process was asked to stop. Raised between two batches, where nothing is half done.
+    """The process was asked to stop. The exception is raised between two batches.
 
-    Whoever holds a state to save catches it, saves, and raises `Preempted`.
+    A function that has a training state to save catches the exception, saves the state, and raises
+    `Preempted`.
     """
 
 
@@ -36,7 +40,7 @@ class Preempted(Exception):
     """The run received a request to stop and has saved its state. The exit code is 75."""
 
     interrupted: bool = False
-    """Whether Ctrl-C asked to stop, and not a scheduler or a closed terminal."""
+    """Whether the request came from Ctrl-C, not from a scheduler or a closed terminal."""
 
 
 def require(condition: object, message: str) -> None:
@@ -46,12 +50,15 @@ def require(condition: object, message: str) -> None:
 
 
 def brief(error: BaseException) -> str:
-    """Returns class and text of a library's error on one line, the text cut to 200 characters."""
+    """Returns one line with the class of an error and the first 200 characters of its text."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:
-    """Returns "; did you mean 'X'?" with the name that is most like `name`, "" if none is."""
-    lower = {each.lower(): str(each) for each in names}  # `str`: members of enumerations too
+    """Returns "; did you mean 'X'?" with the most similar name.
+
+    If no name is similar to `name`, the result is an empty string.
+    """
+    lower = {each.lower(): str(each) for each in names}  # `str` converts members of enumerations
     near = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
     return f"; did you mean {lower[near[0]]!r}?" if near else ""

@@ -1,9 +1,12 @@
-"""The mesh of devices, and the layout of parameters, training states and batches on it.
+"""The mesh of devices, and the sharding of parameters, training states and batches on the mesh.
 
-The axes of the mesh: `data` (each device has its own rows of a batch and a copy of the parameters),
-`fsdp` (its own rows, and a part of the parameters), `tensor` (the same rows, and a part of every
-layer's computation). Which axis of a parameter is sharded over which mesh axis is written in the
-table of `gptjax.parameters`.
+The mesh has three axes. The devices along an axis share the work as follows:
+
+data     Each device has its own rows of a batch, and a copy of the parameters.
+fsdp     Each device has its own rows of a batch, and a shard of the parameters.
+tensor   All devices have the same rows. Each device does a part of the computation of each layer.
+
+The table in `gptjax.parameters` says which axis of a parameter is sharded over which mesh axis.
 """
 
 import contextlib
@@ -37,9 +40,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """Returns the mesh with the axes `AXES`.
 
     Args:
-      config: the size of each axis; -1 stands for the number of devices that the others leave.
-      devices: the devices of the mesh; None: all devices of JAX. If they belong to several TPU
-        slices, the data axis goes across the slices.
+      config: the size of each axis. -1 means all devices that the other axes leave.
+      devices: the devices of the mesh. None means all devices of JAX. If the devices belong to
+        several TPU slices, the data axis is divided among the slices first.
 
     Raises:
       UserError: the product of the sizes is not the number of devices.
@@ -63,8 +66,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
     outer = _over_slices(sizes, len({_slice(device) for device in devices}))
     inner = [size // share for size, share in zip(sizes, outer, strict=True)]
-    # A mesh axis may be a part of an axis of the chips' torus, so that 4 x 4 chips make a mesh of
-    # 2 x 4 x 2.
+    # An axis of the torus of chips can be divided among several mesh axes. For example, 4 x 4 chips
+    # can be a mesh of 2 x 4 x 2.
     if outer == [1, 1, 1]:
         grid = mesh_utils.create_device_mesh(inner, devices, allow_split_physical_axes=True)
     else:
@@ -75,7 +78,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 
 def _slice(device: jax.Device) -> int:
-    """Returns the number of the device's TPU slice; 0 for other devices."""
+    """Returns the index of the TPU slice of a device. Devices other than TPUs have 0."""
     return getattr(device, "slice_index", 0)
 
 
@@ -86,15 +89,16 @@ def slice_devices(mesh: Mesh) -> list[jax.Device]:
 
 
 def _over_slices(sizes: list[int], slices: int) -> list[int]:
-    """Returns the number of parts into which the slices divide each axis.
+    """Returns the number of parts into which the TPU slices divide each mesh axis.
 
     Slices are connected by the network of the data centre, which is a hundred times slower than
-    the links inside a slice. The data axis communicates least, one sum of the gradients a step, so
-    that it goes across the slices. If it is too short for all of them, fsdp goes across the rest.
+    the links inside a slice. The data axis communicates least, one sum of the gradients in a step.
+    Therefore the data axis is divided among the slices. If the data axis cannot be divided among
+    all slices, the fsdp axis is divided as well.
 
     Args:
-      sizes: of the three axes.
-      slices: how many slices there are.
+      sizes: the sizes of the three axes.
+      slices: the number of slices.
 
     Raises:
       UserError: the data and fsdp axes cannot be divided among the slices.
@@ -113,20 +117,23 @@ def _over_slices(sizes: list[int], slices: int) -> list[int]:
 
 
 def is_sharded(mesh: Mesh | None) -> TypeGuard[Mesh]:
-    """Returns whether the mesh has more than one device, so that arrays are sharded."""
+    """Returns whether the mesh has more than one device. Arrays are then sharded."""
     return mesh is not None and mesh.size > 1
 
 
 def platform(mesh: Mesh | None) -> str:
-    """Returns "cpu", "gpu" or "tpu": the platform of the mesh, or of JAX's default device."""
+    """Returns the platform of the mesh: "cpu", "gpu" or "tpu".
+
+    If the mesh is None, the result is the platform of JAX's default device.
+    """
     return mesh.devices.flat[0].platform if mesh is not None else jax.default_backend()
 
 
 def compute_capability(mesh: Mesh | None) -> float:
-    """Returns the compute capability of NVIDIA GPUs (8.0 for Ampere); 0 for other devices.
+    """Returns the compute capability of NVIDIA GPUs, such as 8.0 for Ampere. Other devices have 0.
 
     Args:
-      mesh: of equal devices; None: JAX's first device.
+      mesh: a mesh of equal devices. None means JAX's first device.
     """
     device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
     found = re.fullmatch(r"\d+\.\d+", str(getattr(device, "compute_capability", "")))
@@ -134,14 +141,14 @@ def compute_capability(mesh: Mesh | None) -> float:
 
 
 def batch_divisor(mesh: Mesh) -> int:
-    """Returns the number of devices along the batch axes: it must divide the rows of a batch."""
+    """Returns the number of devices along the batch axes, which must divide the rows of a batch."""
     return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def _divisible(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Returns the layout without the mesh axes that do not divide their array axis.
+    """Returns the partition spec without the mesh axes that do not divide their array axis.
 
-    An odd vocabulary size, for example, cannot be sharded over two devices.
+    For example, a vocabulary of odd size cannot be sharded over two devices.
     """
     entries = (
         axis if axis is not None and size % mesh.shape[axis] == 0 else None
@@ -153,14 +160,15 @@ def _divisible(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh)
 def state_sharding(tree: Any, mesh: Mesh) -> Any:
     """Returns the sharding of every array of a parameter tree or training state.
 
-    Arrays whose path does not end in that of a parameter (the step, counters) are replicated.
+    An array is replicated if its path does not end in the path of a parameter. Such arrays are the
+    step and counters.
 
     Args:
-      tree: of arrays, or of anything with a shape.
+      tree: a tree of arrays, or of other objects that have a shape.
       mesh: the devices.
 
     Returns:
-      The same tree with a NamedSharding for each array.
+      A tree of the same structure with a NamedSharding for each array.
     """
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -175,16 +183,16 @@ def state_sharding(tree: Any, mesh: Mesh) -> Any:
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Returns the layout of a parameter of a single layer, as `state_sharding` stores it.
+    """Returns the partition spec of a parameter, for one layer of the array in the training state.
 
     Args:
-      path: of the parameter, such as "blocks/attention/qkv/kernel".
-      shape: of the parameter, without the axis of the layers.
+      path: the path of the parameter, such as "blocks/attention/qkv/kernel".
+      shape: the shape of the parameter, without the axis of the layers.
       mesh: the devices.
 
     Returns:
-      One entry for each array axis; None where the mesh axis has one device or does not divide the
-      array axis.
+      The mesh axis of each array axis. None means that the array axis is not sharded, because it
+      has no mesh axis, or the mesh axis has one device or does not divide the array axis.
 
     Raises:
       KeyError: there is no such parameter.
@@ -196,12 +204,12 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of a batch: its rows over the data and fsdp axes."""
+    """Returns the sharding of a batch, whose rows are sharded over the data and fsdp axes."""
     return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds completely."""
+    """Returns the sharding of a replicated array, which every device holds completely."""
     return NamedSharding(mesh, P())
 
 
@@ -217,7 +225,7 @@ def on_each_device(
 
 
 def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
-    """Returns bool [rows]: which rows of a batch the devices of this process hold."""
+    """Returns bool [rows]: whether a device of this process holds the row of a batch."""
     found = np.zeros(rows, bool)
     for index in batch_sharding(mesh).addressable_devices_indices_map((rows,)).values():
         found[index] = True
@@ -225,24 +233,25 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """Copies to each device its rows of a batch.
+    """Copies to each device of this process its rows of a batch.
 
-    The rows of other processes' devices are not read.
+    The rows for the devices of other processes are not read.
     """
     sharding = batch_sharding(mesh)
 
     def place(array: np.ndarray) -> jax.Array:
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    # JAX counts the transfer as an implicit one, but it is meant.
+    # JAX regards this transfer as implicit, and the transfer guard would reject it. It is intended.
     with jax.transfer_guard_host_to_device("allow"):
         return jax.tree.map(place, batch)
 
 
 def describe_machine() -> str:
-    """Returns the hardware and versions of a measurement: "2 x Intel(R) Xeon(R) ..., jax 0.10.2".
+    """Returns the hardware and the versions of Python and JAX, to be noted with a measurement.
 
-    On a CPU the settings of the C library's memory allocator are included.
+    An example is "2 x Intel(R) Xeon(R) ..., Python 3.11.7, jax 0.10.2". On a CPU the settings of
+    the C library's memory allocator are included.
     """
     device = jax.devices()[0]
     count, kind = jax.device_count(), device.device_kind

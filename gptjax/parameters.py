@@ -1,9 +1,12 @@
-"""The parameters of the model: one table of their paths, shapes, layouts and names elsewhere.
+"""The parameters of the model: one table of their paths, shapes, shardings and foreign names.
 
-Everything that depends on the name of a parameter reads this table: the layout on a mesh
+All code that depends on the name of a parameter reads this table: the sharding on a mesh
 (`gptjax.mesh`), weight decay (`gptjax.train.optimizer`), the copy of a model for generation
-(`gptjax.infer.generate`), and the formats of OpenAI and Hugging Face (`gptjax.interop`). A
-parameter that is added to `gptjax.model.gpt` needs a row here; a test compares the two.
+(`gptjax.infer.generate`), and the formats of OpenAI and Hugging Face (`gptjax.interop`). A parameter
+that is added to `gptjax.model.gpt` needs a row in this table. A test compares the table with the
+model.
+
+A block is a layer of the Transformer. A kernel is the weight matrix of a linear layer.
 """
 
 import dataclasses
@@ -12,7 +15,7 @@ import enum
 TOKEN_EMBEDDING = "token_embedding"
 POSITION_EMBEDDING = "position_embedding"
 BLOCKS = "blocks"
-"""The parameters of all blocks; each array has a leading axis of size L, the layers."""
+"""The key of the parameters of all blocks. Each array has a leading axis of size L, the layers."""
 TASK_HEAD = "task_head"
 TASK_HEAD_KERNEL = "task_head/kernel"
 TASK_HEAD_BIAS = "task_head/bias"
@@ -22,9 +25,9 @@ class Role(enum.StrEnum):
     """The use of a parameter."""
 
     EMBEDDING = "embedding"
-    """A table of vectors, one for each id."""
+    """A matrix with one row for each id."""
     KERNEL = "kernel"
-    """A weight that is multiplied with the activations."""
+    """A weight matrix that is multiplied with the activations."""
     BIAS = "bias"
     SCALE = "scale"
     """The gain of a layer norm."""
@@ -32,20 +35,23 @@ class Role(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One row of the table."""
+    """One parameter, which is a row of the table."""
 
     path: str
-    """Keys in the parameter tree, joined by slashes."""
+    """The keys in the parameter tree, joined by slashes."""
     shape: str
-    """One letter for each axis, as in `gptjax.batch`; without the axis L of the layers."""
+    """One letter for each axis (see `gptjax.batch`), without the axis L of the layers."""
     mesh_axes: tuple[str | None, ...] = ()
-    """The mesh axis that each axis of `shape` is sharded over, or None; (): not sharded."""
+    """The mesh axis that each axis of `shape` is sharded over. None means an axis that is not
+    sharded, and () means that no axis is sharded."""
     openai: int | None = None
-    """Place in OpenAI's release, from 0: an embedding's among all arrays; that of a parameter of a
-    block among the twelve arrays of its layer, which follow the embeddings. None: not released."""
+    """The index of the array in OpenAI's release, from 0. For an embedding it is the index among
+    all arrays. For a parameter of a block it is the index among the twelve arrays of a layer. The
+    layers come after the embeddings. None means that the array is not in the release."""
     huggingface: str | None = None
-    """Name in Hugging Face's `openai-gpt` models, without the prefix "transformer." or, for a
-    parameter of a block, "transformer.h.LAYER.". None: these models do not share a name for it."""
+    """The name in Hugging Face's `openai-gpt` models, without its prefix. The prefix is
+    "transformer.h.LAYER." for a parameter of a block, and "transformer." for other parameters. None
+    means that these models have no common name for the parameter."""
 
     @property
     def stacked(self) -> bool:
@@ -54,26 +60,26 @@ class Parameter:
 
     @property
     def path_in_block(self) -> str:
-        """The path without "blocks/"."""
+        """The path without its beginning "blocks/"."""
         return self.path.removeprefix(f"{BLOCKS}/")
 
     @property
     def role(self) -> Role:
-        """The role that the last part of the path names."""
+        """The role of the parameter, which is the end of the path."""
         return next(role for role in Role if self.path.endswith(role))
 
     @property
     def decayed(self) -> bool:
-        """Whether weight decay applies: to embeddings and kernels, not to biases and gains."""
+        """Whether weight decay applies, that is, whether this is an embedding or a kernel."""
         return self.role in (Role.EMBEDDING, Role.KERNEL)
 
 
 _ROWS = (
     Parameter(POSITION_EMBEDDING, "TD", (), 0, "positions_embed.weight"),
     Parameter(TOKEN_EMBEDDING, "VD", ("tensor", "fsdp"), 1, "tokens_embed.weight"),
-    # Y is the number of token types, `ModelConfig.segment_types`.
+    # Y is the number of token types, which is `ModelConfig.segment_types`.
     Parameter("segment_embedding", "YD"),
-    # 3 is the axis of query, key and value.
+    # The axis of size 3 holds query, key and value.
     Parameter(
         "blocks/attention/qkv/kernel", "D3HK", ("fsdp", None, "tensor", None),
         0, "attn.c_attn.weight",
@@ -91,22 +97,22 @@ _ROWS = (
     Parameter("blocks/ffn_out/bias", "D", (), 9, "mlp.c_proj.bias"),
     Parameter("blocks/norm2/scale", "D", (), 10, "ln_2.weight"),
     Parameter("blocks/norm2/bias", "D", (), 11, "ln_2.bias"),
-    # The LM head of a model whose head is not tied to the token embedding.
+    # A model has this LM head only if its LM head is not tied to the token embedding.
     Parameter("lm_head/kernel", "VD", ("tensor", "fsdp")),
     Parameter("lm_head/bias", "V", ("tensor",)),
-    # A head that reads a flattened sequence has a kernel [tokens, D, O].
+    # If the task head reads all positions of a sequence, the kernel is [tokens, D, O].
     Parameter(TASK_HEAD_KERNEL, "DO"),
     Parameter(TASK_HEAD_BIAS, "O"),
 )  # fmt: skip
 
 PARAMETERS: dict[str, Parameter] = {parameter.path: parameter for parameter in _ROWS}
-"""The table, by path."""
+"""The table: path -> parameter."""
 
 
 def find(path: str) -> Parameter | None:
-    """Returns the parameter whose path is the end of `path`; None if there is none.
+    """Returns the parameter whose path is the end of `path`, or None if there is no such parameter.
 
-    The arrays of an optimizer's state end in the path of their parameter.
+    For example, the path of an array of the optimizer's state ends in the path of a parameter.
 
     >>> find("opt_state/0/mu/blocks/ffn_in/bias").path
     'blocks/ffn_in/bias'
@@ -117,7 +123,12 @@ def find(path: str) -> Parameter | None:
 
 
 def in_openai_order(stacked: bool) -> tuple[Parameter, ...]:
-    """Returns the parameters of OpenAI's release in its order: those of a block, or the others."""
+    """Returns the parameters in OpenAI's release, in the order of the release.
+
+    Args:
+      stacked: whether to return the parameters of a block. Otherwise the result is the other
+        parameters, which are the embeddings.
+    """
     places = {
         parameter.openai: parameter
         for parameter in PARAMETERS.values()

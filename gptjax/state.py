@@ -1,4 +1,4 @@
-"""The training state, created in the layout that it has on the mesh."""
+"""The training state, which is created sharded on the mesh."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +16,10 @@ from gptjax.parameters import BLOCKS
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a training has to save: all else is a function of the step."""
+    """The values that a training has to save. All other values are functions of the step."""
 
     step: jax.Array
-    """int32 scalar: number of batches that were used."""
+    """int32 scalar: the number of batches that were used."""
     params: Params
     opt_state: optax.OptState
 
@@ -30,14 +30,17 @@ def create(params: Params, optimizer: optax.GradientTransformation) -> TrainStat
 
 
 def born_sharded(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Returns make(*args), each array created sharded, so that no device ever holds all of it."""
+    """Returns make(*args). Each array is created sharded, so no device ever holds a whole array.
+
+    A replicated array is the exception, because every device holds it completely.
+    """
     shapes = jax.eval_shape(make, *args)
     shardings = mesh_lib.state_sharding(shapes, mesh)
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
 def abstract(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
-    """Returns the shapes and shardings of make(*args) without computing it."""
+    """Returns the shapes and shardings of the arrays of make(*args) without computing them."""
     shapes = jax.eval_shape(make, *args)
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -47,16 +50,16 @@ def abstract(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:
 
 
 def merge_params(loaded: Params, fresh: Params, may_be_new: tuple[str, ...] = ()) -> Params:
-    """Returns `fresh` with each array replaced by the one of the same name in `loaded`.
+    """Returns `fresh` with each array replaced by the array of the same name in `loaded`.
 
     Args:
-      loaded: arrays of a checkpoint.
-      fresh: newly initialised arrays. Those of `loaded` must have the same shapes.
-      may_be_new: first parts of the paths that are left as they are in `fresh`, such as a task
-        head. `loaded` may lack them, or have them in other shapes.
+      loaded: the parameters of a checkpoint.
+      fresh: newly initialised parameters. The arrays of `loaded` must have the same shapes.
+      may_be_new: first keys of the paths of arrays that are taken from `fresh`, such as the key of
+        the task head. `loaded` may lack these arrays, or have them in other shapes.
 
     Raises:
-      ValueError: names each array that is missing, extra or of another shape.
+      ValueError: an array is missing, extra or of another shape. The message names all such arrays.
     """
     flat_loaded = _flatten(loaded, may_be_new)
     flat_fresh = _flatten(fresh, may_be_new)
@@ -75,7 +78,7 @@ def merge_params(loaded: Params, fresh: Params, may_be_new: tuple[str, ...] = ()
 
 
 def transfer_layers(params: Params, fresh: Params, count: int) -> Params:
-    """Returns `params` with the layers after the first `count` replaced by those of `fresh`."""
+    """Returns `params` with all layers after the first `count` layers taken from `fresh`."""
 
     def choose(ours: jax.Array, new: jax.Array) -> jax.Array:
         layer = jnp.arange(ours.shape[0]).reshape(-1, *[1] * (ours.ndim - 1))

@@ -1,1 +1,1 @@
-"""The command line: flags, modes, exit codes."""
+"""The command line: its flags, modes, help texts and exit codes."""

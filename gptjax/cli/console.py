@@ -1,4 +1,4 @@
-"""Messages as a person at the command line reads them."""
+"""Messages of the library, reworded for a person at the command line."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from gptjax.config import schema
 def program() -> str:
     """Returns the command that started this program, without its arguments.
 
-    It is `gptjax`, `python -m gptjax`, or `python` with the path of `launch.py`.
+    The command is `gptjax`, `python -m gptjax`, or `python` with the path of `launch.py`.
     """
     name = os.path.basename(sys.argv[0])
     if name == "__main__.py":
@@ -23,12 +23,13 @@ def with_flags(message: str, mode: str) -> str:
     """Returns a message of the library with the names in backquotes turned into flags.
 
     The library names Python arguments (`top_p`) and fields of the configuration
-    (`pretrain.window`). A name may be both: `seed` is a flag of the mode `generate`, and a field of
-    the experiment that `train` reads. The flags of the mode come first, then the fields, then the
-    flags of other modes. A name that is none of these is not changed.
+    (`pretrain.window`). A name can be an argument and a field: `seed` is a flag of the mode
+    `generate`, and a field of the experiment that `train` reads. Therefore a name is first looked
+    up among the flags of the mode, then among the fields, then among the flags of other modes. A
+    name that is not found is not changed.
 
     Args:
-      message: from the library.
+      message: a message of the library.
       mode: the mode that runs.
 
     >>> with_flags("`top_p`=2: must be at most 1", "generate")

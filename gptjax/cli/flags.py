@@ -1,7 +1,10 @@
 """The flags of the program: one table of the modes with their flags, and the parser.
 
-`MODES` is the single source for the help texts, for absl's definitions, and for the flags that an
-error message names (`gptjax.cli.console`).
+A mode is an activity of the program, such as `train` or `predict`. The flag `--config.FIELD=VALUE`
+changes a field of the experiment. A part of the experiment is a group of fields, such as `model`.
+
+The help texts, absl's definitions of the flags, and the names of flags in error messages (see
+`gptjax.cli.console`) all come from the table `MODES`.
 """
 
 import dataclasses
@@ -24,17 +27,17 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """One of the things that the program does."""
+    """An activity of the program."""
 
     summary: str
-    """What the mode does: one sentence."""
+    """One sentence that says what the mode does."""
     example: str
     """The arguments of an example, without the name of the mode."""
     flags: dict[str, str]
-    """NAME=PLACEHOLDER (a switch is NAME alone) -> the help text of the flag in this mode."""
+    """NAME=PLACEHOLDER -> the help text of the flag in this mode. A switch is NAME alone."""
     parts: tuple[str, ...] = ()
-    """The parts of the experiment that the mode reads, the most important first: keys of
-    `gptjax.cli.usage.PARTS`."""
+    """The parts of the experiment that the mode reads, the most important part first. They are
+    keys of `gptjax.cli.usage.PARTS`."""
 
     @property
     def names(self) -> frozenset[str]:
@@ -43,12 +46,13 @@ class Mode:
 
 
 _CHECKPOINT = (
-    "The trained model. The workdir of a run means its last stage at its best step; "
-    "DIR/checkpoints/STAGE and DIR/checkpoints/STAGE/STEP are a stage and a step of it."
+    "The trained model: the workdir of a run (its last stage at the best step), "
+    "WORKDIR/checkpoints/STAGE (another stage at its best step) or WORKDIR/checkpoints/STAGE/STEP "
+    "(another step)."
 )
 _WORKDIR = (
-    "Folder that the run writes to: a path, or gs://BUCKET/FOLDER. Default: runs/NAME, where NAME "
-    "is --config.name."
+    "The folder that the run writes to: a path, or gs://BUCKET/FOLDER. Default: runs/NAME, where "
+    "NAME is --config.name."
 )
 _REPORT = "A file to write the report to. The report is printed in any case."
 _TRAINING = (
@@ -64,13 +68,13 @@ MODES: dict[str, Mode] = {
             "workdir=DIR": _WORKDIR,
             "coordinator_address=HOST:PORT": "For a training with several processes: the address "
             "of process 0. Give --coordinator_address, --num_processes and --process_id together, "
-            "and only where TPU, GKE, Slurm or Open MPI does not provide them.",
-            "num_processes=N": "Number of processes of the training. 1 ignores what the "
-            "environment says of others.",
-            "process_id=N": "Number of this process, from 0.",
-            "initialization_timeout=SECONDS": "How long to wait for all processes to start.",
-            "heartbeat_timeout=SECONDS": "A process that is silent for so long counts as lost, and "
-            "the others end.",
+            "and only if TPU, GKE, Slurm or Open MPI does not provide these values.",
+            "num_processes=N": "The number of processes of the training. 1 alone means a training "
+            "in one process, even if the environment names several processes.",
+            "process_id=N": "The index of this process, from 0.",
+            "initialization_timeout=SECONDS": "The time that all processes have to start.",
+            "heartbeat_timeout=SECONDS": "If a process is silent for this time, it is considered "
+            "lost, and the other processes end.",
             "profile=STEPS": "Traces this many steps of each stage with JAX's profiler, into "
             "WORKDIR/profile. The first steps, which compile, are left out. 0 means no trace.",
         },
@@ -86,8 +90,10 @@ MODES: dict[str, Mode] = {
             "that the model was trained with.",
             "split=NAME": "The split of the training's data to score: validation or test. "
             "Default: validation.",
-            "probes": "Scores zero-shot probes of a language model instead: those of --config, or "
-            "without --config those of the run that trained the model.",
+            "probes": "Instead of losses and metrics, prints the scores of zero-shot probes, which "
+            "are tasks that the language model was never trained on. The probes are the field "
+            "probes of --config. Without --config they are the probes of the run that trained the "
+            "model.",
         },
         ("probes",),
     ),
@@ -100,10 +106,10 @@ MODES: dict[str, Mode] = {
             "the model was fine-tuned on.",
             "output=FILE": "The file to write: .csv, .tsv or .jsonl, with one line for each row, "
             "in the same order.",
-            "split=NAME": "Instead of --input: a split of the Hugging Face data set that the model "
-            "was fine-tuned on.",
-            "glue=TASK": "Writes a submission for the server of the GLUE benchmark, which has "
-            f"other columns. TASK is {', '.join(SUBMISSIONS)}.",
+            "split=NAME": "A split of the Hugging Face data set that the model was fine-tuned on. "
+            "Its rows are used instead of --input.",
+            "glue=TASK": "Writes a submission for the server of the GLUE benchmark, with the "
+            f"columns index and prediction. TASK is {', '.join(SUBMISSIONS)}.",
         },
     ),
     "generate": Mode(
@@ -112,14 +118,14 @@ MODES: dict[str, Mode] = {
         {
             "checkpoint=DIR": _CHECKPOINT,
             "prompt=TEXT": "The beginning of the text. It may be empty.",
-            "max_new_tokens=N": "Number of tokens to add.",
+            "max_new_tokens=N": "The number of tokens to add.",
             "temperature=T": "Divides the logits: lower values make likely tokens more likely. 0 "
             "takes the most likely token every time.",
             "top_k=K": "Draws from the K most likely tokens only. 0 means all tokens.",
             "top_p=P": "Draws from the smallest set of most likely tokens whose probabilities add "
             "up to P. 1 means all tokens.",
-            "num_samples=N": "Number of texts.",
-            "seed=N": "Seed of the random draws. Equal seeds give equal texts.",
+            "num_samples=N": "The number of texts.",
+            "seed=N": "The seed of the random draws. Equal seeds give equal texts.",
         },
     ),
     "tokenizer": Mode(
@@ -127,8 +133,8 @@ MODES: dict[str, Mode] = {
         "--input='books/*.txt' --output=tokenizer --config.tokenizer.vocab_size=8000",
         {
             "input=FILES": "The text files, as comma-separated globs.",
-            "output=DIR": "Folder for tokenizer.json; a BPE is also written as vocab.json and "
-            "merges.txt.",
+            "output=DIR": "The folder to write tokenizer.json to. A BPE is also written as "
+            "vocab.json and merges.txt.",
         },
         ("tokenizer",),
     ),
@@ -136,23 +142,25 @@ MODES: dict[str, Mode] = {
         "Converts a GPT-1 of OpenAI or Hugging Face into a workdir.",
         "--format=openai --input=finetune-transformer-lm/model --output=runs/gpt1",
         {
-            "input=DIR": "Folder with the weights.",
+            "input=DIR": "The folder with the weights.",
             "output=DIR": "The workdir to create. Other modes take it as --checkpoint, and "
             "trainings start from it with --config.init_from.",
-            "format=NAME": "Format of the weights: openai (the files of the authors' released "
-            "code) or huggingface (a folder of an openai-gpt model for transformers).",
-            "config.tokenizer.words=HOW": "How text is split into words: exact (as the authors "
-            "did, with ftfy and spaCy) or fast (nearly the same, without them). Default: exact.",
+            "format=NAME": "The format of the weights: openai (the files of OpenAI's "
+            "finetune-transformer-lm) or huggingface (a folder of an openai-gpt model for "
+            "transformers).",
+            "config.tokenizer.words=HOW": "The way to split text into words: exact (the way of "
+            "OpenAI's code, which uses ftfy and spaCy) or fast (nearly the same words, without "
+            "these libraries). Default: exact.",
         },
     ),
     "export": Mode(
-        "Converts a trained model for transformers, or for the code of GPT-1's authors.",
+        "Converts a trained model for transformers, or for OpenAI's code of GPT-1.",
         "--input=runs/finetune_file --output=for_transformers",
         {
             "input=DIR": _CHECKPOINT,
-            "output=DIR": "Folder to create.",
-            "format=NAME": "Format to write: huggingface (a folder of an openai-gpt model for "
-            "transformers) or openai (the files of the authors' released code).",
+            "output=DIR": "The folder to create.",
+            "format=NAME": "The format to write: huggingface (a folder of an openai-gpt model for "
+            "transformers) or openai (the files of OpenAI's finetune-transformer-lm).",
         },
     ),
     "ablate": Mode(
@@ -160,7 +168,8 @@ MODES: dict[str, Mode] = {
         "--config=gpt1_task:rte --config.init_from=runs/gpt1 --seeds=3",
         {
             "workdir=DIR": _WORKDIR,
-            "seeds=N": "Number of seeds. The first is --config.seed.",
+            "seeds=N": "The number of seeds. The first seed is --config.seed, and each later seed "
+            "is one higher.",
         },
         ("ablation", *_TRAINING),
     ),
@@ -169,8 +178,8 @@ MODES: dict[str, Mode] = {
         "memory.",
         "--config=larger:350m --topology=v5e:4x4",
         {
-            "topology=NAME": "The machine: v4, v5e, v5p or v6e with its shape (v5e:4x4, v4:2x2x1), "
-            "several slices of it (2xv5e:16x16), or a number of CPU devices (cpu:8).",
+            "topology=NAME": "The machine: a TPU v4, v5e, v5p or v6e with its shape (v5e:4x4, "
+            "v4:2x2x1), several slices of TPUs (2xv5e:16x16), or a number of CPU devices (cpu:8).",
             "stage=STAGE": "The stage whose train step is compiled: pretrain or finetune.",
             "sweep": "Compiles several batch sizes, meshes and values of model.remat, and ranks "
             "those that fit into memory.",
@@ -183,31 +192,33 @@ MODES: dict[str, Mode] = {
         "Times training, text generation or data loading on this machine.",
         "--config=gpt1_pretrain --config.pretrain.batch_size=8 --config.mesh.data=1",
         {
-            "bench=WHAT": "What is timed: train (train steps on random tokens), generate (text "
-            "generation from random tokens) or input (loading of the experiment's data).",
+            "bench=WHAT": "The activity to time: train (train steps on random tokens), generate "
+            "(text generation from random tokens) or input (loading of the experiment's data).",
             "stage=STAGE": "The stage whose train step or data is timed: pretrain or finetune.",
-            "steps=N": "Number of timed steps, generated texts or batches. 0 means 10, and 100 "
-            "with --bench=input.",
-            "max_new_tokens=N": "With --bench=generate: number of tokens to generate.",
-            "num_samples=N": "With --bench=generate: number of texts to generate at once.",
+            "steps=N": "The number of timed steps, calls of the generation, or batches. 0 means "
+            "10, and 100 with --bench=input.",
+            "max_new_tokens=N": "With --bench=generate: the number of tokens to generate.",
+            "num_samples=N": "With --bench=generate: the number of texts to generate at once.",
             "output=FILE": _REPORT,
-            "profile=STEPS": "Also traces this many more steps with JAX's profiler, into a folder "
-            "profile beside --output, or else into runs/NAME/profile. 0 means no trace.",
+            "profile=STEPS": "After the timing, traces this many more steps with JAX's profiler. "
+            "The trace is written to the folder profile beside --output, or without --output to "
+            "runs/NAME/profile. 0 means no trace.",
         },
         _STEP,
     ),
 }
 
 COMMON: dict[str, str] = {
-    "config=EXPERIMENT": "The experiment: the name of one that comes with gptjax, or the path of a "
-    "Python file; NAME:ARGUMENT gives it an argument. Default: quickstart.",
+    "config=EXPERIMENT": "The experiment: the name of an experiment that comes with gptjax, or the "
+    "path of a Python file. NAME:ARGUMENT passes an argument to the experiment. Default: "
+    "quickstart.",
     "config.FIELD=VALUE": "Changes one field of the experiment.",
 }
-"""The flags of all modes."""
+"""The flags that all modes have."""
 
 
 def _help(name: str) -> str:
-    """Joins what a flag does in each mode: "predict, evaluate: ...; generate: ..."."""
+    """Joins the help texts of a flag in all modes: "train, ablate: TEXT export: TEXT"."""
     modes: dict[str, list[str]] = {}
     for mode, table in MODES.items():
         for flag, text in table.flags.items():
@@ -217,11 +228,11 @@ def _help(name: str) -> str:
 
 
 _ARGV: list[str] = []
-"""The command line of the last call of `parse`, where ml_collections looks for `--config.FIELD`."""
+"""The command line of the last call of `parse`. ml_collections searches it for `--config.FIELD`."""
 
 
 def _load(config: str) -> Experiment:
-    """Returns the experiment of `--config`, after a check that it has the fields of `_ARGV`."""
+    """Returns the experiment of `--config`, after a check that it has the parts in `_ARGV`."""
     experiment = experiments.load(config)
     _check_parts(experiment, _fields(_options(_ARGV)))
     return experiment
@@ -247,7 +258,7 @@ SPLIT = flags.DEFINE_string("split", "", _help("split"))
 GLUE = flags.DEFINE_string("glue", "", _help("glue"))
 PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
 PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
-# The flags that `values` reads.
+# The values of the flags below are read with the function `values`.
 flags.DEFINE_integer("steps", 0, _help("steps"))
 flags.DEFINE_integer("max_new_tokens", 100, _help("max_new_tokens"))
 flags.DEFINE_float("temperature", 1.0, _help("temperature"))
@@ -263,20 +274,23 @@ flags.DEFINE_integer("heartbeat_timeout", 100, _help("heartbeat_timeout"), lower
 
 
 def values(names: Iterable[str]) -> dict[str, Any]:
-    """Returns the values of flags by their names, for the arguments that have these names."""
+    """Returns flag name -> value of the flag, for functions whose arguments have these names."""
     return {name: FLAGS[name].value for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command line that was understood; the constants and `values` have its other flags."""
+    """A parsed command line.
+
+    Other flags are in the constants of this module, such as `WORKDIR`, or come from `values`.
+    """
 
     mode: str
     experiment: Experiment
     overrides: Mapping[str, Any]
     """Dotted name -> value of the fields that the command line changes."""
     has_config: bool
-    """False: there is no `--config`, and `experiment` is the quickstart."""
+    """Whether the command line has `--config`. Otherwise `experiment` is the quickstart."""
 
     @property
     def workdir(self) -> str:
@@ -289,22 +303,22 @@ class HelpRequest:
     """A command line that asks for help."""
 
     name: str
-    """One of `_HELP`."""
+    """The flag that asks for help, from `_HELP`."""
     mode: str
-    """The mode to explain; "" for the overview of all modes."""
+    """The mode to explain. An empty string means the overview of all modes."""
     config: str
     """The value of `--config`."""
 
 
 _HELP = ("help", "h", "?", "helpshort", "helpfull", "helpxml")
-"""The flags that ask for help; the last two for absl's."""
+"""The flags that ask for help. The last two flags ask for absl's own help texts."""
 
 
 def parse(argv: Sequence[str]) -> Command | HelpRequest:
     """Reads a command line.
 
     Args:
-      argv: the program's name and its arguments. The first argument may be the name of a mode.
+      argv: the program's name and its arguments. The first argument can be the name of a mode.
 
     Raises:
       UserError: a mode, flag, experiment or field that does not exist, or a wrong value.
@@ -337,7 +351,7 @@ def parse(argv: Sequence[str]) -> Command | HelpRequest:
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:
-    """Returns the arguments with each "--flag value" as "--flag=value"."""
+    """Returns the arguments, with each pair "--flag", "value" joined to "--flag=value"."""
     found: list[str] = []
     for i, argument in enumerate(arguments):
         if argument == "--":
@@ -356,7 +370,7 @@ def _lacks_value(argument: str) -> bool:
 
 
 def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """Returns name and value ("" without one) of the flags among the arguments."""
+    """Returns the names and values of the flags. A flag without a value has an empty string."""
     before = itertools.takewhile(lambda argument: argument != "--", arguments)
     parts = [each.lstrip("-").partition("=") for each in before if each.startswith("-")]
     return [(name, value) for name, _, value in parts]
@@ -368,7 +382,15 @@ def _fields(options: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def _mode(word: str, options: Sequence[tuple[str, str]]) -> str:
-    """Returns the mode that a command line names by its first word or by `--mode`, or ""."""
+    """Returns the mode of a command line, or an empty string if it names no mode.
+
+    Args:
+      word: the first word of the command line, if it is no flag, or else an empty string.
+      options: the names and values of the flags. `--mode` can name the mode too.
+
+    Raises:
+      UserError: there is no such mode, or the command line names two modes.
+    """
     given = [(word, word)] if word else []
     given += [(value, f"--mode={value}") for name, value in options if name == "mode"]
     for mode, text in given:
@@ -379,7 +401,7 @@ def _mode(word: str, options: Sequence[tuple[str, str]]) -> str:
 
 
 def _forget() -> None:
-    """Undoes an earlier call of `parse`, so that one process can parse several command lines."""
+    """Undoes an earlier call of `parse`, so that a process can parse several command lines."""
     for name in list(FLAGS):
         if name.startswith("config."):
             delattr(FLAGS, name)
@@ -389,9 +411,10 @@ def _forget() -> None:
 
 
 def general_field(field: str) -> str:
-    """Returns the dotted name of a field as `schema.field_names` has it.
+    """Returns the dotted name of a field in the form of `schema.field_names`.
 
-    An experiment chooses the names of its ablation tasks and probes; there they are called NAME.
+    An experiment chooses the names of its ablation tasks and probes. `schema.field_names` has NAME
+    in place of each such name.
 
     >>> general_field("probes.cola.limit")
     'probes.NAME.limit'
@@ -400,7 +423,7 @@ def general_field(field: str) -> str:
 
 
 def _check_fields(fields: Sequence[str]) -> None:
-    """Refuses a `--config.FIELD` that no experiment has."""
+    """Raises `UserError` for a `--config.FIELD` that no experiment has."""
     known = list(schema.field_names(Experiment))
     for field in fields:
         general = general_field(field)
@@ -408,11 +431,12 @@ def _check_fields(fields: Sequence[str]) -> None:
 
 
 def _check_parts(experiment: Experiment, fields: Sequence[str]) -> None:
-    """Refuses a `--config.PART.FIELD` if this experiment does not have the part."""
+    """Raises `UserError` for a `--config.PART.FIELD` if this experiment does not have the part."""
     for i, field in enumerate(fields):
         parts = itertools.accumulate(field.split(".")[:-1], "{}.{}".format)
         missing = next((part for part in parts if schema.value_at(experiment, part) is None), "")
-        if not missing or missing in fields[:i]:  # --config.PART=build comes before its fields
+        # An earlier flag `--config.PART=build` adds a part that the experiment does not have.
+        if not missing or missing in fields[:i]:
             continue
         outer, _, name = missing.rpartition(".")
         entries = schema.value_at(experiment, outer)

@@ -1,7 +1,13 @@
-"""Runs one mode of one command line; turns errors and signals into exit codes and one line.
+"""Runs the mode that a command line names. An error becomes one line and an exit code.
 
-Exit codes: 0 done; 1 a bug of gptjax, or another process was lost; 2 wrong use or wrong input; 3
-the training diverged; 75 stopped after saving, for the same command to continue; 130 Ctrl-C.
+Exit codes:
+
+0    The command has done its work.
+1    gptjax has a bug, or another process of the run did not start or has ended.
+2    The user made a mistake, or the input is wrong.
+3    The training diverged.
+75   The run was asked to stop. The same command continues it, or starts it again.
+130  Ctrl-C ended the command.
 """
 
 import contextlib
@@ -22,28 +28,32 @@ from gptjax.cluster import processes
 from gptjax.errors import Preempted, ProcessLost, TrainingDiverged, UserError
 from gptjax.io.console import no_reader, tell
 
-# Ctrl-C comes here the second time, or where there is nothing to save yet.
+# KeyboardInterrupt means a second Ctrl-C, or a Ctrl-C when no training was running. The first
+# Ctrl-C in a training saves the state, and then the training raises `Preempted`.
 _EXIT_CODES: dict[type[BaseException], int] = {
     ProcessLost: 1, UserError: 2, TrainingDiverged: 3, Preempted: 75, KeyboardInterrupt: 130,
 }  # fmt: skip
 
 
 def run() -> None:
-    """Runs the command line of this process, and exits with its code."""
+    """Runs the command line of this process, and exits with the exit code of the command."""
     signal.signal(signal.SIGTERM, _stop_at_once)
     quiet_orbax()
     try:
         app.run(main, flags_parser=parse)
-    except BrokenPipeError:  # the reader of our output has ended, as in `| head`
+    except BrokenPipeError:  # the program that reads our output has ended, such as `head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     finally:
-        # The exit code is decided. A SIGTERM while Python cleans up would change it.
+        # The exit code is already decided, and a SIGTERM while Python ends would change it.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def parse(argv: Sequence[str]) -> flags.Command:
-    """Reads a command line; prints help or an error, and exits, where there is nothing to run."""
+    """Returns the command of a command line.
+
+    If the command line asks for help or is wrong, `parse` prints the help or the error, and exits.
+    """
     try:
         command = flags.parse(argv)
         if isinstance(command, flags.Command):
@@ -55,24 +65,26 @@ def parse(argv: Sequence[str]) -> flags.Command:
 
 
 def main(command: flags.Command) -> int:
-    """Runs the mode of a command; returns the exit code."""
+    """Runs the mode of a command, and returns the exit code."""
     absl_logging.set_verbosity(absl_logging.WARNING)
     logging.getLogger().setLevel(logging.WARNING)
-    # Orbax warns of what we ask it to do, and logs errors that it raises as well.
+    # Orbax logs warnings about actions that we want, and logs errors that it raises too.
     absl_logging.get_absl_logger().setLevel(logging.CRITICAL)
-    if command.mode != "compile":  # which reports how long the compilation takes
+    # The mode `compile` reports the compilation time, so it must not read the cache.
+    if command.mode != "compile":
         _keep_compiled_programs()
     try:
         names = [field.name for field in dataclasses.fields(processes.Options)]
         processes.start(processes.Options(**flags.values(names)), command.mode)
-        # Not at the top of the file: help and wrong flags do not wait for these imports.
+        # This import is slow. It is not at the top of the file, so that help texts and errors in
+        # flags appear at once.
         from gptjax.cli import modes
 
         getattr(modes, f"run_{command.mode}")(command)
     except tuple(_EXIT_CODES) as error:
         return _fail(error, command.mode)
     except Exception:
-        # If another process was lost, that is the reason. This call then ends the program.
+        # If the loss of another process caused this exception, the next call ends the program.
         processes.wait_for_news()
         if processes.count() > 1:
             with contextlib.suppress(OSError):
@@ -86,7 +98,7 @@ def main(command: flags.Command) -> int:
 def quiet_orbax() -> None:
     """Silences the tracebacks that Orbax prints in the background for a damaged checkpoint.
 
-    The error itself is raised as well, and is printed as one line.
+    Orbax also raises the error itself, which is printed as one line.
     """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     usual = sys.unraisablehook
@@ -99,7 +111,10 @@ def quiet_orbax() -> None:
 
 
 def _print_help(request: flags.HelpRequest) -> None:
-    """Prints help; flushed here, because a closed pipe is an error that `run` expects."""
+    """Prints the help that a command line asks for.
+
+    The output is flushed here, because `run` handles the error of a closed pipe.
+    """
     from gptjax.cli import usage
 
     if request.name == "helpfull":
@@ -116,7 +131,7 @@ def _print_help(request: flags.HelpRequest) -> None:
 def _fail(error: BaseException, mode: str) -> int:
     """Prints an error of a mode as one line, and returns the exit code.
 
-    In a run of several processes it also tells the others, and exits.
+    In a run of several processes, it sends the error to the other processes and exits.
     """
     code = next(code for kind, code in _EXIT_CODES.items() if isinstance(error, kind))
     text = console.with_flags(" ".join(str(error).split()) or "interrupted", mode)
@@ -129,7 +144,7 @@ def _fail(error: BaseException, mode: str) -> int:
 
 
 def _keep_compiled_programs() -> None:
-    """Turns on JAX's cache of compiled programs: the next run of the same model starts faster."""
+    """Turns on JAX's cache of compiled programs, so that later runs of a model start faster."""
     import jax
 
     from gptjax.data import cache
@@ -143,11 +158,12 @@ def _keep_compiled_programs() -> None:
 def _stop_at_once(*_: object) -> None:
     """Handles SIGTERM while no training runs: during imports, in a report, in other modes.
 
-    Files are replaced as a whole, so none is left half-written.
+    No file is left half-written, because files are replaced as a whole.
     """
     text = "asked to stop; the same command starts again"
     tell(f"error: {text}")
-    # In a thread, because `leave` may wait for a lock that this thread held when the signal came.
+    # `leave` runs in a thread of its own, because it might wait for a lock that the main thread
+    # held when the signal came.
     leave = threading.Thread(target=processes.leave, args=(75, text), daemon=True)
     leave.start()
     leave.join(40)

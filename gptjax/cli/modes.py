@@ -1,6 +1,6 @@
-"""The modes: each reads its flags, calls the library, and writes files or prints text.
+"""The modes of the command line: the function `run_MODE` runs the mode MODE.
 
-`run_MODE` runs the mode MODE.
+Each function reads the flags of its mode, calls the library, and writes files or prints text.
 """
 
 import contextlib
@@ -29,14 +29,14 @@ from gptjax.io import console, files
 from gptjax.report import plots, tables
 
 _DELIMITERS = {".csv": ",", ".tsv": "\t", ".jsonl": ""}
-"""Ending of an output file -> what separates its columns; "" for JSON lines."""
+"""Ending of an output file -> the separator of its columns. An empty string means JSON lines."""
 
 Record = dict[str, Any]
 """A row of an output file: column name -> value."""
 
 
 def run_train(command: Command) -> None:
-    """Trains the experiment; prints its results, and commands to try next."""
+    """Trains the experiment, and prints its results and some commands to try next."""
     from gptjax.train import run
 
     options = run.Options(given=command.overrides, profile=flags.PROFILE.value)
@@ -53,14 +53,18 @@ def run_train(command: Command) -> None:
 
 
 def run_ablate(command: Command) -> None:
-    """Runs every variant of every task with several seeds; writes the tables into the workdir."""
+    """Runs every variant of every task with several seeds, and writes tables into the workdir."""
     from gptjax.ablation import run
 
     run.run(command.experiment, command.workdir, flags.SEEDS.value, command.overrides)
 
 
 def run_evaluate(command: Command) -> None:
-    """Prints losses and metrics, or the scores of zero-shot probes, as one line of JSON."""
+    """Prints losses and metrics as one line of JSON.
+
+    With `--probes` it prints the scores of zero-shot probes instead. A probe is a task that the
+    language model was never trained on.
+    """
     if flags.PROBES.value:
         probes = command.experiment.probes if command.has_config else None
         require(probes != {}, "--probes: the experiment of --config has no probes")
@@ -83,12 +87,15 @@ def _load() -> GPT:
 
 
 def _finetune_config(gpt: GPT) -> FinetuneConfig:
-    """Returns the fine-tuning of the run that trained the model; the defaults if it had none."""
+    """Returns the fine-tuning configuration of the run that trained the model.
+
+    If the run had no fine-tuning stage, the result is the default configuration.
+    """
     return gpt.experiment.finetune or FinetuneConfig()
 
 
 def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
-    """Returns the name of the labelled rows, and the losses and metrics on them."""
+    """Returns the name of the labelled rows, and the losses and metrics of the model on them."""
     finetune = _finetune_config(gpt)
     if flags.INPUT.value:
         rows = _read_rows(gpt, task, flags.INPUT.value, (*task.text_columns, task.label))
@@ -100,7 +107,7 @@ def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
 
 
 def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
-    """Returns the name of a text, and the loss and perplexity of a language model on it."""
+    """Returns the name of a text, and the loss and perplexity of the language model on the text."""
     pretrain = gpt.experiment.pretrain or schema.PretrainConfig()
     if flags.INPUT.value:
         source = flags.INPUT.value
@@ -131,10 +138,15 @@ def _split(tables: Mapping[str, Any]) -> Any:
 
 
 def _read_rows(gpt: GPT, task: TaskSpec, path: str, columns: tuple[str, ...]) -> LabelledTable:
-    """Reads a file that has at least these columns; one without a header has those of training."""
+    """Reads a file that has at least these columns.
+
+    A file without a header must have the columns of the training file, in the same order. The
+    column of the label can be left out if it is not among `columns`.
+    """
     names = _finetune_config(gpt).columns
     if task.label not in columns and task.label in schema.split_names(names):
-        # A file of new rows has no column for the label; yet one that has it is read as well.
+        # A file of new rows may have the column of the label. If reading with this column fails,
+        # the last line reads the file without it.
         with contextlib.suppress(UserError):
             return splits.read_labelled(path, names, columns)
         names = ",".join(name for name in schema.split_names(names) if name != task.label)
@@ -142,7 +154,9 @@ def _read_rows(gpt: GPT, task: TaskSpec, path: str, columns: tuple[str, ...]) ->
 
 
 def run_predict(_: Command) -> None:
-    """Writes the label and the probabilities (or the number) of every row of a file, in order.
+    """Writes the predictions for the rows of a file, one line for each row, in the same order.
+
+    A prediction is a label with the probabilities of all labels, or the number of a regression.
 
     The columns of the output are `row` (from 1), `prediction`, and for each label
     `probability_LABEL`. With `--glue` they are `index` and `prediction`.
@@ -161,7 +175,7 @@ def run_predict(_: Command) -> None:
 
 
 def _check_predict_flags() -> str:
-    """Checks the flags before the model is loaded; returns the delimiter of the output."""
+    """Checks the flags before the model is loaded, and returns the delimiter of the output file."""
     input_path, output_path, glue = flags.INPUT.value, flags.OUTPUT.value, flags.GLUE.value
     require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished fine-tuning")
     if input_path and flags.SPLIT.value:
@@ -185,7 +199,7 @@ def _check_predict_flags() -> str:
 
 
 def _unlabelled_rows(gpt: GPT, task: TaskSpec) -> LabelledTable:
-    """Returns the rows of `--input`, or of a split of the hub's data set."""
+    """Returns the rows of `--input`, or of a split of the model's data set on the hub."""
     if flags.INPUT.value:
         return _read_rows(gpt, task, flags.INPUT.value, task.text_columns)
     finetune = _finetune_config(gpt)
@@ -209,7 +223,14 @@ def _records(found: predictor.Predictions) -> list[Record]:
 
 
 def _submission(glue: str, task: TaskSpec, table: LabelledTable, labels: list[Any]) -> list[Record]:
-    """Returns the rows that GLUE's server accepts: the index of the test row, and the answer."""
+    """Returns the rows that GLUE's server accepts, with the index of a test row and the answer.
+
+    Args:
+      glue: the name of the GLUE task.
+      task: the task of the model.
+      table: the test rows.
+      labels: the predicted label or number of each test row.
+    """
     names = SUBMISSIONS[glue]
     by_number = {str(number): name for number, name in enumerate(names)}
     require(
@@ -237,7 +258,7 @@ def _table(records: list[Record], delimiter: str) -> str:
         return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     rows = [list(records[0]), *(list(record.values()) for record in records)]
     if delimiter == "\t":
-        # The .tsv files that we read have no quotes: a cell may hold no tab and no line break.
+        # Our reader of .tsv files knows no quotes, so a cell must not hold a tab or a line break.
         return "".join("\t".join(map(_plain, row)) + "\n" for row in rows)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -264,7 +285,10 @@ def run_generate(_: Command) -> None:
 
 
 def run_tokenizer(command: Command) -> None:
-    """Trains a tokenizer on text files; writes `tokenizer.json` and the vocabulary/merges pair."""
+    """Trains a tokenizer on text files, and writes it as `tokenizer.json`.
+
+    A BPE tokenizer is also written as the two files `vocab.json` and `merges.txt`.
+    """
     config, output_path = command.experiment.tokenizer, flags.OUTPUT.value
     require(flags.INPUT.value, "--input: give the text files (comma-separated globs)")
     require(output_path, "--output: give the folder to write")
@@ -282,10 +306,11 @@ def run_tokenizer(command: Command) -> None:
 
 
 def run_import(command: Command) -> None:
-    """Makes a workdir from the weights of another program."""
+    """Creates a workdir from the weights of another program."""
     from gptjax.interop import convert
 
-    # Only a flag counts: the default of the field is not that of imported tokenizers.
+    # `tokenizer.words` is used only if the user set it by flag. The default of the field, `fast`,
+    # is for new tokenizers, and the default for imported tokenizers is `exact`.
     words = command.overrides.get("tokenizer.words", schema.Words.EXACT)
     output_path = flags.OUTPUT.value
     lines = convert.import_weights(flags.INPUT.value, output_path, flags.FORMAT.value, words)
@@ -301,7 +326,7 @@ def run_export(_: Command) -> None:
 
 
 def run_compile(command: Command) -> None:
-    """Prints what the train step costs on a machine that need not be there."""
+    """Prints the cost of the train step on a given machine, which need not be present."""
     from gptjax.cost import compile, sweep
 
     topology, stage, output_path = flags.TOPOLOGY.value, flags.STAGE.value, flags.OUTPUT.value
@@ -312,7 +337,7 @@ def run_compile(command: Command) -> None:
 
 
 def run_bench(command: Command) -> None:
-    """Prints how fast training, generation or the loading of data is on this machine."""
+    """Prints the speed of training, text generation or data loading on this machine."""
     from gptjax.cost import bench
 
     output_path = flags.OUTPUT.value

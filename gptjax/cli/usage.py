@@ -1,4 +1,7 @@
-"""The texts of `--help`: an overview of all modes, and one mode with its flags and fields."""
+"""The texts of `--help`: an overview of all modes, and the flags and fields of one mode.
+
+A part of the experiment is a group of its fields, such as `model` or `pretrain.optimizer`.
+"""
 
 import ast
 import dataclasses
@@ -14,9 +17,9 @@ from gptjax.cli.flags import COMMON, FLAGS, MODES
 from gptjax.config import experiments, schema
 
 _WIDTHS = (60, 100)
-"""Narrower and wider terminals get lines of these widths."""
+"""The smallest and the largest width of a line. Between them the terminal decides."""
 _COLUMN = 26
-"""Width of the left column, with the names of flags and fields."""
+"""The width of the left column, which holds the names of flags and fields."""
 
 _FIRST_FLAGS = {
     "workdir=DIR": MODES["train"].flags["workdir=DIR"],
@@ -24,25 +27,25 @@ _FIRST_FLAGS = {
     "input=FILE": "The file or folder to read.",
     "output=FILE": "The file or folder to write.",
 }
-"""The flags that the overview explains, besides those of all modes."""
+"""The flags that the overview explains, in addition to the flags that all modes have."""
 
 RECIPE_FIELDS = frozenset({
     "model.activation", "model.segment_types", "model.tied", "model.one_matrix",
     "model.head_dropout_shared", "finetune.lm_mean", "finetune.cut", "finetune.head",
     "finetune.drop_last", "finetune.task_weight", "optimizer.algorithm",
 })  # fmt: skip
-"""Fields that the recipes set (gptjax/config/recipes.py) and hardly anyone else."""
+"""Fields that the recipes in gptjax/config/recipes.py set, and that users rarely set."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A group of fields of the experiment under one heading."""
+    """A part of the experiment, whose fields have one heading in the help."""
 
     title: str
     config: type
     """The configuration class whose fields are listed."""
     paths: tuple[str, ...]
-    """Where the experiment has it; several paths have the same fields."""
+    """Dotted paths of the part in the experiment. Several paths have the same fields."""
 
 
 PARTS: dict[str, Part] = {
@@ -62,7 +65,7 @@ PARTS: dict[str, Part] = {
 
 
 def overview() -> str:
-    """Returns the help without a mode: the modes with an example, and the first flags."""
+    """Returns the help without a mode: each mode with an example, and the most important flags."""
     program = console.program()
     first = [(f"--{flag}", text) for flag, text in COMMON.items()]
     for flag, text in _FIRST_FLAGS.items():
@@ -92,11 +95,11 @@ def overview() -> str:
 
 
 def of_mode(name: str, config: str) -> str:
-    """Returns the help of a mode: its flags, then the fields of the experiment, by parts.
+    """Returns the help of a mode: its flags, then the fields of the experiment, part by part.
 
     Args:
-      name: of the mode.
-      config: a value of `--config`; the fields are shown with the values of this experiment.
+      name: the name of the mode.
+      config: a value of `--config`. The fields are shown with the values of this experiment.
 
     Raises:
       UserError: there is no such experiment.
@@ -119,7 +122,10 @@ def of_mode(name: str, config: str) -> str:
 
 
 def _parts(keys: Sequence[str], config: str) -> Iterator[str]:
-    """Yields the fields of the parts with these keys; those that recipes set come last."""
+    """Yields paragraphs with the fields of the parts that have these keys in `PARTS`.
+
+    The fields in `RECIPE_FIELDS` come last.
+    """
     experiment = experiments.load(config)
     yield _wrapped(
         f"Fields of the experiment, with their values in {config}. A field is changed by "
@@ -142,7 +148,7 @@ def _parts(keys: Sequence[str], config: str) -> Iterator[str]:
 def _heading(part: Part, experiment: schema.Experiment) -> str:
     paths = [f"--config.{path}.FIELD" if path else "--config.FIELD" for path in part.paths]
     lines = [f"{part.title}: {' and '.join(paths)}"]
-    if not _docs(part.config):  # then the docstring of the class explains its fields
+    if not _docs(part.config):  # the docstring of the class explains the fields instead
         lines.append(inspect.getdoc(part.config) or "")
     lines += [
         f"(The experiment has no such part. --config.{path}=build adds one with these values.)"
@@ -153,11 +159,11 @@ def _heading(part: Part, experiment: schema.Experiment) -> str:
 
 
 def _fields(part: Part, experiment: schema.Experiment) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yields the name of each field of a part, and its row: NAME=VALUE and help."""
+    """Yields the name of each field of a part, and its row, which is NAME=VALUE and a help text."""
     values = [schema.value_at(experiment, path) for path in part.paths]
     holders = [value for value in values if value is not None] or [part.config()]
     for field in dataclasses.fields(part.config):
-        if not schema.part_class(field.type):  # parts of a part have a heading of their own
+        if not schema.part_class(field.type):  # a part inside a part has its own heading
             shown = dict.fromkeys(_shown(getattr(holder, field.name)) for holder in holders)
             row = f"{field.name}={' or '.join(shown)}", _docs(part.config).get(field.name, "")
             yield field.name, row
@@ -169,7 +175,7 @@ def _shown(value: object) -> str:
 
 @functools.cache
 def _docs(config: type) -> dict[str, str]:
-    """Returns field name -> its docstring, from the source of a configuration class."""
+    """Returns field name -> docstring of the field, from the source of a configuration class."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(config))).body
     except OSError:  # the installation has no sources
@@ -183,14 +189,18 @@ def _docs(config: type) -> dict[str, str]:
 
 
 def _default(flag: str) -> str:
-    """Returns a note on the default of a flag, or "" for defaults that its help text explains."""
+    """Returns a note on the default of a flag.
+
+    The note is an empty string if the default is empty, 0 or None, because the help text of the
+    flag then explains the default.
+    """
     name = flag.partition("=")[0]
     default = FLAGS[name].default if name in FLAGS else None
     return f" (default: {default})" if default and isinstance(default, str | int | float) else ""
 
 
 def _lines(text: str, indent: int, margin: int = 0) -> list[str]:
-    """Returns the lines of a text, indented, and as wide as the terminal less the margin."""
+    """Returns the lines of a text, indented, with the width of the terminal minus the margin."""
     width = min(max(shutil.get_terminal_size().columns, _WIDTHS[0]), _WIDTHS[1])
     space = " " * indent
     return textwrap.wrap(
@@ -204,7 +214,7 @@ def _wrapped(text: str, indent: int = 0) -> str:
 
 
 def _rows(rows: Iterable[tuple[str, str]], column: int = _COLUMN) -> str:
-    """Returns names and their texts in two columns; a long name has a line of its own."""
+    """Returns names and their texts in two columns. A long name has a line of its own."""
     found: list[str] = []
     for name, text in rows:
         lines = _lines(text, column + 2)
@@ -217,6 +227,6 @@ def _rows(rows: Iterable[tuple[str, str]], column: int = _COLUMN) -> str:
 
 
 def _command(mode: str, arguments: str, indent: int) -> str:
-    """Returns an example as lines that a shell takes as one command."""
+    """Returns an example as several lines that a shell reads as one command."""
     lines = _lines(f"{console.program()} {mode} {arguments}", indent, margin=6)
     return " \\\n    ".join(lines)

@@ -1,6 +1,6 @@
-"""The configuration of an experiment: fields, validation, and the named recipes.
+"""The configuration of an experiment: its fields, their validation, and the named recipes.
 
-Experiment files import the classes from here.
+Experiment files import the configuration classes from this package.
 """
 
 from gptjax.config.schema import AblationConfig as AblationConfig

@@ -1,7 +1,8 @@
-"""Fields of configurations with a constraint: `width: int = positive(768)`.
+"""Fields of configurations with a constraint, such as `width: int = positive(768)`.
 
-The constraint is a function in the field's metadata. It takes a value and returns what is wrong
-with it, or "". `validation` calls it and adds the name of the field.
+The constraint is a function in the field's metadata. It takes a value and returns a text that says
+why the value is wrong, or an empty string. `gptjax.config.validation` calls the constraint and
+adds the name of the field to the text.
 """
 
 import dataclasses
@@ -18,7 +19,7 @@ _PROBLEM = "problem"
 
 
 def problem(field: dataclasses.Field[Any], value: Any) -> str:
-    """Returns how `value` violates the constraint of a field, or ""."""
+    """Returns the reason why `value` violates the constraint of a field, or an empty string."""
     return field.metadata.get(_PROBLEM, lambda _: "")(value)
 
 
@@ -27,7 +28,13 @@ def _constrained(default: Any, check: Callable[[Any], str]) -> Any:
 
 
 def limited(default: T, allows: Callable[[T], bool], text: str) -> T:
-    """Returns a field whose values fulfil `allows`; `text` says what is wrong with any other."""
+    """Returns a field whose values must fulfil `allows`.
+
+    Args:
+      default: the default value of the field.
+      allows: a function that returns whether a value is allowed.
+      text: the reason to report for a value that is not allowed.
+    """
     return _constrained(default, lambda value: "" if allows(value) else text)
 
 
@@ -46,12 +53,12 @@ def positive(default: Number) -> Number:
 
 
 def not_negative(default: Number) -> Number:
-    """Returns a field of finite numbers from 0 on."""
+    """Returns a field of finite numbers of at least 0."""
     return _finite(default, lambda value: value >= 0, "must not be negative")
 
 
 def fraction(default: float) -> float:
-    """Returns a field of numbers from 0 to 1, without 1."""
+    """Returns a field of numbers of at least 0 and below 1."""
     return limited(default, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
 

@@ -1,7 +1,7 @@
-"""Experiment files: found by name or path, and read.
+"""Finds experiment files by name or path, and reads them.
 
-The repository has them in the folder `experiments`. An installed gptjax has the same folder inside
-the package.
+Some experiments come with gptjax. The repository has their files in the folder `experiments`, and
+an installed gptjax has the same folder inside the package.
 """
 
 import ast
@@ -17,7 +17,7 @@ from gptjax.config.schema import Experiment
 from gptjax.errors import UserError, brief, nearest, require
 
 QUICKSTART = "quickstart"
-"""The experiment that the command line runs if none is given."""
+"""The experiment that the command line runs if the user names no experiment."""
 
 _MODULE = "gptjax_experiment"
 
@@ -44,7 +44,7 @@ def find(config: str) -> pathlib.Path:
     """Returns the file of an experiment.
 
     Args:
-      config: the path of a file, or one of `names()`; a colon and an argument may follow.
+      config: the path of a file, or a name from `names()`. A colon and an argument can follow.
 
     Raises:
       UserError: there is no such file and no such name.
@@ -64,22 +64,24 @@ def load(config: str) -> Experiment:
     """Reads an experiment.
 
     Args:
-      config: as in `find`. What follows a colon is the argument of the file's `get_config`.
+      config: the path of a file, or a name from `names()`. The text after a colon is passed to the
+        function `get_config` of the file as its argument.
 
     Raises:
-      UserError: there is no such file, or it does not define an experiment.
+      UserError: there is no such file, or the file does not define an experiment.
     """
     path = find(config)
     module = types.ModuleType(_MODULE)
     module.__file__ = str(path)
-    sys.modules[_MODULE] = module  # the file may define dataclasses, which look themselves up here
+    # The file may define dataclasses, and `dataclasses` looks up their module in `sys.modules`.
+    sys.modules[_MODULE] = module
     _, colon, argument = config.partition(":")
     try:
         importlib.machinery.SourceFileLoader(_MODULE, str(path)).exec_module(module)
         experiment = module.get_config(*([argument] if colon else []))
     except UserError as error:
         raise UserError(f"`config`={config}: {error}") from error
-    except Exception as error:  # a mistake in the file, which may be of any kind
+    except Exception as error:  # a mistake in the file can raise any exception
         raise UserError(f"`config`={config}: {_where(error, path)}{brief(error)}") from error
     require(
         isinstance(experiment, Experiment),
@@ -90,7 +92,7 @@ def load(config: str) -> Experiment:
 
 
 def _where(error: Exception, path: pathlib.Path) -> str:
-    """Names the line of the experiment file that an error comes from."""
+    """Returns the path and the line of the experiment file that an error comes from."""
     trace = traceback.walk_tb(error.__traceback__)
     lines = [line for frame, line in trace if frame.f_code.co_filename == str(path)]
     return f"{path}, line {lines[-1]}: " if lines else f"{path}: "

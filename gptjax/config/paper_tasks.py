@@ -1,4 +1,4 @@
-"""The tasks of the paper (Radford et al. 2018, section 4.2), in one table."""
+"""The tasks of the paper (Radford et al. 2018, section 4.2), and its published scores."""
 
 from typing import Any
 
@@ -13,10 +13,11 @@ def _task(
     return {"dataset": dataset, "task": task, **columns, "metrics": metrics, **more}
 
 
-# Name -> fields of `FinetuneConfig`: the data set, its columns, and the metrics that the paper
-# reports.
+# Name of a task -> fields of `FinetuneConfig`: the data set, its columns, and the metrics that the
+# paper reports.
 TASKS: dict[str, dict[str, Any]] = {
-    # The "matched" split has the genres of the training data, the "mismatched" one has others.
+    # The "matched" split has the genres of the training data. The "mismatched" split has other
+    # genres.
     "mnli": _task(
         "nyu-mll/glue:mnli", "entailment", "premise", "hypothesis",
         validation_split="validation_matched", test_split="validation_mismatched",
@@ -31,7 +32,8 @@ TASKS: dict[str, dict[str, Any]] = {
     ),
     "qnli": _task("nyu-mll/glue:qnli", "entailment", "question", "sentence"),
     "rte": _task("nyu-mll/glue:rte", "entailment", "sentence1", "sentence2"),
-    # Its authors give the files on request. The user passes them as train_file and test_file.
+    # The authors of Story Cloze give the files on request. The user passes the files as train_file
+    # and test_file.
     "story_cloze": _task(
         "", "multiple_choice", "+".join(f"InputSentence{i}" for i in range(1, 5)),
         choices="RandomFifthSentenceQuiz1,RandomFifthSentenceQuiz2", label="AnswerRightEnding",
@@ -53,10 +55,11 @@ TASKS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 EXPERIMENTS = "gpt1_"
-"""Prefix of the names of the experiments in `experiments/gpt1_task.py`; the task follows it."""
+"""The prefix of experiment names in `experiments/gpt1_task.py`. The name of the task follows it."""
 
-# Task -> the names of the classes in a submission to GLUE's server, by class number; empty if the
-# answer is a number. GLUE's other tasks, WNLI and the diagnostics, are not in the paper.
+# Task -> the names of the classes in a submission to GLUE's server, in the order of the class
+# numbers. An empty tuple means that the answer is a number. WNLI and the diagnostics, which GLUE
+# has too, are missing, because the paper does not use them.
 SUBMISSIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("cola", "sst2", "mrpc", "qqp"), ("0", "1")),
     "stsb": (),
@@ -64,9 +67,9 @@ SUBMISSIONS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("qnli", "rte"), ("entailment", "not_entailment")),
 }
 
-# The paper's ablations (its table 5): variant -> task -> score as a fraction, by the first metric
-# of the task in the table above. Reports print these scores beside those of a run, marked as the
-# paper's: they belong to the full-size GPT-1.
+# The ablations of the paper (its table 5): variant -> task -> score as a fraction. The score is the
+# first metric of the task in `TASKS`. Reports print it beside the score of a run and mark it as the
+# paper's score, because it belongs to the full-size GPT-1.
 PUBLISHED: dict[str, dict[str, float]] = {
     variant: dict(
         zip(("cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte"), scores, strict=True)
@@ -80,7 +83,9 @@ PUBLISHED: dict[str, dict[str, float]] = {
 
 
 def finetune_config(name: str) -> FinetuneConfig:
-    """Returns the fine-tuning of a task, with the paper's hyper-parameters (the defaults).
+    """Returns the fine-tuning configuration of a task, with the paper's hyper-parameters.
+
+    These hyper-parameters are the defaults of `FinetuneConfig`.
 
     Raises:
       UserError: there is no such task.

@@ -1,31 +1,37 @@
-"""The named recipes, each as the fields in which it differs from the defaults.
+"""The named recipes. A recipe is a set of fields that differ from the defaults.
 
-paper      The paper's hyper-parameters and, where the paper gives none, those of its authors' code:
-           the defaults of `schema.py` (Radford et al. 2018, section 4.1). One difference is known:
-           our batches hold about equal numbers of tokens (see `data/packing.py`), the authors' are
-           shuffled by examples alone.
-original   The paper's recipe with these properties of the authors' fine-tuning code:
+The paper is Radford et al. 2018. The authors' code is OpenAI's finetune-transformer-lm. The
+candidates of an example are its token sequences, for example one for each answer.
+
+paper      The hyper-parameters of the paper (its section 4.1). If the paper does not give a
+           hyper-parameter, it is taken from the authors' code. These values are the defaults of
+           `schema.py`. One difference is known: our batches hold about equal numbers of tokens
+           (see `data/packing.py`), and the authors shuffle without regard to lengths.
+original   The recipe `paper` in float32, with these properties of the authors' code:
            - Tokens, special tokens and positions are rows of one matrix, so the softmax of the LM
              covers the positions too. Embedding dropout is applied to that matrix, and the matrix
              after dropout is the LM head.
            - The candidates of an example share the dropout mask of the task head.
            - The LM loss is the mean over the tokens of each sequence, then over the sequences.
            - The optimizer is the authors' Adam with their schedule.
-           - Two texts that are too long keep half a context less two tokens each.
-           - Batches are shuffled by examples alone, and an epoch's last, smaller batch is dropped.
-           The text has to be tokenised as the authors did: `--mode=import` brings their tokenizer.
-tutorial   A small model on pairs of texts: a segment embedding with a row for padding, ReLU, an LM
-           head of its own with a bias, a task head that reads the states of all positions, the loss
-           LM + 0.2 * task, Adam at a constant 1e-4 without decay, warm-up and clipping, and dropout
-           0.2 of embeddings, attention and residuals.
-modern     GPT-1 with today's training: matrix products in bfloat16 (parameters, softmax, losses and
-           Adam's moments stay float32), AdamW (in pretraining with beta2 0.95 and decay 0.1), and
-           no dropout of the attention weights, so that cuDNN's fused attention can be used.
+           - Each text of a pair is cut to (context length / 2) - 2 tokens.
+           - Batches are shuffled without regard to lengths, and the last, smaller batch of an epoch
+             is dropped.
+           The text must be tokenised with the authors' tokenizer, which the mode `import` provides.
+tutorial   A small model for pairs of texts. It has a segment embedding with a row for padding,
+           ReLU, an untied LM head with a bias, and a task head that reads the hidden states of all
+           positions. The loss is LM + 0.2 * task. Adam runs at a constant learning rate of 1e-4,
+           without weight decay, warm-up or clipping. The dropout of embeddings, attention and
+           residuals is 0.2.
+modern     GPT-1 with the training methods of today: matrix products in bfloat16 (parameters,
+           softmax, losses and Adam's moments stay float32), AdamW (in pretraining with beta2 0.95
+           and weight decay 0.1), and no dropout of the attention weights, so that cuDNN's fused
+           attention can be used.
 
 Three differences between `original` and the authors' code remain. Their softmax covers the
-positions of the longest text in the data, ours covers all positions and the padding token. They
-also score the first epoch after 1,000, 2,000, 4,000, ... updates. Of epochs with equal scores they
-keep the first, we keep the last.
+positions of the longest text in the data, and our softmax covers all positions and the padding
+token. Their code also evaluates during the first epoch, after 1,000, 2,000, 4,000, ... updates. If
+epochs have equal scores, their code keeps the first epoch, and our code keeps the last epoch.
 """
 
 import dataclasses
@@ -40,7 +46,8 @@ _TUTORIAL = {
     "weight_decay": 0.0, "clip_norm": 0.0,
 }  # fmt: skip
 
-# Name -> part of the experiment -> field -> value. A part of a part is a dictionary again.
+# Name of a recipe -> part of the experiment (such as `model`) -> field -> value. For a part inside
+# a part, such as `optimizer`, the value is a dictionary of fields again.
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {},
     "original": {
@@ -70,7 +77,9 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def apply(experiment: Experiment, name: str) -> Experiment:
-    """Returns a copy of the experiment with the recipe's fields; absent parts stay absent.
+    """Returns a copy of the experiment with the fields of a recipe.
+
+    Parts that the experiment does not have, such as `pretrain`, are not added.
 
     Raises:
       UserError: there is no such recipe.

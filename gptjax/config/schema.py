@@ -1,11 +1,15 @@
 """The typed configuration, which `experiments/*.py` build and `--config.FIELD=VALUE` changes.
 
-It consists of plain dataclasses, which `ml_collections.config_flags` reads and type-checks. Their
-fields can be written to until `validation.validate` returns a checked and frozen copy. Frozen parts
-are constants: they are hashed as static arguments of jitted functions.
+The configuration consists of plain dataclasses, which `ml_collections.config_flags` reads and
+type-checks. An `Experiment` contains other configurations as its parts, such as `ModelConfig`.
+Fields can be written to until `validation.validate` returns a checked and frozen copy. Frozen parts
+can be static arguments of jitted functions, because they are hashable constants.
 
-Fields that hold a member of an enumeration have the type `str`, because flags set strings. Members
-equal their strings.
+Fields that hold a member of an enumeration have the type `str`, because flags set strings. A member
+of an enumeration equals its string.
+
+In the texts of this file the paper is Radford et al. 2018, the authors' code is OpenAI's
+finetune-transformer-lm, and the hub is the Hugging Face hub.
 """
 
 import dataclasses
@@ -20,16 +24,20 @@ from gptjax.errors import nearest, require
 
 
 class Stage(enum.StrEnum):
-    """The stages of a run, in the order in which they follow each other."""
+    """The stages of a run, in the order in which they are trained."""
 
     PRETRAIN = "pretrain"
     FINETUNE = "finetune"
     FINETUNE_FROM_SCRATCH = "finetune_from_scratch"
-    """The same fine-tuning from random weights, to compare with."""
+    """A repetition of the fine-tuning from random weights, as a comparison."""
 
 
 class TaskKind(enum.StrEnum):
-    """The kinds of labelled tasks."""
+    """The kinds of labelled tasks.
+
+    The candidates of an example are the token sequences that the model reads for the example: one
+    for each answer of a multiple choice, and one or two in the other tasks.
+    """
 
     CLASSIFICATION = "classification"
     ENTAILMENT = "entailment"
@@ -44,7 +52,7 @@ class TaskKind(enum.StrEnum):
 
     @property
     def sums_candidates(self) -> bool:
-        """Whether the model reads the two texts in both orders and adds up the two states."""
+        """Whether the model reads the two texts in both orders and adds the two hidden states."""
         return self in (TaskKind.SIMILARITY, TaskKind.REGRESSION)
 
     @property
@@ -59,7 +67,10 @@ class TaskKind(enum.StrEnum):
 
 
 class ProbeKind(enum.StrEnum):
-    """The kinds of zero-shot probes of a language model; `gptjax.evaluate.probes` defines them."""
+    """The kinds of zero-shot probes, which are defined in `gptjax.evaluate.probes`.
+
+    A probe is a task that the language model does without any training for it.
+    """
 
     ACCEPTABILITY = "acceptability"
     NEXT_WORD = "next_word"
@@ -91,7 +102,7 @@ class Remat(enum.StrEnum):
 
     NONE = "none"
     DOTS = "dots"
-    """All values but those of matrix products."""
+    """All values except the results of matrix products."""
     FULL = "full"
     """All values."""
 
@@ -102,13 +113,13 @@ class AttentionKind(enum.StrEnum):
     AUTO = "auto"
     """The fastest implementation that the devices and the model allow."""
     PLAIN = "plain"
-    """All attention scores at once, on every kind of device."""
+    """Computes all attention scores at once, on every kind of device."""
     BLOCKED = "blocked"
-    """Block by block, for CPUs."""
+    """Computes the attention scores block by block, on CPUs."""
     PALLAS = "pallas"
-    """A kernel for TPUs."""
+    """A Pallas routine for TPUs."""
     CUDNN = "cudnn"
-    """cuDNN's kernel for NVIDIA GPUs, in bfloat16 and without dropout."""
+    """A cuDNN routine for NVIDIA GPUs, in bfloat16 and without attention dropout."""
 
 
 class TokenizerKind(enum.StrEnum):
@@ -126,7 +137,7 @@ class Words(enum.StrEnum):
 
     FAST = "fast"
     EXACT = "exact"
-    """As the authors' code does, which needs ftfy and spaCy."""
+    """The words of the authors' code. This way needs ftfy and spaCy."""
 
 
 class Algorithm(enum.StrEnum):
@@ -134,11 +145,11 @@ class Algorithm(enum.StrEnum):
 
     ADAMW = "adamw"
     OPENAI = "openai"
-    """The Adam of the authors' released code."""
+    """The Adam of the authors' code."""
 
 
 class Schedule(enum.StrEnum):
-    """The shapes of the learning rate's curve after the warm-up."""
+    """The shapes of the learning rate schedule after the warm-up."""
 
     COSINE = "cosine"
     LINEAR = "linear"
@@ -149,7 +160,7 @@ class LineBreaks(enum.StrEnum):
     """The treatment of line breaks inside a paragraph of a text file."""
 
     AUTO = "auto"
-    """JOIN for files whose lines are wrapped at a fixed width, KEEP for others."""
+    """Means JOIN for files whose lines are wrapped at a fixed width, and KEEP for other files."""
     KEEP = "keep"
     JOIN = "join"
     """The lines of a paragraph become one line."""
@@ -159,38 +170,38 @@ class LmMean(enum.StrEnum):
     """The ways to average the LM loss over a batch."""
 
     TOKEN = "token"
-    """One mean over all tokens."""
+    """The mean over all tokens of the batch."""
     SEQUENCE = "sequence"
-    """The mean of the means of the sequences."""
+    """The mean over the tokens of each sequence, and then the mean of these means."""
 
 
 class Cut(enum.StrEnum):
-    """The ways to shorten two texts that do not fit into the context together."""
+    """The ways to shorten two texts that share one sequence."""
 
     LONGEST = "longest"
-    """The longer text loses tokens first."""
+    """If the texts do not fit into the context together, the longer text loses tokens first."""
     HALF = "half"
-    """Each text keeps half a context less two tokens."""
+    """Each text is cut to (context length / 2) - 2 tokens, even if the other text is short."""
 
 
 class Head(enum.StrEnum):
-    """The states that the task head reads."""
+    """The hidden states that the task head reads."""
 
     EXTRACT = "extract"
-    """The state at the last token of the sequence."""
+    """The hidden state at the extract token, which is the last token of the sequence."""
     FLATTEN = "flatten"
-    """The states of all positions."""
+    """The hidden states of all positions."""
 
 
 class WeightFormat(enum.StrEnum):
-    """The formats of other programs that weights are imported from and exported to."""
+    """The formats of other programs, which the modes `import` and `export` read and write."""
 
     OPENAI = "openai"
     HUGGINGFACE = "huggingface"
 
 
 class BenchKind(enum.StrEnum):
-    """The activities that mode `bench` can time."""
+    """The activities that the mode `bench` can time."""
 
     TRAIN = "train"
     GENERATE = "generate"
@@ -199,7 +210,7 @@ class BenchKind(enum.StrEnum):
 
 @dataclasses.dataclass
 class _Config:
-    """Base of the configurations: `frozen` copies refuse writes to their fields."""
+    """The base of the configurations. The fields of a `frozen` copy cannot be written to."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if self.__dict__.get("_frozen"):
@@ -209,12 +220,12 @@ class _Config:
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig(_Config):
-    """Sizes and numerics of the decoder. The defaults are those of GPT-1 (117M)."""
+    """Sizes and numerics of the decoder. The defaults are the values of GPT-1 (117M)."""
 
     vocab_size: int = not_negative(0)
     """Rows of the token embedding. 0 means the size of the tokenizer's vocabulary."""
     context_length: int = positive(512)
-    """Length of the longest sequence in tokens; rows of the position embedding."""
+    """Tokens of the longest possible sequence. The position embedding has as many rows."""
     num_layers: int = positive(12)
     width: int = positive(768)
     num_heads: int = positive(12)
@@ -225,39 +236,40 @@ class ModelConfig(_Config):
     segment_types: int = limited(
         0, lambda rows: rows in (0, 2, 3), "must be 0 (none), 2, or 3 (with one for padding)"
     )
-    """Rows of an embedding of the token types: 0 (no such embedding), 2 (first and second text), or
-    3 (and padding)."""
+    """Rows of the segment embedding, which marks the text that a token belongs to: 0 (no such
+    embedding), 2 (first text, second text) or 3 (first text, second text, padding)."""
     tied: bool = True
     """Whether the LM head is the token embedding. Otherwise it is a linear layer with a bias."""
     one_matrix: bool = False
-    """Whether tokens and positions are rows of one matrix, as in the authors' code. Embedding
-    dropout is then applied to the matrix, the matrix after dropout is the LM head too, and the
-    softmax of the LM covers the positions as well."""
+    """Whether tokens and positions are rows of one matrix, as in OpenAI's code of GPT-1. Embedding
+    dropout is then applied to the matrix, the matrix after dropout is also the LM head, and the
+    softmax of the LM covers the positions too."""
     embedding_dropout: float = fraction(0.1)
     attention_dropout: float = fraction(0.1)
     residual_dropout: float = fraction(0.1)
     head_dropout: float = fraction(0.1)
-    """Dropout of the state that the task head reads."""
+    """Dropout probability of the hidden state that the task head reads."""
     head_dropout_shared: bool = False
-    """Whether all candidates of an example (answers, orders of two texts) share one dropout mask in
-    the task head."""
+    """Whether all token sequences of an example (one for each answer, or for each order of two
+    texts) share one dropout mask in the task head."""
     init_std: float = positive(0.02)
     """Standard deviation of the initial weights."""
     layer_norm_epsilon: float = positive(1e-5)
     dtype: str = one_of(Dtype.FLOAT32)
     """Dtype of activations and matrix products: float32 or bfloat16. Parameters, softmax, logits
-    and losses are float32 in any case."""
+    and losses are always float32."""
     remat: str = one_of(Remat.NONE)
-    """The values that the backward pass of a block computes again, to save memory: none, dots (all
-    but matrix products) or full (all)."""
+    """Rematerialisation: the values that the backward pass of a block computes again, to save
+    memory. The choices are none, dots (all values except the results of matrix products) and full
+    (all values)."""
     unroll: int = not_negative(0)
-    """Layers in one iteration of the scan over layers. More of them make steps faster and
-    compilation slower. 0 means all layers on a CPU without `remat`, where the gain is largest, and
-    one layer otherwise (XLA undoes `remat` in unrolled layers on a CPU)."""
+    """Layers in one iteration of the loop over the layers. More layers make steps faster and
+    compilation slower. 0 means all layers on a CPU if `remat` is none, and otherwise one layer. (On
+    a CPU, XLA undoes `remat` in unrolled layers.)"""
     attention: str = one_of(AttentionKind.AUTO)
     """Implementation of attention: plain (all scores at once), blocked (for CPUs), pallas (for
-    TPUs), cudnn (for NVIDIA GPUs, in bfloat16 and without attention dropout), or auto, the best one
-    for the devices."""
+    TPUs), cudnn (for NVIDIA GPUs, in bfloat16 and without attention dropout), or auto (the fastest
+    implementation that the devices and the model allow)."""
 
     @property
     def head_width(self) -> int:
@@ -275,19 +287,19 @@ class TokenizerConfig(_Config):
     """The tokenizer that is trained or loaded."""
 
     kind: str = one_of(TokenizerKind.BPE)
-    """bpe (GPT-1 style BPE, trained on the text), gpt1 (a given vocabulary and merges), or
-    character."""
+    """bpe (GPT-1 style BPE, trained on the text), gpt1 (the vocabulary and merges of `vocab_file`
+    and `merges_file`), or character."""
     vocab_size: int = positive(8000)
     """Size of a trained BPE vocabulary. It includes `<unk>`, but not the four special tokens."""
     file: str = ""
-    """A saved `tokenizer.json` that is loaded instead of a training."""
+    """A saved `tokenizer.json`, which is loaded. Empty means that `kind` decides."""
     vocab_file: str = ""
-    """For kind gpt1: the vocabulary, `encoder_bpe_40000.json`."""
+    """For kind gpt1: the file of the vocabulary, `encoder_bpe_40000.json`."""
     merges_file: str = ""
-    """For kind gpt1: the merges, `vocab_40000.bpe`."""
+    """For kind gpt1: the file of the merges, `vocab_40000.bpe`."""
     words: str = one_of(Words.FAST)
-    """For kind gpt1, the way to split text into words: fast, or exact (as the authors' code does,
-    which needs ftfy and spaCy)."""
+    """For kind gpt1: the way to split text into words. The choices are fast and exact (the words of
+    OpenAI's code, which needs ftfy and spaCy)."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -295,26 +307,28 @@ class OptimizerConfig(_Config):
     """Adam with decoupled weight decay, clipping by the global norm, and a schedule."""
 
     algorithm: str = one_of(Algorithm.ADAMW)
-    """adamw, or openai: the Adam and the schedules of the authors' code, to the letter."""
+    """adamw, or openai (exactly the Adam and the schedules of OpenAI's code)."""
     learning_rate: float = positive(2.5e-4)
     """Learning rate at the end of the warm-up."""
     schedule: str = one_of(Schedule.COSINE)
-    """After the warm-up: cosine or linear (both fall to 0 at the end), or constant."""
+    """Learning rate after the warm-up: cosine or linear (they fall to 0 at the end) or constant."""
     warmup_steps: int = not_negative(0)
     """Steps of the warm-up. 0 means that `warmup_fraction` decides."""
     warmup_fraction: float = fraction(0.0)
-    """Steps of the warm-up as a fraction of all steps."""
+    """Steps of the warm-up as a fraction of all steps, if `warmup_steps` is 0."""
     beta1: float = fraction(0.9)
     beta2: float = fraction(0.999)
     epsilon: float = positive(1e-8)
     weight_decay: float = not_negative(0.01)
-    """Decoupled decay of all arrays of two or more dimensions (so not of biases and gains)."""
+    """Decoupled weight decay of embeddings and weight matrices, not of biases and gains."""
     clip_norm: float = not_negative(1.0)
     """Largest global norm of the gradient. 0 means no clipping."""
     accumulation: int = positive(1)
-    """Micro-batches that a step adds up. The objective does not depend on it."""
+    """Micro-batches in a step, whose gradients are added. The number does not change the
+    objective."""
     max_bad_steps: int = positive(5)
-    """Non-finite updates in a row that end the run with exit code 3. Fewer are skipped."""
+    """Number of non-finite updates in a row that ends the run with exit code 3. If there are fewer,
+    these updates are skipped."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -322,7 +336,8 @@ class PretrainConfig(_Config):
     """Language modelling on windows of contiguous text."""
 
     dataset: str = ""
-    """`builtin`, or a data set of the hub such as `owner/name:config`."""
+    """`builtin` (the docstrings of Python), or a data set of the Hugging Face hub, such as
+    `owner/name:config`."""
     text: str = "text"
     """Column of the text in a data set of the hub."""
     train_files: str = ""
@@ -330,14 +345,14 @@ class PretrainConfig(_Config):
     validation_files: str = ""
     """Text files as comma-separated globs. Empty means the end of the training text."""
     validation_fraction: float = fraction(0.1)
-    """Fraction of the training text that is held out where there are no validation files."""
+    """Fraction of the training text that is held out if there are no validation files."""
     line_breaks: str = one_of(LineBreaks.AUTO)
-    """keep (as in the file), join (the lines of a paragraph become one line), or auto (join in
-    files whose lines are wrapped)."""
+    """keep (the line breaks of the file), join (the lines of a paragraph become one line), or auto
+    (join for files whose lines are wrapped at a fixed width, and keep for other files)."""
     batch_size: int = positive(64)
-    """Windows in a step, over all devices."""
+    """Windows in a step, on all devices together."""
     window: int = 0
-    """Tokens in a window. 0 means the model's context length."""
+    """Tokens in a window, which is one training sequence. 0 means the model's context length."""
     steps: int = not_negative(0)
     """Steps of the training. 0 means that `epochs` decides."""
     epochs: float = not_negative(0.0)
@@ -345,7 +360,7 @@ class PretrainConfig(_Config):
     eval_every: int = not_negative(0)
     """Steps between two validations. 0 means one validation, at the end."""
     save_every: int = positive(1000)
-    """Steps between two checkpoints. Each validation saves one too."""
+    """Steps between two checkpoints. Each validation saves a checkpoint too."""
     eval_batches: int = not_negative(0)
     """Batches in a validation. 0 means the whole validation text."""
     optimizer: OptimizerConfig = dataclasses.field(
@@ -358,7 +373,8 @@ class FinetuneConfig(_Config):
     """Training on labelled text with the joint loss: task_weight * task + lm_weight * LM."""
 
     dataset: str = ""
-    """`builtin:TASK`, or a data set of the hub such as `nyu-mll/glue:mrpc`."""
+    """`builtin:TASK` (a task made from Python's docstrings), or a data set of the Hugging Face hub,
+    such as `nyu-mll/glue:mrpc`."""
     train_file: str = ""
     """A file of labelled rows, instead of a data set."""
     validation_file: str = ""
@@ -370,14 +386,14 @@ class FinetuneConfig(_Config):
     test_split: str = ""
     """Name of a labelled test split in a data set of the hub. Empty means no test."""
     validation_fraction: float = fraction(0.1)
-    """Fraction of the training rows that is held out where there is no validation file."""
+    """Fraction of the training rows that is held out if there is no validation file."""
     columns: str = ""
     """Names of the columns, comma-separated, for files without a header."""
     task: str = one_of(TaskKind.CLASSIFICATION)
     """classification, entailment, similarity, multiple_choice or regression."""
     text: str = "text"
-    """A column. `a+b` means two columns joined by a space, `c[0]` the first entry of a column of
-    lists."""
+    """Column of the text. `a+b` means two columns, joined by a space. `c[0]` means the first entry
+    of a column of lists."""
     text_pair: str = ""
     """Column of the second text, for the tasks entailment, similarity and regression."""
     choices: str = ""
@@ -385,46 +401,51 @@ class FinetuneConfig(_Config):
     label: str = "label"
     """Column of the label, or of the number in a regression."""
     ignore_label: str = ""
-    """Rows with this label are left out, such as -1 in SNLI, where the annotators disagreed."""
+    """Rows with this label are left out, for example -1 in SNLI, which means that the annotators
+    disagreed."""
     metrics: str = ""
-    """Comma-separated names. The first one selects the best checkpoint. Empty means the usual
-    metrics of the task."""
+    """Names of metrics, comma-separated. The first metric selects the best checkpoint. Empty means
+    the usual metrics of the task."""
     lm_weight: float = not_negative(0.5)
-    """Weight of the LM loss, the paper's lambda."""
+    """Weight of the LM loss, which is lambda in the paper."""
     task_weight: float = not_negative(1.0)
     """Weight of the task loss."""
     lm_mean: str = one_of(LmMean.TOKEN)
-    """The LM loss is the mean over all tokens (token), or the mean of each sequence's mean
-    (sequence)."""
+    """The average of the LM loss: token (the mean over all tokens) or sequence (the mean over the
+    tokens of each sequence, and then the mean of these means)."""
     cut: str = one_of(Cut.LONGEST)
-    """The way to shorten two texts that exceed the context: longest (the longer text loses tokens)
-    or half (each text keeps half a context less two tokens, as in the authors' code)."""
+    """The way to shorten two texts: longest (if they exceed the context, the longer text loses
+    tokens first) or half (each text is cut to (context length / 2) - 2 tokens, as in OpenAI's
+    code)."""
     head: str = one_of(Head.EXTRACT)
-    """The input of the task head: extract (the state at the last token) or flatten (the states of
-    all positions of `start text delimiter [text_pair delimiter]`, padded to the longest)."""
+    """The input of the task head: extract (the hidden state at the last token) or flatten (the
+    hidden states of all positions). With flatten, a sequence is `start text delimiter [text_pair
+    delimiter]`, padded to the length of the longest sequence."""
     drop_last: bool = False
-    """Whether the last, smaller batch of each epoch is dropped. Otherwise batches run across
-    epochs."""
+    """Whether the last, smaller batch of each epoch is dropped. Otherwise such a batch is filled
+    with examples of the next epoch."""
     batch_size: int = positive(32)
-    """Examples in a step, over all devices."""
+    """Examples in a step, on all devices together."""
     epochs: float = not_negative(3.0)
     """Passes over the training rows."""
     steps: int = not_negative(0)
     """Steps of the training. 0 means that `epochs` decides."""
     row_length: int = not_negative(0)
-    """Tokens in a packed row. 0 means a length that suits the examples."""
+    """Tokens in a row of a batch, which holds several examples. 0 means a length that suits the
+    examples."""
     evals_per_epoch: float = positive(1.0)
     """Validations in an epoch."""
     save_every: int = positive(1000)
-    """Steps between two checkpoints. Each validation saves one too."""
+    """Steps between two checkpoints. Each validation saves a checkpoint too."""
     compare_from_scratch: bool = False
-    """Whether a second fine-tuning starts from random weights, to show the gain of pretraining."""
+    """Whether a second fine-tuning from random weights follows, to show the gain of pretraining."""
     transfer: str = limited(
         "all",
         lambda layers: layers in ("all", "none") or layers.isdecimal(),
         "must be all, none, or a number of layers",
     )
-    """The pretrained weights to start from: all, none, or N (the embeddings and N layers)."""
+    """The pretrained weights to start from: all, none, or a number N (the embeddings and the first
+    N layers)."""
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=6.25e-5, schedule="linear", warmup_fraction=0.002
@@ -434,12 +455,13 @@ class FinetuneConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ProbeConfig(_Config):
-    """A zero-shot task: the language model solves it without any training for it."""
+    """A zero-shot probe: a task that the language model does without any training for it."""
 
     kind: str = one_of(ProbeKind.MULTIPLE_CHOICE)
-    """acceptability, next_word, multiple_choice or substitution: see `evaluate/probes.py`."""
+    """acceptability, next_word, multiple_choice or substitution. gptjax/evaluate/probes.py defines
+    them."""
     dataset: str = ""
-    """`builtin:TASK`, or a data set of the hub."""
+    """`builtin:TASK`, or a data set of the Hugging Face hub."""
     split: str = "validation"
     """Split of the data set."""
     file: str = ""
@@ -447,15 +469,16 @@ class ProbeConfig(_Config):
     columns: str = ""
     """Names of the columns, comma-separated, for a file without a header."""
     text: str = "text"
-    """A column, or an expression as in `FinetuneConfig.text`. In a substitution, `_` marks the
-    place of the candidates."""
+    """Column of the text. `a+b` means two columns, joined by a space. `c[0]` means the first entry
+    of a column of lists. For substitution, `_` in the text marks the place of the candidates."""
     choices: str = ""
-    """Columns of the answers or candidates, comma-separated."""
+    """Columns of the answers of a multiple choice, or of the candidates of a substitution,
+    comma-separated."""
     pronoun: str = ""
-    """For substitution, where the text has no `_`: the column of the word that candidates
+    """For substitution, if the text has no `_`: the column of the word that the candidates
     replace."""
     pronoun_start: str = ""
-    """For substitution: the column of the pronoun's position in the text, in characters."""
+    """For substitution: the column of the index of the pronoun's first character in the text."""
     label: str = "label"
     """Column of the label."""
     append: str = "very"
@@ -463,12 +486,13 @@ class ProbeConfig(_Config):
     words: str = "negative,positive"
     """For next_word: one word for each label, comma-separated, in the order of the labels."""
     limit: int = not_negative(1000)
-    """Number of rows, from the first one. 0 means all rows."""
+    """Number of rows that are used, from the first row on. 0 means all rows."""
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class MeshConfig(_Config):
-    """Number of devices along each axis of the mesh. One of them may be -1: all devices left."""
+    """Number of devices along each axis of the mesh. One number can be -1, which means all devices
+    that the other axes leave."""
 
     data: int = -1
     fsdp: int = 1
@@ -477,7 +501,7 @@ class MeshConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class CheckpointConfig(_Config):
-    """The numbers of checkpoints of a stage that are kept."""
+    """The numbers of the newest and of the best checkpoints that each stage keeps."""
 
     keep_newest: int = positive(2)
     keep_best: int = not_negative(1)
@@ -485,17 +509,18 @@ class CheckpointConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class AblationConfig(_Config):
-    """The comparison of mode `ablate`: each variant of each task, with several seeds."""
+    """The comparison of the mode `ablate`: each variant of each task, with several seeds."""
 
     tasks: dict[str, FinetuneConfig] = dataclasses.field(default_factory=dict, hash=False)
-    """Name -> fine-tuning. Empty means the experiment's own `finetune`."""
+    """Name of a task -> its fine-tuning. Empty means the field `finetune` of the experiment."""
     only: str = ""
     """Names of the tasks to run, comma-separated. Empty means all tasks."""
     variants: str = "full,no_pretraining,no_lm"
-    """Comma-separated. Others are `layers=N` (N pretrained layers; 0: the embeddings alone) and
-    `lambda=X` (the weight of the LM loss)."""
+    """Names of the variants, comma-separated. Besides the default variants there are `layers=N`
+    (start from the embeddings and N pretrained layers) and `lambda=X` (weight of the LM loss)."""
     parallel: int = not_negative(0)
-    """Fine-tunings at the same time. 0 means one on each device, and two on a single CPU device."""
+    """Fine-tunings that run at the same time. 0 means one fine-tuning on each device, or two on a
+    single CPU device."""
 
     @property
     def chosen(self) -> dict[str, FinetuneConfig]:
@@ -506,7 +531,7 @@ class AblationConfig(_Config):
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class Experiment(_Config):
-    """One run: a tokenizer, a model, and up to two stages."""
+    """The configuration of a run: a tokenizer, a model, and up to two stages."""
 
     name: str = "experiment"
     seed: int = limited(0, lambda seed: 0 <= seed < 2**32, f"must be 0 to {2**32 - 1}")
@@ -516,16 +541,16 @@ class Experiment(_Config):
     finetune: FinetuneConfig | None = None
     ablation: AblationConfig | None = None
     probes: dict[str, ProbeConfig] = dataclasses.field(default_factory=dict, hash=False)
-    """Name -> probe. Each validation of a pretraining runs them, and `--mode=evaluate --probes`."""
+    """Name of a probe -> the probe. Each validation of a pretraining runs the probes, and so does
+    the mode `evaluate` with `--probes`."""
     init_from: str = ""
-    """A workdir or checkpoint of gptjax. Its tokenizer, sizes and weights are the starting
-    point."""
+    """A workdir or checkpoint of gptjax. The run starts from its tokenizer, sizes and weights."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
-# Fields that may differ when a workdir is continued: they change where and how the same numbers are
-# computed, or (in `ablation`) which results are added.
+# The fields that can differ when a run is continued in its workdir. The fields of `ablation` decide
+# which results are added. The other fields change where and how the same numbers are computed.
 _RESUMABLE = (
     "mesh", "checkpoint", "model.remat", "model.unroll", "model.attention",
     "ablation.variants", "ablation.only", "ablation.parallel",
@@ -540,7 +565,7 @@ def split_names(text: str) -> tuple[str, ...]:
 
 
 def frozen(config: T) -> T:
-    """Returns a copy of a configuration whose fields, also those of its parts, refuse writes."""
+    """Returns a copy of a configuration whose fields, and fields of its parts, are read-only."""
     copy: Any = config
     if isinstance(config, dict):
         copy = {name: frozen(part) for name, part in config.items()}
@@ -552,7 +577,10 @@ def frozen(config: T) -> T:
 
 
 def part_class(annotation: Any) -> Any:
-    """Returns the configuration class X of the type X, X | None or dict[str, X], or None."""
+    """Returns the configuration class X of the type X, X | None or dict[str, X].
+
+    None means that the type has no configuration class.
+    """
     types = (annotation, *typing.get_args(annotation))
     return next((each for each in types if dataclasses.is_dataclass(each)), None)
 
@@ -571,7 +599,10 @@ def field_names(cls: Any, prefix: str = "") -> Iterator[str]:
 
 
 def value_at(config: Any, path: str) -> Any:
-    """Returns what a configuration has at a dotted path, "" meaning itself; None: nothing."""
+    """Returns the value at a dotted path in a configuration.
+
+    An empty path means the configuration itself. None is returned if the path does not exist.
+    """
     for name in filter(None, path.split(".")):
         is_table = isinstance(config, Mapping)
         config = config.get(name) if is_table else getattr(config, name, None)
@@ -579,20 +610,22 @@ def value_at(config: Any, path: str) -> Any:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns the configuration as plain JSON-ready values."""
+    """Returns the configuration as plain values that JSON can represent."""
     return dataclasses.asdict(config)
 
 
 def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Builds a frozen configuration from the values of `to_dict`; missing fields have defaults.
+    """Builds a frozen configuration from the values of `to_dict`.
+
+    A field without a value gets its default.
 
     Args:
       cls: the configuration class.
-      values: from `to_dict`, possibly written as JSON and read again.
-      where: name of their source in error messages.
+      values: the values of `to_dict`, which may have been written as JSON and read again.
+      where: the name of the source of the values, for error messages.
 
     Raises:
-      UserError: a field that the class does not have.
+      UserError: the values have a field that the class does not have.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     kwargs = {}
@@ -608,11 +641,13 @@ def from_dict(cls: type[T], values: dict[str, Any], where: str) -> T:
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Lists "field: old -> new" for each field that may not change when a run is continued.
+    """Lists the changes of fields that must not change when a run is continued.
+
+    A change has the form "field: old -> new".
 
     Args:
       old, new: values of `to_dict`.
-      prefix: goes before the names of the fields.
+      prefix: a text that is put before the names of the fields.
     """
     found = []
     for key in old.keys() | new.keys():
@@ -628,14 +663,14 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
-    """The task of a head: what it predicts, and from which columns."""
+    """The task of a task head: its predictions, and the columns that it is predicted from."""
 
     kind: TaskKind
-    """A string is converted."""
+    """The kind of the task. A string is converted to a member of `TaskKind`."""
     text: str
-    """Column of the text, as in `FinetuneConfig.text`."""
+    """Column of the text, in the form of `FinetuneConfig.text`."""
     text_pair: str = ""
-    """Column of the second text; empty if the task has one text."""
+    """Column of the second text. Empty means that the task has one text."""
     choices: tuple[str, ...] = ()
     """Columns of the answers of a multiple choice."""
     label: str = "label"
@@ -643,17 +678,17 @@ class TaskSpec:
     labels: tuple[str, ...] = ()
     """Names of the classes, or of the answers, in the order of the head's outputs."""
     cut: str = Cut.LONGEST
-    """The way to shorten two texts that exceed the context, as in `FinetuneConfig.cut`."""
+    """The way to shorten two texts, a member of `Cut`."""
     flatten: int = 0
-    """Tokens that each sequence is padded or cut to, for a head that reads all positions. 0 means a
-    head that reads the last token alone."""
+    """The number of tokens that each sequence is padded or cut to, if the task head reads all
+    positions. 0 means that the task head reads the last token alone."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", TaskKind(self.kind))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "TaskSpec":
-        """Reads the values of `dataclasses.asdict`, also after they were written as JSON."""
+        """Builds a task from the values of `dataclasses.asdict`, or from their JSON."""
         lists = {name: tuple(values[name]) for name in ("choices", "labels")}
         return cls(**{**values, **lists})
 
@@ -667,23 +702,24 @@ class TaskSpec:
 
     @property
     def num_candidates(self) -> int:
-        """C: token sequences in an example."""
+        """C, the number of token sequences of an example."""
         if self.kind is TaskKind.MULTIPLE_CHOICE:
             return len(self.choices)
         return 2 if self.kind.sums_candidates else 1
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the linear head for a state."""
+        """Number of outputs of the task head for one hidden state."""
         return len(self.labels) if self.kind.has_classes else 1
 
     @property
     def text_columns(self) -> tuple[str, ...]:
-        """The columns that are read besides the label."""
+        """The columns that are read in addition to the label."""
         return tuple(name for name in (self.text, self.text_pair, *self.choices) if name)
 
 
-# Fields of the model that `init_from` decides. Dropout, dtype and others are the experiment's own.
+# The fields of the model that come from the checkpoint in `init_from`. The other fields, such as
+# dropout and dtype, come from the experiment.
 INHERITED_SIZES = (
     "vocab_size", "context_length", "num_layers", "width", "num_heads", "ffn_width",
     "activation", "segment_types", "tied", "layer_norm_epsilon",
@@ -691,5 +727,5 @@ INHERITED_SIZES = (
 
 
 def higher_is_better(name: str) -> bool:
-    """Returns whether a higher value of a metric is better: not so for ``mse`` and ``loss``."""
+    """Returns whether a higher value of a metric is better. This is false for `mse` and `loss`."""
     return name not in ("mse", "loss")

@@ -1,7 +1,7 @@
-"""Checks a configuration before anything else happens; every error names the wrong field.
+"""Checks of a configuration, which are made before a run. Every error names the wrong field.
 
-The constraint of a single field stands in `schema`, beside the field. Rules about several fields
-are here.
+A rule about a single field is the field's constraint, which is written in `schema` beside the
+field. Rules about several fields are in this file.
 """
 
 import dataclasses
@@ -15,7 +15,13 @@ from gptjax.errors import UserError, nearest, require
 
 
 def _check_fields(config: Any, where: str) -> None:
-    """Checks the value of each field, and of the parts' fields, against the field's constraint."""
+    """Checks the constraints of all fields of a configuration and of its parts.
+
+    Args:
+      config: the configuration.
+      where: the dotted name of the configuration, for error messages. An empty string means the
+        experiment.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         name = f"{where}.{field.name}" if where else field.name
@@ -26,7 +32,7 @@ def _check_fields(config: Any, where: str) -> None:
 
 
 def validate_model(model: ModelConfig) -> None:
-    """Checks sizes and numerics; a wrong field is a `UserError`."""
+    """Checks sizes and numerics of the model. Raises `UserError` for a wrong field."""
     _check_fields(model, "model")
     if model.context_length == 1:
         raise UserError("`model.context_length`=1: a token needs another one to follow it")
@@ -39,7 +45,7 @@ def validate_model(model: ModelConfig) -> None:
 
 
 def validate_tokenizer(tokenizer: schema.TokenizerConfig) -> None:
-    """Checks kind and size of the tokenizer; a wrong field is a `UserError`."""
+    """Checks kind and size of the tokenizer. Raises `UserError` for a wrong field."""
     _check_fields(tokenizer, "tokenizer")
     if tokenizer.words == schema.Words.EXACT and tokenizer.kind != schema.TokenizerKind.GPT1:
         raise UserError("`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1")
@@ -64,7 +70,7 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig, in_memory: 
 
 
 def validate_head(finetune: FinetuneConfig, model: ModelConfig, where: str = "finetune") -> None:
-    """Checks that the model can have the task's head; a wrong field is a `UserError`."""
+    """Checks that the model can have the head of the task. Raises `UserError` for a wrong field."""
     flatten = finetune.head == schema.Head.FLATTEN
     if flatten and not TaskKind(finetune.task).is_single_sequence:
         raise UserError(
@@ -130,7 +136,7 @@ def _validate_ablation(ablation: schema.AblationConfig, model: ModelConfig) -> N
 
 
 def validate_probe(name: str, probe: schema.ProbeConfig) -> None:
-    """Checks a probe; a wrong field is a `UserError`."""
+    """Checks a zero-shot probe. Raises `UserError` for a wrong field."""
     where = f"probes.{name}"
     _check_fields(probe, where)
     if bool(probe.dataset) == bool(probe.file):
@@ -160,10 +166,11 @@ def validate(experiment: Experiment, in_memory: Collection[str] = ()) -> Experim
 
     Args:
       experiment: the configuration.
-      in_memory: the stages whose data are tables in memory. Their fields need not name any data.
+      in_memory: the stages whose data are tables in memory. The fields of these stages need not
+        name any data.
 
     Raises:
-      UserError: the first wrong field, with what to write instead.
+      UserError: a field is wrong. The message names the first wrong field and a correction.
     """
     model, pretrain, finetune = experiment.model, experiment.pretrain, experiment.finetune
     _check_fields(experiment, "")

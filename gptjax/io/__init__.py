@@ -1,1 +1,1 @@
-"""Files and their errors, folders in buckets, and the console."""
+"""Files and their errors, folders in cloud buckets, and the console."""

@@ -1,4 +1,4 @@
-"""Output for a person at the terminal, who may have closed it."""
+"""Output for a person at the terminal. The terminal may have been closed."""
 
 import contextlib
 import json
@@ -11,7 +11,10 @@ from gptjax.io.remote import PathLike
 
 
 def tell(line: str) -> None:
-    """Writes a line to stderr without Python's buffers: safe in any thread and signal handler."""
+    """Writes a line to stderr without Python's buffers.
+
+    It can be called safely in any thread and in a signal handler.
+    """
     try:
         os.write(2, f"{line}\n".encode())
     except OSError:
@@ -21,8 +24,8 @@ def tell(line: str) -> None:
 def no_reader() -> None:
     """Sends stderr, and stdout if it is the same file, to /dev/null from now on.
 
-    To be called when a write fails because the terminal was closed or a pipe has no reader: later
-    output is then lost, but it changes neither what is saved nor the exit code.
+    It is called when a write fails, because the terminal was closed or a pipe has no reader. Later
+    output is then lost, but it raises no error that would change the saved files or the exit code.
     """
     null = os.open(os.devnull, os.O_WRONLY)
     with contextlib.suppress(OSError):
@@ -38,7 +41,7 @@ def say(text: str) -> None:
 
 
 def print_json(obj: Any, path: PathLike = "") -> None:
-    """Prints `obj` as JSON, and writes it to the file `path` too unless that is empty."""
+    """Prints `obj` as JSON. If `path` is not empty, `obj` is also written to this file."""
     print(json.dumps(json_ready(obj), indent=2))
     if path:
         write_json(path, obj)

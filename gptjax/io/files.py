@@ -1,4 +1,4 @@
-"""Atomic writes of files, JSON, and the errors of disks."""
+"""Atomic writes of files, JSON files, and errors of the disk."""
 
 import contextlib
 import errno
@@ -19,11 +19,13 @@ from gptjax.io.remote import PathLike
 
 @contextlib.contextmanager
 def disk_errors(path: PathLike, note: str = "") -> Iterator[None]:
-    """Turns a failed write into a `UserError`: one line that names the path and the reason.
+    """Turns a failed write into a `UserError` with one line that names the path and the reason.
+
+    Exceptions that the user cannot remedy are not changed.
 
     Args:
       path: the file or folder that is written.
-      note: what the user should know besides, at the end of the message.
+      note: a further remark for the user, which is put at the end of the message.
     """
     try:
         yield
@@ -38,7 +40,7 @@ def disk_errors(path: PathLike, note: str = "") -> Iterator[None]:
 
 
 def _reason(error: Exception, in_bucket: bool) -> str:
-    """Returns why a write failed if the user can remedy it, else ""."""
+    """Returns why a write failed, or an empty string if the user cannot remedy the failure."""
     text = str(error)
     # tensorstore, which writes the arrays of checkpoints, raises ValueError with these texts.
     code = re.search(r"os_error_code='(\d+)'", text)
@@ -47,7 +49,7 @@ def _reason(error: Exception, in_bucket: bool) -> str:
     if any(full in text for full in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
         return os.strerror(errno.ENOSPC)
     if in_bucket:
-        # A user can change permissions. A bucket that is out of reach may come back by itself.
+        # The user can change permissions. An unreachable bucket may become reachable by itself.
         refused = isinstance(error, PermissionError) or "orbidden" in text
         return text if refused else ""
     if isinstance(error, OSError) and not isinstance(error, ConnectionError | TimeoutError):
@@ -56,13 +58,17 @@ def _reason(error: Exception, in_bucket: bool) -> str:
 
 
 def write_atomically(path: PathLike, data: bytes) -> None:
-    """Writes a file, and its folder if there is none, so that no reader ever sees half of it."""
+    """Writes a file as a whole, so that no reader sees half of the file.
+
+    If the folder of the file does not exist, it is created.
+    """
     if remote.is_remote(path):
         with disk_errors(path):
             epath.Path(path).write_bytes(data)
         return
     folder, name = os.path.split(os.path.abspath(path))
-    # The module `tempfile` makes files that their owner alone may read, also after the rename.
+    # The module `tempfile` is not used, because only the owner can read its files, even after they
+    # are renamed.
     temporary = os.path.join(folder, f".{name}.{os.getpid()}.tmp")
     with disk_errors(path):
         os.makedirs(folder, exist_ok=True)
@@ -79,7 +85,10 @@ def write_atomically(path: PathLike, data: bytes) -> None:
 
 
 def json_ready(value: Any) -> Any:
-    """Returns `value` for `json.dumps`: NumPy numbers become Python's, NaN and infinity None."""
+    """Returns `value` in a form that `json.dumps` accepts.
+
+    NumPy numbers and arrays become Python numbers and lists. NaN and infinity become None.
+    """
     if isinstance(value, Mapping):
         return {str(k): json_ready(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
@@ -92,7 +101,7 @@ def json_ready(value: Any) -> Any:
 
 
 def write_json(path: PathLike, obj: Any) -> None:
-    """Writes `obj` as JSON, atomically, with the keys in their order.
+    """Writes `obj` as JSON, atomically. The order of the keys is kept.
 
     Raises:
       UserError: the file cannot be written.

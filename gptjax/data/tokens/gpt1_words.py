@@ -14,6 +14,7 @@ from gptjax.errors import UserError
 
 # Characters that the authors' `text_standardize` maps to ASCII.
 REPLACED = {"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"}
+_REPLACED = str.maketrans({**REPLACED})
 # The authors' pattern also has `\\+` for backslashes. Their string is not raw, so that it means
 # `\+`, which matches a plus sign. Therefore backslashes get no spaces here either.
 _PUNCTUATION = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
@@ -26,7 +27,7 @@ def standardize(text: str) -> str:
 
     This is the authors' `text_standardize`.
     """
-    text = _PUNCTUATION.sub(r" \1 ", text.translate(str.maketrans(REPLACED)))
+    text = _PUNCTUATION.sub(r" \1 ", text.translate(_REPLACED))
     text = _LINE_BREAK.sub(" \n ", text)
     return _SPACES.sub(" ", text).strip()
 
