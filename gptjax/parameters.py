@@ -2,9 +2,9 @@
 
 All code that depends on the name of a parameter reads this table: the sharding on a mesh
 (`gptjax.mesh`), weight decay (`gptjax.train.optimizer`), the copy of a model for generation
-(`gptjax.infer.generate`), and the formats of OpenAI and Hugging Face (`gptjax.interop`). A parameter
-that is added to `gptjax.model.gpt` needs a row in this table. A test compares the table with the
-model.
+(`gptjax.infer.generate`), and the formats of OpenAI and Hugging Face (`gptjax.interop`). A
+parameter that is added to `gptjax.model.gpt` needs a row in this table. A test compares the table
+with the model.
 
 A block is a layer of the Transformer. A kernel is the weight matrix of a linear layer.
 """
