@@ -61,15 +61,13 @@ def _open_to_readers(folder: pathlib.Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
 
 
-def import_weights(
-    input_path: str, output_path: str, form: str, words: str = Words.EXACT
-) -> list[str]:
+def import_weights(input: str, output: str, format: str, words: str = Words.EXACT) -> list[str]:
     """Writes weights in another format as a workdir, which all other modes can read.
 
     Args:
-      input_path: the folder with the weights.
-      output_path: the workdir, which must not exist yet.
-      form: one of `FORMATS`.
+      input: the folder with the weights.
+      output: the workdir, which must not exist yet.
+      format: one of `FORMATS`.
       words: as in `TokenizerConfig.words`. What `export_weights` wrote has its own tokenizer, for
         which this does not matter.
 
@@ -80,29 +78,29 @@ def import_weights(
       UserError: a folder is wrong, or the weights cannot be read.
     """
     require(words in tuple(Words), f"`tokenizer.words`={words}: must be {' or '.join(Words)}")
-    require(input_path, "`input`: give the folder with the weights")
-    require(os.path.isdir(input_path), f"`input`={input_path}: no such folder")
-    with _new_folder(output_path) as place:
-        found = _read(pathlib.Path(input_path), form, words)
-        _save(found, place, input_path)
+    require(input, "`input`: give the folder with the weights")
+    require(os.path.isdir(input), f"`input`={input}: no such folder")
+    with _new_folder(output) as place:
+        found = _read(pathlib.Path(input), format, words)
+        _save(found, place, input)
     what = f" and the head of a {found.task.kind} task" if found.task else ""
     count = sum(array.size for array in found.arrays.values())
-    lines = [f"{count:,} parameters{what} -> {output_path}"]
+    lines = [f"{count:,} parameters{what} -> {output}"]
     if found.tokenizer.exact:
         lines.append("text is split into words as GPT-1's authors did, with ftfy and spaCy")
     return lines
 
 
-def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
+def _read(folder: pathlib.Path, format: str, words: str) -> Weights:
     """Reads a folder; every error is a `UserError`."""
     try:
-        found = FORMATS[form].read(folder, words == Words.EXACT)
+        found = FORMATS[format].read(folder, words == Words.EXACT)
         validation.validate_model(found.model)
         return found
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Files of other programs can be wrong in too many ways to check each of them.
         raise UserError(
-            f"`input`={folder}: cannot be read as `format`={form} ({brief(error)})"
+            f"`input`={folder}: cannot be read as `format`={format} ({brief(error)})"
         ) from error
 
 
@@ -130,13 +128,13 @@ def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
         checkpoints.save(0, start, meta)
 
 
-def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
+def export_weights(input: str, output: str, format: str) -> list[str]:
     """Writes a checkpoint in another format.
 
     Args:
-      input_path: a workdir, or a stage or a step in it.
-      output_path: the folder to write, which must not exist yet.
-      form: one of `FORMATS`.
+      input: a workdir, or a stage or a step in it.
+      output: the folder to write, which must not exist yet.
+      format: one of `FORMATS`.
 
     Returns:
       Lines to print for the user.
@@ -144,15 +142,15 @@ def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
     Raises:
       UserError: a folder is wrong, or the format has no place for a part of the model.
     """
-    require(input_path, "`input`: give the `workdir` of a finished training")
-    checkpoint = open_checkpoint(input_path, "input")
+    require(input, "`input`: give the `workdir` of a finished training")
+    checkpoint = open_checkpoint(input, "input")
     params = checkpoint.load_params(make_mesh(schema.MeshConfig()))
     meta = checkpoint.meta
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path)
     found = Weights(meta.model, arrays.flatten(params), tokenizer, meta.task)
-    with _new_folder(output_path) as place:
-        note = FORMATS[form].write(found, place)
-    lines = [f"{checkpoint.path} -> {output_path} ({note})"]
+    with _new_folder(output) as place:
+        note = FORMATS[format].write(found, place)
+    lines = [f"{checkpoint.path} -> {output} ({note})"]
     if tokenizer.exact:
         lines.append(
             "its tokenizer there splits text into words in another way: some token ids will differ"
