@@ -26,7 +26,9 @@ def standardize(text: str) -> str:
 
     This is the authors' `text_standardize`.
     """
-    text = _PUNCTUATION.sub(r" \1 ", text.translate(str.maketrans(REPLACED)))
+    for old, new in REPLACED.items():
+        text = text.replace(old, new)
+    text = _PUNCTUATION.sub(r" \1 ", text)
     text = _LINE_BREAK.sub(" \n ", text)
     return _SPACES.sub(" ", text).strip()
 
