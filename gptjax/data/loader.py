@@ -112,13 +112,15 @@ class TextBatches(Batches):
             f"`pretrain`: the training text has {len(self.stream)} tokens, fewer than one window "
             f"of {self.window}; give more text or a smaller `pretrain.window`",
         )
-        # One window fewer than fit leaves the offset free to vary by more than a window.
+        # An epoch has one window fewer than fit into the stream. The random offset of the windows
+        # can therefore be larger than a window.
         self.windows = max(1, len(self.stream) // self.window - 1)
         self._order = _shuffled(self.windows, self.seed)
 
     def _start(self, position: int) -> int:
         """Returns the first token of the window at a position of the shuffled order."""
-        # The largest offset reaches the end of the stream, so that no token is left out for ever.
+        # With the largest offset the last window ends at the end of the stream. Therefore every
+        # token is in a window of some epoch.
         offsets = len(self.stream) - self.windows * self.window + 1
         data = f"{self.seed}:{position // self.windows}".encode()
         digest = hashlib.blake2b(data, digest_size=8).digest()

@@ -148,7 +148,7 @@ class Packer:
     def fill(
         self, examples: Examples, rows: list[list[int]], row_mask: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
-        """Packs examples that are assigned to rows already; otherwise like `pack`.
+        """Returns what `pack` returns, for examples that are assigned to rows already.
 
         Args:
           examples: all examples.
@@ -156,7 +156,9 @@ class Packer:
           row_mask: the rows to fill, see `RowMask`.
         """
         height = self.rows
-        if len(rows) > height:  # in steps of a quarter: every other height is compiled anew
+        # The number of rows grows in steps of a quarter, because each new number needs another
+        # compilation.
+        if len(rows) > height:
             height = _round_up(len(rows), math.ceil(height / 4))
         height = _round_up(height, self._divisor)
         batch = _empty(height, self.row_length, self.slots, examples)

@@ -6,8 +6,11 @@ similarity         start text delimiter text_pair extract, and the same with the
 regression         the same as similarity, with a real number as its target
 multiple choice    start text delimiter answer extract, for each answer
 
-A flattened head (recipe `tutorial`) reads one sequence instead, which is padded to a fixed length:
-start text delimiter, and for a pair of texts then text_pair delimiter.
+A flattened head (recipe `tutorial`) reads the states of all positions. Its examples are one
+sequence each, which is padded to a fixed length:
+
+one text           start text delimiter
+two texts          start text delimiter text_pair delimiter
 """
 
 import dataclasses

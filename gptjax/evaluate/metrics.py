@@ -143,5 +143,6 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: i
 
 
 def _constant(values: np.ndarray) -> bool:
-    # SciPy warns that a correlation is rounding noise from a somewhat smaller spread on.
+    # With a smaller spread a correlation is rounding noise. SciPy warns of that at a slightly lower
+    # limit.
     return bool(np.ptp(values) <= 1e-12 * np.abs(np.mean(values)))

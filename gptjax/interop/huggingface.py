@@ -1,10 +1,10 @@
 """Folders of Hugging Face's `openai-gpt` models: config.json, model.safetensors, a tokenizer.
 
-The class of transformers that a folder is for depends on its task head:
+The task head decides which class of the library `transformers` the folder is for:
 
-OpenAIGPTModel, OpenAIGPTLMHeadModel      none
-OpenAIGPTDoubleHeadsModel                 that of a multiple choice
-OpenAIGPTForSequenceClassification        that of a classification or entailment
+no task head                      OpenAIGPTModel, OpenAIGPTLMHeadModel
+multiple choice                   OpenAIGPTDoubleHeadsModel
+classification or entailment      OpenAIGPTForSequenceClassification
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ _SIZES = {
 # Their names of activation functions -> ours.
 _ACTIVATIONS = {"gelu": Activation.GELU_TANH, "relu": Activation.RELU}
 _FILE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-# Masks and position numbers, which older versions of transformers saved too.
+# Older versions of transformers saved masks and position numbers too. They are not read.
 _CONSTANTS = re.compile(r"(h\.\d+\.attn\.bias|position_ids)$")
 
 
@@ -241,11 +241,12 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
 
 
 def _kernel_with_bias(weights: Weights) -> np.ndarray:
-    """Returns a kernel [O, D] that gives the head's logits without its bias: their head has none.
+    """Returns a kernel [O, D] that gives the same logits as the head's kernel and bias together.
 
-    The last layer norm returns h = g * n + b, where the sum of n is 0. So the sum of h / g is that
-    of b / g for every text. Call it c: adding bias / (c g) to the kernel adds the bias to the
-    logits.
+    The head of transformers has no bias. The last layer norm returns h = g * n + b, with the gain
+    g, the bias b, and the normalised state n. The elements of n add up to 0. Therefore
+    sum(h / g) = sum(b / g) = c for every text. Adding bias / (c g) to the kernel then adds the bias
+    to the logits.
 
     Raises:
       UserError: c is too small, so that the rounding of h would change the logits.

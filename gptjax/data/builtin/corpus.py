@@ -97,12 +97,15 @@ def read_entries() -> Sequence[Entry]:
 
 @functools.lru_cache(maxsize=1)  # for processes that cannot write the cache on disk
 def collect(stdlib: str) -> Sequence[Entry]:
-    """Parses and inspects all modules, removes repeated docstrings, and splits by unit."""
+    """Returns the docstrings of all modules, without repetitions, each with its split.
+
+    Every unit is in one split only.
+    """
     docstrings: list[Entry] = []
     gc_was_enabled = gc.isenabled()
     gc.disable()  # twice as fast: the parser makes millions of objects, but no cycles
     try:
-        # The library has old escapes and deprecated modules.
+        # Parsing the standard library gives warnings of invalid escapes and deprecated modules.
         with warnings.catch_warnings(action="ignore"):
             for module, path in _sources(stdlib):
                 docstrings.extend(_parsed(module, path))
@@ -257,7 +260,7 @@ def _c_function(unit: str, name: str, function: Any) -> Entry:
         stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
         parameters = inspect.signature(function).parameters.values()
         arguments = _names([stars.get(p.kind.name, "") + p.name for p in parameters])
-    except Exception:  # no valid signature for machines: take the one in the docstring
+    except Exception:  # `inspect` finds no signature; the docstring may begin with one
         opening = re.match(r"[\w.]+\(([^\n]*?)\)", function.__doc__ or "")
         arguments = opening[1] if opening else "..."
     doc = inspect.cleandoc(function.__doc__ or "")

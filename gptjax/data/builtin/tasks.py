@@ -118,7 +118,7 @@ def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]
     for entry in entries:
         units[entry.package].add(entry.unit)
         docstrings[entry.package] += entry.subject != "topic"
-    # At least three modules: one for each split.
+    # A class needs at least three modules, one for each split.
     classes = [name for name, _ in docstrings.most_common() if len(units[name]) >= 3][:_CLASSES]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in classes}
     own = [entry for entry in _of_split(entries, split) if entry.package in rows]
@@ -173,8 +173,10 @@ def _unique(pairs: Sequence[Entry]) -> list[Entry]:
 def _groups(pairs: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
     """Yields groups of `size` pairs of similar length from the same or neighbouring modules.
 
-    Within a group every first text meets every second text, so that only the match of the two can
-    tell the answer. Up to `size` - 1 pairs of each block are not used.
+    The caller combines each first text of a group with each second text of the group. Every text
+    then has as many wrong partners as every other text, so one text alone does not reveal the
+    label. The pairs are taken in blocks of `_PARTNER_BLOCK`, and the last `size` - 1 or fewer pairs
+    of a block are not used.
     """
     ordered = sorted(pairs, key=lambda pair: (len(pair.doc), name_hash(pair.doc)))
     for start in range(0, len(ordered), _PARTNER_BLOCK):

@@ -102,7 +102,8 @@ def import_datasets() -> Any:
     """Returns the module `datasets`, imported only when it is needed, without progress bars."""
     import datasets
 
-    datasets.disable_progress_bars()  # they would mix with the progress line of the training
+    # The bars of the library would mix with the progress line of the training.
+    datasets.disable_progress_bars()
     return datasets
 
 

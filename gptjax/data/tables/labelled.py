@@ -91,10 +91,11 @@ class LabelledTable:
             )
 
     def columns(self, expressions: Iterable[str]) -> dict[str, list[Any]]:
-        """Returns expression -> values, one for each row.
+        """Returns a mapping from each expression to its values, one for each row.
 
         Raises:
-          UserError: a list without the wanted element, or columns of different lengths.
+          UserError: an expression takes an element that the list of a row does not have, or the
+            columns differ in length.
         """
         values = {expression: self._column(expression) for expression in expressions}
         lengths = {len(column) for column in values.values()}

@@ -45,10 +45,11 @@ class Tokenizer:
     """Text <-> token ids.
 
     Attributes:
-      exact: whether `gpt1_words.py` divides the text into words, instead of the library.
+      exact: whether `gpt1_words.py` divides the text into words. Otherwise the library `tokenizers`
+        does so.
       start_id, delimiter_id, extract_id, padding_id, unknown_id: ids of the special tokens.
-      hash: SHA-256 of the serialised tokenizer. Equal hashes mean equal ids for all texts, but for
-        changes in the libraries.
+      hash: SHA-256 of the serialised tokenizer. Equal hashes mean equal ids for all texts, if the
+        versions of the libraries are equal too.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, exact: bool = False):
