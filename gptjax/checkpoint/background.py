@@ -31,7 +31,7 @@ class SaveMonitor:
         return ocp.options.AsyncOptions(barrier_sync_fn=self._barrier)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
-        # orbax calls the barrier in a `finally` block, so `error` is the exception of a failed save.
+        # orbax calls the barrier in a `finally` block, so `error` is set if the save has failed.
         error = sys.exc_info()[1]
         if error is not None and threading.current_thread() is not self._training_thread:
             self._error = error

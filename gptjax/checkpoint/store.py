@@ -107,7 +107,7 @@ class CheckpointStore:
         return [info.step in kept for info in checkpoints]
 
     def _kept(self, steps: list[int]) -> set[int]:
-        """Returns the steps to keep: the newest steps, and the best of the steps that have scores."""
+        """Returns the steps to keep: the newest steps, and the best steps that have scores."""
         kept = set(sorted(steps)[-self._policy.keep_newest :])
         ranked = self.best_first(step for step in steps if self.metrics(step))
         return kept.union(ranked[: self._policy.keep_best])

@@ -4,26 +4,27 @@ import jax
 
 from gptjax.io.files import disk_errors
 
-# The first steps of a run compile, and wait for the first batches.
+# The number of first steps of a run that are not traced. They compile the program, and they wait
+# for the first batches.
 _SKIPPED_STEPS = 3
 
 
 class StepProfiler:
-    """Writes a trace of a few steps with `jax.profiler`. It changes no result.
+    """Writes a trace of a few steps with `jax.profiler`. The trace does not change any result.
 
     Attributes:
-      folder: where the trace is written.
+      folder: the folder that the trace is written to.
       steps: the steps that are traced, counted from 1.
     """
 
     def __init__(self, folder: str, count: int, start: int, total_steps: int):
-        """Chooses the steps.
+        """Chooses the steps that are traced.
 
         Args:
-          folder: where the trace is written.
-          count: number of steps to trace; 0 means none.
-          start: steps that were done before this run.
-          total_steps: the last step.
+          folder: the folder that the trace is written to.
+          count: the number of steps to trace. 0 means no trace.
+          start: the number of steps that earlier runs have done.
+          total_steps: the number of steps of the whole stage.
         """
         self.folder = folder
         count = min(count, total_steps - start)
@@ -38,7 +39,7 @@ class StepProfiler:
         self._active = True
 
     def end(self) -> None:
-        """Ends the trace, if it has begun, and writes it."""
+        """Ends the trace and writes it. Without a trace in progress it does nothing."""
         if self._active:
             self._active = False
             with disk_errors(self.folder):
