@@ -1,4 +1,4 @@
-"""Orbax's saves in background threads, monitored so that no process waits for one that failed."""
+"""A monitor of orbax's background saves. No process then waits for a save that has failed."""
 
 import sys
 import threading
@@ -9,9 +9,11 @@ import orbax.checkpoint as ocp
 class SaveMonitor:
     """Notices a save that fails in a background thread of this process.
 
-    When a save fails in one process, orbax waits there at one barrier and in the other processes at
-    another one, for twenty minutes each. The monitor replaces orbax's barrier: a thread that comes
-    to it while it handles an exception raises that exception again, instead of waiting.
+    At a barrier a process waits until all processes have reached it. When a save fails in one
+    process, orbax waits at different barriers in this process and in the other processes, for
+    twenty minutes each. The monitor replaces orbax's barrier function. If a background thread calls
+    the new function while it handles an exception, the function raises this exception again and
+    does not wait.
     """
 
     def __init__(self) -> None:
@@ -21,15 +23,16 @@ class SaveMonitor:
 
     @property
     def failed(self) -> bool:
-        """Whether a save has failed."""
+        """Whether a save has failed in this process."""
         return self._failed.is_set()
 
     def options(self) -> ocp.options.AsyncOptions:
-        """Returns options for an `ocp.CheckpointManager` with the monitored barrier."""
+        """Returns options that make an `ocp.CheckpointManager` use this monitor's barrier."""
         return ocp.options.AsyncOptions(barrier_sync_fn=self._barrier)
 
     def _barrier(self, *, key: str, timeout_ms: int) -> None:
-        error = sys.exc_info()[1]  # orbax calls the barrier in a `finally` block
+        # orbax calls the barrier in a `finally` block, so `error` is set if the save has failed.
+        error = sys.exc_info()[1]
         if error is not None and threading.current_thread() is not self._training_thread:
             self._error = error
             self._failed.set()

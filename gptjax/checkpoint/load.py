@@ -1,4 +1,4 @@
-"""Opens the checkpoint that a path of the user means, and reads its parameters."""
+"""Opens a checkpoint at a path that the user gives, and reads its parameters."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from gptjax.model import gpt
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose metadata has been read, and its arrays not yet."""
+    """A checkpoint whose metadata has been read. Its arrays have not been read yet."""
 
     store: CheckpointStore
     step: int
@@ -27,11 +27,11 @@ class Checkpoint:
 
     @property
     def path(self) -> str:
-        """Its folder."""
+        """The folder of the checkpoint."""
         return str(self.store.directory / str(self.step))
 
     def load_params(self, mesh: Mesh) -> mesh_lib.Params:
-        """Reads the parameters onto the devices of a mesh.
+        """Reads the parameters and shards them over the devices of a mesh.
 
         Raises:
           UserError: the checkpoint is damaged.
@@ -43,15 +43,18 @@ class Checkpoint:
 
 
 def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
-    """Returns the workdir, the stage and the step of a path; the step is None if it names none.
+    """Finds the checkpoints at a path.
 
     Args:
-      path: a workdir (meaning its last stage), WORKDIR/checkpoints/STAGE, or
-        WORKDIR/checkpoints/STAGE/STEP.
-      argument: name of the path in error messages.
+      path: WORKDIR, WORKDIR/checkpoints/STAGE, or WORKDIR/checkpoints/STAGE/STEP. WORKDIR alone
+        means its fine-tuning, or its pretraining if it has no checkpoint of a fine-tuning.
+      argument: the name of the path in error messages.
+
+    Returns:
+      The workdir, the stage and the step. The step is None if the path does not name a step.
 
     Raises:
-      UserError: there is no checkpoint.
+      UserError: the path has no checkpoint.
     """
     remote.require_reachable(path, argument)
     place = remote.absolute(path)
@@ -71,22 +74,24 @@ def find(path: str, argument: str = "path") -> tuple[str, str, int | None]:
 
 
 def open_checkpoint(path: str, argument: str = "path") -> Checkpoint:
-    """Reads the metadata of the checkpoint that a path means.
+    """Reads the metadata of the checkpoint at a path.
 
     Args:
-      path: as in `find`. Without a step it means the step with the best validation score.
-      argument: name of the path in error messages.
+      path: WORKDIR, WORKDIR/checkpoints/STAGE, or WORKDIR/checkpoints/STAGE/STEP, see `find`. A
+        path without a step means the step with the best validation score.
+      argument: the name of the path in error messages.
 
     Raises:
-      UserError: there is no checkpoint, or it is damaged.
+      UserError: the path has no checkpoint, or the checkpoint is damaged.
     """
     workdir, stage, step = find(path, argument)
     newest = CheckpointStore(workdir, stage, read_only=True)
-    # While a save to a bucket is in progress, the folder of its step exists already.
+    # `find` looks only for folders of steps, and the folder of a step exists already while a save
+    # to a bucket is in progress. So there may still be no finished checkpoint.
     require(step or newest.steps(), f"`{argument}`={path}: no finished checkpoint there yet")
     if step is not None:
         return _open(newest, step)
-    # The metadata of any step names the score that ranks them.
+    # The metadata of every step names the validation score that ranks the steps.
     metric = _open(newest, newest.steps()[-1]).meta.metric
     store = CheckpointStore(workdir, stage, metric=metric, read_only=True)
     return _open(store, store.best_first()[0])
@@ -99,7 +104,7 @@ def _open(store: CheckpointStore, step: int) -> Checkpoint:
 
 @contextlib.contextmanager
 def _damage_named(path: str) -> Iterator[None]:
-    """Turns an error of reading a checkpoint into a `UserError` that names its path."""
+    """Turns an error of its block, which reads a checkpoint, into a `UserError` with the path."""
     try:
         yield
     except UserError:

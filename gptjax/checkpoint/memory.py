@@ -1,4 +1,4 @@
-"""Checkpoints in memory, for one of the many short trainings of an ablation."""
+"""Checkpoints in memory. Each of the many short fine-tuning runs of an ablation uses them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,10 +13,19 @@ from gptjax.state import TrainState
 
 
 class MemoryStore:
-    """The best parameters of one stage, in the host's memory. Nothing can be continued from it."""
+    """Keeps the best parameters of one stage in the host's memory.
+
+    It has the methods of `CheckpointStore` that the training loop calls. A training cannot be
+    continued from it.
+    """
 
     def __init__(self, workdir: str, metric: str):
-        """Args: workdir, for messages only; metric, name of the validation score that ranks."""
+        """Starts without scores and parameters.
+
+        Args:
+          workdir: the folder of the run, which is only used in messages.
+          metric: the name of the validation score that ranks the steps.
+        """
         self.directory = str(remote.absolute(workdir))
         self._metric = metric
         self._scores: dict[int, dict[str, float]] = {}
@@ -35,14 +44,17 @@ class MemoryStore:
         self._scores[step] = dict(metrics)
 
     def ledger(self, step: int) -> str:
-        """Returns "": a run always starts at step 0, so there are no earlier batches."""
+        """Returns "". The training always starts at step 0, so no batches came before it."""
         del step
         return ""
 
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
     ) -> None:
-        """Copies the parameters, if there are scores and no earlier step has a better one."""
+        """Stores the scores, and copies the parameters if no earlier step has a better score.
+
+        Without scores it does nothing.
+        """
         del meta
         if not metrics:
             return
@@ -52,16 +64,16 @@ class MemoryStore:
             self._best = rank, step, jax.device_get(state.params)
 
     def restore_newest(self, like: TrainState, check: Callable[[Meta], None]) -> None:
-        """Returns None: there is no state to continue from."""
+        """Returns None, because there is no state to continue from."""
 
     def restore_best_params(self, like: Any) -> tuple[int, Any]:
-        """Returns the best step and its parameters, sharded like `like`."""
+        """Returns the best step and its parameters, which get the shardings of `like`."""
         assert self._best is not None, "training ends with a validation"
         _, step, params = self._best
         return step, jax.tree.map(lambda x, place: jax.device_put(x, place.sharding), params, like)
 
     def wait(self) -> None:
-        """Does nothing: `save` has ended when it returns."""
+        """Does nothing, because `save` does not work in the background."""
 
     def __enter__(self) -> "MemoryStore":
         return self

@@ -1,4 +1,4 @@
-"""The metadata of a checkpoint: configuration, tokenizer, task, data."""
+"""The metadata of a checkpoint: its configuration, tokenizer and task, and hashes of its data."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from gptjax.errors import require
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """All that is needed to use the arrays of a checkpoint."""
+    """The metadata of a checkpoint. It has the model, tokenizer and task that its arrays need."""
 
     stage: str
     model: ModelConfig
@@ -21,40 +21,40 @@ class Meta:
     tokenizer_hash: str
     task: TaskSpec | None
     metric: str
-    """Name of the validation score that ranks the checkpoints of the stage."""
+    """The name of the validation score that ranks the checkpoints of the stage."""
     experiment: dict[str, Any]
-    """The configuration as `schema.to_dict` returns it; `experiment_config` reads it."""
+    """The configuration of the run, as a dictionary from `schema.to_dict`."""
     data_fingerprint: str
-    """Hash of the training data."""
+    """The hash of the training data."""
     ledger: str = ""
-    """Hash of all batches that the weights were trained on, from `gptjax.train.ledger`."""
+    """The running hash of all batches that the weights were trained on (`gptjax.train.ledger`)."""
 
     def experiment_config(self) -> Experiment:
-        """Returns the configuration of the run; fields that are not stored have their defaults.
+        """Returns the configuration of the run. Fields that are not stored get their defaults.
 
         Raises:
-          UserError: a field that this version does not have.
+          UserError: a stored field does not exist in this version of gptjax.
         """
         return schema.from_dict(Experiment, self.experiment, f"the {self.stage} checkpoint")
 
     def with_sizes(self, model: ModelConfig) -> ModelConfig:
-        """Returns a configuration whose sizes are those of the checkpoint's arrays."""
+        """Returns `model` with the sizes of the checkpoint's arrays."""
         return dataclasses.replace(model, **{n: getattr(self.model, n) for n in INHERITED_SIZES})
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns plain JSON-ready values."""
+        """Returns a dictionary that can be written as JSON."""
         return dataclasses.asdict(self)
 
     @staticmethod
     def from_dict(values: dict[str, Any], where: str) -> "Meta":
-        """Reads the values of `to_dict`.
+        """Makes the metadata from the values of `to_dict`.
 
         Args:
-          values: from `to_dict`, possibly written as JSON and read again.
-          where: name of the checkpoint in error messages.
+          values: a dictionary from `to_dict`, also after it was written as JSON and read again.
+          where: the name of the checkpoint in error messages.
 
         Raises:
-          UserError: an unknown field of the model, or a changed tokenizer.
+          UserError: the model has an unknown field, or the tokenizer has changed.
         """
         task = values["task"] and TaskSpec.from_dict(values["task"])
         model = schema.from_dict(ModelConfig, values["model"], where)
@@ -69,6 +69,6 @@ class Meta:
 
 
 def digest(values: dict[str, Any]) -> str:
-    """Returns a hash of JSON-ready values."""
+    """Returns a hash of a dictionary that can be written as JSON."""
     text = json.dumps(values, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

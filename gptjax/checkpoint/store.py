@@ -5,9 +5,9 @@
                                   /optimizer the optimizer's state and the step
                                   /meta      configuration, tokenizer, task, checksums
 
-The arrays can be restored on another mesh than the one that saved them. `meta` holds all that is
-needed to use the parameters. It also holds a checksum of each array and one of itself: orbax
-notices missing and truncated files, but not flipped bits.
+The arrays can be restored on a mesh that differs from the mesh on which they were saved. `meta` is
+the metadata that the use of the parameters needs. It also holds a checksum of each array and a
+checksum of `meta` itself, because orbax notices missing and truncated files but not flipped bits.
 """
 
 import logging
@@ -41,14 +41,17 @@ def _abstract(tree: Any) -> Any:
 
 
 def _reader() -> ocp.Checkpointer:
-    """Returns an orbax reader without barriers, so that it can fail in one process alone."""
+    """Returns an orbax reader that does not wait for other processes.
+
+    So it can fail in one process while the other processes go on.
+    """
     here = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=here, active_processes={here})
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
 
 class CheckpointStore:
-    """The checkpoints of one stage of one workdir."""
+    """The checkpoints of one stage in one workdir."""
 
     def __init__(
         self,
@@ -58,22 +61,22 @@ class CheckpointStore:
         metric: str = "loss",
         read_only: bool = False,
     ):
-        """Opens WORKDIR/checkpoints/STAGE, and makes the folder unless `read_only`.
+        """Opens WORKDIR/checkpoints/STAGE. If the folder is missing, it is made unless `read_only`.
 
         Args:
-          workdir: the run's folder.
+          workdir: the folder of the run.
           stage: a `config.schema.Stage`.
-          policy: how many of the newest and of the best checkpoints are kept.
-          metric: name of the validation score that ranks them.
-          read_only: nothing is written or deleted.
+          policy: the numbers of newest checkpoints and of best checkpoints that are kept.
+          metric: the name of the validation score that ranks the checkpoints.
+          read_only: whether the store is only read. Opening it then makes and deletes no files.
         """
         self.directory = remote.absolute(workdir) / FOLDER / stage
         self._metric, self._policy = metric, policy
         self._saves, self._reader = SaveMonitor(), _reader()
         scores = self.directory / _SCORES
         self._scores = processes.broadcast(_SCORES, lambda: _read_scores(scores))
-        # The option `read_only` of orbax is not used: it logs two warnings at each load, and has no
-        # effect here.
+        # orbax's own option `read_only` is not used, because it has no effect here and logs two
+        # warnings whenever a checkpoint is loaded.
         options = ocp.CheckpointManagerOptions(
             create=not read_only,
             cleanup_tmp_directories=not read_only,
@@ -88,18 +91,21 @@ class CheckpointStore:
         return files.disk_errors(self.directory, "the last checkpoint is kept")
 
     def _wait_for_equal_steps(self) -> None:
-        """Waits until all processes see the same steps; network disks may show new folders late."""
+        """Waits until all processes see the same steps.
+
+        A network disk may show a new folder to some processes later than to others.
+        """
         what = f"the checkpoints in {self.directory}"
         processes.wait_until_same(what, self.steps, self._manager.reload)
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Returns for each checkpoint whether it is kept; called by orbax."""
+        """Returns for each checkpoint whether it is kept. orbax calls this method."""
         del context
         kept = self._kept([info.step for info in checkpoints])
         return [info.step in kept for info in checkpoints]
 
     def _kept(self, steps: list[int]) -> set[int]:
-        """Returns the newest of `steps`, and the best of those that have scores."""
+        """Returns the steps to keep: the newest steps, and the best steps that have scores."""
         kept = set(sorted(steps)[-self._policy.keep_newest :])
         ranked = self.best_first(step for step in steps if self.metrics(step))
         return kept.union(ranked[: self._policy.keep_best])
@@ -109,7 +115,7 @@ class CheckpointStore:
         return sorted(self._manager.all_steps())
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Returns the validation scores of a step; {} if it was saved without any."""
+        """Returns the validation scores of a step, {} if it was saved without scores."""
         return dict(self._scores.get(str(step), {}))
 
     def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
@@ -119,10 +125,10 @@ class CheckpointStore:
             files.write_json(self.directory / _SCORES, self._scores)
 
     def best_first(self, steps: Iterable[int] | None = None) -> list[int]:
-        """Returns steps by validation score, best first; of equal ones the newest first.
+        """Returns steps sorted by validation score, best first. Equal scores: newest first.
 
         Args:
-          steps: the steps; None: all that have a checkpoint.
+          steps: the steps to sort. None means all steps that have a checkpoint.
         """
 
         def order(step: int) -> tuple[float, int]:
@@ -133,12 +139,13 @@ class CheckpointStore:
     def save(
         self, step: int, state: TrainState, meta: Meta, metrics: dict[str, float] | None = None
     ) -> None:
-        """Starts a save in the background, after the one before it has ended.
+        """Waits for the previous save, and starts a save in the background.
 
         Raises:
-          UserError: the disk is full or refuses writes, in this save or in the one before.
+          UserError: this save or the previous save could not write to the disk.
         """
-        # The scores come first: a save of orbax calls `should_preserve`, which ranks by them.
+        # The scores are stored before the save, because orbax calls `should_preserve` during the
+        # save, and `should_preserve` needs the scores.
         if metrics:
             self.set_metrics(step, metrics)
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
@@ -157,7 +164,7 @@ class CheckpointStore:
             )
 
     def _read(self, step: int, **items: Any) -> Any:
-        """Reads items of a checkpoint; an error of one process is raised in all of them."""
+        """Reads items of a checkpoint. If one process fails, all processes raise an error."""
         args = ocp.args.Composite(**items)
         path = self.directory / str(step)
         return processes.run_everywhere(
@@ -168,12 +175,18 @@ class CheckpointStore:
         """Returns the metadata of a step.
 
         Raises:
-          ValueError: it is not what was saved. orbax has errors of its own for broken files.
+          ValueError: the metadata does not have its saved checksum. For broken files orbax raises
+            errors of other classes.
         """
         return self.meta_and_checksums(step)[0]
 
     def meta_and_checksums(self, step: int) -> tuple[Meta, dict[str, int]]:
-        """Returns the metadata of a step, and the checksums of its arrays; errors as in `meta`."""
+        """Returns the metadata of a step, and a dictionary: path of an array -> its checksum.
+
+        Raises:
+          ValueError: the metadata does not have its saved checksum. For broken files orbax raises
+            errors of other classes.
+        """
         values = dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
         if values.pop("digest", None) != digest(values):
             raise ValueError("its meta does not have the checksum it was saved with")
@@ -182,18 +195,19 @@ class CheckpointStore:
         return Meta.from_dict(values, str(self.directory / str(step))), sums
 
     def ledger(self, step: int) -> str:
-        """Returns the hash of all batches before `step`; "" if it has no checkpoint."""
+        """Returns the running hash of the batches up to `step`, "" if it has no checkpoint."""
         return self.meta(step).ledger if step in self.steps() else ""
 
     def restore(self, step: int, like: TrainState) -> TrainState:
         """Returns the training state of a step.
 
         Args:
-          step: one of `steps`.
-          like: a state of arrays, or of shapes, whose shardings the result gets.
+          step: a step that has a checkpoint.
+          like: a state of arrays or `jax.ShapeDtypeStruct`. The result gets its shardings.
 
         Raises:
-          ValueError: an array is not what was saved. orbax has errors of its own for broken files.
+          ValueError: an array or the metadata does not have its saved checksum. For broken files
+            orbax raises errors of other classes.
         """
         arrays = {"step": like.step, "opt_state": like.opt_state}
         restored = self._read(
@@ -206,7 +220,16 @@ class CheckpointStore:
         return state
 
     def restore_params(self, step: int, like: Any) -> Any:
-        """Returns the parameters, a third of the bytes; arguments and errors as in `restore`."""
+        """Returns only the parameters of a step. They are a third of the bytes of a state.
+
+        Args:
+          step: a step that has a checkpoint.
+          like: parameters as arrays or `jax.ShapeDtypeStruct`. The result gets their shardings.
+
+        Raises:
+          ValueError: an array or the metadata does not have its saved checksum. For broken files
+            orbax raises errors of other classes.
+        """
         params = self._read(step, params=ocp.args.StandardRestore(_abstract(like)))["params"]
         # As a part of a state, so that the paths are those of the saved checksums.
         part = TrainState(step=None, params=params, opt_state=None)  # type: ignore[arg-type]
@@ -214,7 +237,7 @@ class CheckpointStore:
         return params
 
     def restore_best_params(self, like: Any) -> tuple[int, Any]:
-        """Returns the best undamaged step and its parameters, sharded like `like`."""
+        """Returns the best undamaged step and its parameters, which get the shardings of `like`."""
         return self._first_undamaged(
             self.best_first(), lambda step: (step, self.restore_params(step, like))
         )
@@ -224,12 +247,15 @@ class CheckpointStore:
     ) -> tuple[TrainState, int] | None:
         """Returns the newest undamaged state and its step; None if there is no checkpoint.
 
-        A damaged checkpoint is logged and moved to WORKDIR/checkpoints/damaged, and the one before
-        it is tried.
+        If a checkpoint is damaged, the next older checkpoint is read. The damaged checkpoint is
+        logged and moved to WORKDIR/checkpoints/damaged.
 
         Args:
-          like: a state of arrays, or of shapes, whose shardings the result gets.
-          check: raises `UserError` if a checkpoint belongs to another experiment.
+          like: a state of arrays or `jax.ShapeDtypeStruct`. The result gets its shardings.
+          check: a function that raises `UserError` if a checkpoint belongs to another experiment.
+
+        Raises:
+          UserError: `check` raised it, or there are checkpoints but none can be read.
         """
 
         def read(step: int) -> tuple[TrainState, int]:
@@ -240,10 +266,14 @@ class CheckpointStore:
         return self._first_undamaged(steps[::-1], read) if steps else None
 
     def _first_undamaged(self, steps: list[int], read: Callable[[int], T]) -> T:
-        """Returns `read(step)` of the first undamaged step, and moves damaged ones before it away.
+        """Calls `read` for the steps in order until a step can be read, and returns its result.
 
-        They are moved after another one was read. If none can be read, then the cause is not damage
-        (but memory, a network disk, or the version of a library), and all of them stay.
+        Only then are the steps that failed moved to the folder of damaged checkpoints. If no step
+        can be read, none is moved, because the likely cause is then not damage but lack of memory,
+        a network disk, or the version of a library.
+
+        Raises:
+          UserError: no step can be read, or `read` raised it.
         """
         failed: list[tuple[int, Exception]] = []
         for step in steps:
@@ -283,12 +313,16 @@ class CheckpointStore:
         """Waits until the save in progress has ended, and raises its error if it failed."""
         with self._disk_errors():
             self._saves.finish(self._manager)
-            # A run that was killed after a save may not have deleted what that save made obsolete.
+            # orbax deletes obsolete checkpoints after a save. An earlier run may have been killed
+            # before that, so obsolete checkpoints are deleted here too.
             for step in sorted(set(self.steps()) - self._kept(self.steps())):
                 self._manager.delete(step)
 
     def close(self) -> None:
-        """Waits for the save in progress and ends orbax's threads; not after a failed save."""
+        """Waits for the save in progress and ends orbax's threads.
+
+        After a failed save it does nothing.
+        """
         if not self._saves.failed:
             with self._disk_errors():
                 self._saves.finish(self._manager)
@@ -298,9 +332,11 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Closes, unless this process fails alone: the others will not join its save in progress.
+        """Closes the store, unless only some of the processes might have failed.
 
-        Preemption and divergence end all processes at the same step.
+        `Preempted` and `TrainingDiverged` end all processes at the same step. After any other
+        exception, a run of several processes does not close the store, because the other processes
+        might not have failed and would not finish the save in progress together with this process.
         """
         ended_together = error is None or isinstance(error, (Preempted, TrainingDiverged))
         if ended_together or processes.count() == 1:
@@ -308,7 +344,10 @@ class CheckpointStore:
 
 
 def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:
-    """Returns the stored scores; {} if the file is broken: a resumed run then validates again."""
+    """Returns the stored scores. If the file is missing or broken, it returns {}.
+
+    Without scores, a resumed run validates its step again.
+    """
     try:
         return files.read_json(path) if path.exists() else {}
     except UserError as error:
@@ -317,7 +356,10 @@ def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:
 
 
 def rank(name: str, value: float | None) -> float:
-    """Returns a number that is higher for a better value of the score `name`; -inf for no value."""
+    """Returns a number that is higher for a better value of the score `name`.
+
+    The number is -inf if the value is None or NaN.
+    """
     if value is None or math.isnan(value):
         return -math.inf
     return value if higher_is_better(name) else -value

@@ -1,9 +1,10 @@
 """The group of running processes: exchanged values, the agreed stop, and lost processes.
 
-If a process is lost, then JAX aborts the others (SIGABRT and a stack trace) without an exception in
-Python. Here each process has a connection to process 0. A process that ends closes it, however it
-ends, and one that hangs sends no heartbeats, so the others can name it in one line. The steps of a
-training do not wait for these messages.
+A process is lost if it has crashed, was killed, hangs, or cannot be reached. JAX then aborts all
+other processes (SIGABRT and a stack trace) without an exception in Python. Here each process has a
+connection to process 0. This connection closes whenever a process ends, for whatever reason, and a
+process that hangs sends no heartbeats. So the other processes can name the lost process in one
+line. The training steps do not wait for these messages.
 """
 
 import os
@@ -15,42 +16,51 @@ from typing import Any
 from gptjax.cluster.rendezvous import LOST, Link, Message
 from gptjax.io.console import tell
 
-# Time that a process has to end by itself when another one has ended with an error.
+# The time that a process has to end by itself after another process has ended with an error.
 _GRACE_SECONDS = 5.0
-# Time that process 0 waits for the ends of the others, which need JAX's services in it until then.
+# The longest time that process 0 waits until the other processes have ended. They need the services
+# of JAX that run in process 0.
 _LAST_SECONDS = 30.0
-# Time between two messages that tell the user for whom a process waits.
+# The time between two messages that tell the user which processes this process waits for.
 _PATIENCE_SECONDS = 60.0
 
 
 class Group:
-    """The running processes of a run, seen from one of them."""
+    """The running processes of a run. Each process has one object of this class."""
 
     def __init__(self, index: int, hosts: list[str], links: dict[int, Link], silence: float):
         """Starts the threads that read the links and send heartbeats.
 
         Args:
-          index: of this process.
-          hosts: the host of each process.
-          links: in process 0 to all others by index; in another process to process 0.
-          silence: seconds without a message after which a process counts as lost.
+          index: the index of this process.
+          hosts: the host name of each process, in the order of the indices.
+          links: index of another process -> the connection to it. Process 0 has a connection to
+            each other process. Every other process has only the connection to process 0.
+          silence: the number of seconds without a message after which a process counts as lost.
         """
         self.index, self.hosts, self.count = index, hosts, len(hosts)
         self._links = links
         self._change = threading.Condition(threading.RLock())
-        # `gather`: the number of its calls in this process; in process 0 the values that have come,
-        # by call and process; and the complete values by call.
+        # The next three variables belong to `gather`. This is the number of its calls in this
+        # process.
         self._rounds = 0
+        # In process 0: number of a call -> index of a process -> the value that has arrived.
         self._received: dict[int, dict[int, Any]] = {}
+        # Number of a call -> the values of all processes.
         self._complete: dict[int, list[Any]] = {}
-        # The processes that have ended, and whether this one ends, or ends because of another.
+        # The indices of the processes that have ended.
         self._left: set[int] = set()
+        # `_ending`: whether this process is ending. `_following`: whether another process has
+        # failed, so that this process has to end soon.
         self._ending = self._following = False
-        # `synchronised_stop`: the number of calls of the function in this process; whether this
-        # process has a request to stop; whether calls wait for the decision of process 0; in
-        # process 0 the number of calls of each process; and the call that is the first to be true.
+        # The next variables belong to the function that `synchronised_stop` returns. `_calls`: the
+        # number of its calls in this process. `_asked`: whether this process was asked to stop.
+        # `_undecided`: whether calls have to wait, because process 0 has yet to decide which call
+        # returns True first.
         self._calls, self._asked, self._undecided = 0, False, False
+        # In process 0: index of a process -> the number of its calls.
         self._calls_by_process: dict[int, int] = {}
+        # The number of the first call that returns True. None means that it is not decided.
         self._stop_at_call: int | None = None
         for peer, link in links.items():
             self._thread(self._listen, peer, link)
@@ -61,7 +71,7 @@ class Group:
         threading.Thread(target=run, args=arguments, daemon=True).start()
 
     def name(self, index: int) -> str:
-        """Returns "process 1 of 4 (its host)"."""
+        """Returns the name of a process for messages, such as "process 1 of 4 (HOST)"."""
         return f"process {index} of {self.count} ({self.hosts[index]})"
 
     def _beat(self, seconds: float) -> None:
@@ -70,7 +80,7 @@ class Group:
             self._send({"kind": "beat"})
 
     def _send(self, message: Message) -> None:
-        """Sends to process 0, or from process 0 to all others."""
+        """Sends a message to process 0. In process 0: sends it to all other processes."""
         for link in self._links.values():
             link.send(message)
 
@@ -103,7 +113,7 @@ class Group:
             self._receive_stop(peer, kind, value)
 
     def _collect(self, peer: int, number: int, value: Any) -> None:
-        """Stores a value in process 0; when the last has come, sends all of them to the others."""
+        """Stores a value of `gather` in process 0. The last value makes it send all values."""
         values = self._received.setdefault(number, {})
         values[peer] = value
         if len(values) == self.count:
@@ -112,14 +122,17 @@ class Group:
             self._send({"kind": "all", "number": number, "value": self._complete[number]})
 
     def gather(self, what: str, value: Any) -> list[Any]:
-        """Returns the values of all processes in order, and waits until all have called it.
+        """Waits until all processes have called `gather`, and returns the values of all processes.
 
         Args:
-          what: describes the values, in the message to the user while it waits for long.
-          value: of this process, a plain value for JSON.
+          what: a description of the values. During a long wait the user sees it in a message.
+          value: the value of this process, which JSON must be able to represent.
+
+        Returns:
+          The values in the order of the processes.
 
         Raises:
-          RuntimeError: another process gathers something else.
+          RuntimeError: another process called `gather` with another `what`.
         """
         with self._change:
             number, self._rounds = self._rounds, self._rounds + 1
@@ -148,7 +161,7 @@ class Group:
             self._calls_by_process[0] = self._calls
             self._undecided = True
             self._send({"kind": "calls?"})
-        elif kind == "calls?":  # calls of the function wait until process 0 has decided
+        elif kind == "calls?":  # from now on calls wait until process 0 has decided
             self._undecided = True
             self._send({"kind": "calls", "value": self._calls})
         elif kind == "calls":
@@ -161,14 +174,15 @@ class Group:
             self._send({"kind": "stop at", "value": self._stop_at_call})
 
     def synchronised_stop(self, asked: Callable[[], bool]) -> Callable[[], bool]:
-        """Returns a function that becomes true at the same call in all processes.
+        """Returns a function that first returns True at the same call in all processes.
 
-        All processes have to call it equally often. Until a process has a request to stop, a call
-        takes no more than a lock. Then process 0 compares the numbers of calls, and the function
-        becomes true at the call after the largest of them.
+        All processes must call this function equally often. It returns False until a process is
+        asked to stop, and such a call only acquires a lock. After a request to stop, process 0
+        collects the number of calls that each process has made, and new calls wait. If N is the
+        largest of these numbers, then call N + 1 and all later calls return True in all processes.
 
         Args:
-          asked: returns whether this process has a request to stop.
+          asked: a function that returns whether this process was asked to stop.
         """
 
         def stop() -> bool:
@@ -177,7 +191,8 @@ class Group:
                 if not self._asked and asked():
                     self._asked = True
                     if self.index == 0:
-                        # This call has not returned yet, so it may become the true one.
+                        # The call that is running here is not counted, because it has not returned
+                        # yet and may be the first call that returns True.
                         self._calls -= 1
                         self._receive_stop(0, "stop", None)
                         self._calls += 1
@@ -197,7 +212,7 @@ class Group:
         )  # fmt: skip
 
     def _end_after(self, peer: int, code: int, text: str) -> None:
-        """Ends this process some seconds after another one failed, with the same exit code."""
+        """Ends this process some seconds after another process failed, with the same exit code."""
         if not code:
             return
         self._following = True
@@ -212,13 +227,18 @@ class Group:
         self._thread(follow)
 
     def _end(self, text: str, code: int) -> None:
-        with self._change:  # no second thread may print a line before the exit
+        with self._change:  # the lock keeps a second thread from printing another error
             self._ending = True
             tell(f"error: {text}")
             os._exit(code)
 
     def leave(self, code: int, text: str = "") -> None:
-        """Tells the others this process's exit code and why; process 0 waits until they end."""
+        """Tells the other processes that this process ends. Process 0 waits until they have ended.
+
+        Args:
+          code: the exit code of this process. The other processes follow if it is not 0.
+          text: the reason of the end, for the messages of the other processes.
+        """
         self._ending = True
         self._send({"kind": "bye", "value": [code, text]})
         if self.index == 0:
@@ -226,8 +246,9 @@ class Group:
                 self._change.wait_for(lambda: len(self._left) == self.count - 1, _LAST_SECONDS)
 
     def wait_for_news(self) -> None:
-        """Waits after an error that the loss of another process may have caused.
+        """Waits some seconds after an error that the loss of another process may have caused.
 
-        If one was lost, then this process ends here, with a line that names it.
+        If another process was lost, then this process ends here, and prints a line that names the
+        lost process.
         """
         time.sleep(_GRACE_SECONDS + 1)

@@ -1,9 +1,10 @@
-"""The processes of a run: their start, values they exchange, and their end.
+"""The processes of a run: their start, the values that they exchange, and their end.
 
-`jax.distributed` joins the devices and transfers arrays, and its cluster detection (TPU VMs, GKE,
-Slurm, Open MPI) finds the number and index of this process. `rendezvous` checks that all processes
-have started, before `jax.distributed` does; `group` notices lost ones. In a run of one process,
-these functions return at once, with the value of their argument.
+`jax.distributed` connects the devices of all processes and transfers arrays between them. The
+cluster detection of JAX (TPU VMs, GKE, Slurm, Open MPI) finds the number of processes and the index
+of this process. Before `jax.distributed` starts, the module `rendezvous` checks that all processes
+have started. After that, the module `group` notices lost processes. In a run of one process the
+functions of this module do not wait, and the exchanged values are those of this process.
 """
 
 import contextlib
@@ -27,9 +28,10 @@ from gptjax.errors import ProcessLost, UserError, require
 from gptjax.io import files, remote
 
 _FLAGS = "`coordinator_address`, `num_processes` and `process_id`"
-# JAX notices a silent process this much later than `group`: it would abort without a message.
+# JAX's heartbeat timeout is this many seconds longer than the timeout of `group`. So `group`
+# notices a lost process first and can name it. JAX would abort without naming it.
 _JAX_LATER = 60
-# Time that a network disk has to show a new file to all hosts.
+# The time that a network disk has to show a new file to all hosts, in seconds.
 _SEEN_SECONDS = 10.0
 _TOKEN = ".seen-by-all"
 
@@ -38,39 +40,45 @@ _group: Group | None = None
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The options of the command line that describe the processes of a run."""
+    """The options of the command line that describe the processes of a run.
+
+    The first three are the address of process 0, the number of processes, and the index of this
+    process.
+    """
 
     coordinator_address: str = ""
     num_processes: int | None = None
     process_id: int | None = None
     initialization_timeout: int = 300
-    """Seconds that all processes have to start."""
+    """The number of seconds within which all processes must start."""
     heartbeat_timeout: int = 100
-    """Seconds of silence after which a process counts as lost."""
+    """The number of seconds without a message after which a process counts as lost."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """The index of this process and where it finds process 0."""
+    """The index of this process, and the address at which it can reach process 0."""
 
     address: str
     """HOST:PORT of process 0."""
     count: int
-    """Number of processes."""
+    """The number of processes."""
     index: int
     explicit: bool
-    """Whether the options gave it, instead of JAX's cluster detection."""
+    """Whether these values come from the options. Otherwise JAX's cluster detection found them."""
 
 
 def place(options: Options) -> Place | None:
-    """Returns the place of this process by its options or its environment; None if it is alone.
+    """Returns the place of this process. None means that the run has only this process.
+
+    The place comes from the options. Without them, JAX detects it from the environment.
 
     Raises:
       ProcessLost: the name of process 0's host could not be resolved in time.
-      UserError: wrong options, or some of them without the others.
+      UserError: an option is wrong, or only some of the three options are set.
     """
     given = (options.coordinator_address or None, options.num_processes, options.process_id)
-    if given == (None, 1, None):  # `num_processes`=1 alone switches the detection off
+    if given == (None, 1, None):  # the option `num_processes`=1 alone switches the detection off
         return None
     if given == (None, None, None):
         return _detect(options.initialization_timeout)
@@ -87,15 +95,19 @@ def place(options: Options) -> Place | None:
 
 
 def _detect(timeout: int) -> Place | None:
-    """Returns the place by JAX's cluster detection; None if it finds fewer than two processes."""
+    """Returns the place that JAX's cluster detection finds. None means fewer than two processes."""
     env = os.environ
     slurm = int(env.get("SLURM_STEP_NUM_TASKS") or env.get("SLURM_NTASKS") or 1)
     mpi = int(env.get("OMPI_COMM_WORLD_SIZE") or 1)
     pods = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
-    # JAX would take an interactive shell of Slurm, or any pod, for a part of a larger job.
+    # The detection of Slurm, Open MPI and Kubernetes is skipped if their variables do not describe
+    # several processes. JAX would regard an interactive shell of Slurm, or any pod, as one process
+    # of a larger job.
     several = {"slurm": slurm > 1, "ompi": mpi > 1, "k8s": pods}
 
-    from jax._src import clusters  # the public function starts the run as well
+    # This module of JAX is private. The public function, `jax.distributed.initialize`, would not
+    # only detect the processes but also connect them.
+    from jax._src import clusters
 
     kinds = [
         kind for kind in clusters.ClusterEnv._cluster_types
@@ -116,7 +128,7 @@ def _detect(timeout: int) -> Place | None:
     address, port = env.get("JAX_COORDINATOR_ADDRESS"), env.get("JAX_COORDINATOR_PORT")
     try:
         address = address or kind.get_coordinator_address(timeout, port)
-    except RuntimeError as error:  # the name of a host that has not started is not known
+    except RuntimeError as error:  # the host name of process 0 is unknown until its host starts
         raise ProcessLost(f"process 0 of {count} was not found in {timeout} s ({error})") from error
     return Place(address, count, kind.get_process_id(), False)
 
@@ -126,29 +138,30 @@ def _kind(kind: Any) -> str:
 
 
 def _code() -> str:
-    """Returns a hash of the sources of gptjax."""
+    """Returns a hash of the source files of gptjax."""
     digest = hashlib.blake2b(digest_size=8)
     root = pathlib.Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        # The experiments are in the package only after an installation. Their fields are compared.
+        # The folder `experiments` is left out, because it is in the package only after an
+        # installation. The training compares the configurations themselves.
         if name.parts[0] != "experiments":
             digest.update(str(name).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 
 def start(options: Options, mode: str = "train") -> None:
-    """Joins the processes of this run, if there are several.
+    """Connects this process to the other processes of the run, if the run has several.
 
-    It has to be called before JAX's first computation.
+    It must be called before JAX's first computation.
 
     Args:
-      options: of the command line.
-      mode: of the command line; all but "train" run in one process.
+      options: the options of the command line.
+      mode: the mode of the command line. All modes except "train" run in one process.
 
     Raises:
       ProcessLost: a process did not start.
-      UserError: wrong options, or a process with another version of gptjax or JAX.
+      UserError: an option is wrong, or a process has another version of gptjax or JAX.
     """
     global _group
     here = place(options)
@@ -183,7 +196,7 @@ def start(options: Options, mode: str = "train") -> None:
         link, answer = join_rendezvous(here.address, here.index, here.count, facts, wait, silence)
         links = {0: link}
     _group = Group(here.index, answer["hosts"], links, silence)
-    # JAX's preemption service would replace our handler of SIGTERM.
+    # This service of JAX is switched off, because it would replace our handler of SIGTERM.
     jax.config.update("jax_enable_preemption_service", False)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -198,7 +211,10 @@ def _hosts(everyone: list[dict[str, Any]]) -> list[str]:
 
 
 def _port_after(port: int) -> int:
-    """Returns the next port, which firewalls can open beforehand; if it is taken, a free port."""
+    """Returns the next port, or any free port if the next port is in use.
+
+    The next port is known before the run, so a firewall can be opened for it.
+    """
     for candidate in (port + 1, 0):
         with contextlib.suppress(OSError, OverflowError), socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -213,22 +229,23 @@ def count() -> int:
 
 
 def is_main() -> bool:
-    """Returns whether this is process 0, which writes and prints for all."""
+    """Returns whether this is process 0, which alone writes files and prints for the run."""
     return _group is None or _group.index == 0
 
 
 def gather(what: str, value: Any) -> list[Any]:
-    """Returns the values of all processes in order. All processes have to call it.
+    """Returns the values of all processes, in their order. All processes must call `gather`.
 
     Args:
-      what: describes the values, in messages about a process that is late or does something else.
-      value: of this process, a plain value for JSON.
+      what: a description of the values, for messages about a process that is late or that makes
+        another call.
+      value: the value of this process, which JSON must be able to represent.
     """
     return [value] if _group is None else _group.gather(what, value)
 
 
 def barrier(what: str) -> None:
-    """Waits until all processes have called it; `what` describes the point in messages."""
+    """Waits until all processes have called `barrier`. Messages describe the call with `what`."""
     gather(what, None)
 
 
@@ -236,11 +253,11 @@ def broadcast(what: str, read: Callable[[], Any]) -> Any:
     """Calls `read` in process 0, and returns its result in all processes.
 
     Args:
-      what: describes the result in messages.
-      read: returns a plain value for JSON.
+      what: a description of the result for messages.
+      read: a function whose result JSON must be able to represent.
 
     Raises:
-      UserError: raised by `read`; in all processes.
+      UserError: `read` raised it in process 0. All processes then raise it.
     """
     if _group is None:
         return read()
@@ -256,17 +273,18 @@ def broadcast(what: str, read: Callable[[], Any]) -> Any:
 
 
 def run_everywhere(what: str, run: Callable[[], Any]) -> Any:
-    """Calls `run` in each process, and returns its result; an error in one is raised in all.
+    """Calls `run` in each process and returns its result in this process.
 
-    So no process waits for one that has failed.
+    If `run` fails in one process, then all processes raise an error. So no process waits for
+    another process that has failed.
 
     Args:
-      what: describes the call in messages.
-      run: may raise any `Exception`.
+      what: a description of the call for messages.
+      run: a function that may raise any `Exception`.
 
     Raises:
-      Exception: that of `run` in this process.
-      RuntimeError: `run` failed in another process, which the text names.
+      Exception: `run` raised it in this process.
+      RuntimeError: `run` failed in another process. The message names this process.
     """
     if _group is None:
         return run()
@@ -285,14 +303,14 @@ def run_everywhere(what: str, run: Callable[[], Any]) -> Any:
 
 
 def require_same(facts: Mapping[str, Any]) -> None:
-    """Requires that all processes call it with equal facts.
+    """Requires that all processes call `require_same` with equal facts.
 
     Args:
-      facts: name -> a plain value for JSON, or a dictionary of such values.
+      facts: name -> a value that JSON can represent, or a dictionary of such values.
 
     Raises:
-      UserError: in all processes. It names the first process that differs from process 0, and the
-        facts in which it differs.
+      UserError: the facts of a process differ from the facts of process 0. All processes raise it.
+        It names the first such process and the facts that differ.
     """
     everyone = gather(" and ".join(facts), dict(facts))
     if _group is not None:
@@ -304,12 +322,12 @@ def wait_until_same(what: str, read: Callable[[], Any], again: Callable[[], None
     """Waits until `read` returns the same value in all processes.
 
     Args:
-      what: describes the value in messages.
-      read: returns a plain value for JSON.
-      again: makes the next `read` return a new value; called while the processes differ.
+      what: a description of the value for messages.
+      read: a function whose result JSON must be able to represent.
+      again: a function that refreshes what `read` reads. It is called while the processes differ.
 
     Raises:
-      UserError: in all processes, if they still differ after some seconds.
+      UserError: the processes still differ after some seconds. All processes raise it.
     """
     for left in range(int(_SEEN_SECONDS), -1, -1):
         everyone = gather(what, read())
@@ -322,13 +340,18 @@ def wait_until_same(what: str, read: Callable[[], Any], again: Callable[[], None
 
 
 def _shown(name: str) -> str:
-    """Returns the name of a fact for messages: fields of the configuration in backquotes."""
+    """Returns the name of a fact for messages. A field of the configuration gets backquotes."""
     field = name.removeprefix("config.")
     return name if field == name else f"`{field}`"
 
 
 def _different(everyone: list[dict[str, Any]], names: list[str]) -> str:
-    """Returns a message about the first process that differs from process 0, or ""."""
+    """Returns a message about the first process that differs from process 0, "" if none does.
+
+    Args:
+      everyone: the facts of each process.
+      names: the name of each process for messages.
+    """
     from flax.traverse_util import flatten_dict
 
     flat = [flatten_dict(values, sep=".") for values in everyone]
@@ -349,10 +372,13 @@ def _different(everyone: list[dict[str, Any]], names: list[str]) -> str:
 
 
 def require_shared(folder: str) -> None:
-    """Raises `UserError` in all processes if one does not see what process 0 writes to a folder.
+    """Requires that all processes see a file that process 0 writes to a folder.
 
-    Folders of the same path on each host's own disk are no shared folder: the run would train, and
-    could not restore a checkpoint.
+    If the path is a different folder on each host's own disk, a run would train, but it could not
+    restore a checkpoint.
+
+    Raises:
+      UserError: a process does not see the file. All processes raise it.
     """
     if _group is None:
         return
@@ -385,23 +411,37 @@ def _reads(path: epath.Path, text: str) -> bool:
 
 
 def synchronised_stop(asked: Callable[[], bool]) -> Callable[[], bool]:
-    """Returns a function like `asked` that becomes true at the same call in all processes."""
+    """Returns a function like `asked` that first returns True at the same call in all processes.
+
+    All processes must call this function equally often.
+
+    Args:
+      asked: a function that returns whether this process was asked to stop.
+    """
     return asked if _group is None else _group.synchronised_stop(asked)
 
 
 def wait_for_news() -> None:
-    """Waits after an error; if the loss of another process caused it, this one ends here."""
+    """Waits some seconds after an error. If another process was lost, this process ends here."""
     if _group is not None:
         _group.wait_for_news()
 
 
 def leave(code: int, text: str = "") -> None:
-    """Ends this process, and tells the others its exit code and why. Alone, it does nothing."""
+    """Tells the other processes that this process ends, and ends it.
+
+    In a run of one process it does nothing.
+
+    Args:
+      code: the exit code of this process.
+      text: the reason of the end, for the messages of the other processes.
+    """
     if _group is None:
         return
     _group.leave(code, text)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):
             stream.flush()
-    # JAX waits at the end of Python for the other processes, which may be gone.
+    # `os._exit` skips the handlers that Python calls at its end. The handler of JAX would wait for
+    # the other processes, which might have ended already.
     os._exit(code)

@@ -1,8 +1,9 @@
-"""The rendezvous of the processes of a run: each opens one TCP connection to process 0.
+"""The start of the processes of a run: each process opens one TCP connection to process 0.
 
-If a process does not start, then JAX aborts the others (SIGABRT and a stack trace) without an
-exception in Python. The processes therefore meet here first, at the coordinator's address, where a
-missing one can be named in one line. `group` keeps the connections. Messages are lines of JSON.
+If a process does not start, then JAX aborts the other processes (SIGABRT and a stack trace) without
+an exception in Python. Therefore all processes first connect here, at the coordinator's address,
+and process 0 can name a missing process in one line. The module `group` uses the connections
+afterwards. A message is one line of JSON.
 """
 
 import contextlib
@@ -18,12 +19,13 @@ from typing import Any
 from gptjax.errors import ProcessLost, UserError
 
 LOST = 1
-"""Exit code of a process that ends because another one was lost."""
-# Time that a new connection has for its first message.
+"""The exit code of a process that ends because another process was lost."""
+# The time within which a new connection must send its first message.
 _HELLO_SECONDS = 10.0
-# Time that process 0 has for its answer, after the time to wait for all processes.
+# The time that process 0 has for its answer, after the time that it may wait for all processes.
 _ANSWER_SECONDS = 10.0
-# Largest message in bytes, so that a foreign program cannot fill the memory.
+# The size of the largest message in bytes. The limit keeps a foreign program from filling the
+# memory.
 _MAX_MESSAGE = 1 << 24
 
 Message = dict[str, Any]
@@ -33,31 +35,36 @@ class Link:
     """A connection to another process."""
 
     def __init__(self, connection: socket.socket, timeout: float):
-        """Args: connection; timeout, seconds without a message after which `read` gives up."""
+        """Wraps a connection.
+
+        Args:
+          connection: an open TCP connection.
+          timeout: the number of seconds without a message after which `read` returns None.
+        """
         connection.settimeout(timeout)
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket, self._lock = connection, threading.Lock()
         self._lines = connection.makefile("rb")
 
     def send(self, message: Message) -> None:
-        """Sends a message. A broken connection is no error here: the reading thread notices it."""
+        """Sends a message. It ignores a broken connection, which the reading thread notices."""
         with self._lock, contextlib.suppress(OSError):
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def read(self) -> Message | None:
-        """Returns the next message; None if the connection has ended or is silent for too long."""
+        """Returns the next message. None means that the connection has closed or timed out."""
         with contextlib.suppress(OSError, ValueError):
             message = json.loads(self._lines.readline(_MAX_MESSAGE))
             return message if isinstance(message, dict) else None
         return None
 
     def messages(self) -> Iterator[Message]:
-        """Yields the messages until the connection ends."""
+        """Yields the messages until the connection closes or times out."""
         while (message := self.read()) is not None:
             yield message
 
     def ended(self) -> bool:
-        """Returns whether the other side has closed the connection and all was read."""
+        """Returns whether the other process has closed the connection and no message is unread."""
         try:
             readable = select.select([self._socket], [], [], 0)[0]
             return bool(readable) and not self._socket.recv(1, socket.MSG_PEEK)
@@ -73,21 +80,23 @@ class Link:
 def host_rendezvous(
     address: str, count: int, facts: Message, timeout: float, silence: float
 ) -> tuple[dict[int, Link], list[Message]]:
-    """Waits in process 0 for the other processes.
+    """Waits in process 0 until all other processes have connected.
 
     Args:
-      address: "HOST:PORT"; process 0 listens at this port.
-      count: number of processes, with this one.
-      facts: what the processes tell each other about themselves, with the key "host".
-      timeout: seconds to wait for the others.
-      silence: seconds without a message after which a process counts as lost.
+      address: "HOST:PORT". Process 0 listens at this port.
+      count: the number of processes, process 0 included.
+      facts: the facts about process 0, such as versions. The key "host" is required.
+      timeout: the number of seconds to wait for the other processes.
+      silence: the number of seconds without a message after which a process counts as lost.
 
     Returns:
-      The links to the other processes by their index, and the facts of all processes in order.
+      Two values: a dictionary of index -> link for the other processes, and a list with the facts
+      of all processes in the order of their indices.
 
     Raises:
-      ProcessLost: names the processes that did not come.
-      UserError: the port cannot be used, or a process was started with other numbers.
+      ProcessLost: some processes did not connect in time. The message names them.
+      UserError: the port cannot be used, a process has another `num_processes`, or two processes
+        have the same `process_id`.
     """
     port = int(address.rpartition(":")[2])
     end = time.monotonic() + timeout
@@ -95,7 +104,7 @@ def host_rendezvous(
     found = {0: facts}
     problem, hellos = "", queue.SimpleQueue[tuple[Link, Message]]()
     try:
-        # IPv6 sockets accept IPv4 too, on systems that have both.
+        # If the system supports both, an IPv6 socket also accepts IPv4 connections.
         family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
         server = socket.create_server(
             ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=count
@@ -125,7 +134,13 @@ def host_rendezvous(
 
 
 def reject_all(links: dict[int, Link], problem: str, code: int = 2) -> None:
-    """Tells the processes that have come so far why the run does not start, and an exit code."""
+    """Tells the processes that have connected so far that the run does not start.
+
+    Args:
+      links: index of a process -> the link to it.
+      problem: the message for the user.
+      code: the exit code for these processes.
+    """
     for link in links.values():
         link.send({"problem": problem, "code": code})
 
@@ -136,7 +151,10 @@ def _greet(
     hellos: "queue.SimpleQueue[tuple[Link, Message]]",
     over: threading.Event,
 ) -> None:
-    """Accepts connections until `over` is set, each in a thread: a silent one delays no other."""
+    """Accepts connections until `over` is set, and puts their first messages into `hellos`.
+
+    Each connection has its own thread, so a silent connection does not delay the other connections.
+    """
 
     def listen(connection: socket.socket) -> None:
         link = Link(connection, _HELLO_SECONDS)
@@ -145,7 +163,7 @@ def _greet(
             connection.settimeout(silence)
             hellos.put((link, hello))
         else:
-            link.close()  # a foreign program
+            link.close()  # the connection came from a foreign program
 
     server.settimeout(0.1)
     with server:
@@ -157,7 +175,11 @@ def _greet(
 def _admit(
     link: Link, hello: Message, count: int, links: dict[int, Link], found: dict[int, Message]
 ) -> str:
-    """Adds a process to `links` and `found`; returns what is wrong with it, or ""."""
+    """Adds a process to `links` and `found`.
+
+    Returns:
+      A message if the process does not fit into the run, otherwise "".
+    """
     index, facts, theirs = hello["process_id"], hello["facts"], hello.get("num_processes")
     host, problem = facts.get("host", "?"), ""
     if theirs != count or not 0 <= index < count:
@@ -179,19 +201,23 @@ def _admit(
 def join_rendezvous(
     address: str, index: int, count: int, facts: Message, timeout: float, silence: float
 ) -> tuple[Link, Message]:
-    """Connects a process other than 0 to process 0, and waits for its answer.
+    """Connects this process, which is not process 0, to process 0, and waits for the answer.
 
     Args:
       address: "HOST:PORT" of process 0.
-      index: of this process.
-      count, facts, timeout, silence: as in `host_rendezvous`.
+      index: the index of this process.
+      count: the number of processes, process 0 included.
+      facts: the facts about this process, such as versions. The key "host" is required.
+      timeout: the number of seconds to wait for process 0.
+      silence: the number of seconds without a message after which a process counts as lost.
 
     Returns:
-      The link to process 0, and the message that it sends to all when they have come.
+      The link to process 0, and the message that process 0 sends when all processes have connected.
 
     Raises:
-      ProcessLost: process 0 did not start or has ended, or another process did not come.
-      UserError: the address is wrong, or a process was started in another way than process 0.
+      ProcessLost: process 0 did not start or has ended, or another process did not connect.
+      UserError: the address is wrong, or the options, version or code of a process differ from
+        those of process 0.
     """
     host, _, port = address.rpartition(":")
     end = time.monotonic() + timeout
@@ -204,14 +230,15 @@ def join_rendezvous(
             raise UserError(
                 f"`coordinator_address`={address}: {host} is no name of a host ({error})"
             ) from error
-        except OSError as error:  # process 0 may start later
+        except OSError as error:  # the loop tries again, because process 0 may start later
             if time.monotonic() > end:
                 raise ProcessLost(
                     f"process 0 of {count} did not come up at `coordinator_address`={address} "
                     f"within {timeout:g} s ({error.strerror or error})"
                 ) from error
             time.sleep(min(0.2, timeout / 10))
-    # Process 0 may have started last. It decides when it is too late, and names who is missing.
+    # Process 0 may have started last, and waits `timeout` seconds from its own start. So this
+    # process waits for the answer, which names the missing processes if there are any.
     link = Link(connection, timeout + _ANSWER_SECONDS)
     link.send({"process_id": index, "num_processes": count, "facts": facts})
     answer = link.read()

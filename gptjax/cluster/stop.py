@@ -1,4 +1,4 @@
-"""The request to stop: a signal sets a flag, which the training reads between two steps."""
+"""The request to stop: a signal sets a flag, and the training reads the flag between two steps."""
 
 import signal
 import threading
@@ -8,16 +8,18 @@ from collections.abc import Callable
 from gptjax.errors import StopRequested
 from gptjax.io.console import tell
 
-# Sent by a scheduler, by Ctrl-C, and by a terminal that closes.
+# The signals that ask for a stop. A scheduler sends SIGTERM, Ctrl-C sends SIGINT, and a terminal
+# that closes sends SIGHUP.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
     """A context manager that turns the first signal to stop into a flag.
 
-    A second signal has its usual effect. A signal that the process ignores stays ignored: Ctrl-C in
-    a background job, SIGHUP under nohup. Signals keep their usual effect if the context is entered
-    in another thread than the main one, where Python does not allow handlers.
+    A second signal has its usual effect. A signal that the process ignored before stays ignored,
+    for example Ctrl-C in a background job or SIGHUP under nohup. Python allows signal handlers only
+    in the main thread. Therefore all signals keep their usual effect if another thread enters the
+    context.
     """
 
     def __init__(self) -> None:
@@ -30,7 +32,7 @@ class StopRequest:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the signal was the one of Ctrl-C."""
+        """Whether the signal was SIGINT, which Ctrl-C sends."""
         return self._signal == signal.SIGINT
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
@@ -56,7 +58,7 @@ class StopRequest:
 
 
 def make_check(asked: Callable[[], bool]) -> Callable[[], None]:
-    """Returns a function that calls `asked`, and raises `StopRequested` if it returns True."""
+    """Returns a function that calls `asked`, and raises `StopRequested` if `asked` returns True."""
 
     def check_stop() -> None:
         if asked():

@@ -1,4 +1,4 @@
-"""Values that the stages of one run share."""
+"""The values that the stages of one run share."""
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping
@@ -16,46 +16,48 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Tables: TypeAlias = Mapping[str, Mapping[str, "Dataset"]]
-"""Stage -> split -> rows in memory. The splits are "train" and, if there are such, "validation" and
-"test"."""
+"""Name of a stage -> name of a split -> rows in memory. The split "train" is required. The splits
+"validation" and "test" are optional."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Options of a run besides its experiment."""
+    """The options of a run that are not part of its experiment."""
 
     given: Collection[str] = ()
-    """Fields ("model.width") that the user set by flag. They may not be overruled silently."""
+    """The names of the fields that the user set by flag, such as "model.width". If such a field
+    contradicts the checkpoint in `init_from`, the run ends with a `UserError`."""
     tables: Tables = dataclasses.field(default_factory=dict)
-    """Rows to train on, instead of files or a data set in the experiment."""
+    """The rows to train on. They replace the files or the data set of the experiment."""
     profile: int = 0
-    """Number of steps of each stage to write a profiler trace of, below WORKDIR/profile. The first
-    steps of a stage, which compile, are left out. 0 means no trace."""
+    """The number of steps of each stage that are traced with the profiler, below WORKDIR/profile.
+    The first steps of a stage are not traced, because they compile. 0 means no trace."""
     reporter: Reporter = dataclasses.field(default_factory=TerminalReporter)
-    """Receives messages and progress."""
+    """The receiver of messages and progress."""
     trial: bool = False
-    """Whether the best parameters are kept in memory, and no checkpoints are written."""
+    """Whether the run keeps the best parameters in memory and writes no checkpoints. The
+    fine-tuning runs of an ablation do so."""
     check_stop: Callable[[], None] = never_stop
-    """Is called between two batches, and raises `StopRequested` where the run was asked to stop.
-
-    In a run of several processes, all of them have to call it equally often."""
+    """A function that is called between two batches. It raises `StopRequested` if the run was asked
+    to stop. In a run of several processes, all processes must call it equally often."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """The inputs that all stages of a run are built from."""
+    """The values that all stages of a run are built from."""
 
     model: ModelConfig
     tokenizer: Tokenizer
     mesh: Mesh
     seed: int
     check_stop: Callable[[], None] = never_stop
-    """As in `Options`."""
+    """A function that is called between two batches. It raises `StopRequested` if the run was asked
+    to stop."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunContext:
-    """One run: its experiment and where its results go."""
+    """One run: its experiment, its shared values, and the places of its results."""
 
     experiment: Experiment
     workdir: str

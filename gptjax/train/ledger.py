@@ -1,8 +1,9 @@
-"""The ledger: a hash of all batches that a training has used, in their order.
+"""The ledger: a running hash of all batches that a training has used.
 
-Each record of a training step in metrics.jsonl holds the ledger up to this step. It is computed
-from the batches in the memory of the devices. Two runs with the same batches have the same ledger,
-whatever their devices and hosts, and however often they were interrupted.
+The ledger depends on the order of the batches. In metrics.jsonl, each record of a training step
+holds the ledger up to this step. The ledger is computed from the batches in the memory of the
+devices. Two runs with the same batches have the same ledger. The number of devices, hosts and
+interruptions does not change it.
 """
 
 import hashlib
@@ -15,10 +16,11 @@ from gptjax.checkpoint.checksum import checksum
 
 
 def _mixed(x: jax.Array) -> jax.Array:
-    """Returns the 32-bit words of x, each mapped to a word that looks random; 0 is mapped to 0.
+    """Returns the 32-bit words of x, each mapped to a word that looks random. 0 is mapped to 0.
 
-    Without it, small numbers and masks, which have few bits, would often add up to equal sums. The
-    map is the finalizer of MurmurHash3 (Austin Appleby, public domain), a bijection.
+    Without this map, different arrays of small numbers or masks would often have equal checksums,
+    because their words have few bits. The map is a bijection, the finalizer of MurmurHash3 (Austin
+    Appleby, public domain).
     """
     words = jax.lax.bitcast_convert_type(x, jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
@@ -29,7 +31,8 @@ def _mixed(x: jax.Array) -> jax.Array:
 def of_batch(batch: Batch) -> jax.Array:
     """Returns the checksum of all fields of a batch, a uint32.
 
-    Rows of padding at the end do not change it: their number depends on the number of devices.
+    Rows of padding at the end of the batch do not change the checksum, because the number of these
+    rows depends on the number of devices.
     """
     total = jnp.uint32(0)
     for field in jax.tree.leaves(batch):
@@ -41,7 +44,7 @@ def entry(before: str, batch_checksum: int) -> str:
     """Returns the ledger after one more batch, 16 hexadecimal digits.
 
     Args:
-      before: the ledger before this batch; "" before the first one.
-      batch_checksum: from `of_batch`.
+      before: the ledger before this batch. "" means that this is the first batch.
+      batch_checksum: the checksum of this batch from `of_batch`.
     """
     return hashlib.blake2b(f"{before}:{batch_checksum}".encode(), digest_size=8).hexdigest()

@@ -20,7 +20,7 @@ _FLUSH_SECONDS = 10.0
 def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yields the complete lines of metrics.jsonl and their records.
 
-    A killed process may have left half a line, which is left out.
+    A process that was killed may have written only a part of a line. Such a line is left out.
     """
     with contextlib.suppress(FileNotFoundError):
         for line in epath.Path(path).read_bytes().splitlines(keepends=True):
@@ -31,26 +31,32 @@ def _lines(path: str) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 
 def read(workdir: PathLike) -> list[dict[str, Any]]:
-    """Returns the records of ``WORKDIR/metrics.jsonl``, oldest first; [] if there is no file."""
+    """Returns the records of ``WORKDIR/metrics.jsonl``, oldest first. Without a file: []."""
     return [record for _, record in _lines(os.path.join(workdir, "metrics.jsonl"))]
 
 
 def _event(**fields: Any) -> bytes:
-    """Returns the bytes of a TensorBoard event; messages inside it are given as dicts."""
+    """Returns the bytes of a TensorBoard event.
+
+    Args:
+      **fields: the fields of the event. A dictionary stands for a protobuf message.
+    """
     from tensorboardX.proto import event_pb2
 
     return event_pb2.Event(wall_time=time.time(), **fields).SerializeToString()
 
 
 def _open_events(folder: str, purge_from: int | None) -> Any:
-    """Opens a new file of events in `folder`.
+    """Opens a new file of TensorBoard events.
 
-    tensorboardX's SummaryWriter is not used, for two reasons: its queue blocks forever once a full
-    disk has ended its thread, and two of its files that are opened within a second are one file.
+    tensorboardX's `SummaryWriter` is not used, for two reasons. A full disk ends its thread, and
+    then its queue blocks forever. Two writers that are opened in the same second write to the same
+    file.
 
     Args:
-      folder: made if missing.
-      purge_from: TensorBoard ignores this step and later ones in older files; None: no step.
+      folder: the folder of the file. It is made if it is missing.
+      purge_from: the first step that TensorBoard ignores in older files of the folder. It ignores
+        all later steps too. None means that it ignores no step.
     """
     from tensorboardX import RecordWriter, record_writer
 
@@ -58,7 +64,7 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
         record_writer.register_writer_factory("gs", remote_lib.RemoteFile)
     else:
         os.makedirs(folder, exist_ok=True)
-    # The time is in the name because TensorBoard reads the files of a folder in order of name.
+    # The name contains the time, because TensorBoard reads the files of a folder sorted by name.
     writer = RecordWriter(os.path.join(folder, f"events.out.tfevents.{time.time_ns()}"))
     writer.write(_event(file_version="brain.Event:2"))
     if purge_from is not None:
@@ -67,19 +73,22 @@ def _open_events(folder: str, purge_from: int | None) -> Any:
 
 
 class MetricsLog:
-    """``metrics.jsonl`` in a working directory, and the same numbers under ``tensorboard/``.
+    """``metrics.jsonl`` in a workdir, and the same numbers under ``tensorboard/``.
 
     A line is ``{"step", "stage", "split", NAME: float or null, ...}``. Lines of training steps also
-    have the ``"ledger"`` of the batches (see `gptjax.train.ledger`). A line is on disk when `write`
-    returns. A bucket cannot append to a file, and has the line some seconds later, or when `sync`
-    returns. Use it as a context manager, or call `close`.
+    have the ``"ledger"``, a running hash of the batches (`gptjax.train.ledger`). On a disk, the
+    line is in the file when `write` returns. A bucket cannot append to a file, so there the line is
+    in the file some seconds later, or when `sync` returns. Use the log as a context manager, or
+    call `close`.
 
     Args:
-      workdir: folder of the run, made if missing.
-      enabled: False in every process but one; all methods do nothing then.
+      workdir: the folder of the run. It is made if it is missing.
+      enabled: whether this process writes. It is True in only one process of a run. If it is False,
+        all methods do nothing.
 
     Raises:
-      UserError: in all methods, where the disk is full or cannot be written to.
+      UserError: a file cannot be written, for example because the disk is full. All methods can
+        raise it.
     """
 
     def __init__(self, workdir: PathLike, enabled: bool = True):
@@ -94,7 +103,8 @@ class MetricsLog:
             self._open(lambda record: True)
 
     def _open(self, keep: Callable[[dict[str, Any]], bool]) -> None:
-        # The file is rewritten even if all records stay, so that it ends with a complete line.
+        # The file is written again even if all records stay, because it must end with a complete
+        # line.
         with disk_errors(self._path):
             kept = b"".join(line for line, record in _lines(self._path) if keep(record))
         write_atomically(self._path, kept)
@@ -110,11 +120,11 @@ class MetricsLog:
         """Adds one line.
 
         Args:
-          stage: name of the stage.
+          stage: the name of the stage.
           split: "train", "validation" or "test".
-          step: number of steps done.
-          values: NAME -> number on the host. A number that is not finite is written as null.
-          ledger: of the batches up to this step; "" writes none.
+          step: the number of steps that are done.
+          values: NAME -> a number on the host. A number that is not finite is written as null.
+          ledger: the ledger of the batches up to this step. "" means that none is written.
         """
         if not self._enabled:
             return
@@ -131,29 +141,30 @@ class MetricsLog:
         scalars = [{"tag": tag, "simple_value": value} for tag, value in tagged]
         with disk_errors(self._events_dir):
             if stage not in self._events:
-                # A folder for each stage: each counts its steps from 1, and TensorBoard applies
-                # `purge_from` to a whole folder.
+                # Each stage has its own folder, because each stage counts its steps from 1 and
+                # TensorBoard applies `purge_from` to a whole folder.
                 folder = os.path.join(self._events_dir, stage)
                 self._events[stage] = _open_events(folder, self._purge_from.pop(stage, None))
             self._events[stage].write(_event(step=int(step), summary={"value": scalars}))
-            if due:  # not after every line, because it waits for the disk
+            if due:  # flushing after every line would be slow, because it waits for the disk
                 self._events[stage].flush()
                 self._next_flush = time.monotonic() + _FLUSH_SECONDS
 
     def sync(self) -> None:
-        """Writes all lines to the disk or bucket, so that they survive if the process is killed.
+        """Writes all lines to the disk or bucket, so that they remain if the process is killed.
 
-        It is called before a state is saved: a run that resumes there needs the lines before it.
+        The training calls this before it saves a state, because a run that resumes from this state
+        needs the lines of the earlier steps.
         """
         if self._enabled:
             with disk_errors(self._path):
                 self._file.flush()
 
     def rewind(self, stage: str, step: int) -> None:
-        """Deletes the records of a stage that a run resumed at `step` writes again.
+        """Deletes the records of `stage` that a run resumed at `step` will write again.
 
-        These are the records of later steps, and that of the test split, which comes after the last
-        step. Each stage rewinds its own records when it starts.
+        These are all records of later steps, and the record of the test split, which is written
+        after the last step. Each stage rewinds only its own records, when it starts.
         """
         if not self._enabled:
             return
@@ -167,10 +178,10 @@ class MetricsLog:
         self._purge_from = {stage: step + 1}
 
     def write_once(self, stage: str, split: str, step: int, values: Mapping[str, float]) -> None:
-        """Writes a record unless there is one already.
+        """Writes a record unless the file has a record of the same stage, split and step.
 
-        There is none where the process was killed between saving a checkpoint and writing its
-        record.
+        The record is missing if an earlier process was killed after it had saved a checkpoint and
+        before it wrote the record.
         """
         key = {"stage": stage, "split": split, "step": step}
         self.sync()

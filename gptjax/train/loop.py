@@ -1,4 +1,4 @@
-"""The training loop of one stage: it steps, validates, saves, and stops when asked."""
+"""The training loop of one stage: it takes steps, validates, saves, and stops on request."""
 
 import contextlib
 import dataclasses
@@ -22,15 +22,17 @@ from gptjax.train.context import RunContext
 from gptjax.train.progress import Progress
 from gptjax.train.stages import Scores, Stage
 
-# About so many training steps of a stage are recorded in metrics.jsonl, however many it has.
+# metrics.jsonl gets a record of at least this many training steps of a stage, and of about twice as
+# many at most. A stage with fewer steps gets a record of every step.
 _RECORDS = 500
-# Steps before a profiler trace: the first ones of a run compile, and wait for the first batches.
+# The number of first steps of a run that are not traced. They compile the program, and they wait
+# for the first batches.
 _UNTRACED_STEPS = 3
-# The user is told if a larger share of the time than this was spent waiting for batches.
+# The user gets a message if more than this fraction of the time was spent waiting for batches.
 _LONG_WAIT = 0.1
 
 
-# Runs that differ in seed or data only share a compiled step.
+# The cache lets runs that differ only in seed or data use the same compiled step.
 _jit_train_step = functools.cache(step_lib.jit_train_step)
 
 
@@ -40,9 +42,9 @@ class Trainer:
     Args:
       context: the run.
       stage: the stage.
-      checkpoints: where states are saved.
-      meta: the metadata of each checkpoint, without its ledger.
-      state: the state to start from; its buffers are donated.
+      checkpoints: the store that states are saved to.
+      meta: the metadata of the checkpoints. Each checkpoint adds its own ledger.
+      state: the state to start from. Its buffers are donated.
     """
 
     def __init__(
@@ -53,10 +55,10 @@ class Trainer:
         self._state = state
         self._done = start = int(jax.device_get(state.step))
         self._ledger = checkpoints.ledger(start)
-        # Number, tokens and output of a step whose output is still on the devices.
+        # The number of a step, its number of tokens, and its output, which is still on the devices.
         self._pending: tuple[int, int, step_lib.StepOutput] | None = None
         self._record_every = max(1, stage.total_steps // _RECORDS)
-        # Placed once, so that the steps transfer nothing but their batches.
+        # The seed is put on the devices here, once, so that a step transfers only its batch.
         seed, mesh = np.uint32(context.setup.seed), context.setup.mesh
         replicated = mesh_lib.replicated(mesh)
         self._seed = jax.make_array_from_callback((), replicated, lambda _: seed)
@@ -74,11 +76,12 @@ class Trainer:
         """Trains to the end of the stage.
 
         Returns:
-          "tokens_per_second", and "input_wait", the share of the time spent waiting for batches.
-          Empty if there were no two steps to measure.
+          A dictionary with "tokens_per_second" and "input_wait", which is the fraction of the time
+          that was spent waiting for batches. The dictionary is empty if there were fewer than two
+          steps, because the speed is measured between steps.
 
         Raises:
-          Preempted: the run was asked to stop; the state is saved.
+          Preempted: the run was asked to stop, and the state has been saved.
           TrainingDiverged: several updates in a row were not finite.
         """
         progress, name = self._progress, self._stage.name
@@ -102,7 +105,8 @@ class Trainer:
 
     def _run_steps(self) -> None:
         stage = self._stage
-        # A run that was stopped during a validation has saved the step without its scores.
+        # If an earlier run was stopped during a validation, the checkpoint of that step has no
+        # scores yet.
         self._validate_if_due()
         batches = stage.batches.iterate(self._done, stage.total_steps)
         for batch in self._progress.waiting(batches):
@@ -116,7 +120,10 @@ class Trainer:
         self._read_pending()
 
     def _profiled_step(self, batch: Batch) -> None:
-        """Takes the next step, and begins or ends the profiler trace where it is due."""
+        """Takes the next step.
+
+        The profiler trace begins before its first step and ends after its last step.
+        """
         step = self._done + 1
         if step in self._traced_steps[:1]:
             with self._progress.paused(), disk_errors(self._trace_folder):
@@ -134,9 +141,10 @@ class Trainer:
             self._trace.close()
 
     def _step(self, batch: Batch) -> None:
-        """Starts the next step, then reads the output of the one before.
+        """Starts the next step, and then reads the output of the previous step.
 
-        The output is read one step late, so that the device already has its next step to work on.
+        The output is read one step late, so that the devices already work on the next step while
+        the host reads.
         """
         tokens = int((batch.segment_ids > 0).sum())
         placed = mesh_lib.to_devices(batch, self._context.setup.mesh)
@@ -146,7 +154,7 @@ class Trainer:
         self._pending = self._done, tokens, output
 
     def _read_pending(self) -> None:
-        """Fetches the output of the last unread step, and records it.
+        """Fetches the output of the step that has not been read yet, and records it.
 
         Raises:
           TrainingDiverged: too many updates in a row were not finite.
@@ -175,16 +183,19 @@ class Trainer:
             )
 
     def _validation_is_due(self) -> bool:
-        """Returns whether the stage validates after the steps that are done.
+        """Returns whether the stage has to validate now.
 
-        It does at the end and at each multiple of `eval_every`, except at one that is less than
-        half of `eval_every` before the end.
+        It validates at the end and at each multiple of `eval_every`. A multiple is left out if
+        fewer than `eval_every` / 2 steps remain after it.
         """
         every, left = self._stage.eval_every, self._stage.total_steps - self._done
         return left == 0 or (self._done > 0 and self._done % every == 0 and 2 * left >= every)
 
     def _validate_if_due(self) -> None:
-        """Validates and saves the state, unless its checkpoint has scores already."""
+        """Validates and saves the state if a validation is due.
+
+        If the checkpoint of this step has scores already, only their record is written if missing.
+        """
         if not self._validation_is_due():
             return
         step, name, checkpoints = self._done, self._stage.name, self._checkpoints
@@ -200,7 +211,7 @@ class Trainer:
         self._context.log.write(name, "validation", step, scores)
 
     def _save(self, scores: Scores | None = None) -> None:
-        """Saves the state and its scores, unless there is a checkpoint of its step."""
+        """Saves the state and its scores, unless its step has a checkpoint already."""
         if self._done in self._checkpoints.steps():
             return
         self._context.log.sync()
@@ -218,7 +229,10 @@ class Trainer:
 
 
 def _mean_losses(stage: Stage, output: step_lib.StepOutput) -> Scores:
-    """Returns the training losses of one step, as means over its tokens and examples."""
+    """Returns the training losses of one step.
+
+    The LM loss is a weighted mean over the tokens, and the task loss is a mean over the examples.
+    """
     sums = output.losses
     lm = float(sums.lm.total) / max(float(sums.lm.weight), 1e-9)
     if sums.task is None:

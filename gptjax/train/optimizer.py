@@ -1,4 +1,7 @@
-"""The optimizer of a stage: its learning rate schedule, Adam, weight decay and clipping."""
+"""The optimizer of a stage: its learning rate schedule, Adam, weight decay and clipping.
+
+"The authors' code" is OpenAI's `finetune-transformer-lm`.
+"""
 
 import dataclasses
 import functools
@@ -15,7 +18,9 @@ from gptjax.parameters import PARAMETERS
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """The optimizer of one stage. Two of them are equal if their configuration and length are.
+    """The optimizer of one stage.
+
+    Two optimizers are equal if they have the same configuration and the same number of steps.
 
     Raises:
       UserError: the warm-up is not shorter than the stage.
@@ -24,7 +29,7 @@ class Optimizer:
     config: OptimizerConfig
     total_steps: int
     section: str = dataclasses.field(default="optimizer", compare=False)
-    """Name of the configuration in error messages, such as "pretrain.optimizer"."""
+    """The name of the configuration in error messages, such as "pretrain.optimizer"."""
 
     def __post_init__(self) -> None:
         warmup = self.config.warmup_steps
@@ -35,24 +40,25 @@ class Optimizer:
 
     @functools.cached_property
     def learning_rate(self) -> optax.Schedule:
-        """The learning rate of an update, counted from 0."""
+        """The function from the number of an update, counted from 0, to its learning rate."""
         make = openai_schedule if self.config.algorithm == Algorithm.OPENAI else schedule
         return make(self.config, self.total_steps)
 
     def rate_at(self, update: int) -> float:
         """Returns the learning rate of an update, counted from 0, as a number on the host."""
-        # Allowed, because the update's number and the constants of the schedule have to get to the
-        # device. In the train step the schedule is part of the program.
+        # Implicit transfers are allowed here, because this call copies the number of the update and
+        # the constants of the schedule to the device. In the train step the schedule is compiled
+        # into the program and needs no transfers.
         with jax.transfer_guard("allow"):
             return float(jax.device_get(self.learning_rate(update)))
 
     @functools.cached_property
     def transformation(self) -> optax.GradientTransformation:
-        """Clipping -> Adam -> decoupled decay -> schedule. Non-finite updates are skipped.
+        """The optax transformation: clipping, then Adam, decoupled weight decay and the schedule.
 
-        The state is `optax.ApplyIfFiniteState`. It counts the skipped updates: `notfinite_count`
-        those in a row, `total_notfinite` all of them. Adam and the schedule do not advance on a
-        skipped update.
+        An update that is not finite is skipped, and does not advance Adam or the schedule. The
+        state is `optax.ApplyIfFiniteState`. Its `notfinite_count` is the number of skipped updates
+        in a row up to now, and its `total_notfinite` is the number of all skipped updates.
         """
         config = self.config
         if config.algorithm == Algorithm.OPENAI:
@@ -69,10 +75,11 @@ class Optimizer:
 
 
 def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns our schedules: linear warm-up from 0, then the decay to 0 at `total_steps`.
+    """Returns the schedule of our own recipes: a linear warm-up, and then a constant rate or decay.
 
-    The first update has the rate peak / warm-up steps, which is above 0. The last one is above 0
-    too, because the rate reaches 0 one update later.
+    In a warm-up of w updates, update i (from 0) has the learning rate peak * (i + 1) / w, so the
+    first rate is above 0. A cosine or linear decay reaches 0 at update number `total_steps`, which
+    would be one update after the last update. So the rate of the last update is above 0 too.
     """
     share = min(math.ceil(config.warmup_fraction * total_steps), total_steps - 1)
     warmup = config.warmup_steps or share
@@ -89,11 +96,19 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 
 
 def openai_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Returns the schedules of the authors' code, functions of x = update / total from 0.
+    """Returns the schedule of the authors' code.
 
-    With w, the warm-up's share of all updates, the factor is x / w up to w, and after it 1 or the
-    half wave of the cosine. `linear` multiplies both by 1 - x. A warm-up differs from that of
-    `schedule` in two points: the first update has the rate 0, and after it `linear` is at 1 - w.
+    Let x be the number of the update (from 0) divided by the number of all updates, and w the
+    fraction of warm-up updates. The peak learning rate is multiplied by this factor:
+
+        schedule    x <= w             x > w
+        constant    x / w              1
+        cosine      x / w              (1 + cos(pi x)) / 2
+        linear      (x / w) (1 - x)    1 - x
+
+    Two things differ from `schedule`. The rate of the first update is 0 if there is a warm-up. The
+    decay is counted from the first update and not from the end of the warm-up, so after the warm-up
+    `linear` starts at 1 - w, and `cosine` starts at (1 + cos(pi w)) / 2.
     """
     w = config.warmup_steps / total_steps or config.warmup_fraction
 
@@ -118,9 +133,10 @@ def openai_adam(
 ) -> optax.GradientTransformation:
     """Returns the Adam of the authors' code (its `opt.py`).
 
-    rate_t = rate * sqrt(1 - beta2^t) / (1 - beta1^t), t from 1, and the update is
-    -rate_t * (m / (sqrt(v) + epsilon) + decay * p). It differs from `optax.adamw` in two points:
-    epsilon is added to the root of the uncorrected v, and the bias correction scales the decay too.
+    With t counted from 1, rate_t = rate * sqrt(1 - beta2^t) / (1 - beta1^t), and the update of a
+    parameter p is -rate_t * (m / (sqrt(v) + epsilon) + decay * p). m and v are the moving averages
+    of the gradient and of its square. Two things differ from `optax.adamw`. Epsilon is added to the
+    root of v before the bias correction, and the bias correction also scales the weight decay.
     """
     beta1, beta2 = config.beta1, config.beta2
 
@@ -133,7 +149,8 @@ def openai_adam(
     ) -> tuple[optax.Updates, optax.ScaleByAdamState]:
         assert params is not None
         t = (state.count + 1).astype(jnp.float32)
-        # 1 - beta^t by expm1: a float32 difference would lose four digits in the first updates.
+        # 1 - beta^t is computed with expm1, because a float32 difference would lose four digits in
+        # the first updates.
         correction1, correction2 = (
             -jnp.expm1(t * math.log(beta)) if beta else 1.0 for beta in (beta1, beta2)
         )
@@ -154,10 +171,12 @@ def openai_adam(
 
 
 def decay_mask(params: optax.Params) -> optax.Params:
-    """Returns True for the arrays that weight decay applies to: embeddings and kernels.
+    """Returns a tree with True for each array that weight decay applies to.
+
+    These are the embeddings and the weight matrices of linear layers, not the biases and gains.
 
     Raises:
-      KeyError: an array is not in the table of `gptjax.parameters`.
+      KeyError: the list `gptjax.parameters.PARAMETERS` lacks an array.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, _: PARAMETERS["/".join(part.key for part in path)].decayed, params
@@ -165,12 +184,12 @@ def decay_mask(params: optax.Params) -> optax.Params:
 
 
 def skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Returns `inner` changed so that gradients that are not finite update nothing.
+    """Returns a transformation that applies `inner` only if the gradients are finite.
 
-    Neither the parameters nor the state of `inner` change then. It differs from
-    `optax.apply_if_finite` in testing the norm of all gradients instead of each element: the train
-    step computes the norm anyway, and testing each element takes a CPU longer. Gradients whose
-    squares overflow count as not finite.
+    Otherwise neither the parameters nor the state of `inner` change. `optax.apply_if_finite` tests
+    each element of the gradients. This function tests the norm of all gradients, because the train
+    step computes the norm anyway, and a test of each element is slower on a CPU. Gradients whose
+    squares overflow are treated as not finite.
     """
 
     def init(params: optax.Params) -> optax.ApplyIfFiniteState:

@@ -1,4 +1,4 @@
-"""The progress of a training: its speed, and where messages about it go."""
+"""The progress of a training: its speed, and the receivers of its messages."""
 
 import contextlib
 import dataclasses
@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Status:
-    """State of a stage after a step."""
+    """The progress of a stage after a step."""
 
     stage: str
     step: int
-    """Number of steps that are done."""
+    """The number of steps that are done."""
     total_steps: int
     loss: float
-    """Training loss of the step."""
+    """The training loss of the last step."""
     tokens_per_second: float
-    """Speed since the first update; 0.0 before the second one."""
+    """The speed since the first update of this run. It is 0.0 before the second update."""
     seconds_left: int | None
-    """Estimate of the time to the end of the stage; None before the second update."""
+    """An estimate of the time to the end of the stage. It is None before the second update."""
 
     def __str__(self) -> str:
         """Returns the loss, the speed and the time left."""
@@ -41,26 +41,33 @@ class Status:
 class Reporter:
     """Receives the messages and the progress of a training, and ignores them.
 
-    Subclasses show them somewhere. In a run of several processes only process 0 reports.
+    A subclass shows them to the user. In a run of several processes, only process 0 has a reporter
+    that shows something.
     """
 
     def say(self, text: str) -> None:
         """Receives a line for the user."""
 
     def begin(self, stage: str, total_steps: int, start_step: int) -> None:
-        """Is called before the first step of a stage; `start_step` steps were done earlier."""
+        """Receives the start of a stage, before its first step.
+
+        Args:
+          stage: the name of the stage.
+          total_steps: the number of steps of the whole stage.
+          start_step: the number of steps that earlier runs have done.
+        """
 
     def update(self, status: Status) -> None:
-        """Is called after each step."""
+        """Receives the progress after each step."""
 
     def end(self) -> None:
-        """Is called after the last step of a stage, also where an error ends it."""
+        """Receives the end of a stage, which may be its last step or an error."""
 
 
 class TerminalReporter(Reporter):
     """Prints messages on stdout, and progress on stderr.
 
-    The progress is a bar where stderr is a terminal. Elsewhere it is a line every ten seconds.
+    If stderr is a terminal, the progress is a bar. Otherwise it is a line every ten seconds.
     """
 
     def __init__(self) -> None:
@@ -72,18 +79,19 @@ class TerminalReporter(Reporter):
         print(text, flush=True)
 
     def begin(self, stage: str, total_steps: int, start_step: int) -> None:
-        """Opens the bar."""
+        """Opens the bar if stderr is a terminal."""
         self._last_line = -math.inf
         if sys.stderr.isatty():
             from tqdm import tqdm
 
-            # Without tqdm's own rate, which includes compilation and evaluations.
+            # The format leaves out the rate that tqdm measures, because this rate includes the time
+            # of compilation and evaluations.
             layout = "{desc} {n_fmt}/{total_fmt} |{bar}| {postfix}"
             shape: dict[str, Any] = {"bar_format": layout, "dynamic_ncols": True}
             self._bar = tqdm(desc=stage, total=total_steps, initial=start_step, **shape)
 
     def update(self, status: Status) -> None:
-        """Moves the bar, or prints a line where one is due."""
+        """Moves the bar. Without a bar, prints a line if ten seconds have passed, or at the end."""
         now = time.perf_counter()
         if self._bar is not None:
             self._bar.set_postfix_str(str(status), refresh=False)
@@ -94,22 +102,22 @@ class TerminalReporter(Reporter):
             self._last_line = now
 
     def end(self) -> None:
-        """Closes the bar."""
+        """Closes the bar if there is a bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
 
 
 class Progress:
-    """Measures the speed of a stage and reports its progress. A context manager.
+    """A context manager that measures the speed of a stage and reports its progress.
 
-    Speed and time left are measured from the end of the first update, which includes compilation.
+    The first update is not measured, because it includes the compilation.
 
     Args:
-      stage: name of the stage.
-      total_steps: steps of the stage.
-      start_step: steps that an earlier run has done.
-      reporter: receives the progress.
+      stage: the name of the stage.
+      total_steps: the number of steps of the whole stage.
+      start_step: the number of steps that earlier runs have done.
+      reporter: the receiver of the progress.
     """
 
     def __init__(self, stage: str, total_steps: int, start_step: int, reporter: Reporter):
@@ -121,20 +129,20 @@ class Progress:
 
     @property
     def tokens_per_second(self) -> float:
-        """Speed since the first update, without pauses; 0.0 before the second update."""
+        """The speed since the first update, without pauses. It is 0.0 before the second update."""
         return self._tokens / self._seconds if self._seconds else 0.0
 
     @property
     def input_wait(self) -> float:
-        """Share of that time that the host waited for batches; 0.0 before the second update.
+        """The fraction of the measured time in which the host waited for batches.
 
-        The device may have had work meanwhile, so that this is the most that training can have lost
-        by waiting.
+        It is 0.0 before the second update. The devices may have worked while the host waited, so
+        the training lost at most this fraction of the time by waiting.
         """
         return self._waited / self._seconds if self._seconds else 0.0
 
     def waiting(self, batches: Iterator[T]) -> Iterator[T]:
-        """Yields the batches, and measures how long each is waited for."""
+        """Yields the batches, and measures the time that the host waits for each batch."""
         while True:
             start = time.perf_counter()
             batch = next(batches, None)
@@ -145,12 +153,12 @@ class Progress:
             yield batch
 
     def update(self, step: int, loss: float, tokens: int) -> None:
-        """Reports that `step` steps of the stage are done.
+        """Reports the progress after a step.
 
         Args:
-          step: the number of steps.
-          loss: training loss of the last of them.
-          tokens: number of tokens since the last update.
+          step: the number of steps that are done.
+          loss: the training loss of the last step.
+          tokens: the number of tokens since the previous update.
         """
         now = time.perf_counter()
         if self._first_step is None:
@@ -168,7 +176,7 @@ class Progress:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leaves the time of its block (evaluation, saving) out of the speed."""
+        """Leaves the time of its `with` block (an evaluation or a save) out of the speed."""
         start = time.perf_counter()
         yield
         self._last_time += time.perf_counter() - start

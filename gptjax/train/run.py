@@ -1,4 +1,7 @@
-"""One run: the stages of an experiment, with checkpoints, scores and a summary."""
+"""One run: it trains the stages of an experiment, and writes checkpoints, scores and a summary.
+
+"The summary" is the dictionary in WORKDIR/summary.json, which has one entry for each stage.
+"""
 
 import dataclasses
 import os
@@ -35,19 +38,21 @@ from gptjax.train.step import initial_state
 
 
 def run(experiment: Experiment, workdir: str, options: Options | None = None) -> dict[str, Any]:
-    """Trains the experiment's stages in order. A run that was stopped continues where it was.
+    """Trains the stages of the experiment in order.
+
+    If an earlier run in this workdir was stopped, the training continues at its last checkpoint.
 
     Args:
       experiment: the configuration.
-      workdir: folder of the run.
-      options: its other options; None means the defaults.
+      workdir: the folder of the run.
+      options: the other options of the run. None means the defaults.
 
     Returns:
       The summary, which is also written to WORKDIR/summary.json.
 
     Raises:
-      UserError: wrong configuration or data, or a workdir of another experiment.
-      Preempted: the run was asked to stop; the state is saved.
+      UserError: the configuration or the data is wrong, or the workdir has another experiment.
+      Preempted: the run was asked to stop, and the state has been saved.
       TrainingDiverged: several updates in a row were not finite.
     """
     options = options or Options()
@@ -68,7 +73,8 @@ def run(experiment: Experiment, workdir: str, options: Options | None = None) ->
         experiment.pretrain or experiment.finetune,
         "`config`: the experiment has nothing to train, only an ablation; use `mode`=ablate",
     )
-    # Before the mesh is made, which may fail in some of the processes if their meshes differ.
+    # The processes compare their configurations before they make the mesh, because making it could
+    # fail in only some of the processes if their meshes differed.
     processes.require_same({"config": schema.to_dict(experiment)})
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
@@ -82,20 +88,22 @@ def run(experiment: Experiment, workdir: str, options: Options | None = None) ->
 
 
 def train(experiment: Experiment, workdir: str, mesh: Mesh, options: Options) -> dict[str, Any]:
-    """Trains a validated experiment on a mesh; returns the summary.
+    """Trains a validated experiment on a mesh, and returns the summary.
 
     Args:
-      experiment: the configuration.
-      workdir: folder of the run.
+      experiment: the configuration, from `validation.validate`.
+      workdir: the folder of the run.
       mesh: the devices.
-      options: its other options.
+      options: the other options of the run.
 
     Raises:
-      The exceptions of `run`.
+      UserError: the data is wrong, or the workdir has another experiment.
+      Preempted: the run was asked to stop, and the state has been saved.
+      TrainingDiverged: several updates in a row were not finite.
     """
     check_workdir(experiment, workdir, "checkpoints")
     setup, stages = prepare(experiment, workdir, mesh, options)
-    # Nothing is written before the data is known to be valid, and the same in all processes.
+    # The run writes nothing before it knows that the data is valid and equal in all processes.
     facts = {
         stage.name: {"data": stage.fingerprint, "steps": stage.total_steps} for stage in stages
     }
@@ -119,7 +127,20 @@ def prepare(
 ) -> tuple[Setup, list[Stage]]:
     """Loads the data of a validated experiment and builds its stages.
 
-    Nothing is written to `workdir`. Arguments and errors are those of `train`.
+    It writes nothing to `workdir`.
+
+    Args:
+      experiment: the configuration, from `validation.validate`.
+      workdir: the folder of the run. If it has checkpoints, then its tokenizer is used, except if
+        the experiment sets `init_from`.
+      mesh: the devices.
+      options: the other options of the run.
+
+    Returns:
+      The values that all stages share, and the stages in the order of their training.
+
+    Raises:
+      UserError: the data is wrong, or a field contradicts the checkpoint in `init_from`.
     """
     data: dict[str, Any] = {}  # stage -> split -> texts or labelled rows
     if experiment.pretrain:
@@ -133,19 +154,23 @@ def prepare(
 
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
-    """Refuses a workdir that cannot be written to, or that holds another experiment.
+    """Requires that the workdir can be written to, and does not have another experiment.
 
     Args:
       experiment: the configuration.
-      workdir: folder of the run.
-      product: name of the file or folder with the results of a run. A workdir without it has no
-        results yet, and is accepted with any configuration.
+      workdir: the folder of the run.
+      product: the name of the file or folder in the workdir that has the results of a run. If it is
+        missing, the workdir has no results yet, and is accepted with any configuration.
+
+    Raises:
+      UserError: the workdir cannot be written to, or has results of another configuration.
     """
     remote.require_workdir(workdir)
     path = os.path.join(workdir, "config.json")
     if not (remote.exists(path) and remote.exists(os.path.join(workdir, product))):
         return
-    # Converted to a configuration and back, because a file of an older version lacks new fields.
+    # The dictionary in the file is converted to a configuration and back, because a file of an
+    # older version lacks new fields. They get their defaults.
     old = schema.from_dict(Experiment, files.read_json(path), path)
     changes = schema.differences(schema.to_dict(old), schema.to_dict(experiment))
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
@@ -159,16 +184,19 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
 def _choose_tokenizer_and_sizes(
     experiment: Experiment, workdir: str, data: dict[str, Any], options: Options
 ) -> tuple[tokenizer_lib.Tokenizer, ModelConfig]:
-    """Returns the tokenizer, and the model's configuration with the tokenizer's vocabulary size.
+    """Returns the tokenizer, and the model's configuration with all sizes.
 
-    The tokenizer is that of `init_from`, else that of the workdir, else a new one.
+    If the experiment sets `init_from`, the tokenizer and the sizes come from this checkpoint.
+    Otherwise the tokenizer comes from the workdir if the workdir has checkpoints, or else it is
+    built from the training texts. A vocabulary size of 0 becomes the size of the tokenizer.
     """
     model = experiment.model
     if experiment.init_from:
         meta = load.open_checkpoint(experiment.init_from, "init_from").meta
         _refuse_overruled(experiment, meta, options)
         model = meta.with_sizes(model)
-        # Other fields of the experiment may not fit the sizes of the checkpoint.
+        # The model is validated again, because the sizes of the checkpoint might not fit the other
+        # fields of the experiment.
         validation.validate_model(model)
         if experiment.finetune:
             validation.validate_head(experiment.finetune, model)
@@ -193,7 +221,17 @@ def _choose_tokenizer_and_sizes(
 
 
 def _refuse_overruled(experiment: Experiment, meta: Meta, options: Options) -> None:
-    """Refuses fields, set by flag, that differ from the checkpoint in `init_from`."""
+    """Requires that no field set by flag contradicts the checkpoint in `init_from`.
+
+    Args:
+      experiment: the configuration.
+      meta: the metadata of the checkpoint.
+      options: the options of the run. `options.given` names the fields that were set by flag.
+
+    Raises:
+      UserError: a flag sets a field of the tokenizer, or a size of the model that differs from the
+        checkpoint.
+    """
     own = f"is that of `init_from`={experiment.init_from}"
     for name in sorted(options.given):
         part, _, field = name.partition(".")
@@ -201,7 +239,8 @@ def _refuse_overruled(experiment: Experiment, meta: Meta, options: Options) -> N
         if part != "model" or field not in schema.INHERITED_SIZES:
             continue
         ours, theirs = getattr(experiment.model, field), getattr(meta.model, field)
-        # The meaning of 0 in these fields.
+        # Field -> the size that 0 stands for in this field. A vocabulary size of 0 stands for the
+        # size of the checkpoint.
         default = {"vocab_size": meta.model.vocab_size, "ffn_width": 4 * meta.model.width}
         require(
             (ours or default.get(field)) == (theirs or default.get(field)),
@@ -210,7 +249,13 @@ def _refuse_overruled(experiment: Experiment, meta: Meta, options: Options) -> N
 
 
 def _build_stages(experiment: Experiment, setup: Setup, data: dict[str, Any]) -> list[Stage]:
-    """Builds the stages in the order in which they are trained."""
+    """Builds the stages in the order in which they are trained.
+
+    Args:
+      experiment: the configuration.
+      setup: the values that all stages share.
+      data: name of a stage -> name of a split -> texts or labelled rows.
+    """
     stages = []
     if experiment.pretrain:
         built_probes = [
@@ -230,7 +275,7 @@ def _build_stages(experiment: Experiment, setup: Setup, data: dict[str, Any]) ->
 
 
 def _train_stages(context: RunContext, stages: list[Stage]) -> dict[str, Any]:
-    """Trains the stages in order; returns the summary."""
+    """Trains the stages in order, and returns the summary."""
     path = os.path.join(context.workdir, "summary.json")
     old = processes.broadcast(
         "summary.json", lambda: files.read_json(path) if remote.exists(path) else {}
@@ -245,7 +290,8 @@ def _train_stages(context: RunContext, stages: list[Stage]) -> dict[str, Any]:
         if stage.name == schema.Stage.PRETRAIN:
             pretrained = params
         if jax.process_index() == 0:
-            # Entries of later stages stay: this run may be stopped before it reaches them.
+            # The entries of later stages stay in the file, because this run may be stopped before
+            # it reaches those stages.
             later = {stage.name: old[stage.name] for stage in stages if stage.name in old}
             files.write_json(path, later | summary)
     return summary
@@ -259,11 +305,12 @@ def _train_stage(
     Args:
       context: the run.
       stage: the stage.
-      pretrained: the parameters of the run's pretraining; None if it has none.
-      old: the stage's entry in the summary of an earlier run.
+      pretrained: the parameters of the pretraining in this run. None means that the run has no
+        pretraining before this stage.
+      old: the entry of the stage in the summary of an earlier run. None means that there is none.
 
     Returns:
-      The best parameters, and the stage's entry in the summary.
+      The best parameters, and the entry of the stage in the summary.
     """
     meta = _make_meta(context, stage)
     with _open_checkpoints(context, stage) as checkpoints:
@@ -284,10 +331,11 @@ def _train_stage(
             context.log.rewind(stage.name, start)
         trainer = Trainer(context, stage, checkpoints, meta, state)
         speed = trainer.train()
-        del state, restored, trainer  # they hold the buffers of the training state
+        # These variables hold the buffers of the training state. Without them the memory is free.
+        del state, restored, trainer
         best, params = checkpoints.restore_best_params(like.params)
         scores = checkpoints.metrics(best)
-    # If all steps were done before this run, the earlier summary has the speed.
+    # If earlier runs did all steps, this run measured no speed, and the earlier summary has it.
     measured = speed or old or {}
     speed = {name: measured.get(name, 0.0) for name in ("tokens_per_second", "input_wait")}
     return params, finished or _summarise_stage(context, stage, params, scores, speed)
@@ -306,10 +354,12 @@ def _first_params(
     """Returns the parameters before the first step.
 
     Args:
-      context: the run. Its `init_from` is read if there are no other pretrained parameters.
-      stage: says which layers of the pretrained parameters are used.
-      pretrained: parameters to start from, all but the task head; None: those of `init_from`.
-      fresh: random parameters, for what has no pretrained ones.
+      context: the run. Its experiment may name a checkpoint in `init_from`.
+      stage: the stage. Its name and `transfer` decide which pretrained parameters are used.
+      pretrained: the parameters of the pretraining in this run. None means the parameters of
+        `init_from`. A task head is not taken from them.
+      fresh: random parameters. They are used for the task head and the layers that are not
+        pretrained, and for all parameters if the stage starts from scratch.
     """
     from_scratch = stage.name == schema.Stage.FINETUNE_FROM_SCRATCH or stage.transfer == "none"
     path = context.experiment.init_from
@@ -324,7 +374,7 @@ def _first_params(
 
 
 def _make_meta(context: RunContext, stage: Stage) -> Meta:
-    """Returns the metadata of the stage's checkpoints, without a ledger."""
+    """Returns the metadata of the stage's checkpoints. Its ledger is empty."""
     tokenizer = context.setup.tokenizer
     return Meta(
         stage=stage.name,
@@ -339,7 +389,15 @@ def _make_meta(context: RunContext, stage: Stage) -> Meta:
 
 
 def _require_same_run(ours: Meta, other: Meta) -> None:
-    """Refuses to continue from a checkpoint of another tokenizer, task or training data."""
+    """Requires that a checkpoint has the tokenizer, task and training data of this run.
+
+    Args:
+      ours: the metadata of this run.
+      other: the metadata of the checkpoint.
+
+    Raises:
+      UserError: one of the three differs.
+    """
     for name, text in (
         ("tokenizer_hash", "tokenizer"),
         ("task", "task"),
@@ -355,14 +413,14 @@ def _require_same_run(ours: Meta, other: Meta) -> None:
 def _summarise_stage(
     context: RunContext, stage: Stage, params: Params, scores: Scores, speed: dict[str, float]
 ) -> dict[str, Any]:
-    """Returns the stage's entry in the summary; scores the test split if there is one.
+    """Scores the test split if the stage has one, and returns the stage's entry in the summary.
 
     Args:
       context: the run.
       stage: the stage.
-      params: its best parameters.
-      scores: their validation scores.
-      speed: from `Trainer.train`.
+      params: the best parameters of the stage.
+      scores: the validation scores of these parameters.
+      speed: "tokens_per_second" and "input_wait", as `Trainer.train` measures them.
 
     Raises:
       Preempted: the run was asked to stop.
@@ -386,7 +444,8 @@ def _summarise_pretraining(
     model = context.setup.model
     window = context.experiment.pretrain.window if context.experiment.pretrain else 0
     per_token = flops.train_flops_per_token(model, window or model.context_length)
-    # Virtual CPU devices share the cores, which the matrix products of one device use in full.
+    # The highest possible speed grows with the number of devices, except on a CPU. Virtual CPU
+    # devices share the same cores, and the matrix products of one device use all these cores.
     devices = 1 if jax.default_backend() == "cpu" else context.setup.mesh.size
     ceiling = flops.matmul_ceiling(model.dtype) * devices
     return {

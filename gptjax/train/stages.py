@@ -1,4 +1,4 @@
-"""The stages of an experiment, built from its configuration and its data."""
+"""The stages of an experiment (pretraining and fine-tuning), built from configuration and data."""
 
 import dataclasses
 import functools
@@ -30,13 +30,13 @@ from gptjax.train.optimizer import Optimizer
 
 Scores = dict[str, float]
 Scorer = Callable[[Params], Scores]
-"""Returns the losses and metrics of parameters on one split; raises `StopRequested` if the run was
-asked to stop."""
+"""A function that returns the losses and metrics of the given parameters on one split. It raises
+`StopRequested` if the run was asked to stop."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Stage:
-    """One stage, ready to be trained."""
+    """One stage of a run, with everything that its training needs."""
 
     name: str
     model: GPT
@@ -44,34 +44,36 @@ class Stage:
     optimizer: Optimizer
     batches: loader.Batches
     validate: Scorer
-    """Scores the validation split."""
+    """The function that scores the validation split."""
     test: Scorer | None = None
-    """Scores the test split; None if there is none."""
+    """The function that scores the test split. None means that the stage has no test split."""
     metric: str
-    """The validation score that selects the best checkpoint."""
+    """The name of the validation score that selects the best checkpoint."""
     eval_every: int
-    """Steps between two validations."""
+    """The number of steps between two validations."""
     save_every: int
-    """Steps between two checkpoints. Each validation saves a checkpoint too."""
+    """The number of steps between two checkpoints. Each validation saves a checkpoint too."""
     fingerprint: str
-    """Hash of the training data."""
+    """The hash of the training data."""
     spec: TaskSpec | None = None
-    """The task; None in pretraining."""
+    """The task. None means that the stage is a pretraining."""
     transfer: str = "all"
-    """The part of the pretrained weights that is used, as in `FinetuneConfig.transfer`."""
+    """The pretrained weights that the stage starts from: "all", "none", or a number N, which means
+    the embeddings and the first N layers."""
     baselines: dict[str, Scores] = dataclasses.field(default_factory=dict)
-    """Split -> scores of always giving the most frequent answer."""
+    """Name of a split -> the scores of the majority-class baseline, which always gives the most
+    frequent answer (the mean in a regression)."""
     notes: tuple[str, ...] = ()
-    """Lines about the data and the steps, for the user."""
+    """The lines for the user about the data and the steps."""
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the whole stage."""
+        """The number of steps of the whole stage."""
         return self.optimizer.total_steps
 
 
 def finetune_texts(data: dict[str, LabelledTable], config: FinetuneConfig) -> Iterator[str]:
-    """Yields the training texts of fine-tuning, for the tokenizer to learn from."""
+    """Yields the training texts of a fine-tuning. A new tokenizer learns from them."""
     for values in data["train"].columns(splits.task_spec(config).text_columns).values():
         yield from map(as_text, values)
 
@@ -79,10 +81,11 @@ def finetune_texts(data: dict[str, LabelledTable], config: FinetuneConfig) -> It
 def pretrain_shape(
     config: PretrainConfig, model_config: ModelConfig, mesh: Mesh
 ) -> tuple[int, int]:
-    """Returns the shape of a pretraining batch: rows, and tokens of a row.
+    """Returns the shape of a pretraining batch: its number of rows, and the row length in tokens.
 
     Raises:
-      UserError: the rows cannot be divided among the devices, or are longer than the context.
+      UserError: the rows cannot be divided evenly among the devices and micro-batches, or the row
+        length is larger than the context.
     """
     window = config.window or model_config.context_length
     require(
@@ -104,10 +107,11 @@ def pretrain(
     """Builds the pretraining stage.
 
     Args:
-      config: the stage's configuration.
-      data: the tables of `splits.text_splits`.
-      setup: the inputs that all stages share.
-      probes: the probes that each validation scores.
+      config: the configuration of the stage.
+      data: name of a split -> its texts, from `splits.text_splits`.
+      setup: the values that all stages share.
+      probes: the probes. A probe is a task that the pretrained model solves without fine-tuning.
+        Each validation scores the probes too.
     """
     mesh, tokenizer = setup.mesh, setup.tokenizer
     stream = {
@@ -127,7 +131,11 @@ def pretrain(
     evaluator = Evaluator(model, mesh, objective, setup.check_stop)
 
     def validate(params: Params) -> Scores:
-        """Returns "loss" and "perplexity", and "probe_NAME_METRIC" and "probe_NAME_floor"."""
+        """Returns the validation scores.
+
+        These are "loss" and "perplexity", and for each probe "probe_NAME_METRIC" and
+        "probe_NAME_floor", the score of the majority-class baseline.
+        """
         scores = evaluator.language_model(
             params, stream["validation"], window, rows, config.eval_batches
         )
@@ -160,9 +168,10 @@ def pretrain(
 
 
 def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
-    """Returns the task with its label names, which are those of the whole training file.
+    """Returns the task with its label names, which are all labels of the training file.
 
-    Where the validation split was held out of this file, its labels count too.
+    If the validation split was held out of the training file, the labels of the validation split
+    are included.
     """
     train = data["train"]
     tables = [table for table in data.values() if table is train or table.part_of == train.source]
@@ -177,7 +186,13 @@ def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
 def _baselines(
     metric_names: tuple[str, ...], examples: dict[str, Examples], spec: TaskSpec
 ) -> dict[str, Scores]:
-    """Returns the scores of the most frequent answer on each split but the training split."""
+    """Returns the scores of the majority-class baseline on each split except the training split.
+
+    Args:
+      metric_names: the names of the scores.
+      examples: name of a split -> its examples.
+      spec: the task.
+    """
     return {
         name: metrics.majority_baseline(metric_names, split.labels, len(spec.labels))
         for name, split in examples.items()
@@ -186,7 +201,11 @@ def _baselines(
 
 
 def _steps_per_epoch(config: FinetuneConfig, examples: int) -> float:
-    """Returns the number of steps in an epoch: a fraction, unless the last batch is dropped."""
+    """Returns the number of steps in an epoch.
+
+    It is an integer if the last, smaller batch of an epoch is dropped. Otherwise batches run across
+    epochs, and the number may have a fraction.
+    """
     if not config.drop_last:
         return examples / config.batch_size
     require(
@@ -198,9 +217,16 @@ def _steps_per_epoch(config: FinetuneConfig, examples: int) -> float:
 
 
 def _describe_split(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
-    """Returns a line with the number of examples, and how many of them were cut or are empty.
+    """Returns a line for the user about a split.
 
-    `ignored` is the number of rows that were left out for their label.
+    The line has the number of examples, the number of examples that were cut to fit the context,
+    and the number of examples with an empty text.
+
+    Args:
+      name: the name of the split.
+      examples: the examples of the split.
+      ignored: the number of rows that were left out because of their label.
+      model: the configuration of the model, which has the context length.
     """
     text = f"finetune: {len(examples):,} {name} examples"
     if examples.cut:
@@ -213,7 +239,10 @@ def _describe_split(name: str, examples: Examples, ignored: int, model: ModelCon
 
 
 def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
-    """Returns a line with the steps, the shape of a batch and the joint loss."""
+    """Returns a line for the user with the steps, the shape of a batch and the joint loss.
+
+    The joint loss is the weighted sum of the task loss and the LM loss.
+    """
     task = "task" if config.task_weight == 1 else f"{config.task_weight:g} * task"
     return (
         f"finetune: {total:,} steps of {config.batch_size} examples packed in {packer.rows} rows "
@@ -222,7 +251,11 @@ def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
 
 
 def _task_spec(config: FinetuneConfig, setup: Setup, data: dict[str, LabelledTable]) -> TaskSpec:
-    """Returns the task with its label names and, for a flattened head, its length."""
+    """Returns the task with its label names.
+
+    If the task head reads the states of all tokens of a sequence (`Head.FLATTEN`), the task also
+    gets the length to which all sequences are padded.
+    """
     spec = _with_labels(splits.task_spec(config), data)
     if config.head != schema.Head.FLATTEN:
         return spec
@@ -234,9 +267,9 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     """Builds the fine-tuning stage.
 
     Args:
-      config: the stage's configuration.
-      data: the tables of `splits.labelled_splits`.
-      setup: the inputs that all stages share.
+      config: the configuration of the stage.
+      data: name of a split -> its labelled rows, from `splits.labelled_splits`.
+      setup: the values that all stages share.
     """
     mesh = setup.mesh
     require(
@@ -263,8 +296,10 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     evaluator = Evaluator(model, mesh, objective, setup.check_stop)
 
     def scorer(split: Examples) -> Scorer:
-        """Returns the function that scores a split: the joint "loss", "task_loss", "lm_loss" and
-        the metrics."""
+        """Returns the function that scores a split.
+
+        The scores are "loss" (the joint loss), "task_loss", "lm_loss" and the metrics.
+        """
         rows = Packer(split.lengths, size, packer.row_length, devices, sequence_means)
         return lambda params: evaluator.task(params, split, rows, spec, metric_names)
 

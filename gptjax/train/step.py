@@ -1,4 +1,4 @@
-"""The train step: a pure function and its jitted wrapper. There is no I/O here."""
+"""The train step: a pure function and its jitted wrapper. This module does no I/O."""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,26 +21,27 @@ from gptjax.train.optimizer import Optimizer
 
 @flax.struct.dataclass
 class StepOutput:
-    """Measurements of one train step, all scalars."""
+    """The measurements of one train step. All of them are scalars."""
 
     losses: Losses
     gradient_norm: jax.Array
     bad_steps: jax.Array
-    """Number of skipped updates in a row, up to this one. An update that is not finite is
-    skipped."""
+    """The number of skipped updates in a row, up to this step. An update is skipped if it is not
+    finite."""
     batch_checksum: jax.Array
-    """uint32, from `ledger.of_batch`."""
+    """The checksum of the batch from `ledger.of_batch`, a uint32."""
 
 
 def initial_state(
     model: GPT, optimizer: Optimizer, params: mesh_lib.Params | None = None
 ) -> Callable[[jax.Array], TrainState]:
-    """Returns a function of a random key that returns the state before the first step.
+    """Returns a function that takes a random key and returns the state before the first step.
 
     Args:
       model: the model.
-      optimizer: its optimizer.
-      params: the first parameters; None: the function draws them with its key.
+      optimizer: the optimizer of the stage.
+      params: the first parameters. None means that the function draws random parameters with its
+        key.
     """
 
     def make(key: jax.Array) -> TrainState:
@@ -58,19 +59,20 @@ def train_step(
     objective: Objective,
     optimizer: Optimizer,
 ) -> tuple[TrainState, StepOutput]:
-    """Updates the state by one batch.
+    """Updates the state with one batch.
 
     Args:
-      state: parameters, optimizer state and step.
+      state: the parameters, the optimizer state and the step.
       batch: the packed rows.
-      seed: the dropout masks are a function of the seed and the step.
+      seed: the seed of the dropout masks, which are a function of the seed and the step.
       model: the model.
       objective: the loss that is minimised.
-      optimizer: the update rule, and the number of micro-batches that the batch is divided into,
-        whose gradients are summed.
+      optimizer: the optimizer of the stage. Its configuration has the number of micro-batches that
+        the batch is divided into. Their gradients are summed.
 
     Returns:
-      The next state, and the losses and gradient norm before the update.
+      The next state and the `StepOutput`. The losses and the gradient norm are those of the
+      parameters before the update.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     micro, update = optimizer.config.accumulation, optimizer.transformation.update
@@ -87,8 +89,9 @@ def jit_train_step(
 ) -> Callable[[TrainState, Batch, Any], Any]:
     """Returns the jitted function (state, batch, seed) -> (state, output) of `train_step`.
 
-    The state is donated and keeps its layout; the output is replicated. The seed is a uint32
-    argument, so that one program serves all seeds.
+    The buffers of the state are donated. The new state has the same sharding, and the output is
+    replicated. The seed is an argument, a uint32, so that one compiled program can be used for all
+    seeds.
     """
 
     def step(state: TrainState, batch: Batch, seed: Any) -> tuple[TrainState, StepOutput]:
