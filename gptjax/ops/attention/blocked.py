@@ -2,7 +2,7 @@
 
 The queries of a row are computed in blocks. A block needs only the keys up to its last query, so
 half of the scores are never computed. The backward pass computes the attention weights of a block
-again, from the log-sum-exp of the scores. Therefore the scores of a block are never stored.
+again, from the log-sum-exp of the scores. So no scores have to be stored between the two passes.
 
 The rows are divided into tiles. A tile is a whole row if the sequences can be long. If all
 sequences are short, a tile has 64 queries of a row and a window of keys. The window has all keys
