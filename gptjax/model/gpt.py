@@ -251,13 +251,13 @@ class GPT(nn.Module):
     """Whether the hidden states of an example's candidates (its sequences) are added up, as for
     similarity and regression."""
     head_length: int | None = None
-    """The number of hidden states that the task head reads: the last states of a sequence, flattened
-    to one vector. None means that the task head reads only the last state."""
+    """The number of hidden states that the task head reads. They are the last states of a sequence,
+    flattened to one vector. None means that the task head reads only the last state."""
     mesh: Mesh | None = None
     """The devices. None means JAX's default device. The mesh does not change the results."""
     max_sequence_length: int | None = None
     """The largest number of tokens in a sequence. None means the context length. A small number
-    makes attention faster and does not change the results."""
+    can make attention faster and does not change the results."""
 
     @property
     def ops(self) -> ShardedOps:

@@ -35,7 +35,7 @@ class Objective:
         """Returns the objective for the given mean losses.
 
         Args:
-          task: the mean task loss, a number or array. Without a task it is not used and can be None.
+          task: the mean task loss, a number or array. Without a task it can be None.
           lm: the mean LM loss, a number or array.
         """
         lm = self.lm_weight * lm
@@ -137,8 +137,8 @@ def gradients(
     """Computes the gradient of the objective, for one micro-batch after the other.
 
     The sums of the losses of each micro-batch are divided by the denominators of the whole batch.
-    Therefore the sum of the gradients is the gradient of the whole batch, even if some micro-batches
-    have more padding than others.
+    Therefore the sum of the gradients is the gradient of the whole batch, even if some
+    micro-batches have more padding than others.
 
     Args:
       model: the model.

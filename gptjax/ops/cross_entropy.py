@@ -141,7 +141,7 @@ def total_loss(inputs: LMInputs, pieces: int, vocab_size: int | None = None) -> 
     """Returns the loss of `cross_entropy`, without its gradient.
 
     Args:
-      inputs: the arrays; the table is [V, D].
+      inputs: the arrays. The table is [V, D], or the rows of it that are on this device.
       pieces: the number of pieces.
       vocab_size: None means that `inputs.table` is the whole table. Otherwise the rows of the table
         are sharded over `tensor`, and this is the number of rows of the whole table.

@@ -20,7 +20,7 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class DropoutKey:
-    """The dropout of one array: the rate, and the random key that decides which elements it drops."""
+    """The dropout of one array: the rate, and the random key that selects the dropped elements."""
 
     bits: Array
     """The two numbers of the key, uint32 [2], from `key_bits`."""
@@ -66,7 +66,7 @@ def keep(key: DropoutKey, shape: tuple[int, ...]) -> Array:
 
 @jax.custom_vjp
 def dropout(x: Array, key: DropoutKey) -> Array:
-    """Sets elements of `x` to 0 with probability `rate`; multiplies the others by 1 / (1 - rate)."""
+    """Sets each element of `x` to 0 with probability `rate`, or divides it by 1 - rate."""
     # The product is float32. bfloat16 would round the factor and so change the expected value.
     scaled = x.astype(jnp.float32) * (1 / (1 - key.rate))
     return jnp.where(keep(key, x.shape), scaled, 0).astype(x.dtype)

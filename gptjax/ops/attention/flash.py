@@ -77,9 +77,10 @@ class _KernelInputs(NamedTuple):
 
 
 def _block_size(length: int) -> int:
-    """Returns the number of tokens in a block: 256 if this needs no more padding than 128, else 128.
+    """Returns the number of tokens in a block.
 
-    128 is the number of lanes of a TPU.
+    It is 256 if a row then needs no more padding than with 128, the number of lanes; otherwise it
+    is 128.
     """
     return BLOCK if pl.cdiv(length, LANES) * LANES % BLOCK == 0 else LANES
 
@@ -374,8 +375,8 @@ def _pad_and_run(
 
     The result is transposed back to [B, T, H, K].
     """
-    # The kernel needs only the first index of heads_BH. On each device the index of the first head
-    # of a row grows by the same amount, `config.heads`, from row to row.
+    # The kernel needs only the first index of heads_BH. On each device the heads of a row are
+    # consecutive, and the index grows by `config.heads` from row to row.
     scalars = jnp.concatenate([dropout_key.bits, heads_BH[0, :1]])
     length = inputs.q_BTHK.shape[1]
     more = -length % config.block
