@@ -52,7 +52,7 @@ def product(x: Array, y: Array, x_axis: int, y_axis: int, batch: tuple[int, ...]
 
 
 def _as_matrix(x: Array, columns: int) -> Array:
-    """Reshapes x to a matrix. The last `columns` axes become its columns, the other axes its rows."""
+    """Reshapes x to a matrix. The last `columns` axes become the columns, the others the rows."""
     rows = x.ndim - columns
     return x.reshape(math.prod(x.shape[:rows]), math.prod(x.shape[rows:]))
 
