@@ -1,1 +1,1 @@
-"""The decoder, its losses and objective, and the number of its floating-point operations."""
+"""The decoder, its losses, the objective, and the number of floating-point operations."""

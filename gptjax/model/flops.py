@@ -1,4 +1,4 @@
-"""The floating-point operations of a training step, and the most that a device can do a second."""
+"""The number of floating-point operations of a training step, and the speed of the device."""
 
 import functools
 import timeit
@@ -10,15 +10,16 @@ from gptjax.config.schema import ModelConfig
 
 
 def train_flops_per_token(config: ModelConfig, length: int) -> float:
-    """Returns the floating-point operations of the forward and backward pass for one token.
+    """Returns the number of floating-point operations in training for one token.
 
-    Only matrix products are counted, those of the LM head included. A multiply-add is two
-    operations. The backward pass takes twice as many as the forward pass. In attention a token
-    sees (length + 1) / 2 keys on average.
+    The number is the sum for the forward and the backward pass. Only matrix products are counted,
+    including the product of the LM head. A multiply-add is two operations. The backward pass has
+    twice as many operations as the forward pass. In attention a token sees (length + 1) / 2 keys
+    on average.
 
     Args:
-      config: of the model.
-      length: of the sequence, in tokens.
+      config: the configuration of the model.
+      length: the number of tokens in the sequence.
     """
     width = config.width
     projections = 4 * width * width + 2 * width * config.hidden_ffn_width
@@ -29,11 +30,11 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
 
 @functools.cache
 def matmul_ceiling(dtype: str, size: int = 1536) -> float:
-    """Returns the operations per second of a square matrix product, the fastest of five.
+    """Measures the operations per second of a square matrix product; returns the best of five runs.
 
     Args:
-      dtype: of the matrices.
-      size: their number of rows.
+      dtype: the dtype of the matrices.
+      size: the number of rows of each matrix.
     """
     a = jnp.ones((size, size), dtype)
     product = jax.jit(lambda a: jax.lax.dot(a, a, preferred_element_type=jnp.float32))

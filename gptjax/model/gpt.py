@@ -1,8 +1,9 @@
-"""GPT-1 as pure Flax modules: the only file that knows Flax's module system.
+"""GPT-1 as pure Flax modules. No other file uses Flax's module system.
 
-The letters of shapes are those of `gptjax.batch`. The decoder is post-LN:
-x = norm(x + dropout(sublayer(x))), without a final layer norm (Radford et al. 2018, sections 3.1
-and 4.1).
+The letters of shapes are defined in `gptjax.batch`. The decoder is post-LN: each sublayer computes
+x = norm(x + dropout(sublayer(x))), and there is no final layer norm (Radford et al. 2018, sections
+3.1 and 4.1). A block is one layer of the decoder. A kernel is the weight matrix of a linear layer,
+as in Flax.
 """
 
 import dataclasses
@@ -32,31 +33,32 @@ Array = jax.Array
 Ids = tuple[Array, Array]
 """`query_ids_BT` and `key_ids_BT` of `AttentionInputs`."""
 Past = tuple[Cache, Array | int]
-"""The keys and values of the tokens before the new ones, and the position of the first new one."""
+"""The keys and values of the earlier tokens, and the position of the first new token."""
 
-# Name of the arrays that `remat=dots` stores: the results of matrix products.
+# The name of the arrays that `remat=dots` stores, which are the results of matrix products.
 _MATMUL_RESULT = "matmul_result"
 
 
 class KernelLayout(enum.Enum):
-    """How a `Linear` layer stores its kernel."""
+    """The form in which a `Linear` layer stores its kernel."""
 
     TRAINING = "training"
-    """The parameter "kernel", float32 [*inputs, *features], is cast to the compute dtype at each
-    use."""
+    """The parameter "kernel" is float32 [*inputs, *features]. It is cast to the compute dtype at
+    each use."""
     DECODING = "decoding"
     """The parameter "transposed_kernel" is [*features, *inputs], in the compute dtype.
 
-    `decoding_layers` makes it. To generate a token mainly means to read every weight once. A cast
-    at each use would take about as long as that, and a CPU reads transposed kernels fastest."""
+    `decoding_layers` makes this parameter. The time for a generated token is mainly the time to
+    read every weight once. A cast at each use would take about as long again, and a CPU reads
+    transposed kernels fastest."""
 
 
 def decoding_layers(params: Params, config: ModelConfig) -> tuple[Params, ...]:
-    """Returns the parameters of each block with its kernels in `KernelLayout.DECODING`.
+    """Returns the parameters of each block, with its kernels in the form `KernelLayout.DECODING`.
 
     Args:
-      params: of the whole model, as `init_params` returns them.
-      config: of the model.
+      params: the parameters of the whole model, in the tree of `init_params`.
+      config: the configuration of the model.
     """
     return tuple(
         _decoding_layer(params[BLOCKS], layer, config.dtype) for layer in range(config.num_layers)
@@ -69,7 +71,8 @@ def _decoding_layer(stacked: Params, layer: int, dtype: str) -> Params:
         if isinstance(value, dict):
             params[name] = _decoding_layer(value, layer, dtype)
         elif name == "kernel":
-            # The bias has the feature axes of the kernel; both have a leading axis of the layers.
+            # The bias has only the feature axes of the kernel. The kernel and the bias also have a
+            # leading axis for the layers.
             inputs = value.ndim - stacked["bias"].ndim
             kernel = value[layer].astype(dtype)
             params["transposed_kernel"] = jnp.moveaxis(kernel, range(inputs), range(-inputs, 0))
@@ -79,7 +82,7 @@ def _decoding_layer(stacked: Params, layer: int, dtype: str) -> Params:
 
 
 def _like(x: Array, y: Array) -> Array:
-    """Gives `x` leading axes of size 1, so that it has as many axes as `y`."""
+    """Adds leading axes of size 1 to `x`, so that it has as many axes as `y`."""
     return x.reshape((1,) * (y.ndim - x.ndim) + x.shape)
 
 
@@ -90,7 +93,7 @@ class Dropout(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, deterministic: bool) -> Array:
-        """Returns `x` with elements dropped, or `x` itself if `deterministic` is True."""
+        """Returns `x` with dropout, or `x` itself if `deterministic` is True or the rate is 0."""
         if deterministic or self.rate == 0:
             return x
         bits = dropout.key_bits(self.make_rng("dropout"))
@@ -98,9 +101,10 @@ class Dropout(nn.Module):
 
 
 class Linear(nn.Module):
-    """x kernel + bias, over the last `inputs` axes of x; the result has the axes `features`.
+    """The linear layer x kernel + bias.
 
-    The matrix product is in the compute dtype and is summed in float32.
+    It sums over the last `inputs` axes of x, and the result has the axes `features` instead. The
+    factors of the matrix product have the compute dtype, and the sums are float32.
     """
 
     features: tuple[int, ...]
@@ -115,8 +119,8 @@ class Linear(nn.Module):
         x = x.astype(self.config.dtype)
         shape = x.shape[x.ndim - self.inputs :]
         init = nn.initializers.normal(self.config.init_std)
-        # The kernel must be created before the bias. Flax derives the random key of a parameter
-        # from its place in this order: another order would change the initial values of a seed.
+        # The kernel must be created before the bias, because Flax derives the random key of a
+        # parameter from this order. Another order would change the initial values for a seed.
         if self.layout == KernelLayout.DECODING:
             kernel = self.param("transposed_kernel", init, self.features + shape)
             y = matmul.matmul_transposed(x, kernel, len(self.features))
@@ -128,7 +132,7 @@ class Linear(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Layer norm, computed in float32, with epsilon inside of the square root."""
+    """Layer norm, computed in float32. Epsilon is added inside the square root."""
 
     config: ModelConfig
 
@@ -151,7 +155,7 @@ class LMHead(nn.Module):
 
     @nn.compact
     def __call__(self) -> LMHeadWeights:
-        """Returns the weights."""
+        """Returns the weights of the LM head."""
         init = nn.initializers.normal(self.config.init_std)
         kernel = self.param("kernel", init, (self.config.vocab_size, self.config.width))
         bias = self.param("bias", nn.initializers.zeros, (self.config.vocab_size,))
@@ -159,7 +163,7 @@ class LMHead(nn.Module):
 
 
 class _Layer(nn.Module):
-    """What the layers of a block share."""
+    """The base class of `Attention` and `Block`, with the fields and the method of both."""
 
     config: ModelConfig
     ops: ShardedOps
@@ -167,18 +171,18 @@ class _Layer(nn.Module):
     layout: KernelLayout = KernelLayout.TRAINING
 
     def linear(self, name: str, *features: int, inputs: int = 1) -> Linear:
-        """Returns a linear layer with these features."""
+        """Returns a linear layer whose result has the axes `features`."""
         return Linear(features, inputs, self.config, self.ops, self.layout, name=name)
 
 
 class Attention(_Layer):
-    """Masked multi-head self-attention, of whole sequences or of new tokens to a cache."""
+    """Masked multi-head self-attention, for whole sequences or for new tokens with a cache."""
 
     @nn.compact
     def __call__(
         self, x_BTD: Array, ids: Ids | None, deterministic: bool, past: Past | None = None
     ) -> tuple[Array, Cache | None]:
-        """Computes the layer; see `Block` for the arguments and the results."""
+        """Computes the layer. The arguments and results are described in `Block.__call__`."""
         config, cache = self.config, None
         qkv_BT3HK = self.linear("qkv", 3, config.num_heads, config.head_width)(x_BTD)
         q_BTHK, k_BTHK, v_BTHK = (x.squeeze(2) for x in jnp.split(qkv_BT3HK, 3, axis=2))
@@ -205,22 +209,25 @@ class Attention(_Layer):
 
 
 class Block(_Layer):
-    """One decoder block: attention and feed-forward layer, each with dropout, residual, norm."""
+    """A decoder block: attention, then feed-forward layer, each with dropout, residual and norm."""
 
     @nn.compact
     def __call__(
         self, x_BTD: Array, ids: Ids | None, deterministic: bool, past: Past | None = None
     ) -> tuple[Array, Cache | None]:
-        """Computes the block for whole sequences, or with a cache for new tokens.
+        """Computes the block for whole sequences, or for new tokens with a cache.
 
         Args:
-          x_BTD: states of the tokens, in the compute dtype.
-          ids: of the queries and keys; not used with a cache.
-          deterministic: no dropout; else the rng "dropout" is needed.
-          past: the tokens before these; None: these are whole sequences.
+          x_BTD: the hidden states of the tokens, in the compute dtype.
+          ids: the ids of the queries and keys, which define the attention mask. They are not used
+            with a cache.
+          deterministic: True means no dropout. False needs the rng "dropout".
+          past: the cache and the position of the first token of `x_BTD`. None means that `x_BTD`
+            has whole sequences.
 
         Returns:
-          The next states [B, T, D], and the cache with the keys and values of these tokens.
+          The next hidden states [B, T, D], and the cache to which the keys and values of these
+          tokens were added (None without a cache).
         """
         config = self.config
         layer = Attention(config, self.ops, self.max_sequence_length, self.layout, name="attention")
@@ -235,21 +242,22 @@ class Block(_Layer):
 
 
 class GPT(nn.Module):
-    """The decoder with its LM head and, if `num_outputs` is not 0, a linear task head."""
+    """The decoder with an LM head and, if `num_outputs` is not 0, a linear task head."""
 
     config: ModelConfig
     num_outputs: int = 0
-    """Number of outputs of the task head; 0: the model has no task head."""
+    """The number of outputs of the task head. 0 means that the model has no task head."""
     sum_candidates: bool = False
-    """The states of an example's candidates are added up (similarity and regression)."""
+    """Whether the hidden states of an example's candidates (its sequences) are added up, as for
+    similarity and regression."""
     head_length: int | None = None
-    """The task head reads the last states of a sequence, this many, flattened to one vector; None:
-    it reads the last state."""
+    """The number of hidden states that the task head reads. They are the last states of a sequence,
+    flattened to one vector. None means that the task head reads only the last state."""
     mesh: Mesh | None = None
-    """The devices; None: JAX's default device. It does not change what is computed."""
+    """The devices. None means JAX's default device. The mesh does not change the results."""
     max_sequence_length: int | None = None
-    """No sequence has more tokens; None: the context length. It makes attention faster and does not
-    change what is computed."""
+    """The largest number of tokens in a sequence. None means the context length. A small number
+    can make attention faster and does not change the results."""
 
     @property
     def ops(self) -> ShardedOps:
@@ -257,7 +265,7 @@ class GPT(nn.Module):
         return ShardedOps(self.mesh)
 
     def setup(self) -> None:
-        """Declares the parameters; those of the blocks are stacked on a leading axis of size L."""
+        """Declares the parameters. The parameters of the blocks have a leading axis of size L."""
         config = self.config
         init = nn.initializers.normal(config.init_std)
 
@@ -276,9 +284,10 @@ class GPT(nn.Module):
             names = jax.checkpoint_policies.save_only_these_names(_MATMUL_RESULT)
             policy = names if config.remat == Remat.DOTS else None
             block = nn.remat(Block, policy=policy, prevent_cse=False, static_argnums=(3,))
-        # All layers are unrolled on a CPU, because that is faster. With remat they are not: in an
-        # unrolled program XLA would notice that the recomputed values equal the first ones, and
-        # keep those in memory instead.
+        # On a CPU the loop over the layers is unrolled completely, because that is faster. With
+        # remat (rematerialisation, which computes values again in the backward pass) it is not.
+        # In an unrolled program XLA would notice that the values are computed twice, and would
+        # keep the first values in memory instead.
         unroll_all = self.ops.platform == "cpu" and config.remat == Remat.NONE
         unroll = config.unroll or (config.num_layers if unroll_all else 1)
         self.blocks = nn.scan(
@@ -292,24 +301,26 @@ class GPT(nn.Module):
         if self.num_outputs:
             self.head_dropout = Dropout(config.head_dropout)
             inputs = 1 if self.head_length is None else 2
-            # The task head computes in float32. It is small, and its outputs are the predictions.
+            # The task head computes in float32, because it is small and its outputs are the
+            # predictions.
             float32 = dataclasses.replace(config, dtype=Dtype.FLOAT32)
             self.task_head = Linear((self.num_outputs,), inputs, float32, self.ops)
 
     def _one_matrix(self, deterministic: bool) -> tuple[Array, Array]:
-        """Returns both embeddings, with the dropout that `ModelConfig.one_matrix` applies to them.
+        """Returns the token and position embeddings, with the dropout of `ModelConfig.one_matrix`.
 
-        The mask depends on the dropout key alone, so that all calls with one key return the same.
+        The dropout mask depends only on the dropout key, so all calls with the same key return the
+        same arrays.
         """
         table = jnp.concatenate([self.token_embedding, self.position_embedding])
         table = self.embedding_dropout(table, deterministic)
         return table[: self.config.vocab_size], table[self.config.vocab_size :]
 
     def replicated_table(self, deterministic: bool = True) -> Array:
-        """Returns the table that embeds tokens, by `ShardedOps.replicate_table`.
+        """Returns the table of the embedding and of a tied LM head, from `replicate_table`.
 
-        It is the token embedding; with `one_matrix` the positions follow the tokens, and dropout is
-        applied. Only for several devices.
+        The table is the token embedding. With `one_matrix` the rows of the position embedding
+        follow, and dropout is applied. Only for several devices.
         """
         return self.ops.replicate_table(self._tied_table(deterministic))
 
@@ -356,13 +367,14 @@ class GPT(nn.Module):
         deterministic: bool = True,
         replicated_table: Array | None = None,
     ) -> Array:
-        """Returns the states after the last block, [B, T, D] in the compute dtype.
+        """Returns the hidden states after the last block, [B, T, D] in the compute dtype.
 
         Args:
-          tokens_BT, segment_ids_BT, positions_BT, token_types_BT: as in `gptjax.batch.Batch`.
-          deterministic: no dropout; else the rng "dropout" is needed.
-          replicated_table: what the method of that name returns, if the LM head uses it too; None:
-            it is computed here where there are several devices.
+          tokens_BT, segment_ids_BT, positions_BT, token_types_BT: fields of a
+            `gptjax.batch.Batch`.
+          deterministic: True means no dropout. False needs the rng "dropout".
+          replicated_table: the result of `replicated_table`, if the LM head uses it too. None means
+            that this method computes it if there are several devices.
         """
         if replicated_table is None and self.ops.is_sharded:
             replicated_table = self.replicated_table(deterministic)
@@ -371,7 +383,7 @@ class GPT(nn.Module):
         )
         key_ids_BT = segment_ids_BT
         if self.config.segment_types > TokenType.PADDING and token_types_BT is not None:
-            # Padding inside of a sequence sees the tokens before it, and no query sees it.
+            # Padding inside a sequence sees the tokens before it, but no query sees this padding.
             is_padding_BT = token_types_BT == TokenType.PADDING
             key_ids_BT = jnp.where(is_padding_BT, HIDDEN_KEY, key_ids_BT)
         x_BTD, _ = self.blocks(x_BTD, (segment_ids_BT, key_ids_BT), deterministic)
@@ -380,17 +392,18 @@ class GPT(nn.Module):
     def decode(
         self, tokens_BT: Array, layers: tuple[Params, ...], cache: tuple[Cache, ...], offset: Array
     ) -> tuple[Array, tuple[Cache, ...]]:
-        """Computes the states of new tokens from a cache of those before them, without dropout.
+        """Computes the hidden states of new tokens with a key/value cache, without dropout.
 
         Args:
-          tokens_BT: the tokens at positions offset, offset + 1, ..., offset + T - 1. Tokens after
-            the context length get the last position.
+          tokens_BT: the new tokens, at positions offset, offset + 1, ..., offset + T - 1. Tokens
+            after the context length get the embedding of the last position.
           layers: the parameters of each block, from `decoding_layers`.
-          cache: of each layer, filled up to position offset - 1.
-          offset: int32 scalar.
+          cache: the cache of each layer, with the tokens at positions 0 to offset - 1.
+          offset: the position of the first new token, an int32 scalar.
 
         Returns:
-          The states [B, T, D], and the cache filled up to position offset + T - 1.
+          The hidden states [B, T, D], and the caches with the tokens at positions 0 to
+          offset + T - 1.
         """
         positions_T = offset + jnp.arange(tokens_BT.shape[1])
         positions_T = jnp.minimum(positions_T, self.config.context_length - 1)
@@ -407,12 +420,14 @@ class GPT(nn.Module):
     ) -> LMHeadWeights:
         """Returns the weights of the LM head.
 
-        If the head is tied, its table is the token embedding and it has no bias. With `one_matrix`
-        the positions follow the tokens, and the dropout is that of `hidden` with the same key.
+        A tied head has no bias, and its table is the token embedding. With `one_matrix` the rows of
+        the position embedding follow in the table. The table then has dropout, with the same mask
+        as in `hidden` if the dropout key is the same.
 
         Args:
-          deterministic: no dropout; else the rng "dropout" is needed.
-          replicated_table: as in `hidden`; for a tied head.
+          deterministic: True means no dropout. False needs the rng "dropout".
+          replicated_table: the result of `replicated_table`, which only a tied head uses. None
+            means that it is not yet computed.
         """
         if not self.config.tied:
             return self.lm_head()
@@ -426,20 +441,23 @@ class GPT(nn.Module):
         return logits_BTV if head.bias_V is None else logits_BTV + _like(head.bias_V, logits_BTV)
 
     def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:
-        """Returns the outputs of the task head for the states at the extract tokens, float32.
+        """Returns the outputs of the task head, float32.
+
+        The task head reads the hidden states at the extract tokens, which end the sequences.
 
         Args:
-          x_BTD: from `hidden`.
-          extract_BEC: as in `gptjax.batch.Batch`.
-          deterministic: no dropout; else the rng "dropout" is needed.
+          x_BTD: the hidden states, from `hidden`.
+          extract_BEC: the index of the extract token of each candidate, from
+            `gptjax.batch.Batch`.
+          deterministic: True means no dropout. False needs the rng "dropout".
 
         Returns:
-          [B, E, O]; if O is 1, [B, E, C]: a score of each candidate of a multiple choice, or with
-          C = 1 the number that a regression predicts.
+          [B, E, O] if O is greater than 1. If O is 1, the result is [B, E, C]: the score of each
+          candidate of a multiple choice, or the number that a regression predicts (with C = 1).
         """
         steps = jnp.arange(1 - (self.head_length or 1), 1).reshape(1, 1, 1, -1)
         index_BECS = extract_BEC[..., None] + steps
-        # `extract` is 0 in a slot without an example, so that earlier positions would be negative.
+        # In a slot without an example `extract` is 0, so the indices before it would be negative.
         index = jnp.maximum(index_BECS, 0).reshape(x_BTD.shape[0], -1, 1)
         x_BECSD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
         x_BECSD = x_BECSD.reshape(*index_BECS.shape, -1)
@@ -455,7 +473,7 @@ class GPT(nn.Module):
         return y_BECO[..., 0] if self.num_outputs == 1 else y_BECO[:, :, 0]
 
     def __call__(self, tokens_BT: Array) -> Array:
-        """Uses every parameter once, so that `init` creates it. Returns the states [B, T, D]."""
+        """Uses every parameter, so that `init` creates it. Returns the hidden states [B, T, D]."""
         self.lm_projection()
         ones = jnp.ones_like(tokens_BT)
         x_BTD = self.hidden(tokens_BT, ones, jnp.zeros_like(tokens_BT), jnp.zeros_like(tokens_BT))
@@ -465,22 +483,27 @@ class GPT(nn.Module):
 
 
 def run(model: GPT, params: Params, *args: Any, method: str, key: Array | None = None) -> Any:
-    """Returns `model.METHOD(*args)`.
+    """Calls a method of the model with the given parameters, and returns its result.
 
     Args:
-      model: the module.
-      params: its parameters.
-      *args: of the method.
-      method: name of the method.
-      key: for its dropout; None: it uses none.
+      model: the model.
+      params: the parameters of the model.
+      *args: the arguments of the method.
+      method: the name of the method.
+      key: the random key of the dropout masks. None means that the method uses no dropout.
     """
     rngs = {} if key is None else {"dropout": key}
     return model.apply({"params": params}, *args, method=method, rngs=rngs)
 
 
 def init_params(model: GPT, key: Array) -> Params:
-    """Returns the parameter tree: N(0, init_std) weights, zero biases, unit gains."""
-    # The mesh is left out, because several devices cannot share the single row that `init` uses.
+    """Returns the initial parameter tree.
+
+    The weights are drawn from N(0, init_std). The biases are 0, and the scales of the layer norms
+    are 1.
+    """
+    # The mesh is removed, because the single row that `init` uses cannot be sharded over several
+    # devices.
     alone = model.clone(mesh=None)
     return alone.init(key, jnp.zeros((1, max(2, model.head_length or 0)), jnp.int32))["params"]
 
@@ -494,10 +517,11 @@ def make_model(
     """Returns the model with the head that the task needs.
 
     Args:
-      config: of the model.
-      spec: the task; None: the model has no task head.
-      mesh: the devices.
-      max_sequence_length: as `GPT.max_sequence_length`.
+      config: the configuration of the model.
+      spec: the task. None means that the model has no task head.
+      mesh: the devices. None means JAX's default device.
+      max_sequence_length: the largest number of tokens in a sequence. None means the context
+        length.
     """
     model = GPT(config, mesh=mesh, max_sequence_length=max_sequence_length)
     if spec is None:

@@ -1,9 +1,8 @@
-"""The losses of a batch as (sum, weight).
+"""The losses of a batch, each as a pair of a weighted sum and the sum of the weights.
 
-They are divided once, after all parts of a batch are added up. So the objective does not depend on
-padding, packing, sharding or gradient accumulation.
-
-`objective.py` joins the two losses.
+The mean is computed once for the whole batch, and not for each micro-batch or device. Therefore the
+objective does not depend on padding, packing, sharding or gradient accumulation. `objective.py`
+adds the two losses.
 """
 
 import flax.struct
@@ -20,7 +19,7 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class Sum:
-    """A weighted sum and the sum of its weights, float32 scalars."""
+    """A weighted sum of losses (`total`) and the sum of the weights (`weight`), float32 scalars."""
 
     total: Array
     weight: Array
@@ -30,17 +29,20 @@ class Sum:
 
 
 def lm_targets(batch: Batch) -> Array:
-    """Returns int32 [B, T]: token t + 1 at t. The last one is arbitrary; its weight is 0."""
+    """Returns the tokens to predict, int32 [B, T]: token t + 1 at position t of the row.
+
+    The last position of a row has an arbitrary token. Its weight is 0.
+    """
     return jnp.roll(batch.tokens, -1, axis=1)
 
 
 def lm_loss(x_BTD: Array, head: LMHeadWeights, batch: Batch, ops: ShardedOps) -> Sum:
-    """Returns the LM loss L1: the weighted sum of -log P(next token), in nats, and the weights.
+    """Returns the LM loss L1, the weighted sum of -log P(next token) in nats.
 
     Args:
-      x_BTD: states after the last block.
-      head: weights of the LM head.
-      batch: its tokens and lm_weights.
+      x_BTD: the hidden states after the last block.
+      head: the weights of the LM head.
+      batch: the batch. Only `tokens` and `lm_weights` are used.
       ops: the operations on the devices.
     """
     total = ops.cross_entropy(x_BTD, head, lm_targets(batch), batch.lm_weights)
@@ -48,24 +50,27 @@ def lm_loss(x_BTD: Array, head: LMHeadWeights, batch: Batch, ops: ShardedOps) ->
 
 
 def task_loss(kind: TaskKind, logits: Array, batch: Batch) -> Sum:
-    """Returns the task loss L2: the cross-entropy of classes or answers, or a squared error.
+    """Returns the task loss L2, the weighted sum over the examples.
+
+    The loss of an example is the squared error for a regression, and the cross-entropy of the
+    classes or answers for other tasks.
 
     Args:
-      kind: of the task.
-      logits: from `GPT.task_logits`, float32 [B, E, O] or [B, E, C].
-      batch: its labels, candidate_mask and example_mask.
+      kind: the kind of the task.
+      logits: the task logits from `GPT.task_logits`, float32 [B, E, O] or [B, E, C].
+      batch: the batch. Only `labels`, `candidate_mask` and `example_mask` are used.
     """
     if kind == TaskKind.REGRESSION:
         losses_BE = jnp.square(logits[..., 0] - batch.labels)
     else:
         if kind == TaskKind.MULTIPLE_CHOICE:
-            # Empty places get the smallest float32 and not -inf, because a slot without an example
+            # Missing candidates get the smallest float32 and not -inf. A slot without an example
             # has no candidate at all, and its softmax must not be NaN.
             logits = jnp.where(batch.candidate_mask > 0, logits, jnp.finfo(jnp.float32).min)
         log_probabilities = jax.nn.log_softmax(logits, axis=-1)
         losses_BE = -jnp.take_along_axis(log_probabilities, batch.labels[..., None], -1)[..., 0]
     weights_BE = batch.example_mask
-    # The product alone is not enough: a slot without an example may have the loss NaN, and NaN
-    # times 0 is NaN.
+    # `where` is needed in addition to the product, because the loss of a slot without an example
+    # can be NaN, and NaN times 0 is NaN.
     losses_BE = jnp.where(weights_BE > 0, losses_BE * weights_BE, 0.0)
     return Sum(losses_BE.sum(), weights_BE.sum())

@@ -1,7 +1,7 @@
-"""The joint objective of a batch: both losses, their weights, and the gradient.
+"""The objective of a batch: the LM loss, the task loss, their weighted sum, and its gradient.
 
-The joint loss is L3 = L2 + lambda * L1 (Radford et al. 2018, equation 5): the mean task loss L2,
-and the mean LM loss L1. Lambda is `Objective.lm_weight`.
+The joint loss is L3 = L2 + lambda * L1 (Radford et al. 2018, equation 5). L2 is the mean task loss,
+L1 is the mean LM loss, and lambda is `Objective.lm_weight`.
 """
 
 import dataclasses
@@ -23,18 +23,20 @@ from gptjax.model.losses import Sum
 class Objective:
     """The loss to minimise: lm_weight * LM loss, plus task_weight * task loss if there is a task.
 
-    Both losses are means: over the predicted tokens, and over the examples.
+    The LM loss is a mean over the predicted tokens. The task loss is a mean over the examples.
     """
 
     kind: TaskKind | None = None
-    """The kind of the task; None in pretraining, which has none."""
+    """The kind of the task. None means that there is no task, as in pretraining."""
     lm_weight: float = 1.0
     task_weight: float = 1.0
 
     def total(self, task: Any, lm: Any) -> Any:
-        """Returns the objective from the mean losses, numbers or arrays.
+        """Returns the objective for the given mean losses.
 
-        Without a task, `task` is not used and may be None.
+        Args:
+          task: the mean task loss, a number or array. Without a task it can be None.
+          lm: the mean LM loss, a number or array.
         """
         lm = self.lm_weight * lm
         return lm + self.task_weight * task if self.kind else lm
@@ -42,16 +44,20 @@ class Objective:
 
 @flax.struct.dataclass
 class Losses:
-    """Sums of the losses of one batch."""
+    """The sums of the losses of a batch or micro-batch, and the denominators of their means."""
 
     lm: Sum
-    """The LM loss; its total is 0 where the objective has no LM loss."""
+    """The LM loss. Its total is 0 if `Objective.lm_weight` is 0."""
     task: Sum | None
-    """The task loss; None where the batch has no labels, as in pretraining and prediction."""
+    """The task loss. None means that the batch has no labels, as in pretraining and prediction."""
 
 
 def weights(batch: Batch) -> Losses:
-    """Returns the weights of a batch's losses; the totals are 0."""
+    """Returns the denominators of the mean losses, for which the model is not needed.
+
+    In the result each `Sum.weight` is a denominator: the sum of the batch's `lm_weights` and the
+    number of its examples. Each `Sum.total` is 0.
+    """
     zero = jnp.float32(0)
     task = None if batch.labels is None else Sum(zero, batch.example_mask.sum())
     return Losses(Sum(zero, batch.lm_weights.sum()), task)
@@ -61,9 +67,10 @@ def joint(objective: Objective, sums: Losses, weight: Losses) -> jax.Array:
     """Returns the objective of a batch or micro-batch, a float32 scalar.
 
     Args:
-      objective: the losses and their weights in the objective.
-      sums: the losses of the batch or micro-batch.
-      weight: from `weights`, of the whole batch; each sum is divided by its weight there.
+      objective: the factors of the two losses.
+      sums: the sums of the losses of the batch or micro-batch.
+      weight: the denominators of the whole batch, from `weights`. Each sum is divided by its
+        denominator.
     """
 
     def mean(part: Sum, whole: Sum) -> jax.Array:
@@ -82,19 +89,19 @@ def forward(
 
     Args:
       model: the model.
-      objective: the losses to compute. The LM loss is left out where its weight is 0.
-      params: parameters of the model.
+      objective: the losses to compute. If `lm_weight` is 0, the LM loss is not computed.
+      params: the parameters of the model.
       batch: the packed rows.
-      key: random key of the dropout masks; None: no dropout.
+      key: the random key of the dropout masks. None means no dropout.
 
     Returns:
-      The sums of the losses, and the task logits (float32 [B, E, O] or [B, E, C]; None without a
-      task).
+      The sums of the losses, and the task logits (see `GPT.task_logits`), float32 [B, E, O] or
+      [B, E, C]. The logits are None without a task.
     """
     deterministic, table = key is None, None
     if model.config.tied and model.ops.is_sharded:
-        # One table for the look-up and the LM head, so that its gradient is summed over the devices
-        # once.
+        # The embedding and the LM head use the same table, so that its gradient is summed over the
+        # devices only once.
         table = run(model, params, deterministic, method="replicated_table", key=key)
     x_BTD = run(
         model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
@@ -113,7 +120,7 @@ def forward(
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
-    """Returns the fields of a batch as [count, B / count, ...].
+    """Divides a batch into micro-batches: each field becomes [count, B / count, ...].
 
     Micro-batch i has the rows i, i + count, ..., so that no row moves to another device.
     """
@@ -127,18 +134,19 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 def gradients(
     model: GPT, objective: Objective, params: Params, batch: Batch, key: jax.Array, micro: int
 ) -> tuple[Params, Losses]:
-    """Computes the gradient of the joint loss, in `micro` micro-batches one after the other.
+    """Computes the gradient of the objective, for one micro-batch after the other.
 
-    The loss of each micro-batch is divided by the weights of the whole batch. The gradients then
-    add up to that of the whole batch, even if some micro-batches have more padding than others.
+    The sums of the losses of each micro-batch are divided by the denominators of the whole batch.
+    Therefore the sum of the gradients is the gradient of the whole batch, even if some
+    micro-batches have more padding than others.
 
     Args:
       model: the model.
-      objective: the joint loss.
-      params: parameters of the model.
+      objective: the objective.
+      params: the parameters of the model.
       batch: the packed rows.
-      key: random key of the dropout masks.
-      micro: number of micro-batches; it divides B.
+      key: the random key of the dropout masks.
+      micro: the number of micro-batches. It must divide B.
 
     Returns:
       The gradient, and the sums of the losses of the whole batch.

@@ -1,1 +1,1 @@
-"""The operations that the model consists of, for CPUs, GPUs and TPUs."""
+"""The operations of the model, for CPUs, GPUs and TPUs."""

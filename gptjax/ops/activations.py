@@ -1,7 +1,7 @@
-"""Activation functions of the feed-forward layer, computed in float32, returned in the dtype of x.
+"""The activation functions of the feed-forward layer. The result has the dtype of x.
 
-The backward pass of GELU computes its intermediate values again from x: that takes less time and
-memory than storing them.
+GELU is computed in float32. Its backward pass computes the intermediate values again from x,
+because this takes less time and memory than storing them.
 """
 
 import math
@@ -35,8 +35,8 @@ def _gelu_forward(x: Array) -> tuple[Array, Array]:
 
 
 def _gelu_backward(x: Array, g: Array) -> tuple[Array]:
-    # This takes half the time of the gradient that JAX derives. Without the barrier XLA would store
-    # the tanh of the forward pass instead of computing it again.
+    # This function takes half of the time of JAX's automatic gradient. Without the barrier XLA
+    # would store the tanh of the forward pass instead of computing it again.
     y = jax.lax.optimization_barrier(x).astype(jnp.float32)
     tanh = _tanh(y)
     slope = _SLOPE * (1 + 3 * _CUBIC * y * y)

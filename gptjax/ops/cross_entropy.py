@@ -1,8 +1,12 @@
 """The language model's cross-entropy, computed for one piece of the sequence at a time.
 
-With a vocabulary of 40,000 the logits of a batch need more memory than everything else. Therefore
-only the logits of one piece exist at a time. This file has the computation on a single device;
-`gptjax.ops.sharded` runs it on several.
+With a vocabulary of 40,000 the logits of a batch need more memory than all other arrays. Therefore
+the rows are divided along T into pieces, and only the logits of one piece exist at a time. The
+functions in this file compute on a single device. `gptjax.ops.sharded` calls them on each of
+several devices.
+
+The table is the weight matrix of the LM head [V, D]. A replicated table [N, V', D] has one copy of
+the table for each of N groups of devices (see `ShardedOps.replicate_table`).
 """
 
 import functools
@@ -17,9 +21,9 @@ from gptjax.ops import matmul
 
 Array = jax.Array
 
-# The most logits of a piece. 2^25 are 128 MiB of float32. Each piece reads and writes the float32
-# gradient of the whole table, so that small pieces are slow on an accelerator. On a CPU pieces of
-# half this size are faster, because of its caches.
+# The largest number of logits in a piece. 2^25 logits take 128 MiB in float32. Each piece reads and
+# writes the float32 gradient of the whole table, so small pieces are slow on a GPU or TPU. On a CPU
+# pieces of half this size are faster, because a CPU has caches.
 _MAX_LOGITS = 2**25
 _MAX_LOGITS_ON_CPU = 2**24
 
@@ -29,49 +33,53 @@ class LMHeadWeights:
     """The weights of the LM head: the logits are x table^T + bias."""
 
     table_VD: Array
-    """float32; more rows than there are tokens if the softmax covers other outputs too."""
+    """float32. It has a row for each output of the softmax. With `ModelConfig.one_matrix` these
+    outputs are the tokens and the positions."""
     bias_V: Array | None = None
-    """float32; rounded to the dtype of the matrix products. None: no bias."""
+    """float32. The loss rounds it to the dtype of the matrix products. None means no bias."""
     replicated_NVD: Array | None = None
-    """The table as `ShardedOps.replicate_table` returns it, if that has been computed already."""
+    """The result of `ShardedOps.replicate_table`. None means that it is not yet computed."""
 
 
 @flax.struct.dataclass
 class LMInputs:
-    """The arrays of a cross-entropy. The same class also has their layouts and gradients."""
+    """The arrays of a cross-entropy. The class also holds their partition specs and gradients."""
 
     x_BTD: Any
-    """States, in the dtype of the matrix products."""
+    """The hidden states, in the dtype of the matrix products."""
     table: Any
-    """float32 [V, D], or replicated [N, V', D]. Its gradient is float32 and is not rounded."""
+    """float32 [V, D], or a replicated table [N, V', D]. Its gradient is float32, not rounded."""
     targets_BT: Any
     """int32, the tokens to predict."""
     weights_BT: Any
-    """float32, 0 where nothing is predicted; has no gradient."""
+    """float32, the weight of each token's loss. It is 0 if nothing is predicted at this position.
+    It has no gradient."""
 
 
 _Piece = tuple[Array, Array, Array]
-"""States, targets and weights of a piece of the sequence."""
+"""The hidden states, targets and weights of a piece of the sequence."""
 
 
 def max_logits(platform: str) -> int:
-    """Returns how many logits a device computes at a time."""
+    """Returns the largest number of logits that a device should compute at a time."""
     return _MAX_LOGITS_ON_CPU if platform == "cpu" else _MAX_LOGITS
 
 
 def num_pieces(rows: int, length: int, vocab_size: int, limit: int) -> int:
-    """Returns the smallest divisor of `length` whose pieces have at most `limit` logits.
+    """Returns the number of pieces into which the rows of a batch are divided along T.
 
-    If even pieces of a single token have more, the result is `length`.
+    It is the smallest divisor of `length` with which a piece has at most `limit` logits. If even a
+    piece with one token of each row has more logits, the result is `length`.
     """
     wanted = min(length, math.ceil(rows * length * vocab_size / limit))
     return next(n for n in range(wanted, length + 1) if length % n == 0)
 
 
 def _split(inputs: LMInputs, pieces: int) -> _Piece:
-    """Returns the pieces of the states, targets and weights; the rows stay on their devices.
+    """Returns the pieces of the hidden states, targets and weights.
 
-    [B, T, ...] -> [pieces, B, T / pieces, ...]
+    Each array is reshaped: [B, T, ...] -> [pieces, B, T / pieces, ...]. No row moves to another
+    device.
     """
 
     def split(x: Array) -> Array:
@@ -87,14 +95,14 @@ def _piece_loss(
     """Computes the loss of a piece of the sequence.
 
     Args:
-      x_BTD, targets_BT, weights_BT: the piece.
-      table_VD: the table, or this device's rows of it.
-      vocab_size: None if `table_VD` is the whole table. If each device along `tensor` has a part of
-        the rows: the number of rows of the whole table, without its padding.
+      x_BTD, targets_BT, weights_BT: the hidden states, targets and weights of the piece.
+      table_VD: the whole table, or the rows of the table that are on this device.
+      vocab_size: None means that `table_VD` is the whole table. Otherwise the rows of the table are
+        sharded over `tensor`, and this is the number of rows of the whole table without padding.
 
     Returns:
-      The loss, and for its gradient: exp(logits - largest) [B, T, V], its sum over the whole
-      vocabulary [B, T], and the one-hot targets, bool [B, T, V].
+      The loss, and three arrays for its gradient: exp(logits - largest logit) [B, T, V], the sum of
+      this array over the whole vocabulary [B, T], and the one-hot targets, bool [B, T, V].
     """
     logits_BTV = matmul.matmul_transposed(x_BTD, table_VD, 1)
     logits_BTV = jax.lax.optimization_barrier(logits_BTV)
@@ -111,8 +119,8 @@ def _piece_loss(
         picked_BT = jnp.where(one_hot_BTV, logits_BTV, 0).sum(-1)
     else:
         picked_BT = jnp.take_along_axis(logits_BTV, targets_BT[..., None], -1)[..., 0]
-    # On a CPU the exponentials take half of the time here. The barrier makes XLA compute them once,
-    # instead of once more inside of each matrix product of the gradient.
+    # On a CPU the exponentials take half of the time of this function. The barrier makes XLA
+    # compute them once. Otherwise each matrix product of the gradient would compute them again.
     exp_BTV = jax.lax.optimization_barrier(jnp.exp(logits_BTV - largest_BT1))
     sum_BT = exp_BTV.sum(axis=-1)
     if vocab_size is not None:
@@ -122,14 +130,21 @@ def _piece_loss(
 
 
 def _cast_table(inputs: LMInputs) -> Array:
-    """Returns the table in the dtype of the matrix products; the barrier makes XLA store it."""
+    """Returns the table in the dtype of the matrix products.
+
+    The barrier makes XLA store the result. Otherwise XLA could convert the table for each piece.
+    """
     return jax.lax.optimization_barrier(inputs.table.astype(inputs.x_BTD.dtype))
 
 
 def total_loss(inputs: LMInputs, pieces: int, vocab_size: int | None = None) -> Array:
     """Returns the loss of `cross_entropy`, without its gradient.
 
-    `vocab_size` is that of `_piece_loss`.
+    Args:
+      inputs: the arrays. The table is [V, D], or the rows of it that are on this device.
+      pieces: the number of pieces.
+      vocab_size: None means that `inputs.table` is the whole table. Otherwise the rows of the table
+        are sharded over `tensor`, and this is the number of rows of the whole table.
     """
     cast_VD = _cast_table(inputs)
 
@@ -142,7 +157,10 @@ def total_loss(inputs: LMInputs, pieces: int, vocab_size: int | None = None) -> 
 def total_loss_and_gradients(
     inputs: LMInputs, pieces: int, vocab_size: int | None = None
 ) -> tuple[Array, Array, Array]:
-    """Returns the loss, the gradient of x [B, T, D], and that of the table, float32 [D, V]."""
+    """Returns the loss, the gradient of x [B, T, D], and the gradient of the table, float32 [D, V].
+
+    The arguments are the arguments of `total_loss`.
+    """
     dtype, cast_VD = inputs.x_BTD.dtype, _cast_table(inputs)
 
     def add(carry: tuple[Array, Array], piece: _Piece) -> tuple[tuple[Array, Array], Array]:
@@ -152,8 +170,8 @@ def total_loss_and_gradients(
         d_logits = exp * (weights / sum_exp)[..., None] - one_hot * weights[..., None]
         d_logits = jax.lax.optimization_barrier(d_logits.astype(dtype))
         d_x = jnp.einsum("BTV,VD->BTD", d_logits, cast_VD, preferred_element_type=jnp.float32)
-        # The gradient is [D, V] and not [V, D], because this product transposes the smaller factor
-        # on a CPU, and x is smaller than d_logits.
+        # On a CPU `weight_gradient` transposes the smaller factor, which is x, and so it computes
+        # [D, V]. To return [V, D] it would have to transpose this large result too.
         d_table_DV += matmul.weight_gradient(x, d_logits, 1)
         return (total + loss, d_table_DV), d_x.astype(dtype)
 
@@ -167,12 +185,12 @@ def total_loss_and_gradients(
 def cross_entropy(inputs: LMInputs, pieces: int) -> Array:
     """Returns the sum over b and t of weight * -log softmax(x table^T)[target], a float32 scalar.
 
-    When it is differentiated, the forward pass computes the gradients too, while it has the logits:
-    three matrix products a piece, none of them repeated.
+    When this function is differentiated, the forward pass also computes the gradients, because it
+    has the logits of each piece. A piece then needs three matrix products, and none is repeated.
 
     Args:
-      inputs: with a table [V, D].
-      pieces: number of pieces that the sequence is divided into, from `num_pieces`.
+      inputs: the arrays; the table is [V, D].
+      pieces: the number of pieces into which the rows are divided along T, from `num_pieces`.
     """
     return total_loss(inputs, pieces)
 
@@ -191,20 +209,21 @@ cross_entropy.defvjp(_forward, _backward)
 
 
 def add_bias_column(x_BTD: Array, table: Array, bias_V: Array | None) -> tuple[Array, Array]:
-    """Makes the bias one more column of the table, and 1 one more element of each state.
+    """Appends the bias to the table as a column, and the number 1 to each hidden state.
 
-    With that the losses here need no gradient of a bias.
+    The product of both then includes the bias, so the losses in this file need no separate gradient
+    of the bias.
 
     Args:
-      x_BTD: states.
-      table: [V, D], or a replicated table [N, V', D].
-      bias_V: None: nothing is changed.
+      x_BTD: the hidden states.
+      table: the table [V, D], or a replicated table [N, V', D].
+      bias_V: the bias of the LM head. None means that nothing is changed.
     """
     if bias_V is None:
         return x_BTD, table
     column_VD = bias_V[:, None]
     if table.ndim == 3:
-        # A replicated table has V' rows; those after the first V are padding.
+        # A replicated table has V' rows. The rows after the first V rows are padding.
         column_VD = jnp.pad(column_VD, ((0, table.shape[1] - len(bias_V)), (0, 0)))[None]
         column_VD = jnp.broadcast_to(column_VD, (*table.shape[:2], 1))
     table = jnp.concatenate([table, column_VD], axis=-1)

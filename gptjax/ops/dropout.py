@@ -1,10 +1,11 @@
-"""Dropout whose mask is a hash of each element's index: nearly free, and the same on every mesh.
+"""Dropout with a mask that is computed by a hash function: nearly free, and equal on every mesh.
 
-Each element's bit is a 32-bit mix of its row-major index and the key. So the backward pass computes
-the mask again instead of storing it, and the mask does not depend on how the array is sharded.
-The mixer is the two-round multiply-xorshift of Chris Wellons' hash prospector ("lowbias32"); the
-key enters before the first and between the two rounds. Indices wrap at 2**32, so that the mask of a
-larger array repeats.
+An element is kept or dropped according to a 32-bit hash of its row-major index and the key.
+Therefore the backward pass computes the mask again instead of storing it, and the mask does not
+depend on the sharding of the array. The hash function is the two-round multiply-xorshift of Chris
+Wellons' hash prospector ("lowbias32"). One number of the key enters before the first round, and the
+other number enters between the two rounds. Indices are taken modulo 2**32, so the mask of a larger
+array repeats.
 """
 
 import math
@@ -19,31 +20,31 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class DropoutKey:
-    """The dropout of one array: how many elements are dropped, and the key that decides which."""
+    """The dropout of one array: the rate, and the random key that selects the dropped elements."""
 
     bits: Array
-    """uint32 [2], from `key_bits`."""
+    """The two numbers of the key, uint32 [2], from `key_bits`."""
     rate: float = flax.struct.field(pytree_node=False)
     """The probability that an element is dropped."""
 
 
 def key_bits(key: Array) -> Array:
-    """Returns uint32 [2], drawn from a JAX random key."""
+    """Returns two random numbers, uint32 [2], for a JAX random key."""
     return jax.random.bits(key, (2,), jnp.uint32)
 
 
 def keep_at(index: Array, bits: tuple[Array, Array], rate: float) -> Array:
-    """Returns the elements of the mask of `keep` that have these row-major indices.
+    """Returns the elements of the mask `keep` at the given row-major indices.
 
-    For attention kernels, which compute an array block by block.
+    Attention kernels use this function, because they compute an array block by block.
 
     Args:
-      index: uint32, any shape.
+      index: the row-major indices, uint32 in any shape.
       bits: the two numbers of a key, uint32 scalars.
       rate: the probability of False.
 
     Returns:
-      bool, in the shape of `index`.
+      The elements, bool in the shape of `index`.
     """
     x = index * jnp.uint32(0x9E3779B9) + bits[0]
     x ^= x >> 16
@@ -56,7 +57,7 @@ def keep_at(index: Array, bits: tuple[Array, Array], rate: float) -> Array:
 
 
 def keep(key: DropoutKey, shape: tuple[int, ...]) -> Array:
-    """Returns the mask of an array of this shape: bool, True for the elements that are kept."""
+    """Returns the mask of an array of this shape: bool, True if the element is kept."""
     index = jnp.zeros(shape, jnp.uint32)
     for axis, stride in enumerate(math.prod(shape[i + 1 :]) for i in range(len(shape))):
         index += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
@@ -65,8 +66,8 @@ def keep(key: DropoutKey, shape: tuple[int, ...]) -> Array:
 
 @jax.custom_vjp
 def dropout(x: Array, key: DropoutKey) -> Array:
-    """Sets elements of `x` to 0 with probability `rate` and scales the others by 1 / (1 - rate)."""
-    # The product is float32, because bfloat16 would round the factor and so bias the expectation.
+    """Sets each element of `x` to 0 with probability `rate`, or divides it by 1 - rate."""
+    # The product is float32. bfloat16 would round the factor and so change the expected value.
     scaled = x.astype(jnp.float32) * (1 / (1 - key.rate))
     return jnp.where(keep(key, x.shape), scaled, 0).astype(x.dtype)
 

@@ -1,12 +1,13 @@
 """Matrix products whose backward pass is as fast as their forward pass, on a single device.
 
-The factors are float32 or bfloat16; the sums are always float32.
+The factors are float32 or bfloat16, and the sums are always float32. A `kernel` is the weight
+matrix of a linear layer, as in Flax.
 
-XLA's CPU backend has fast kernels (AMX, AVX-512) for products of two matrices whose first factor is
-summed over its last axis: x @ w and x @ w.T. All other products are slower. If the arrays have more
-than two axes, w.T is copied first; and the gradient of a weight, x.T @ g, takes five times as long.
-On a CPU, therefore, the factors are reshaped to matrices, and for x.T @ g the smaller factor is
-transposed in memory. Other backends choose good layouts by themselves.
+XLA's CPU backend has fast routines (AMX, AVX-512) for a product of two matrices that sums over the
+last axis of the first factor: x @ w and x @ w.T. All other products are slower. For arrays with
+more than two axes XLA first copies w.T. The gradient of a weight matrix, x.T @ g, takes five times
+as long. Therefore on a CPU the factors are reshaped to matrices, and for x.T @ g the smaller factor
+is transposed in memory. Other backends choose good memory layouts by themselves.
 
 `gptjax.ops.sharded` has the same operations for arrays that are sharded over several devices.
 """
@@ -21,42 +22,49 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 Array = jax.Array
 
-# A bfloat16 product with fewer rows than this takes a CPU three to six times as long as one with
-# this many.
+# The smallest number of rows of a fast bfloat16 product on a CPU. With fewer rows the product takes
+# three to six times as long as with this number of rows.
 _MIN_ROWS = 4
 
 
 @jax.jit
 def transposed(x: Array) -> Array:
-    """Returns the transpose of the last two axes as a new array in memory, not as a view of `x`."""
+    """Swaps the last two axes of `x`, and returns a new array in memory, not a view of `x`."""
     y = x.swapaxes(-1, -2)
     return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
 
 
 def _dot(x: Array, y: Array, summed: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
-    """Returns the float32 sum of products over the axes `summed` of x and of y."""
+    """Returns the float32 product of x and y, summed over the axes `summed` (of x, of y)."""
     return lax.dot_general(x, y, (summed, ((), ())), preferred_element_type=jnp.float32)
 
 
 def product(x: Array, y: Array, x_axis: int, y_axis: int, batch: tuple[int, ...] = ()) -> Array:
-    """Returns the float32 sum of products over one axis of each, for each entry of `batch`."""
+    """Returns the batched matrix product of x and y, in float32.
+
+    Args:
+      x, y: the factors.
+      x_axis, y_axis: the axis of x and the axis of y that are summed over.
+      batch: the batch axes, which have the same indices in x and y.
+    """
     axes = (((x_axis,), (y_axis,)), (batch, batch))
     return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
 
 
 def _as_matrix(x: Array, columns: int) -> Array:
-    """Reshapes x to a matrix: its last `columns` axes become one axis, the others another."""
+    """Reshapes x to a matrix. The last `columns` axes become the columns, the others the rows."""
     rows = x.ndim - columns
     return x.reshape(math.prod(x.shape[:rows]), math.prod(x.shape[rows:]))
 
 
 def weight_gradient(x: Array, g: Array, inputs: int) -> Array:
-    """Returns x^T g: the gradient of the kernel in y = x kernel.
+    """Returns x^T g, which is the gradient of the kernel in y = x kernel.
 
     Args:
-      x: [..., *inputs].
-      g: gradient of y, [..., *features], in the dtype of x; the leading axes are those of x.
-      inputs: number of trailing axes of x that the kernel has too.
+      x: the input of the layer, [..., *inputs].
+      g: the gradient of y, [..., *features], in the dtype of x. Its leading axes are the leading
+        axes of x.
+      inputs: the number of trailing axes of x that the kernel has too.
 
     Returns:
       float32 [*inputs, *features], summed over the leading axes.
@@ -82,9 +90,9 @@ def matmul_transposed(x: Array, kernel: Array, outputs: int) -> Array:
     """Returns x kernel^T, float32 [..., *outputs].
 
     Args:
-      x: [..., *inputs].
-      kernel: [*outputs, *inputs], in the dtype of x; the input axes are summed over.
-      outputs: number of leading axes of the kernel that the result has.
+      x: the first factor, [..., *inputs].
+      kernel: [*outputs, *inputs], in the dtype of x. The input axes are summed over.
+      outputs: the number of leading axes of the kernel, which the result has too.
     """
     inputs = kernel.ndim - outputs
 
@@ -109,9 +117,10 @@ def linear(x: Array, kernel: Array, inputs: int) -> Array:
 
     Args:
       x: [..., *inputs], in the dtype of the product.
-      kernel: float32 [*inputs, *features], cast to the dtype of x. Its gradient is float32 and is
-        not rounded to that dtype.
-      inputs: number of axes that are summed over, the last of x and the first of the kernel.
+      kernel: float32 [*inputs, *features]. For the product it is cast to the dtype of x, but its
+        gradient is float32 and is not rounded to the dtype of x.
+      inputs: the number of axes that are summed over: the last axes of x and the first axes of the
+        kernel.
     """
     return _forward(x, kernel, inputs)[0]
 

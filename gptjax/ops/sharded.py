@@ -1,20 +1,25 @@
 """The model's operations on a mesh of devices, with explicit communication.
 
-XLA can choose the communication of a sharded program by itself. But where a parameter is sharded
-over an axis that a matrix product sums over, XLA may shard the activations over that axis too, and
-sum the result of every product over the devices: a hundred times the traffic. Therefore the
-functions here run on each device's own part of the arrays (`jax.shard_map`) and call the
-collectives themselves. The rows of a batch are sharded over `data` and `fsdp`. In addition:
+XLA can choose the communication of a sharded program by itself. However, if a matrix product sums
+over a sharded axis of a parameter, XLA might shard the activations over that axis too, and then sum
+the result of every product over the devices. That is a hundred times the traffic. Therefore the
+functions in this file run on each device's own part of the arrays (`jax.shard_map`) and call the
+collectives explicitly.
 
-- Over `fsdp` every weight is sharded. It is gathered in the compute dtype before it is used, in the
-  forward pass and again in the backward pass. The float32 gradients of the devices are summed, and
-  each device keeps its part of the sum (a reduce-scatter).
-- Over `tensor` (Megatron-LM, Shoeybi et al. 2019) the first layer of each pair is sharded over its
-  outputs, and the second over its inputs. The partial sums of the second layer's outputs, and of
-  the first layer's input gradients, are added up in the compute dtype.
-- Over `data` only gradients are summed.
+The mesh has the axes `data`, `fsdp` and `tensor`. The rows of a batch are sharded over `data` and
+`fsdp`. The axes differ in the sharding of the weights:
+
+- `fsdp`: every weight is sharded. An all-gather in the compute dtype collects the weight before its
+  use, in the forward pass and again in the backward pass. A reduce-scatter sums the float32
+  gradients of the devices, and each device keeps its part of the sum.
+- `tensor` (Megatron-LM, Shoeybi et al. 2019): of each pair of linear layers, the first layer is
+  sharded over its outputs and the second layer over its inputs. Two kinds of partial sums are added
+  up in the compute dtype: the outputs of the second layer, and the gradients of the inputs of the
+  first layer.
+- `data`: the weights are not sharded. Only the gradients are summed over the devices.
 
 Each operation is a `custom_vjp` around `shard_map`, so that JAX does not differentiate collectives.
+The table is the token embedding or the weight matrix of the LM head, [V, D].
 """
 
 import dataclasses
@@ -36,7 +41,8 @@ from gptjax.parameters import TOKEN_EMBEDDING
 
 Array = jax.Array
 
-# Layouts of arrays whose first axis is the rows of a batch, and of a replicated table [N, V', D].
+# The partition specs of an array whose first axis is the rows of a batch, of a replicated table
+# [N, V', D], and of the inputs of the cross-entropy.
 _ROWS = P(BATCH_AXES)
 _REPLICATED_TABLE = P(BATCH_AXES, "tensor")
 _LM_LAYOUT = LMInputs(_ROWS, _REPLICATED_TABLE, _ROWS, _ROWS)
@@ -44,14 +50,14 @@ _LM_LAYOUT = LMInputs(_ROWS, _REPLICATED_TABLE, _ROWS, _ROWS)
 
 @dataclasses.dataclass(frozen=True)
 class ShardedOps:
-    """The operations of the model whose communication depends on the mesh.
+    """The operations of the model that need communication on several devices.
 
-    On a single device they are the operations of `gptjax.ops.matmul` and
-    `gptjax.ops.cross_entropy`.
+    On a single device they call `gptjax.ops.matmul` and `gptjax.ops.cross_entropy`.
     """
 
     mesh: Mesh | None = None
-    """The devices; data * fsdp must divide the rows of a batch. None: a single device."""
+    """The devices. The product data * fsdp must divide the number of rows of a batch. None means a
+    single device."""
 
     @property
     def is_sharded(self) -> bool:
@@ -68,11 +74,12 @@ class ShardedOps:
 
         Args:
           x: [B, ..., *inputs], in the dtype of the product.
-          kernel: float32 [*inputs, *features], in its layout of `gptjax.parameters`. If an axis of
-            its inputs is sharded over `tensor`, x is resharded to match; if an axis of its features
-            is, the result is sharded over it.
-          inputs: number of axes that are summed over.
-          path: of the kernel in the parameter tree.
+          kernel: the weight matrix, float32 [*inputs, *features], sharded according to
+            `gptjax.parameters`. If an input axis of the kernel is sharded over `tensor`, x is
+            resharded in the same way. If a feature axis of the kernel is sharded over `tensor`, the
+            result is sharded in the same way.
+          inputs: the number of axes that are summed over.
+          path: the path of the kernel in the parameter tree.
         """
         if not mesh_lib.is_sharded(self.mesh):
             return matmul.linear(x, kernel, inputs)
@@ -80,18 +87,20 @@ class ShardedOps:
         return _linear(x, kernel, inputs, self.mesh, spec)
 
     def replicate_table(self, table_VD: Array) -> Array:
-        """Returns a copy of a table for each group of devices that computes its own rows.
+        """Returns N = data * fsdp copies of a table. Only for several devices.
 
-        Only for several devices. All uses of the table, as an embedding and as the LM head, should
-        share one result: then the gradients of all uses are added up on each device first, and over
-        the devices once.
+        The devices along `tensor` are a group that computes the same rows of a batch. Each of the N
+        groups has one copy of the table, divided between its devices.
+
+        The embedding and a tied LM head should use the same result. The gradients of both uses are
+        then added up on each device first, so they are summed over the devices only once.
 
         Args:
-          table_VD: float32, in the layout of the token embedding.
+          table_VD: the table, float32, sharded like the token embedding.
 
         Returns:
-          float32 [N, V', D], one copy for each of N = data * fsdp. V' is V, plus rows of zeros up
-          to a multiple of `tensor`, over which the axis is sharded.
+          float32 [N, V', D]. V' is V rounded up to a multiple of `tensor`, and the added rows are
+          zeros. The axis N is sharded over `data` and `fsdp`, and the axis V' over `tensor`.
         """
         assert self.mesh is not None
         return _replicate_table(table_VD, self.mesh, table_VD.shape[0])
@@ -100,19 +109,19 @@ class ShardedOps:
         """Returns rows of a table, float32 [B, T, D]. Only for several devices.
 
         Args:
-          replicated_NVD: from `replicate_table`.
-          ids_BT: int32, numbers of rows.
+          replicated_NVD: the table, from `replicate_table`.
+          ids_BT: int32, the indices of the rows.
         """
         assert self.mesh is not None
         rows = replicated_NVD.shape[1] // self.mesh.shape["tensor"]
         return _lookup(replicated_NVD, ids_BT, self.mesh, rows)
 
     def logits(self, x_BTD: Array, table_VD: Array) -> Array:
-        """Returns x table^T, float32 [B, T, V]. Has no gradient on several devices.
+        """Returns x table^T, float32 [B, T, V]. On several devices it is not differentiable.
 
         Args:
-          x_BTD: states, in the dtype of the product.
-          table_VD: in that dtype, in the layout of the token embedding.
+          x_BTD: the hidden states, in the dtype of the product.
+          table_VD: the table, in the dtype of the product, sharded like the token embedding.
         """
         if not mesh_lib.is_sharded(self.mesh):
             return matmul.matmul_transposed(x_BTD, table_VD, 1)
@@ -130,10 +139,11 @@ class ShardedOps:
         """Returns the sum over b and t of weight * -log softmax(logits)[target], a float32 scalar.
 
         Args:
-          x_BTD: states, in the dtype of the matrix products.
-          head: the weights that make logits of them.
+          x_BTD: the hidden states, in the dtype of the matrix products.
+          head: the weights of the LM head, which computes the logits.
           targets_BT: int32, the tokens to predict.
-          weights_BT: float32, 0 where nothing is predicted; has no gradient.
+          weights_BT: float32, the weight of each token's loss. It is 0 if nothing is predicted at
+            this position. It has no gradient.
         """
         rows, length = targets_BT.shape
         vocab_size, limit = head.table_VD.shape[0], cross_entropy.max_logits(self.platform)
@@ -154,18 +164,23 @@ class ShardedOps:
 
 
 def _gather(part: Array, spec: P) -> Array:
-    """Returns the parts of all devices along `fsdp`, joined; of an array with this layout."""
+    """Returns an array without its sharding over `fsdp`, by an all-gather of the devices' parts.
+
+    If `spec`, the partition spec of the array, does not contain `fsdp`, `part` is returned.
+    """
     if "fsdp" not in spec:
         return part
     return lax.all_gather(part, "fsdp", axis=tuple(spec).index("fsdp"), tiled=True)
 
 
 def _reduce(gradient: Array, spec: P, mesh: Mesh) -> Array:
-    """Returns the sum of the devices' gradients over the batch axes.
+    """Returns the sum of the devices' gradients over the mesh axes `data` and `fsdp`.
 
     Args:
-      gradient: of the array without its sharding over `fsdp`, from the rows of this device.
-      spec: layout of the array; where it names `fsdp`, a device gets its part of the sum only.
+      gradient: the gradient that this device computed from its rows of the batch. It is not sharded
+        over `fsdp`.
+      spec: the partition spec of the parameter. If it contains `fsdp`, each device gets only its
+        part of the sum.
       mesh: the devices.
     """
     axes = [axis for axis in BATCH_AXES if mesh.shape[axis] > 1]
@@ -178,12 +193,16 @@ def _reduce(gradient: Array, spec: P, mesh: Mesh) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _linear(x: Array, kernel: Array, inputs: int, mesh: Mesh, spec: P) -> Array:
-    """Computes `ShardedOps.linear`; `spec` is the layout of the kernel."""
+    """Computes `ShardedOps.linear`; `spec` is the partition spec of the kernel."""
     return _linear_forward(x, kernel, inputs, mesh, spec)[0]
 
 
 def _linear_specs(x: Array, inputs: int, spec: P) -> tuple[P, P]:
-    """Returns the layouts of x and of the result: rows of the batch, and the kernel's `tensor`."""
+    """Returns the partition specs of x and of the result of `_linear`.
+
+    The rows are sharded over `data` and `fsdp`. An input or feature axis is sharded over `tensor`
+    if this axis of the kernel is.
+    """
     rows = (BATCH_AXES, *[None] * (x.ndim - inputs - 1))
     axes = tuple("tensor" if axis == "tensor" else None for axis in spec)
     return P(*rows, *axes[:inputs]), P(*rows, *axes[inputs:])
@@ -259,7 +278,7 @@ _replicate_table.defvjp(lambda *args: (_replicate_table(*args), None), _replicat
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _lookup(replicated_NVD: Array, ids_BT: Array, mesh: Mesh, rows: int) -> Array:
-    """Computes `ShardedOps.lookup`; `rows` is the number of rows of the table on each device."""
+    """Computes `ShardedOps.lookup`; `rows` is the number of the table's rows on each device."""
 
     def local(table: Array, ids: Array) -> Array:
         found = table[0].at[_local_ids(ids, mesh, rows)].get(mode="fill", fill_value=0)
@@ -271,7 +290,10 @@ def _lookup(replicated_NVD: Array, ids_BT: Array, mesh: Mesh, rows: int) -> Arra
 
 
 def _local_ids(ids: Array, mesh: Mesh, rows: int) -> Array:
-    """Returns the ids as numbers of this device's rows; `rows` for the rows of other devices."""
+    """Returns the index of each id's row in this device's part of the table.
+
+    If the row of an id is on another device, the index is `rows`, which is out of range.
+    """
     if mesh.shape["tensor"] == 1:
         return ids
     local = ids - lax.axis_index("tensor") * rows
@@ -295,14 +317,15 @@ _lookup.defvjp(lambda table, ids, *args: (_lookup(table, ids, *args), ids), _loo
 def _cross_entropy(inputs: LMInputs, pieces: int, mesh: Mesh, vocab_size: int | None) -> Array:
     """Computes `ShardedOps.cross_entropy` from a replicated table.
 
-    The devices along `tensor` have some rows of the table each. They exchange each piece's largest
-    logits and sums of exponentials, and in the backward pass they add up the gradients of x.
+    Each device along `tensor` has a part of the table's rows. For each piece these devices exchange
+    the largest logits, the sums of exponentials and the logits of the targets. They also sum the
+    gradients of x if the function is differentiated.
 
     Args:
-      inputs: the arrays.
-      pieces: of the sequence.
+      inputs: the arrays, with a replicated table [N, V', D].
+      pieces: the number of pieces into which the rows are divided along T.
       mesh: the devices.
-      vocab_size: the vocabulary size if the devices along `tensor` share the vocabulary, else None.
+      vocab_size: V if the table is sharded over `tensor`; otherwise None.
     """
 
     def local(inputs: LMInputs) -> Array:

@@ -1,8 +1,9 @@
-"""Masked self-attention: of whole sequences (`causal`), and of new tokens to a cache (`cached`).
+"""Masked self-attention.
 
-`inputs.AttentionInputs` has the rule of the mask. Each implementation applies the rule itself:
-`plain` and `cudnn` through `plain.causal_segments`, `blocked` in `_Group.scores`, and `flash` in
-`_scores`.
+`causal` computes it for whole sequences, and `cached` for new tokens and a key/value cache.
+`inputs.AttentionInputs` defines the attention mask of `causal`. Each implementation computes this
+mask itself: `plain` and `cudnn` with `plain.causal_segments`, `blocked` in `_Group.scores`, and
+`flash` in `_scores`.
 """
 
 from typing import Literal
@@ -19,7 +20,7 @@ from gptjax.ops.dropout import DropoutKey
 
 Array = jax.Array
 Cache = dict[str, Array]
-"""The keys and values that a layer has computed so far: "key" and "value", each [B * H, S, K]."""
+"""The keys and values that one layer has computed so far: "key" and "value", each [B * H, S, K]."""
 
 
 def cached(
@@ -28,10 +29,10 @@ def cached(
     """Computes the attention of new tokens to themselves and to all tokens before them.
 
     Args:
-      q_BTHK, k_BTHK, v_BTHK: queries, keys and values of the tokens at positions offset,
-        offset + 1, ..., offset + T - 1.
-      cache: filled up to position offset - 1.
-      offset: int32 scalar.
+      q_BTHK, k_BTHK, v_BTHK: the queries, keys and values of the new tokens, which have the
+        positions offset, offset + 1, ..., offset + T - 1.
+      cache: the keys and values of the tokens at positions 0 to offset - 1.
+      offset: the position of the first new token, an int32 scalar.
 
     Returns:
       The result [B, T, H, K], and the cache with the new keys and values.
@@ -55,21 +56,24 @@ def cached(
 def choose(
     kind: str, platform: str, compute_capability: float, q_BTHK: Array, dropout_rate: float
 ) -> str:
-    """Returns the implementation of `causal` to use: `kind`, or for "auto" the fastest one.
+    """Returns the implementation of `causal` to use: `kind`, or the fastest implementation.
 
-    The conditions of cuDNN are those of `jax._src.cudnn`: bfloat16, an even number of tokens, a
-    head width that is a multiple of 8 and at most 128, and a GPU of the Ampere generation or newer.
-    It is not used with dropout, because its dropout masks differ from ours.
+    The fastest implementation is returned if `kind` is "auto". cuDNN has the conditions of
+    `jax._src.cudnn`: bfloat16, an even number of tokens, a head width that is a multiple of 8 and
+    at most 128, and a GPU of the Ampere generation or newer. cuDNN is not used with dropout,
+    because its dropout masks would differ from `gptjax.ops.dropout`.
 
     Args:
-      kind: as `ModelConfig.attention`.
-      platform: cpu, gpu or tpu.
-      compute_capability: of NVIDIA GPUs, from `gptjax.mesh.compute_capability`.
-      q_BTHK: the queries; only their shape and dtype matter.
-      dropout_rate: of the attention weights.
+      kind: the value of `ModelConfig.attention`.
+      platform: the platform of the devices: "cpu", "gpu" or "tpu".
+      compute_capability: the compute capability of NVIDIA GPUs, from
+        `gptjax.mesh.compute_capability`.
+      q_BTHK: the queries. Only their shape and dtype are used.
+      dropout_rate: the dropout rate of the attention weights.
 
     Raises:
-      UserError: `kind` needs other devices, or cannot compute this.
+      UserError: `kind` is "pallas" and the devices are not TPUs, or `kind` is "cudnn" and the
+        conditions above do not hold.
     """
     _, length, _, head_width = q_BTHK.shape
     shape_fits = length % 2 == 0 and head_width % 8 == 0 and head_width <= 128
@@ -91,10 +95,10 @@ def choose(
 
 
 def cudnn(inputs: AttentionInputs, implementation: Literal["cudnn", "xla"] = "cudnn") -> Array:
-    """Returns `causal` without dropout, [B, T, H, K], computed by `jax.nn`.
+    """Returns `causal` without dropout, [B, T, H, K], computed by `jax.nn.dot_product_attention`.
 
     Args:
-      inputs: of the attention.
+      inputs: the queries, keys, values and ids.
       implementation: "cudnn", or "xla" to compute the same on any platform.
     """
     visible_BTT = plain.causal_segments(inputs.query_ids_BT, inputs.key_ids_BT)
@@ -114,16 +118,17 @@ def causal(
 ) -> Array:
     """Returns dropout(softmax(q k^T / sqrt(K))) v over the keys that a query sees, [B, T, H, K].
 
-    All kinds compute the same, with the same dropout mask on every mesh. The result is in the dtype
-    of q.
+    All implementations compute the same, with the same dropout mask on every mesh. The result has
+    the dtype of q.
 
     Args:
-      inputs: queries, keys and values; every query must see at least one key.
-      dropout_key: of the attention weights; None: no dropout.
+      inputs: the queries, keys, values and ids. Every query must see at least one key.
+      dropout_key: the key for the dropout of the attention weights. None means no dropout.
       kind: the implementation, from `choose`.
-      mesh: the devices that share the rows and heads; None: a single device.
-      max_sequence_length: no sequence of a row has more tokens, except padding, whose results are
-        then undefined. None: the length of the rows. Only the blocked kind is faster for it.
+      mesh: the devices over which the rows and heads are sharded. None means a single device.
+      max_sequence_length: the largest number of tokens in a sequence of a row. The padding of a row
+        can be longer, but its results are then undefined. None means the length of the rows. A
+        small number makes only the implementation `blocked` faster.
     """
     if kind == AttentionKind.PLAIN:
         return plain.plain(inputs, dropout_key)
@@ -131,7 +136,7 @@ def causal(
         assert dropout_key is None, "`choose` excludes it"
         return cudnn(inputs)
     if kind == AttentionKind.PALLAS:
-        # The import is here, because only TPUs need Pallas.
+        # The import is inside the function, because only TPUs need Pallas.
         from gptjax.ops.attention import flash
 
         return flash.flash(inputs, dropout_key, mesh=mesh)

@@ -1,18 +1,24 @@
 """Causal attention block by block, for CPUs (Dao et al. 2022, FlashAttention, section 3.1).
 
 The queries of a row are computed in blocks. A block needs only the keys up to its last query, so
-that half of the scores are never computed. The backward pass computes the attention weights of a
-block again, from the log-sum-exp of the scores. So no [T, T] array outlives its block.
+half of the scores are never computed. The backward pass computes the attention weights of a block
+again, from the log-sum-exp of the scores. So no scores have to be stored between the two passes.
 
-The rows are divided into tiles. A tile is either a whole row, or, where all sequences of a row are
-short, 64 queries of it and the window of keys that they can see. A loop computes a group of several
-tiles at a time: as many as fit the caches of a CPU. All matrix products are of the kinds that are
-fast there (see `gptjax.ops.matmul`).
+The rows are divided into tiles. A tile is a whole row if the sequences can be long. If all
+sequences are short, a tile has 64 queries of a row and a window of keys. The window has all keys
+that these queries can see, so the windows of neighbouring tiles overlap. A loop computes one group
+of tiles at a time. A group has as many tiles as fit the caches of a CPU. All matrix products have a
+form that is fast on a CPU (see `gptjax.ops.matmul`).
 
-Letters of shapes, besides those of `gptjax.batch`: U tiles, G groups, R tiles of a group, N tiles
-of a group times heads, T queries and S keys of a tile, Q queries of a block. Values have the names
-of the paper: p are the attention weights, lse the log-sum-exp, d_x is the gradient of x, and delta
-is the sum of d_y * y over a head.
+The letters of shapes are the letters of `gptjax.batch`, and in addition:
+
+  U  tiles                                R  tiles in a group
+  G  groups                               N  R * H, tiles in a group times heads
+  T  queries in a tile (or in a row)      S  keys in a tile
+  Q  queries in a block
+
+The values have the names of the paper: p is an attention weight, lse is a log-sum-exp, d_x is the
+gradient of x, and delta is the sum of d_y * y over a head.
 """
 
 import dataclasses
@@ -32,46 +38,50 @@ from gptjax.ops.dropout import DropoutKey
 
 Array = jax.Array
 
-# Queries of a block.
+# The number of queries in a block.
 _BLOCK = 128
-# Queries of a tile that has a window of keys.
+# The number of queries in a tile that has a window of keys.
 _WINDOW_QUERIES = 64
-# The most scores that a group computes at a time: 4 MiB of float32.
+# The largest number of scores that a group computes at a time. They take 4 MiB in float32.
 _MAX_SCORES = 2**20
-# The products of each entry of the first axis.
+# The batched matrix product; the first axis of both factors is the batch axis.
 _product = functools.partial(matmul.product, batch=(0,))
 _HIDDEN_SCORE = float(jnp.finfo(jnp.float32).min)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Tiling:
-    """How rows are divided into tiles. Arrays are [B, T, ...] before, [U, T, ...] after that."""
+    """How rows are divided into tiles: an array of rows [B, T, ...] becomes tiles [U, T, ...]."""
 
     length: int
-    """Tokens of a row."""
+    """The number of tokens in a row."""
     queries: int
-    """Queries of a tile; the whole row if `lookback` is 0."""
+    """The number of queries in a tile. If `lookback` is 0, a tile has all queries of a row."""
     lookback: int
-    """Keys of a tile before its first query, a multiple of `queries`; 0 if a tile is a row."""
+    """The number of keys in a tile before its first query. It is a multiple of `queries`.
+
+    0 means that a tile is a whole row.
+    """
 
     @classmethod
     def choose(cls, length: int, max_sequence_length: int) -> "_Tiling":
-        """Returns the faster tiling: whole rows, or windows of keys.
+        """Returns the faster of two tilings: whole rows, or tiles with windows of keys.
 
         Args:
-          length: of the rows, in tokens.
-          max_sequence_length: of the sequences in them.
+          length: the number of tokens in a row.
+          max_sequence_length: the largest number of tokens in a sequence.
         """
         windows = -(-max(1, max_sequence_length - 1) // _WINDOW_QUERIES)
         lookback = windows * _WINDOW_QUERIES
-        # With whole rows a query is multiplied with half of the keys of its row on average.
+        # With a window a query is multiplied with all keys of the window. With whole rows it is
+        # multiplied with half of the keys of its row, on average.
         if 2 * (lookback + _WINDOW_QUERIES) < length:
             return cls(length, _WINDOW_QUERIES, lookback)
         return cls(length, length, 0)
 
     @property
     def tiles_per_row(self) -> int:
-        """The last tile of a row may contain padding."""
+        """The number of tiles in a row. The last tile of a row can contain padding."""
         return -(-self.length // self.queries)
 
     def _pad(self, x: Array, before: int, fill: int) -> Array:
@@ -80,15 +90,19 @@ class _Tiling:
         return jnp.pad(x, widths, constant_values=fill)
 
     def split_queries(self, x: Array, fill: int = 0) -> Array:
-        """Divides an array of the queries into tiles; `fill` is the value of padding."""
+        """Divides an array with one entry for each query into tiles: [B, T, ...] -> [U, T, ...].
+
+        `fill` is the value of the padding.
+        """
         if not self.lookback:
             return x
         return self._pad(x, 0, fill).reshape(-1, self.queries, *x.shape[2:])
 
     def split_keys(self, x: Array, fill: int = 0) -> Array:
-        """Divides an array of the keys into the windows of the tiles, which overlap.
+        """Divides an array with one entry for each key into tiles: [B, T, ...] -> [U, S, ...].
 
-        `fill` is the value of padding, which is put before and after each row.
+        If the tiles have windows of keys, the windows overlap. Padding with the value `fill` is
+        then added before and after each row.
         """
         if not self.lookback:
             return x
@@ -99,12 +113,15 @@ class _Tiling:
         return jnp.concatenate(windows, 2).reshape(-1, count * self.queries, *x.shape[2:])
 
     def join_queries(self, x: Array) -> Array:
-        """Is the inverse of `split_queries`."""
+        """Undoes `split_queries`: [U, T, ...] -> [B, T, ...]."""
         rows = x.reshape(-1, self.tiles_per_row * self.queries, *x.shape[2:])
         return rows[:, : self.length]
 
     def sum_keys(self, x: Array) -> Array:
-        """Adds up the values of each key in all tiles; it is the gradient of `split_keys`."""
+        """Adds up the values that a key has in all tiles: [U, S, ...] -> [B, T, ...].
+
+        The gradient of `split_keys` is this sum.
+        """
         if not self.lookback:
             return x
         count = self.lookback // self.queries + 1
@@ -117,13 +134,14 @@ class _Tiling:
     def first_index(self, heads_BH: Array) -> Array:
         """Returns the index of the first score of each tile and head, uint32 [U, H].
 
-        It is the row-major index in [B, H, T, T], the scores of the whole batch.
+        It is the row-major index in the array of all scores of the whole batch, [B, H, T, T].
 
         Args:
-          heads_BH: as in `blocked`.
+          heads_BH: the index b * H + h of each row and head in the whole batch, uint32.
         """
         start = jnp.arange(self.tiles_per_row, dtype=jnp.uint32) * jnp.uint32(self.queries)
-        # The difference wraps around modulo 2^32 for keys before the row, which no query sees.
+        # If a window begins before its row, the difference wraps around modulo 2^32. Only the
+        # indices of the padding keys before the row are then wrong, and no query sees these keys.
         first = start * jnp.uint32(self.length) + start - jnp.uint32(self.lookback)
         index = heads_BH[:, None] * jnp.uint32(self.length**2 % 2**32) + first[None, :, None]
         return index.reshape(-1, heads_BH.shape[1])
@@ -131,30 +149,30 @@ class _Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class _Group:
-    """Which scores of a group of tiles are visible, and which of them dropout keeps."""
+    """The attention mask and the dropout mask of a group of tiles."""
 
     query_ids_RT: Array
     key_ids_RS: Array
     first_index_N: Array
-    """From `_Tiling.first_index`."""
+    """The index of the first score of each tile and head, from `_Tiling.first_index`."""
     dropout_key: DropoutKey
     row_length: int
-    """T of the whole batch."""
+    """The number of tokens in a whole row."""
 
     @property
     def lookback(self) -> int:
-        """The number of keys before the first query."""
+        """The number of keys in a tile before its first query."""
         return self.key_ids_RS.shape[1] - self.query_ids_RT.shape[1]
 
     def blocks(self) -> Iterator[tuple[int, int]]:
-        """Yields the start and the end of each block of queries."""
+        """Yields the range (start, end) of each block of queries in a tile; `end` is exclusive."""
         length = self.query_ids_RT.shape[1]
         return ((start, min(start + _BLOCK, length)) for start in range(0, length, _BLOCK))
 
     def scores(self, q_NTK: Array, k_NSK: Array, lo: int, hi: int) -> Array:
-        """Returns the scores of queries lo..hi - 1 and of the keys up to the last of them.
+        """Returns the scores of the queries lo to hi - 1 with all keys up to query hi - 1.
 
-        float32 [N, Q, S]; those of hidden keys are `_HIDDEN_SCORE`.
+        They are float32 [N, Q, S]. A key that a query must not see has the score `_HIDDEN_SCORE`.
         """
         end = hi + self.lookback
         scores_NQS = _product(q_NTK[:, lo:hi], k_NSK[:, :end], 2, 2) / math.sqrt(q_NTK.shape[-1])
@@ -166,9 +184,14 @@ class _Group:
         return jnp.where(visible_RHQS, scores_RHQS, _HIDDEN_SCORE).reshape(scores_NQS.shape)
 
     def drop(self, x_NQS: Array, lo: int) -> Array:
-        """Applies dropout to the weights of the queries from `lo` on, without scaling the others.
+        """Sets the values of the dropped attention weights to 0.
 
-        The mask is a part of `dropout.keep(key, [B, H, T, T])`.
+        The other values are not multiplied by 1 / (1 - rate). The dropout mask is a part of the
+        mask `dropout.keep(key, [B, H, T, T])` of the whole batch.
+
+        Args:
+          x_NQS: the attention weights of a block of queries, or the gradients of these weights.
+          lo: the index of the first query of the block in its tile.
         """
         key = self.dropout_key
         if not key.rate:
@@ -198,12 +221,13 @@ def _forward(group: _Group, q_NTK: Array, k_NSK: Array, v_NSK: Array) -> tuple[A
 def _backward(group: _Group, *arrays: Array) -> tuple[Array, Array, Array]:
     """Returns the gradients of q, k and v of a group.
 
-    If the windows of tiles overlap, those of k and v are float32, because they are added up later.
-    Otherwise they have the dtype of q.
+    If the windows of the tiles overlap, the gradients of k and v are float32, because
+    `_Tiling.sum_keys` adds them up later. Otherwise they have the dtype of q. The gradient of q
+    always has the dtype of q.
 
     Args:
-      group: the group.
-      *arrays: q, k, v, y and lse, as in `_forward`, and the gradient of y.
+      group: the masks of the group.
+      *arrays: q, k and v of the group, y and lse from `_forward`, and the gradient of y.
     """
     q_NTK, k_NSK, v_NSK, y_NTK, lse_NT1, d_y_NTK = arrays
     heads, _, width = q_NTK.shape
@@ -231,37 +255,44 @@ def _backward(group: _Group, *arrays: Array) -> tuple[Array, Array, Array]:
 
 
 def _to_bits(x: Array) -> Array:
-    """Returns bfloat16 as uint16, to move it: XLA would move bfloat16 as float32 on CPUs."""
+    """Reinterprets a bfloat16 array as uint16, so that it can be copied without a conversion.
+
+    On CPUs XLA would convert bfloat16 to float32 in order to copy it. Other arrays are returned
+    unchanged.
+    """
     return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
 
 
 def _from_bits(x: Array) -> Array:
-    """Is the inverse of `_to_bits`."""
+    """Undoes `_to_bits`."""
     return lax.bitcast_convert_type(x, jnp.bfloat16) if x.dtype == jnp.uint16 else x
 
 
 def _to_groups(x_UTHK: Array, tiles: int) -> Array:
-    """Returns [G, N, T, K]: groups of this many tiles, with the heads of each tile together."""
+    """Divides the tiles into groups of `tiles` tiles, and returns `_to_bits` of [G, N, T, K].
+
+    On the axis N the heads of a tile are next to each other.
+    """
     x_UHTK = jnp.moveaxis(_to_bits(x_UTHK), 2, 1)
     x_GNTK = x_UHTK.reshape(-1, tiles * x_UHTK.shape[1], *x_UHTK.shape[2:])
-    # The barrier makes XLA store it, so that the loop does not transpose again.
+    # The barrier makes XLA store the transposed array. Otherwise the loop would transpose it again.
     return lax.optimization_barrier(x_GNTK)
 
 
 def _from_groups(x_GNTK: Array, heads: int) -> Array:
-    """Is the inverse of `_to_groups`."""
+    """Undoes `_to_groups`: [G, N, T, K] -> [U, T, H, K]."""
     return _from_bits(jnp.moveaxis(x_GNTK.reshape(-1, heads, *x_GNTK.shape[2:]), 1, 2))
 
 
 @flax.struct.dataclass
 class _Problem:
-    """An attention call, without the arrays that have a gradient."""
+    """The arguments of `blocked` that have no gradient."""
 
     query_ids_BT: Array
     key_ids_BT: Array
     dropout_key: DropoutKey
     heads_BH: Array
-    """The numbers of the rows and heads, as in `blocked`."""
+    """uint32, the index b * H + h of each row and head in the whole batch."""
     max_sequence_length: int = flax.struct.field(pytree_node=False)
 
     @property
@@ -271,7 +302,11 @@ class _Problem:
 
     @property
     def tiles_per_group(self) -> int:
-        """The most tiles that have at most `_MAX_SCORES` scores in a block, and divide all."""
+        """The number of tiles in a group.
+
+        It is the largest divisor of the number of all tiles with which one block of queries of the
+        whole group has at most `_MAX_SCORES` scores. It is 1 if a single tile has more scores.
+        """
         tiling, (rows, heads) = self.tiling, self.heads_BH.shape
         tiles = rows * tiling.tiles_per_row
         scores = heads * min(tiling.queries, _BLOCK) * (tiling.lookback + tiling.queries)
@@ -279,14 +314,16 @@ class _Problem:
         return next(count for count in range(min(fit, tiles), 0, -1) if tiles % count == 0)
 
     def map_groups(self, function: Callable[..., tuple[Array, ...]], *arrays: Array) -> Any:
-        """Returns the results of `function(group, *arrays of the group)` for all groups.
+        """Calls a function for each group, one group after the other.
 
         Args:
-          function: its arrays are [N, T, K].
-          *arrays: from `_to_groups`.
+          function: `_forward` or `_backward`. Its arguments are the group and the arrays of the
+            group, for example [N, T, K].
+          *arrays: the arrays of all groups, for example [G, N, T, K] from `_to_groups`.
 
         Returns:
-          The results, each with a leading axis G.
+          The results of all groups. Each array has a leading axis G, and bfloat16 arrays are uint16
+          (see `_to_bits`).
         """
         tiling, groups = self.tiling, arrays[0].shape[0]
         query_ids_UT = tiling.split_queries(self.query_ids_BT, PADDING_QUERY)
@@ -310,10 +347,12 @@ def blocked(
     """Returns `gptjax.ops.attention.causal` of these arguments, [B, T, H, K].
 
     Args:
-      inputs, max_sequence_length: as there.
-      dropout_key: as there; of rate 0 if there is no dropout.
-      heads_BH: uint32, b * H + h of each row and head in the whole batch, of which `inputs` may be
-        a part. The dropout mask depends on it.
+      inputs: the queries, keys, values and ids of whole rows.
+      dropout_key: the key for the dropout of the attention weights. Its rate is 0 if there is no
+        dropout.
+      heads_BH: uint32, the index b * H + h of each row and head in the whole batch. The dropout
+        mask depends on this index. `inputs` can be the part of the batch on one device.
+      max_sequence_length: the largest number of tokens in a sequence, padding not counted.
     """
     return _blocked_forward(inputs, dropout_key, heads_BH, max_sequence_length)[0]
 
@@ -333,8 +372,8 @@ def _blocked_forward(
     groups = (_to_groups(x, tiles) for x in split)
     y_GNTK, lse_GNT1 = problem.map_groups(_forward, *groups)
     y_BTHK = tiling.join_queries(_from_groups(y_GNTK, q.shape[2])).astype(q.dtype)
-    # The residual is y in float32: the gradient of the scores is p * (d_p - sum(d_y * y)), and the
-    # rounding of y would be its largest error.
+    # y is saved in float32, because the gradient of the scores is p * (d_p - sum(d_y * y)). If y
+    # were rounded, this rounding would be the largest error of the gradient.
     return y_BTHK, ((q, k, v), y_GNTK, lse_GNT1, problem)
 
 
@@ -344,8 +383,8 @@ def _blocked_backward(
     qkv, y_GNTK, lse_GNT1, problem = residuals
     heads, tiling = d_y_BTHK.shape[2], problem.tiling
     tiles = y_GNTK.shape[1] // heads
-    # q, k and v are regrouped again. Without the barrier XLA would reuse the regrouped arrays of
-    # the forward pass: it would keep them in memory until now, and copy them for the loop.
+    # q, k and v are divided into groups again. Without the barrier XLA would reuse the groups of
+    # the forward pass. It would keep them in memory until now and copy them for the loop.
     q, k, v, d_y = lax.optimization_barrier((*qkv, d_y_BTHK))
     split = (
         tiling.split_queries(q), tiling.split_keys(k), tiling.split_keys(v),

@@ -1,16 +1,23 @@
-"""Flash attention as a Pallas kernel for TPUs: causal, in segments, with dropout, differentiable.
+"""Flash attention for TPUs, in Pallas: causal, with segments and dropout, and differentiable.
 
-FlashAttention (Dao et al. 2022, algorithms 2 and 4); one kernel computes all three gradients. Only
-one block of scores exists at a time, so that the memory grows with T and not with T^2. The dropout
-mask is that of `gptjax.ops.dropout.keep` on [B, H, T, T], computed again from the index of each
-score: the same as in `gptjax.ops.attention.plain`, and the same on every mesh.
+The kernels follow algorithms 2 and 4 of FlashAttention (Dao et al. 2022). The forward pass is one
+kernel, and the backward pass is one kernel that computes the gradients of q, k and v. Only one
+block of scores exists at a time, so the memory grows with T and not with T^2. The dropout mask is
+the mask `gptjax.ops.dropout.keep` of an array [B, H, T, T]. Both kernels compute the mask of a
+block from the index of each score. Therefore the mask is the same as in
+`gptjax.ops.attention.plain`, and the same on every mesh.
 
-Letters of shapes are those of `gptjax.batch`. In the kernels arrays are [B, H, K, T] and a block of
-scores is [S, T]. The last axis is on the lanes of a TPU. With tokens there, a head of width 64 is
-not padded to 128 lanes, the statistics of the queries are rows [1, T], and sums over keys run over
-sublanes, which is cheaper than over lanes. Values have the names of the paper: s are the scores, p
-the attention weights, lse the log-sum-exp of the scores of a query, dx is the gradient of x, g that
-of the result y, and delta is the sum of g * y over a head.
+The letters of shapes are defined in `gptjax.batch`. In the kernels the arrays are [B, H, K, T], and
+a block of scores is [S, T]. The last axis, which has the tokens, lies on the lanes of a TPU. This
+has three advantages:
+
+- A head of width 64 is not padded to 128 lanes.
+- The statistics of the queries are rows [1, T].
+- The sums over keys run over sublanes, which is cheaper than sums over lanes.
+
+The values have the names of the paper: s is a score, p is an attention weight, lse is the
+log-sum-exp of the scores of a query, dx is the gradient of x, g is the gradient of the result y,
+and delta is the sum of g * y over a head.
 """
 
 import dataclasses
@@ -39,46 +46,52 @@ BLOCK = 256
 
 @dataclasses.dataclass(frozen=True)
 class _KernelConfig:
-    """The constants that a kernel is compiled with. Hashable, because `custom_vjp` needs that."""
+    """The constants of a compiled kernel. The class is hashable, because `custom_vjp` needs it."""
 
     length: int
-    """Tokens of a row without padding; the dropout mask depends on it."""
+    """The number of tokens in a row, without the padding to whole blocks. The dropout mask depends
+    on this number."""
     heads: int
-    """Heads of the whole model, on all devices; the dropout mask depends on it."""
+    """The number of heads on all devices together. The dropout mask depends on this number."""
     rate: float
-    """The dropout rate; 0: no dropout."""
+    """The probability that dropout sets an attention weight to 0. 0 means no dropout."""
     block: int
-    """Queries, and keys, of a block."""
+    """The number of queries in a block of queries, and of keys in a block of keys."""
     interpret: bool
-    """Run the kernel's operations one by one, on any device."""
+    """Whether the kernel's operations are run one by one, which works on any device."""
 
 
 class _KernelInputs(NamedTuple):
-    """The arrays of a kernel; T is a multiple of the block."""
+    """The arrays of a kernel. T is a multiple of the number of tokens in a block."""
 
     q: Array
-    """[B, H, K, T], as are k and v."""
+    """[B, H, K, T]; k and v have the same shape."""
     k: Array
     v: Array
     query_ids: Array
-    """int32 [B, 1, T], as are the key_ids."""
+    """int32 [B, 1, T]; `key_ids` has the same shape."""
     key_ids: Array
     scalars: Array
-    """uint32 [3]: the two numbers of the dropout key, and b * H + h in the whole batch of the first
-    row and head here."""
+    """uint32 [3]: the two numbers of the dropout key, and the index b * H + h (in the whole batch)
+    of the first row and head on this device."""
 
 
 def _block_size(length: int) -> int:
-    """Returns 256 if that needs no more padding than 128, the number of lanes; else 128."""
+    """Returns the number of tokens in a block.
+
+    It is 256 if a row then needs no more padding than with 128, the number of lanes; otherwise it
+    is 128.
+    """
     return BLOCK if pl.cdiv(length, LANES) * LANES % BLOCK == 0 else LANES
 
 
 def _scores(
     q_KT: Array, k_KS: Array, query_ids_1T: Array, key_ids_1S: Array, distance: Any
 ) -> Array:
-    """Returns the scores of a block, float32 [S, T], -inf for hidden keys.
+    """Returns the scores of a block, float32 [S, T].
 
-    `distance` is the place of the first query in the row, minus the place of the first key.
+    The score is -inf if the query must not see the key. `distance` is the index of the block's
+    first query in the row, minus the index of its first key in the row.
     """
     s_ST = product(k_KS, q_KT, 0, 0) * (1 / math.sqrt(q_KT.shape[0]))
     key, query = (lax.broadcasted_iota(jnp.int32, s_ST.shape, axis) for axis in range(2))
@@ -93,11 +106,11 @@ def _kept(
     """Returns the dropout mask of a block of scores, bool [S, T].
 
     Args:
-      config: of the kernel.
-      scalars_ref: as `_KernelInputs.scalars`.
-      shape: of the block.
-      b, h: the row and the head, counted from the first of this device.
-      t, s: the places of the block's first query and first key in the row.
+      config: the constants of the kernel.
+      scalars_ref: a reference to `_KernelInputs.scalars`.
+      shape: the shape of the block, (S, T).
+      b, h: the indices of the row and the head on this device.
+      t, s: the indices of the block's first query and first key in the row.
     """
     bits, first = (scalars_ref[0], scalars_ref[1]), scalars_ref[2]
     row, head, t, s = (x.astype(jnp.uint32) for x in (b, h, t, s))
@@ -114,19 +127,21 @@ def _forward_kernel(  # noqa: PLR0913 (Pallas passes one reference for each arra
     q_ref: Ref, k_ref: Ref, v_ref: Ref, query_ids_ref: Ref, key_ids_ref: Ref,
     y_ref: Ref, *saved_refs: Ref,
 ) -> None:  # fmt: skip
-    """Computes y of one block of queries, in a loop over the blocks of keys that they may see.
+    """Computes y of one block of queries, in a loop over the blocks of keys that they can see.
 
-    The softmax is updated with each block of keys.
+    Each step of the loop updates the softmax with one block of keys.
 
     Args:
-      config: of the kernel.
-      first_ref: int32 [B * blocks], the first block of keys of each block of queries.
-      scalars_ref: as `_KernelInputs.scalars`.
-      q_ref, query_ids_ref: the block of queries.
-      k_ref, v_ref, key_ids_ref: the whole row.
-      y_ref: is written.
-      *saved_refs: are written if the gradient needs them: the rounding error of y (y in float32
-        minus y in its dtype), and the log-sum-exp.
+      config: the constants of the kernel.
+      first_ref: int32 [B * blocks], the index of the first block of keys that each block of queries
+        can see.
+      scalars_ref: a reference to `_KernelInputs.scalars`.
+      q_ref, query_ids_ref: references to the block of queries.
+      k_ref, v_ref, key_ids_ref: references to all keys of the row.
+      y_ref: the reference that the result is written to.
+      *saved_refs: two references for results that the backward pass needs, or nothing. The first
+        result is the rounding error of y (y in float32 minus y in its dtype), and the second result
+        is the log-sum-exp.
     """
     b, h, i = (pl.program_id(axis) for axis in range(3))
     q_KT, query_ids_1T = q_ref[...], query_ids_ref[...]
@@ -137,8 +152,8 @@ def _forward_kernel(  # noqa: PLR0913 (Pallas passes one reference for each arra
         at = pl.ds(pl.multiple_of(j * block, block), block)
         s_ST = _scores(q_KT, k_ref[:, at], query_ids_1T, key_ids_ref[:, at], (i - j) * block)
         new_1T = jnp.maximum(max_1T, s_ST.max(0, keepdims=True))
-        # The maximum starts at a finite number, so that exp(-inf - max) is 0 and not NaN while all
-        # keys so far are hidden.
+        # The maximum starts at a finite number. Therefore exp(-inf - max) is 0 and not NaN if the
+        # query can see no key of this block and of the blocks before it.
         p_ST = jnp.exp(s_ST - new_1T)
         shrink_1T = jnp.exp(max_1T - new_1T)
         sum_1T = sum_1T * shrink_1T + p_ST.sum(0, keepdims=True)
@@ -155,8 +170,8 @@ def _forward_kernel(  # noqa: PLR0913 (Pallas passes one reference for each arra
     )
     first = first_ref[b * pl.num_programs(2) + i]
     max_1T, sum_1T, y_KT = lax.fori_loop(first, i + 1, step, start)
-    # The largest score adds 1 to the sum, so that it is at least 1. Only a query that sees no key
-    # has the sum 0; with 1 instead its y is 0 and not NaN.
+    # The sum is at least 1, because the largest score adds exp(0) = 1. Only a query that sees no
+    # key has the sum 0. The sum is then replaced by 1, so that y is 0 and not NaN.
     sum_1T = jnp.maximum(sum_1T, 1)
     y_KT = y_KT / (sum_1T * (1 - config.rate))
     y_ref[...] = y_KT.astype(y_ref.dtype)
@@ -172,17 +187,19 @@ def _backward_kernel(  # noqa: PLR0913 (see `_forward_kernel`)
     g_ref: Ref, lse_ref: Ref, delta_ref: Ref,
     dq_ref: Ref, dk_ref: Ref, dv_ref: Ref, dq_sum_ref: Ref,
 ) -> None:  # fmt: skip
-    """Computes the gradients of one block of keys, in a loop over the queries that may see them.
+    """Computes the gradients for one block of keys, in a loop over the queries that can see them.
 
     Args:
-      config: of the kernel.
-      last_ref: int32 [B * blocks], the last block of queries of each block of keys.
-      scalars_ref: as `_KernelInputs.scalars`.
-      q_ref, query_ids_ref, g_ref, lse_ref, delta_ref: the whole row.
-      k_ref, v_ref, key_ids_ref: the block of keys.
-      dk_ref, dv_ref: of the block of keys, are written.
-      dq_ref: of the whole row, is written after the last block of keys.
-      dq_sum_ref: float32 buffer that all blocks of keys of a row and head add to.
+      config: the constants of the kernel.
+      last_ref: int32 [B * blocks], the index of the last block of queries that can see each block
+        of keys.
+      scalars_ref: a reference to `_KernelInputs.scalars`.
+      q_ref, query_ids_ref, g_ref, lse_ref, delta_ref: references to all queries of the row.
+      k_ref, v_ref, key_ids_ref: references to the block of keys.
+      dk_ref, dv_ref: the references that the gradients of this block of keys are written to.
+      dq_ref: the reference that the gradient of all queries of the row is written to, after the
+        last block of keys.
+      dq_sum_ref: a float32 buffer, to which all blocks of keys of a row and head add.
     """
     b, h, j = (pl.program_id(axis) for axis in range(3))
     blocks = pl.num_programs(2)
@@ -204,7 +221,7 @@ def _backward_kernel(  # noqa: PLR0913 (see `_forward_kernel`)
         if config.rate:
             kept_ST = _kept(config, scalars_ref, p_ST.shape, b, h, i * block, j * block)
             p_kept_ST, dp_ST = (jnp.where(kept_ST, x, 0) for x in (p_ST, dp_ST))
-        # ds and p lack the factor 1 / (1 - rate); the sums are multiplied with it at the end.
+        # ds and p lack the factor 1 / (1 - rate), because the sums are multiplied by it at the end.
         ds_ST = (p_ST * (dp_ST - delta_ref[:, at] * (1 - config.rate))).astype(k_KS.dtype)
         dq_sum_ref[:, at] += product(k_KS, ds_ST, 1, 0)
         dk_KS += product(q_KT, ds_ST, 1, 1)
@@ -223,9 +240,9 @@ def _backward_kernel(  # noqa: PLR0913 (see `_forward_kernel`)
 
 
 def _spec(array: Any, block: int) -> pl.BlockSpec:
-    """Returns which part of [B, H, K, T] or [B, 1, T] one run of a kernel gets.
+    """Returns the part of an array [B, H, K, T] or [B, 1, T] that one grid step of a kernel gets.
 
-    A block of this many tokens, or if `block` is 0 the whole row.
+    It is a block of `block` tokens of one row (and head). 0 means all tokens of the row.
     """
 
     def index(b: Any, h: Any, i: Any, *_: Any) -> tuple[Any, ...]:
@@ -243,19 +260,21 @@ def _call(
     outputs: dict[str, tuple[Any, int]],
     scratch: tuple[Any, ...] = (),
 ) -> list[Array]:
-    """Runs a kernel for every row, head and block of tokens.
+    """Runs a kernel on a grid that has one step for every row, head and block of tokens.
 
     Args:
-      kernel: is called with the arguments below, in this order.
-      config: of the kernel.
+      kernel: the kernel. Each grid step calls it with references to the arguments below, in their
+        order.
+      config: the constants of the kernel.
       scalars: arrays for the scalar memory.
-      inputs, outputs: name -> the array (or its shape), and how many of its tokens a run of the
-        kernel gets; 0 means the whole row.
+      inputs, outputs: name -> the array (or its shape), and the number of its tokens that a grid
+        step gets. 0 means all tokens of the row.
       scratch: buffers that keep their contents from one block of a row to the next.
     """
     B, H, K, T = inputs["q"][0].shape
-    # XLA schedules by this estimate, and the mode `compile` reports it. There are two matrix
-    # products forward and five backward for each pair of blocks on or below the diagonal.
+    # XLA uses this estimate for its schedule, and `--mode=compile` reports it. For each pair of
+    # blocks on or below the diagonal, the forward kernel has two matrix products and the backward
+    # kernel has five.
     products, pairs = 5 if "g" in inputs else 2, T * (T + config.block) // 2
     moved = [array for array, _ in (*inputs.values(), *outputs.values())]
     cost = pl.CostEstimate(
@@ -263,7 +282,8 @@ def _call(
         bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in moved),
         transcendentals=B * H * pairs,
     )
-    # Along the last axis of the grid a run of the kernel reads the `scratch` of the run before it.
+    # Only the steps along the last axis of the grid must run in order, because each of them reads
+    # the `scratch` that the step before it wrote.
     order = (pltpu.PARALLEL, pltpu.PARALLEL, pltpu.ARBITRARY)
     return pl.pallas_call(
         functools.partial(kernel, config),
@@ -282,10 +302,11 @@ def _call(
 
 
 def _common(query_ids_B1T: Array, key_ids_B1T: Array, block: int) -> Array:
-    """Returns bool [B, I, J]: whether block i of queries may see a key of block j of keys.
+    """Returns bool [B, I, J]: whether a query of block i might see a key of block j.
 
-    It compares the ranges of their ids. That is exact if the segments of a row follow each other in
-    the order of their ids; otherwise some blocks may be computed although nothing is visible.
+    The function compares the ranges of the blocks' segment ids. The result is exact if the segments
+    of a row are in the order of their ids. Otherwise it can be True although no key is visible, and
+    the block is then computed without need.
     """
     query, key = (x.reshape(x.shape[0], -1, block) for x in (query_ids_B1T, key_ids_B1T))
     common = query.min(-1)[:, :, None] <= key.max(-1)[:, None, :]
@@ -294,7 +315,7 @@ def _common(query_ids_B1T: Array, key_ids_B1T: Array, block: int) -> Array:
 
 
 def _run_forward(config: _KernelConfig, inputs: _KernelInputs, save: bool) -> list[Array]:
-    """Returns [y], or if `save` is True y, its rounding error and the log-sum-exp [B, H, 1, T]."""
+    """Returns [y], or [y, rounding error of y, log-sum-exp [B, H, 1, T]] if `save` is True."""
     q, k, v, query_ids, key_ids, scalars = inputs
     first = jnp.argmax(_common(query_ids, key_ids, config.block), axis=2).astype(jnp.int32).ravel()
     outputs: dict[str, tuple[Any, int]] = {"y": (v, config.block)}
@@ -326,8 +347,9 @@ def _backward(config: _KernelConfig, saved: _Residuals, g: Array) -> tuple[_Kern
     (q, k, v, query_ids, key_ids, scalars), y, error, lse = saved
     common = _common(query_ids, key_ids, config.block)
     last = common.shape[1] - 1 - jnp.argmax(common[:, ::-1], axis=1).astype(jnp.int32).ravel()
-    # delta needs y in float32. An error of delta changes the gradients of all scores of a query in
-    # the same direction; with y in bfloat16 it would be the largest error of dq and dk.
+    # delta is computed from y in float32. An error of delta changes the gradients of all scores of
+    # a query in the same direction. If y were bfloat16, this would be the largest error of dq and
+    # dk.
     y = y.astype(jnp.float32) + error.astype(jnp.float32)
     delta = (g.astype(jnp.float32) * y).sum(2, keepdims=True)
     dq, dk, dv = _call(
@@ -349,8 +371,12 @@ _flash.defvjp(_forward, _backward)
 def _pad_and_run(
     config: _KernelConfig, inputs: AttentionInputs, dropout_key: DropoutKey, heads_BH: Array
 ) -> Array:
-    """Runs the kernel on arrays in its layout, padded to whole blocks; returns [B, T, H, K]."""
-    # The numbers in heads_BH are consecutive on each device, so that the first one is enough.
+    """Transposes the arrays for the kernel, pads them to whole blocks, and runs the kernel.
+
+    The result is transposed back to [B, T, H, K].
+    """
+    # The kernel needs only the first index of heads_BH. On each device the heads of a row are
+    # consecutive, and the index grows by `config.heads` from row to row.
     scalars = jnp.concatenate([dropout_key.bits, heads_BH[0, :1]])
     length = inputs.q_BTHK.shape[1]
     more = -length % config.block
@@ -358,8 +384,8 @@ def _pad_and_run(
         jnp.pad(x.transpose(0, 2, 3, 1), [(0, 0)] * 3 + [(0, more)])
         for x in (inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHK)
     )
-    # All padding gets the same id, 0, so that each padding query sees a key. Real queries do not
-    # see padding, because it comes after them.
+    # All padding gets the id 0, so that each padding query sees a key. Real queries do not see this
+    # padding, because it comes after them.
     query_ids, key_ids = (
         jnp.pad(x, [(0, 0), (0, more)])[:, None] for x in (inputs.query_ids_BT, inputs.key_ids_BT)
     )
@@ -377,17 +403,20 @@ def flash(
 ) -> Array:
     """Returns `gptjax.ops.attention.causal` of these arguments, [B, T, H, K].
 
-    No array is [T, T], neither in the forward pass nor in the backward pass. Scores and softmax are
-    float32. The matrix products take the dtype of q, k and v (for float32 in the precision of
-    `jax_default_matmul_precision`) and are summed in float32. A query without a visible key gets 0.
+    Neither the forward pass nor the backward pass has an array [T, T]. The scores and the softmax
+    are float32. The factors of the matrix products have the dtype of q, k and v, and the sums are
+    float32. For float32 factors, `jax_default_matmul_precision` sets the precision. The result of a
+    query without a visible key is 0.
 
     Args:
-      inputs: bfloat16 or float32, with any T and K. All of q, k and v of one row and head must fit
-        the vector memory of the TPU: 16,384 tokens of width 64 compile for a v5e.
-      dropout_key: of the attention weights; None: no dropout.
-      mesh: the devices that share the rows and heads; None: a single device.
-      interpret: run the kernel's operations one by one on any device, for tests.
-      block: tokens of a block, a multiple of 128 unless `interpret` is True; None: chosen by T.
+      inputs: the queries, keys and values, bfloat16 or float32, with any T and K. The q, k and v of
+        one row and head must fit into the vector memory of the TPU together. For example, 16,384
+        tokens of width 64 compile for a v5e.
+      dropout_key: the key for the dropout of the attention weights. None means no dropout.
+      mesh: the devices over which the rows and heads are sharded. None means a single device.
+      interpret: whether to run the kernel's operations one by one on any device, for tests.
+      block: the number of tokens in a block. It is a multiple of 128, except if `interpret` is
+        True. None means that `_block_size` chooses the number.
     """
     length, heads = inputs.q_BTHK.shape[1:3]
     rate = 0.0 if dropout_key is None else dropout_key.rate

@@ -1,4 +1,4 @@
-"""The arguments that all implementations of attention share, and their parts on each device."""
+"""The arguments of all implementations of attention, and their sharding over the devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,23 +12,24 @@ from jax.sharding import PartitionSpec as P
 from gptjax import mesh as mesh_lib
 from gptjax.ops.dropout import DropoutKey
 
-# Usually jax.Array. The same class also has the layouts, or the gradients, of the arrays.
+# Usually a jax.Array. `AttentionInputs` also holds the partition specs or gradients of the arrays.
 Array = Any
 
-# Ids besides those of `Batch.segment_ids`, which are 0 for padding and above 0 for segments.
+# These ids are used in addition to the ids of `Batch.segment_ids`. There, padding at the end of a
+# row has the id 0, and the segments (sequences) of a row have positive ids.
 HIDDEN_KEY = -1
-"""Id of a key that no query may see, such as padding inside of a sequence."""
+"""The id of a key that no query must see, such as padding inside a sequence."""
 PADDING_KEY = -2
-"""Id of the keys that an implementation adds around a row."""
+"""The id of the keys that an implementation adds before and after a row."""
 PADDING_QUERY = -3
-"""Id of the queries that an implementation adds after a row. No key has it."""
+"""The id of the queries that an implementation adds after a row. No key has this id."""
 
 
 @flax.struct.dataclass
 class AttentionInputs:
-    """Queries, keys and values of packed rows, and which keys a query sees.
+    """The queries, keys and values of packed rows, and the ids that define the attention mask.
 
-    Query t sees key s if s <= t and query_ids[t] == key_ids[s].
+    Query t sees key s (that is, attends to it) if s <= t and query_ids[t] == key_ids[s].
     """
 
     q_BTHK: Array
@@ -37,7 +38,7 @@ class AttentionInputs:
     query_ids_BT: Array
     """int32, the segment ids of the rows."""
     key_ids_BT: Array
-    """int32, the same, except for keys that are hidden from all queries (`HIDDEN_KEY`)."""
+    """int32, the segment ids of the rows, or `HIDDEN_KEY` for a key that no query sees."""
 
 
 Kernel = Callable[[AttentionInputs, DropoutKey, jax.Array], jax.Array]
@@ -46,18 +47,19 @@ Kernel = Callable[[AttentionInputs, DropoutKey, jax.Array], jax.Array]
 def shard_over_batch_and_heads(
     kernel: Kernel, mesh: Mesh | None, inputs: AttentionInputs, dropout_key: DropoutKey | None
 ) -> jax.Array:
-    """Returns the attention [B, T, H, K], for which each device runs the kernel on its own part.
+    """Runs a kernel on each device's own part of the rows and heads; returns [B, T, H, K].
 
     XLA cannot divide a kernel, or a loop over rows, between devices by itself. The rows are sharded
-    over `data` and `fsdp`, whose product must divide B. The heads are sharded over `tensor`; if
-    that does not divide H, each of its devices computes all heads.
+    over `data` and `fsdp`, whose product must divide B. The heads are sharded over `tensor`. If
+    `tensor` does not divide H, every device along `tensor` computes all heads.
 
     Args:
-      kernel: computes [B, T, H, K] from the inputs, the dropout key (of rate 0 if there is no
-        dropout) and heads_BH, uint32: b * H + h of each row and head in the whole arrays.
-      mesh: the devices; None: a single one.
+      kernel: the function that computes the attention [B, T, H, K] on one device. Its arguments are
+        the inputs, the dropout key (with the rate 0 if there is no dropout) and heads_BH (uint32,
+        the index b * H + h of each row and head in the whole arrays).
+      mesh: the devices. None means a single device.
       inputs: the whole arrays.
-      dropout_key: the same on all devices; None: no dropout.
+      dropout_key: the dropout key, the same on all devices. None means no dropout.
     """
     batch, _, heads, _ = inputs.q_BTHK.shape
     if dropout_key is None:

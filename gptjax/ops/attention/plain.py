@@ -1,6 +1,7 @@
-"""Attention in the plain way, with all scores in memory at once.
+"""Attention by its definition, with all scores in memory at once.
 
-Its masks also serve cuDNN and the key/value cache. `blocked` and `flash` have their own.
+The implementation `cudnn` and the attention to a key/value cache also use the masks of this file.
+`blocked` and `flash` compute their own masks.
 """
 
 import math
@@ -16,13 +17,13 @@ Array = jax.Array
 
 
 def causal_segments(query_ids_BT: Array, key_ids_BT: Array) -> Array:
-    """Returns bool [B, T, T]: whether query t sees key s (s <= t, and equal ids).
+    """Returns the mask, bool [B, T, T]: query t sees key s if s <= t and their ids are equal.
 
-    Padding has the id 0 and sees the padding up to itself. So its results are finite; nothing uses
-    them.
+    Padding at the end of a row has the id 0 and sees this padding up to itself. Therefore its
+    results are finite. No other computation uses these results.
 
     Args:
-      query_ids_BT, key_ids_BT: as in `AttentionInputs`.
+      query_ids_BT, key_ids_BT: the ids of the queries and keys (see `AttentionInputs`).
     """
     same_BTS = query_ids_BT[:, :, None] == key_ids_BT[:, None, :]
     length = query_ids_BT.shape[1]
@@ -30,7 +31,7 @@ def causal_segments(query_ids_BT: Array, key_ids_BT: Array) -> Array:
 
 
 def causal_cached(query_positions_T: Array, cache_length: int) -> Array:
-    """Returns bool [1, T, S]: a query at position p sees cache entries 0..p."""
+    """Returns the mask, bool [1, T, S]: a query at position p sees the cache entries 0 to p."""
     return (jnp.arange(cache_length)[None, :] <= query_positions_T[:, None])[None]
 
 
@@ -43,12 +44,13 @@ def attend(
 ) -> Array:
     """Returns dropout(softmax(q k^T / sqrt(K))) v over the visible keys, [X..., T, K].
 
-    Scores and softmax are float32, whatever the dtype of q, k and v.
+    The scores and the softmax are float32 for every dtype of q, k and v.
 
     Args:
-      q_XTK, k_XSK, v_XSK: queries, keys and values; X stands for any leading axes.
-      visible_XTS: bool, which keys a query sees; every query must see at least one.
-      dropout_key: of the attention weights; None: no dropout.
+      q_XTK, k_XSK, v_XSK: the queries, keys and values. X means any number of leading axes.
+      visible_XTS: the attention mask, bool. It is True if the query sees the key. Every query must
+        see at least one key.
+      dropout_key: the key for the dropout of the attention weights. None means no dropout.
     """
     scale = 1 / math.sqrt(q_XTK.shape[-1])
     scores_XTS = jnp.einsum("...TK,...SK->...TS", q_XTK, k_XSK, preferred_element_type=jnp.float32)
@@ -62,8 +64,8 @@ def attend(
 def plain(inputs: AttentionInputs, dropout_key: DropoutKey | None) -> Array:
     """Returns `gptjax.ops.attention.causal` of these arguments, [B, T, H, K]."""
     visible_BTT = causal_segments(inputs.query_ids_BT, inputs.key_ids_BT)
-    # With the layout [B, H, T, K] XLA's matrix products take a third less time on a CPU. On other
-    # platforms the layout makes no difference.
+    # With arrays [B, H, T, K] XLA's matrix products take a third less time on a CPU. On other
+    # platforms the order of the axes makes no difference.
     q_BHTK, k_BHTK, v_BHTK = (
         jnp.moveaxis(x, 2, 1) for x in (inputs.q_BTHK, inputs.k_BTHK, inputs.v_BTHK)
     )
