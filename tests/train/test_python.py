@@ -48,7 +48,7 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     assert any("64 train examples" in line for line in recorder.lines)
     # The trace leaves out the first steps, which compile.
     folder = pathlib.Path(workdir, "profile", "finetune")
-    assert recorder.lines[-1] == f"finetune: trace of 3 steps from 4 on -> {folder}"
+    assert f"finetune: trace of 3 steps from 4 on -> {folder}" in recorder.lines
     (trace,) = folder.glob("plugins/profile/*/*.xplane.pb")
     assert trace.stat().st_size > 1000
     # Like that of an imported model, the saved configuration names no data.
