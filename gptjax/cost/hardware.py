@@ -20,8 +20,8 @@ class Chip:
     """A chip's share of the bandwidth between slices (DCN), in one direction. None means that no
     figure is published."""
     torus: int
-    """If the length of a side of a slice is a multiple of this number, the chips along the side form
-    a ring. Otherwise they form a line."""
+    """If the length of a side of a slice is a multiple of this number, the chips along the side
+    form a ring. Otherwise they form a line."""
     source: str
     """Address of the page with these figures."""
 
@@ -98,9 +98,10 @@ def collective_seconds(
     The devices of a group use the links along the dimensions of the torus in which their
     coordinates differ. A dimension adds two links if the devices form a ring in it, otherwise one.
     For an array of N bytes and a group of n devices, each device receives (n - 1) / n * N bytes in
-    an all-gather or a reduce-scatter, and twice as much in an all-reduce. In an all-to-all along a
-    ring of L chips, a byte travels over L / 4 links on average. If the devices of a group are not
-    neighbours, they share links with other groups, and the collective takes longer than this.
+    an all-gather or a reduce-scatter, and twice as much in an all-reduce. In an all-to-all, a
+    byte travels over L / 4 links on average, the mean distance in a ring of L devices, where L is
+    the group's largest extent. If the devices of a group are not neighbours, they share links with
+    other groups, and the collective takes longer than this.
 
     Args:
       kind: an HLO opcode, such as all-reduce.

@@ -1,4 +1,4 @@
-"""Builds the train step of an experiment from shapes, without data, for `compile`, `sweep`, `bench`.
+"""Builds the train step of an experiment from shapes, without data, for the modules of `cost`.
 
 Facts that a training run finds in its data, such as the number of classes, are assumed here, and
 the report lists these assumptions.
@@ -44,8 +44,8 @@ class StepSpec:
     batch: Batch
     """A batch whose arrays are `jax.ShapeDtypeStruct`."""
     assumed: dict[str, str]
-    """Name of a fact that would have to be read from data or from a file -> the value or source that
-    is assumed."""
+    """Name of a fact that a training run might find in its data -> the value or the source that is
+    assumed here."""
 
 
 def validated(experiment: Experiment, stage: str) -> Experiment:
