@@ -35,7 +35,7 @@ _TPU_ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # libtpu does not lock the chips of this machine, because only the compiler is used here. So a
+    # Other processes can load libtpu too. Nothing runs on the chips of this machine here, so a
     # training run can use them at the same time.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_MIN_LOG_LEVEL": "3",

@@ -49,7 +49,7 @@ def meshes(given: Sizes, devices: int, slices: int = 1) -> list[Sizes]:
 
     The selection has data parallelism alone, fsdp over all chips of a slice, fsdp over 8 chips (if
     a slice has 16 or more chips, in a multiple of 8), and tensor over 2 chips with fsdp over the
-    other chips of a slice. The axes fsdp and tensor never cross from one slice to another.
+    other chips of a slice. In these meshes, fsdp and tensor stay within a slice.
 
     Args:
       given: sizes of the experiment's own mesh. It is returned as it is.
@@ -97,7 +97,7 @@ def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -
 
 
 def with_choice(experiment: Experiment, stage: str, choice: Choice) -> Experiment:
-    """Returns a validated copy of the experiment with the batch size, mesh and remat of a choice."""
+    """Returns a validated copy of the experiment with the fields of a choice set."""
     config = dataclasses.replace(getattr(experiment, stage), batch_size=choice.batch_size)
     copy = dataclasses.replace(
         experiment,
@@ -196,7 +196,7 @@ def _not_fitting(choice: Choice, reason: str) -> dict[str, Any]:
 def _try(
     experiment: Experiment, target: compile.Target, stage: str, choice: Choice
 ) -> dict[str, Any]:
-    """Compiles a choice. Returns an entry with its costs, or with the reason why it is impossible."""
+    """Compiles a choice, and returns an entry with its costs or with the reason of the failure."""
     try:
         found = compile.report(with_choice(experiment, stage, choice), target, stage)
     except UserError as error:  # for example, the mesh does not divide the number of heads

@@ -31,8 +31,8 @@ _NAME = re.compile(r"%?([\w.\-]+)$")
 _FILE_NAME = re.compile(r'^(\d+) "(.*)"$', re.MULTILINE)
 _LOCATION = re.compile(r"^(\d+) \{file_name_id=(\d+) .*?\bline=(\d+)", re.MULTILINE)
 _FRAME = re.compile(r"^(\d+) \{file_location_id=(\d+) parent_frame_id=(\d+)", re.MULTILINE)
-# Opcode -> the attributes that name the computations that such an instruction executes. All branches
-# of a conditional are counted, so the numbers of executions are upper bounds.
+# Opcode -> the attributes that name the computations that such an instruction executes. All
+# branches of a conditional are counted, so the numbers of executions are upper bounds.
 _INNER = {
     "while": ("body",),
     "conditional": ("branch_computations", "true_computation", "false_computation"),
