@@ -126,7 +126,7 @@ def sequence_length(spec: StepSpec) -> int:
 def synthetic_batch(spec: StepSpec) -> Batch:
     """Returns a batch with the shapes of `spec`, whose rows are filled with random tokens.
 
-    Each row has as many examples as fit, but at most the number that the batch has a place for.
+    In fine-tuning, each row has as many examples as fit into the row and into the shapes.
     """
     rng = np.random.default_rng(0)
     (rows, length), part = spec.batch.tokens.shape, sequence_length(spec)
@@ -194,7 +194,7 @@ def _compile(spec: StepSpec, mesh: Mesh) -> tuple[Callable[..., Any], float]:
 
 
 def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
-    """Calls `run_once` for the warm-up and the timed runs, and returns the seconds of each timed run.
+    """Calls `run_once` for warm-up and timed runs, and returns the seconds of each timed run.
 
     The time ends when the results of the run have been computed.
     """
