@@ -315,8 +315,8 @@ class _Runner:
             "name": self.ablation.experiment.name,
             "pretrained": self.pretrained,
             "machine": mesh_lib.describe_machine(),
-            # The elapsed time of all commands. The seconds of the fine-tuning runs can have a larger
-            # sum, because several of them run at the same time.
+            # The elapsed time of all commands. The sum of the seconds of the runs can be larger,
+            # because several of them run at the same time.
             "seconds": self._seconds_before + time.monotonic() - self._began,
             "runs": list(self._records.values()),
         }
