@@ -1,1 +1,1 @@
-"""The ablation and transfer tables of the paper: fine-tunings by variant and seed."""
+"""Makes the ablation and transfer tables of the paper (Radford et al. 2018)."""

@@ -1,4 +1,8 @@
-"""The table and the plot of an ablation, from its ablation.json."""
+"""Writes the table and the plot of an ablation from its ablation.json.
+
+A run is here one fine-tuning run of a task, with one variant and one seed. "The paper" is Radford
+et al. 2018.
+"""
 
 import datetime
 import os
@@ -13,33 +17,42 @@ from gptjax.io.files import read_json, write_atomically
 from gptjax.io.remote import PathLike
 
 Run = dict[str, Any]
-"""A fine-tuning's entry in ablation.json."""
+"""The entry of one fine-tuning run in ablation.json."""
 
 
 def _shown(metric: str, value: float | None) -> str:
-    """Returns a score as text; percentages are written without the sign, as in the paper."""
+    """Returns a score as text. Percentages have no percent sign, like the paper's tables."""
     return format_score(metric, value, percent_sign="")
 
 
 def _unique(runs: Sequence[Run], key: str) -> list[Any]:
-    """Returns the values of a key in the runs, each once, in their order."""
+    """Returns the different values of a key in the runs, in the order of first appearance."""
     return list(dict.fromkeys(run[key] for run in runs))
 
 
 def _example(runs: Sequence[Run], task: str) -> Run:
-    """Returns a run of the task, if possible one that did not diverge."""
+    """Returns the first run of the task that did not diverge, or the first if all diverged."""
     of_task = [run for run in runs if run["task"] == task]
     return next((run for run in of_task if run["score"] is not None), of_task[0])
 
 
 def _scores(runs: Sequence[Run], task: str, variant: str) -> list[float]:
-    """Returns the scores of all seeds but those that diverged."""
+    """Returns the scores of all seeds except those whose training diverged."""
     scores = (r["score"] for r in runs if (r["task"], r["variant"]) == (task, variant))
     return [score for score in scores if score is not None]
 
 
 def _cell(metric: str, scores: list[float], seeds: int) -> str:
-    """Returns "MEDIAN (LOWEST to HIGHEST)", and how many of the seeds that is if not all."""
+    """Returns the text of a cell, "MEDIAN (LOWEST to HIGHEST)".
+
+    If some seeds have no score, because they diverged or have not run, the number of seeds with a
+    score is added. "-" means that no seed has a score.
+
+    Args:
+      metric: name of the metric.
+      scores: the scores of the seeds.
+      seeds: the number of seeds in the whole ablation.
+    """
     if not scores:
         return "-"
     text = _shown(metric, float(np.median(scores)))
@@ -49,23 +62,27 @@ def _cell(metric: str, scores: list[float], seeds: int) -> str:
 
 
 def _majority_baseline(runs: Sequence[Run], task: str) -> float:
-    """Returns the score of the constant answer.
+    """Returns the score of the task's baseline, which gives the same answer for every example.
 
-    It is a median over the runs, because the seed may decide which rows are held out as validation
-    split.
+    The answer is the majority class, or the mean for regression. The score is the median over the
+    runs, because the seed can decide which rows become the validation split. The score is 0 if no
+    run has a baseline.
     """
     scores = [run["floor"] for run in runs if run["task"] == task and run["floor"] is not None]
     return float(np.median(scores)) if scores else 0.0
 
 
 def _published(variant: str, task: str, metric: str) -> float | None:
-    """Returns the paper's score; None where it has none, or one by another metric."""
+    """Returns the paper's score; None if the paper has no score, or uses another metric."""
     theirs = TASKS.get(task, {}).get("metrics", "").split(",")[0]
     return PUBLISHED.get(variant, {}).get(task) if metric == theirs else None
 
 
 def _average(runs: Sequence[Run], tasks: Sequence[str], variant: str) -> str:
-    """Returns 100 times the mean over the tasks of their median scores, as GLUE averages."""
+    """Returns the average score as text: 100 times the mean of the tasks' median scores.
+
+    GLUE averages its tasks in the same way. "-" means that a task has no score.
+    """
     scores = [_scores(runs, task, variant) for task in tasks]
     return f"{100 * np.mean([np.median(s) for s in scores]):.1f}" if all(scores) else "-"
 
@@ -73,7 +90,8 @@ def _average(runs: Sequence[Run], tasks: Sequence[str], variant: str) -> str:
 def table(runs: Sequence[Run]) -> str:
     """Returns the Markdown table with a row for each variant and a column for each task.
 
-    A cell is the median over the seeds, with the lowest and the highest score.
+    A cell has the median over the seeds, the lowest score and the highest score. Further rows have
+    the baseline and the paper's scores. With several tasks, the last column has the average.
     """
     tasks, variants = _unique(runs, "task"), _unique(runs, "variant")
     seeds = len(_unique(runs, "seed"))
@@ -99,7 +117,7 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _text(results: dict[str, Any]) -> str:
-    """Returns ablation.md of ablation.json."""
+    """Returns the text of ablation.md from the contents of ablation.json."""
     runs = results["runs"]
     seeds = sorted(_unique(runs, "seed"))
     minutes = results["seconds"] / 60
@@ -119,7 +137,7 @@ def _text(results: dict[str, Any]) -> str:
 
 
 def _plot(runs: Sequence[Run]) -> bytes:
-    """Returns a PNG with a panel for each task and a line for each variant."""
+    """Returns a PNG with one panel for each task, in which each variant has one row of points."""
     from matplotlib.figure import Figure
 
     tasks, variants = _unique(runs, "task"), _unique(runs, "variant")
@@ -150,7 +168,7 @@ def _plot(runs: Sequence[Run]) -> bytes:
 
 
 def write(workdir: PathLike) -> str:
-    """Writes ablation.md and ablation.png from ablation.json; returns the text of ablation.md."""
+    """Writes ablation.md and ablation.png from ablation.json. Returns the text of ablation.md."""
     results = read_json(os.path.join(workdir, "ablation.json"))
     text = _text(results)
     write_atomically(os.path.join(workdir, "ablation.md"), text.encode())

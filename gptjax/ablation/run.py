@@ -1,8 +1,9 @@
-"""The paper's ablation and transfer tables: fine-tunings that differ in one thing, over N seeds.
+"""Runs the fine-tuning runs of an ablation, such as the paper's (Radford et al. 2018, section 5).
 
-(Radford et al. 2018, section 5.) All variants of all tasks start from one pretrained model, and are
-trained with each seed. The table holds the median score with the lowest and the highest, the score
-of the constant answer, and the paper's score where it has the same variant of the same task.
+A variant changes one thing in the fine-tuning of a task. All variants of all tasks start from one
+pretrained model, and each of them is trained with N seeds. The table has the median, the lowest and
+the highest score, the score of the majority-class baseline (for regression, of the mean), and the
+paper's score if the paper has the same variant of the same task.
 """
 
 import collections
@@ -39,7 +40,7 @@ _RESULTS = "ablation.json"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One fine-tuning."""
+    """One fine-tuning run: one task with one variant and one seed."""
 
     task: str
     variant: str
@@ -51,25 +52,30 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """The fine-tunings that one command asks for."""
+    """The fine-tuning runs that one command asks for."""
 
     experiment: Experiment
     workdir: str
     tasks: dict[str, FinetuneConfig]
-    """Name of the task -> its full fine-tuning."""
+    """Name of a task -> its fine-tuning configuration without a variant's change."""
     variants: tuple[str, ...]
-    """Names, as in `variant`."""
+    """Names of the variants, which the function `variant` accepts."""
     seeds: range
+    """The seeds of each variant."""
 
     @property
     def jobs(self) -> list[Job]:
-        """All fine-tunings, in the order in which they begin."""
+        """All fine-tuning runs, in the order in which they start."""
         order = itertools.product(self.seeds, self.tasks, self.variants)
         return [Job(task, name, seed) for seed, task, name in order]
 
 
 def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
-    """Returns the fine-tuning with the one change that a variant makes.
+    """Returns a fine-tuning configuration with the one change that a variant makes.
+
+    Args:
+      config: the fine-tuning configuration of a task.
+      name: the name of the variant: full, no_pretraining, no_lm, layers=N or lambda=X.
 
     >>> variant(FinetuneConfig(), "lambda=0.25").lm_weight
     0.25
@@ -97,20 +103,25 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
 
 
 def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str] = ()) -> None:
-    """Pretrains if the experiment has such a stage, runs all fine-tunings, and writes the tables.
+    """Pretrains if the experiment has a pretrain part, then fine-tunes and writes the tables.
 
-    Results are kept in WORKDIR/ablation.json. The same command continues where it was stopped, and
-    variants or seeds can be added to it.
+    Results are kept in WORKDIR/ablation.json. The same command continues a stopped ablation. More
+    variants or seeds can be added to the command later.
 
     Args:
-      experiment: its `ablation` has the tasks and variants. Without one its `finetune` is the
-        task.
-      workdir: folder of the run.
-      seeds: number of seeds, from that of the experiment on.
-      given: fields that the user set by flag, as in `train.run.run`.
+      experiment: the configuration. Its field `ablation` lists the tasks and the variants. If no
+        tasks are listed, the only task is its field `finetune`.
+      workdir: folder of the ablation.
+      seeds: the number of seeds. The first seed is `experiment.seed`, and each later seed is one
+        higher.
+      given: names of the fields that the user set by flag. If the ablation starts from the
+        checkpoint `init_from`, a field of the tokenizer, or a size of the model that differs from
+        the checkpoint, raises a `UserError`.
 
     Raises:
-      UserError, Preempted, TrainingDiverged: as in `train.run.run`.
+      UserError: the configuration or the data is wrong, or the workdir has another experiment.
+      Preempted: the process was asked to stop. The results so far are saved.
+      TrainingDiverged: the pretraining diverged.
     """
     require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
@@ -124,7 +135,8 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
         check_stop = stop_lib.make_check(stop)
         options = run_lib.Options(given=given, reporter=reporter, check_stop=check_stop)
         pretrained = _pretrain(ablation, options)
-        # The fields of the model and tokenizer may not overrule those of a given checkpoint.
+        # The flags are compared with a checkpoint that the user named, but not with the model that
+        # was pretrained here, because the flags have set its fields.
         checked = () if experiment.pretrain else given
         runner = _Runner(ablation, pretrained, checked, reporter, check_stop)
         runner.run(meshes)
@@ -132,7 +144,11 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
 
 
 def _plan(experiment: Experiment, workdir: str, seeds: int) -> Ablation:
-    """Returns the fine-tunings of an experiment; refuses one that has none."""
+    """Returns the fine-tuning runs of an experiment.
+
+    Raises:
+      UserError: the experiment has no task, no variant or no pretrained model.
+    """
     config = experiment.ablation or AblationConfig()
     tasks = config.chosen
     if not tasks and experiment.finetune:
@@ -150,7 +166,7 @@ def _plan(experiment: Experiment, workdir: str, seeds: int) -> Ablation:
 
 
 def _check(ablation: Ablation) -> None:
-    """Refuses a wrong variant, file or column before hours of training."""
+    """Raises `UserError` for a wrong variant, metric, file or column, before the long training."""
     experiment = ablation.experiment
     layers = experiment.model.num_layers
     if not experiment.pretrain:
@@ -167,7 +183,7 @@ def _check(ablation: Ablation) -> None:
 
 
 def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
-    """Trains the pretraining stage, if there is one; returns the path of the pretrained model."""
+    """Pretrains if the experiment has a pretrain part. Returns the path of the pretrained model."""
     experiment = ablation.experiment
     if not experiment.pretrain:
         return experiment.init_from
@@ -179,14 +195,16 @@ def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
 
 @dataclasses.dataclass
 class _Runner:
-    """Runs the fine-tunings that have no result yet, several at a time.
+    """Runs the fine-tuning runs that have no result yet, several at the same time.
 
     Attributes:
-      ablation: the fine-tunings.
-      pretrained: path of the checkpoint that they start from.
-      given: fields that may not overrule the checkpoint.
-      reporter: receives a line for each result.
-      check_stop: raises `StopRequested` where the process was asked to stop.
+      ablation: the fine-tuning runs.
+      pretrained: path of the checkpoint from which they start.
+      given: names of the fields that the user set by flag and that are compared with the
+        checkpoint. A field of the tokenizer, or a size of the model that differs, raises a
+        `UserError`.
+      reporter: the object that gets a line for each result.
+      check_stop: a function that raises `StopRequested` if the process was asked to stop.
     """
 
     ablation: Ablation
@@ -205,12 +223,14 @@ class _Runner:
         self._records = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
 
     def run(self, meshes: list[Mesh]) -> None:
-        """Runs the fine-tunings, one on each mesh at a time.
+        """Runs the fine-tuning runs. Each mesh has one of them at a time.
 
-        The first error of a fine-tuning stops the others, and the same command starts them anew.
+        After an error in one fine-tuning run, the other runs stop. The same command starts these
+        runs again from the beginning.
 
         Raises:
           Preempted: the process was asked to stop.
+          Exception: the first error of a fine-tuning run.
         """
         path = os.path.join(self.ablation.workdir, "config.json")
         files.write_json(path, schema.to_dict(self.ablation.experiment))
@@ -243,13 +263,13 @@ class _Runner:
             )
 
     def _check_stop_or_failure(self) -> None:
-        """Raises `StopRequested` where the process was asked to stop, or another job has failed."""
+        """Raises `StopRequested` if the process was asked to stop or another job has failed."""
         if self._failed:
             raise StopRequested
         self.check_stop()
 
     def _run_job(self, job: Job, mesh: Mesh) -> None:
-        """Runs one fine-tuning, and writes and reports its result."""
+        """Runs one fine-tuning run, then writes and reports its result."""
         ablation = self.ablation
         config = variant(ablation.tasks[job.task], job.variant)
         config = dataclasses.replace(config, compare_from_scratch=False)
@@ -273,7 +293,7 @@ class _Runner:
         except UserError as error:
             raise UserError(f"{job}: {error}") from error
         except TrainingDiverged:
-            # The divergence of one seed in many is a result, not an error.
+            # If the training of one seed diverges, this is a result and not an error.
             summary = {"finetune": {"diverged": True}}
         record = _record(job, config, summary["finetune"]) | {"seconds": time.monotonic() - began}
         with self._lock:
@@ -295,8 +315,8 @@ class _Runner:
             "name": self.ablation.experiment.name,
             "pretrained": self.pretrained,
             "machine": mesh_lib.describe_machine(),
-            # Elapsed time of all commands. Several fine-tunings run at the same time, so that their
-            # own seconds add up to more.
+            # The elapsed time of all commands. The sum of the seconds of the runs can be larger,
+            # because several of them run at the same time.
             "seconds": self._seconds_before + time.monotonic() - self._began,
             "runs": list(self._records.values()),
         }
@@ -304,12 +324,14 @@ class _Runner:
 
 
 def _record(job: Job, config: FinetuneConfig, part: dict[str, Any]) -> dict[str, Any]:
-    """Returns a fine-tuning's entry in ablation.json; it has no scores if the training diverged.
+    """Returns the entry of a fine-tuning run in ablation.json.
+
+    The entry has no scores if the training diverged.
 
     Args:
-      job: the fine-tuning.
-      config: its configuration.
-      part: its stage in the summary.
+      job: the fine-tuning run.
+      config: the configuration of the run.
+      part: the entry of the fine-tuning stage in the summary of the run.
     """
     split = "test" if "test" in part else "validation"
     metric = metrics.parse(config.metrics, config.task)[0]
@@ -324,11 +346,11 @@ def _record(job: Job, config: FinetuneConfig, part: dict[str, Any]) -> dict[str,
 
 
 def _meshes(experiment: Experiment) -> list[Mesh]:
-    """Returns a mesh for each of the fine-tunings that run at the same time.
+    """Returns one mesh for each of the fine-tuning runs that are active at the same time.
 
-    By default each has one device, because a small model leaves a device idle between its
-    operations; a single CPU device is shared by two. An experiment with a mesh of its own runs one
-    fine-tuning at a time.
+    By default each device gets one fine-tuning run. A single CPU device gets two fine-tuning runs,
+    because one small model leaves the device idle between operations. If the experiment sets a
+    mesh, all devices of the mesh work on one fine-tuning run at a time.
     """
     parallel = experiment.ablation.parallel if experiment.ablation else 0
     devices = jax.devices()

@@ -1,1 +1,1 @@
-"""The cost of a train step: compiled for machines that are not here, or timed on this one."""
+"""The cost of a train step: estimated for a machine that is not here, or timed on this machine."""

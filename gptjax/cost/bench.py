@@ -1,6 +1,6 @@
 """Times the train step, the generation or the input pipeline of an experiment on this machine.
 
-Train steps and generation use synthetic tokens, so they need no data. The input pipeline reads the
+Train steps and generation use random tokens, so they need no data. The input pipeline reads the
 experiment's own data.
 """
 
@@ -32,29 +32,33 @@ from gptjax.model import flops, gpt
 from gptjax.train import run as run_lib
 
 PROMPT_TOKENS = 16
-# Timed runs unless the user gives a number. Batches of input take little time, so there are
-# more of them.
+# The default number of timed runs. A run is a train step, a call of `generate` or a batch of the
+# input pipeline. A batch takes little time, so more batches are timed.
 _STEPS: dict[str, int] = {BenchKind.TRAIN: 10, BenchKind.GENERATE: 10, BenchKind.INPUT: 100}
-# Runs that are not timed: the first ones are slower, because the system maps their memory.
+# The number of runs before the timed runs. The first runs are slower, because the system maps their
+# memory.
 _WARMUP: dict[str, int] = {BenchKind.TRAIN: 2, BenchKind.GENERATE: 1, BenchKind.INPUT: 8}
-# In place of a workdir: a tokenizer of an earlier run is not to be used.
+# A path that can hold no files, passed as the workdir. With a real workdir, the tokenizer of an
+# earlier run could be used.
 _NO_WORKDIR = os.devnull
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What to time, and how often."""
+    """The kind of run to time, and the number of runs."""
 
     what: str = BenchKind.TRAIN
+    """The kind of run: train, generate or input."""
     stage: str = Stage.PRETRAIN
+    """The stage of the experiment: pretrain or finetune."""
     steps: int = 0
-    """Timed runs (steps, calls or batches) after the warm-up. 0 means 10, and 100 for input."""
+    """Number of timed runs after the warm-up. 0 means 100 for `input`, and 10 for the rest."""
     max_new_tokens: int = 100
-    """New tokens in a call of `generate`."""
+    """Number of new tokens in a call of `generate`."""
     num_samples: int = 1
-    """Texts in a call of `generate`."""
+    """Number of texts in a call of `generate`."""
     profile: int = 0
-    """Steps or calls to trace with JAX's profiler, after the timed ones. 0 means none."""
+    """Number of runs that JAX's profiler traces after the timed runs. 0 means none."""
     profile_folder: str = ""
     """The folder of the trace."""
 
@@ -81,15 +85,15 @@ class Request:
 
 
 def run(experiment: Experiment, request: Request, output: str = "") -> dict[str, Any]:
-    """Times what the request asks for; prints and returns the report.
+    """Times the runs of a request, and prints and returns the report.
 
     Args:
-      experiment: the configuration. Only the request `input` opens the data that it names.
-      request: what to time.
-      output: a file that the report is written to as well; "" means none.
+      experiment: the configuration. The data that it names is opened only for `input`.
+      request: the kind and number of runs.
+      output: a file that the report is also written to; "" means none.
 
     Raises:
-      UserError: a configuration that does not fit this machine's devices, or wrong data.
+      UserError: the configuration does not suit this machine's devices, or the data is wrong.
     """
     measure: dict[str, Callable[[Experiment, Request], dict[str, Any]]] = {
         BenchKind.TRAIN: _train,
@@ -109,14 +113,21 @@ def run(experiment: Experiment, request: Request, output: str = "") -> dict[str,
 
 
 def sequence_length(spec: StepSpec) -> int:
-    """Returns the length of the sequences in a synthetic batch, the longest one possible."""
+    """Returns the number of tokens of each sequence in a synthetic batch.
+
+    It is the context length or, if that is less, the row length divided by the number of candidates
+    of an example.
+    """
     length = spec.batch.tokens.shape[1]
     candidates = 1 if spec.batch.extract is None else spec.batch.extract.shape[2]
     return min(spec.model.config.context_length, length // candidates)
 
 
 def synthetic_batch(spec: StepSpec) -> Batch:
-    """Returns a batch of random tokens with the shapes of `spec`, filled with examples."""
+    """Returns a batch with the shapes of `spec`, whose rows are filled with random tokens.
+
+    In fine-tuning, each row has as many examples as fit into the row and into the shapes.
+    """
     rng = np.random.default_rng(0)
     (rows, length), part = spec.batch.tokens.shape, sequence_length(spec)
     index, sequences, examples = np.arange(length), length // part, 0
@@ -148,10 +159,10 @@ def synthetic_batch(spec: StepSpec) -> Batch:
 
 
 def model_flops_per_token(spec: StepSpec) -> float:
-    """Returns the floating-point operations of training on one token, by `gptjax.model.flops`.
+    """Returns the floating-point operations of training on one token, from `gptjax.model.flops`.
 
-    Those of the task head are few and left out, and those of the LM head if the LM loss has no
-    weight.
+    The operations of the task head are few and are not counted. The operations of the LM head are
+    not counted if the weight of the LM loss is 0.
     """
     config = spec.model.config
     counted = flops.train_flops_per_token(config, sequence_length(spec))
@@ -162,10 +173,10 @@ def model_flops_per_token(spec: StepSpec) -> float:
 
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
-    """Switches JAX's persistent cache off, so that a compilation is timed, and not a file read."""
+    """Switches JAX's persistent cache off, so that compiling is timed and not reading a file."""
     kept = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX reads the setting once, unless the cache is reset
+    compilation_cache.reset_cache()  # JAX reads the setting again only after a reset
     try:
         yield
     finally:
@@ -183,7 +194,10 @@ def _compile(spec: StepSpec, mesh: Mesh) -> tuple[Callable[..., Any], float]:
 
 
 def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
-    """Returns the seconds of each timed run, from its call until its results are computed."""
+    """Calls `run_once` for warm-up and timed runs, and returns the seconds of each timed run.
+
+    The time ends when the results of the run have been computed.
+    """
     warmup = _WARMUP[request.what]
     runs = warmup + request.timed
     seconds = timeit.repeat(lambda: jax.block_until_ready(run_once()), number=1, repeat=runs)
@@ -191,7 +205,10 @@ def _times(run_once: Callable[[], Any], request: Request) -> np.ndarray:
 
 
 def _trace(run_once: Callable[[], Any], request: Request) -> None:
-    """Writes a trace of some more runs, if asked for one: tracing would slow the timed ones."""
+    """Writes a trace of further runs if the request asks for a trace.
+
+    The timed runs are not traced, because tracing would slow them down.
+    """
     if not request.profile:
         return
     with files.disk_errors(request.profile_folder), jax.profiler.trace(request.profile_folder):
@@ -202,7 +219,7 @@ def _trace(run_once: Callable[[], Any], request: Request) -> None:
 
 
 def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
-    """Times train steps, with the transfer of the batch to the devices."""
+    """Times train steps. The time of a step includes the transfer of the batch to the devices."""
     experiment = step_spec.validated(experiment, request.stage)
     mesh = mesh_lib.make_mesh(experiment.mesh)
     spec = step_spec.build(experiment, request.stage, mesh)
@@ -241,9 +258,18 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
 def _speed(
     seconds: np.ndarray, tokens: int, operations: float, spec: StepSpec, mesh: Mesh
 ) -> dict[str, Any]:
-    """Returns the speed by the median step, and its ratio to this machine's fastest products."""
+    """Returns the speed of the median step, and its ratio to the fastest matrix product.
+
+    Args:
+      seconds: the time of each step.
+      tokens: the number of tokens in a step.
+      operations: the floating-point operations of a step.
+      spec: the train step.
+      mesh: the devices.
+    """
     median, dtype = float(np.median(seconds)), spec.model.config.dtype
-    # Virtual CPU devices share the cores, and the products of one device use all of them.
+    # Virtual CPU devices share the cores. A matrix product on one of these devices uses all cores,
+    # so the measured speed is not multiplied by the number of devices.
     devices = 1 if mesh_lib.platform(mesh) == "cpu" else mesh.size
     ceiling = flops.matmul_ceiling(dtype) * devices
     return {
@@ -273,9 +299,10 @@ def _model(spec: StepSpec, mesh: Mesh) -> dict[str, Any]:
 
 
 def _peak_memory() -> dict[str, Any]:
-    """Returns the peak memory of the fullest device in bytes.
+    """Returns the peak memory in bytes of the device that used the most memory.
 
-    On devices without this figure it is the peak of this process; None if that is unknown too.
+    If the devices do not report this figure, it is the peak of this process. None means that this
+    peak is unknown too.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
@@ -290,9 +317,9 @@ def _peak_memory() -> dict[str, Any]:
 
 
 def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
-    """Times calls of `generate` on the first device, as a loaded checkpoint makes them."""
+    """Times calls of `generate` on the first device of this process."""
     stage = request.stage
-    if getattr(experiment, stage) is None:  # both stages have the same decoder
+    if getattr(experiment, stage) is None:  # the decoder of both stages is the same
         stage = next(name for name in step_spec.STAGES if name != stage)
     experiment = step_spec.validated(experiment, stage)
     mesh = mesh_lib.make_mesh(MeshConfig(), jax.local_devices()[:1])
@@ -329,7 +356,7 @@ def _generate(experiment: Experiment, request: Request) -> dict[str, Any]:
 
 
 def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
-    """Times the batches of the training loop, with no training beside them."""
+    """Times the input pipeline of the training loop, without training steps between the batches."""
     experiment = validation.validate(experiment)
     require(
         getattr(experiment, request.stage),
@@ -347,7 +374,8 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     batches = stage.batches.iterate(0, warmup + request.timed)
     first = next(batches)
     first_seconds = time.perf_counter() - begun
-    # The warm-up takes all batches that were prefetched: they would cost no time.
+    # The warm-up uses up the batches that were prefetched before the timed part begins. These
+    # batches would seem to take no time.
     for _ in range(warmup - 1):
         next(batches)
     begun, tokens = time.perf_counter(), 0

@@ -1,6 +1,6 @@
-"""Compiles the train step of an experiment for any machine, and reports what the step costs.
+"""Compiles the train step of an experiment for another machine, and reports the cost of the step.
 
-Neither an accelerator nor data is needed: state and batch are shapes without values.
+Neither an accelerator nor data is needed, because state and batch are shapes without values.
 """
 
 import contextlib
@@ -28,21 +28,22 @@ from gptjax.model import flops
 
 EXAMPLES = "v5e:4x4, 2xv5e:16x16 (two slices), v6e:2x2, v4:2x2x1, v5p:2x2x2, cpu:8"
 
-# Settings of libtpu. Without them it asks the metadata server of a cloud machine for its type, and
-# waits long where there is no such server.
+# Settings of libtpu, Google's library for TPUs. Without them libtpu asks the metadata server of a
+# cloud machine for the type of the machine, and waits long if there is no such server.
 _TPU_ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
-    # Nothing runs on the chips of this machine, so that a training may use them meanwhile.
+    # Other processes can load libtpu too. Nothing runs on the chips of this machine here, so a
+    # training run can use them at the same time.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 _MOST_CPUS = 1024
 _MOST_SLICES = 64
-# Uses of memory in the report, and their names in XLA's buffer assignment.
+# Name of a use of memory in the report -> its name in the statistics of a compiled program.
 _MEMORY = {
     "arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp",
     "code": "generated_code",
@@ -57,34 +58,37 @@ class Target:
     topology: str
     devices: list[Any]
     chip: hardware.Chip | None
-    """Published figures of the devices; None for a CPU."""
+    """The published figures of the devices; None means a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CompileResult:
-    """The compiled step, or the compiler's message that it needs too much memory."""
+    """The compiled step, or the compiler's message that the step needs too much memory."""
 
     compiled: jax.stages.Compiled | None
+    """The compiled step; None means that the compiler rejected the step."""
     seconds: float
-    """Time of tracing and compilation."""
+    """Seconds of tracing and compilation."""
     peak_buffers: dict[str, Any] | None
     """The buffers in memory at the peak, from `peak_memory.largest`."""
     refusal: str
+    """The first line of the compiler's message; "" means that the compiler accepted the step."""
 
 
 def run(
     experiment: schema.Experiment, topology: str, stage: str, output: str = ""
 ) -> dict[str, Any]:
-    """Compiles the train step of a stage for a topology; prints and returns the report.
+    """Compiles the train step of a stage for a topology, and prints and returns the report.
 
     Args:
       experiment: the configuration. The data that it names is not opened.
-      topology: "v5e:4x4", "2xv5e:4x4" (two slices), "cpu:8", ...
+      topology: the machine, such as "v5e:4x4", "2xv5e:4x4" (two slices) or "cpu:8".
       stage: pretrain or finetune.
-      output: a file that the report is written to as well; "" means none.
+      output: a file that the report is also written to; "" means none.
 
     Raises:
-      UserError: an unknown topology, no libtpu, or a configuration that does not suit the devices.
+      UserError: the topology is unknown, libtpu is missing, or the configuration does not suit the
+        devices.
     """
     experiment = step_spec.validated(experiment, stage)
     found = report(experiment, target_of(topology), stage)
@@ -95,7 +99,13 @@ def run(
 
 
 def report(experiment: schema.Experiment, target: Target, stage: str) -> dict[str, Any]:
-    """Returns the report of the train step of a stage; the experiment comes from `validated`."""
+    """Compiles the train step of a stage and returns the report.
+
+    Args:
+      experiment: an experiment that `step_spec.validated` returned.
+      target: the machine to compile for.
+      stage: pretrain or finetune.
+    """
     mesh = mesh_lib.make_mesh(experiment.mesh, target.devices)
     spec = step_spec.build(experiment, stage, mesh)
     rows, length = spec.batch.tokens.shape
@@ -124,8 +134,8 @@ def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
     """Returns the main facts of a report as lines of text.
 
     Args:
-      found: from `report`.
-      lines: number of the largest buffers, and of the collectives, that are listed.
+      found: the result of `report`.
+      lines: the largest number of buffers, and of collectives, that are listed.
     """
     peak = found["peak_memory_bytes_per_device"]
     fits = {True: "fits", False: "does not fit", None: "of a CPU"}[found["fits"]]
@@ -148,14 +158,14 @@ def summary(found: dict[str, Any], lines: int = 8) -> list[str]:
 
 
 def target_of(topology: str) -> Target:
-    """Returns the machine of a topology.
+    """Returns the machine that a topology names.
 
     Raises:
-      UserError: libtpu is missing, or does not know the topology.
+      UserError: the topology is unknown, or libtpu is missing.
     """
     many, kind, sizes = re.findall(r"^(?:(\d+)x)?([^:]*):?(.*)", topology)[0]
     wanted = f"`topology`={topology}: must be like {EXAMPLES}"
-    # JAX may not take the accelerators of this machine: others may use them.
+    # JAX must not take the accelerators of this machine, because other programs might use them.
     jax.config.update("jax_platforms", "cpu")
     if kind == "cpu" and not many:
         require(sizes.isdecimal() and 0 < int(sizes) <= _MOST_CPUS, wanted)
@@ -177,22 +187,25 @@ def target_of(topology: str) -> Target:
         os.environ.setdefault(name, value)
     from jax.experimental import topologies
 
-    # In a slice of 2 x 2 chips or more, each host has 2 x 2. A smaller slice is part of one host.
+    # In a slice of 2 x 2 chips or more, each host has 2 x 2 chips. A smaller slice belongs to one
+    # host.
     bounds = [min(2, int(size)) for size in sizes.split("x")[:2]] + [1]
     options: dict[str, Any] = {"chips_per_host_bounds": bounds}
     if slices > 1:
         options["num_slices"] = slices
     if kind == "v4":
-        options["chip_config_name"] = "megacore"  # one device for the two cores of a chip
+        options["chip_config_name"] = "megacore"  # the two cores of a chip are one device
     try:
         found = topologies.get_topology_desc(f"{kind}:{sizes}", "tpu", **options)
-    except Exception as error:  # JaxRuntimeError, and any error of a broken libtpu
+    # Catches every exception, because a broken libtpu can raise other errors than JaxRuntimeError.
+    except Exception as error:
         raise UserError(f"{wanted} ({brief(error)})") from error
     return Target(topology, found.devices, hardware.CHIPS[kind])
 
 
 def _cpus(count: int) -> list[Any]:
-    with contextlib.suppress(RuntimeError):  # the number is fixed once JAX has started
+    # JAX raises RuntimeError if it has already started, because the number is then fixed.
+    with contextlib.suppress(RuntimeError):
         jax.config.update("jax_num_cpu_devices", count)
     devices = jax.devices("cpu")[:count]
     require(len(devices) == count, f"`topology`=cpu:{count}: JAX runs with {len(devices)} devices")
@@ -222,7 +235,8 @@ def _costs(
     largest = result.peak_buffers or {"bytes": None, "largest": None}
     costs = {"model_flops_per_device": model_flops, "largest_buffers": largest["largest"]}
     if result.compiled is None:
-        # Without a program there are the size of the arguments and the compiler's message alone.
+        # Without a program, only the size of the arguments, the compiler's message and the buffers
+        # at the peak are known.
         arguments = _bytes_per_device((state_like, spec.batch))
         refused = {
             "peak_memory_bytes_per_device": largest["bytes"]
@@ -249,7 +263,7 @@ def _costs(
         "flops_per_device": found,
         "bytes_per_device": traffic,
         "loops_counted_once": module.unknown_loops(),
-        "xla_cost_analysis": {  # XLA's own sums count the body of a loop once
+        "xla_cost_analysis": {  # XLA's own sums count the body of a loop only once
             "flops_loops_once": analysis.get("flops"),
             "bytes_loops_once": analysis.get("bytes accessed"),
         },
@@ -262,9 +276,9 @@ def _costs(
     }
 
 
-# Entries of the report that are None for a CPU.
+# The entries of the report that are None for a CPU.
 _ESTIMATED = ("step_seconds", "tokens_per_second", "mfu")
-# Entries of the report that are None if the compiler refused the program.
+# The entries of the report that are None if the compiler rejected the program.
 _PROGRAM_FIGURES = (
     "flops_per_device", "bytes_per_device", "collectives", "communication", *_ESTIMATED,
 )  # fmt: skip
@@ -273,7 +287,7 @@ _PROGRAM_FIGURES = (
 def _estimate(
     chip: hardware.Chip, roof: hardware.Roofline, model_flops: float, tokens: int
 ) -> dict[str, Any]:
-    """Returns step time, speed and MFU by the roofline."""
+    """Returns step time, speed and MFU (model FLOPs utilisation), computed with the roofline."""
     return {
         "step_seconds": roof.step_seconds,
         "tokens_per_second": tokens / roof.step_seconds,
@@ -288,7 +302,7 @@ def _estimate(
 
 
 def _bytes_per_device(tree: Any) -> int:
-    """Returns the bytes that one device has of a tree of sharded arrays."""
+    """Returns the bytes that a tree of sharded arrays occupies on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -296,11 +310,17 @@ def _bytes_per_device(tree: Any) -> int:
 
 
 def _bytes_required(refusal: str, arguments: int) -> int | None:
-    """Returns the bytes that a refused program needs, read from libtpu's message; None if unknown.
+    """Returns the bytes that a rejected program needs, read from libtpu's message.
+
+    The message has one of two forms. The number after "Used " includes the arguments of the
+    program. The number after "temporaries (" does not, so the arguments are added.
 
     Args:
-      refusal: the message, which has one of two forms.
-      arguments: bytes of the arguments, which one of the forms does not include.
+      refusal: the message.
+      arguments: bytes of the arguments.
+
+    Returns:
+      The bytes, or None if the message has neither form.
 
     >>> _bytes_required("the total memory required for HLO temporaries (1.50G) exceeds", 2**30)
     2684354560

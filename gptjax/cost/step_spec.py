@@ -1,7 +1,7 @@
-"""The train step of an experiment, with shapes in place of arrays, for modes `compile` and `bench`.
+"""Builds the train step of an experiment from shapes, without data, for the modules of `cost`.
 
-No data is read. Facts that a training finds in its data, such as the number of classes, are
-assumed, and the report lists them.
+Facts that a training run finds in its data, such as the number of classes, are assumed here, and
+the report lists these assumptions.
 """
 
 import dataclasses
@@ -28,27 +28,34 @@ from gptjax.train import step as step_lib
 from gptjax.train.optimizer import Optimizer
 
 STAGES = (Stage.PRETRAIN, Stage.FINETUNE)
-"""The stages that differ in their train step."""
+"""The stages that have different train steps."""
 
-# Number of entries in the authors' encoder_bpe_40000.json.
+# The number of entries in encoder_bpe_40000.json of OpenAI's finetune-transformer-lm.
 _GPT1_VOCABULARY = 40478
 
 
 @dataclasses.dataclass(frozen=True)
 class StepSpec:
-    """All that decides the program of a train step."""
+    """The objects that determine the program of a train step."""
 
     model: gpt.GPT
     objective: Objective
     optimizer: Optimizer
     batch: Batch
-    """A batch of `jax.ShapeDtypeStruct`."""
+    """A batch whose arrays are `jax.ShapeDtypeStruct`."""
     assumed: dict[str, str]
-    """Name of a fact that only the data could tell -> the assumption."""
+    """Name of a fact that a training run might find in its data -> the value or the source that is
+    assumed here."""
 
 
 def validated(experiment: Experiment, stage: str) -> Experiment:
-    """Returns a checked copy of the experiment with this stage alone; its data may be missing."""
+    """Returns a validated copy of the experiment that has only this stage.
+
+    The stage does not have to name any data. If it names none, the copy has a placeholder.
+
+    Raises:
+      UserError: the experiment lacks the stage, or the configuration is wrong.
+    """
     config = getattr(experiment, stage)
     require(config, f"`stage`={stage}: the experiment has no {stage} part")
     files = config.train_files if stage == Stage.PRETRAIN else config.train_file
@@ -63,10 +70,10 @@ def validated(experiment: Experiment, stage: str) -> Experiment:
 
 
 def vocabulary(experiment: Experiment) -> tuple[int, str]:
-    """Returns the vocabulary size that a training would have, and the source of this number.
+    """Returns the vocabulary size that a training run would have, and the source of this number.
 
     Raises:
-      UserError: it depends on the text, as for a tokenizer of characters.
+      UserError: the size depends on the training text, because the tokenizer is one of characters.
     """
     config, special = experiment.tokenizer, len(tokenizer.SPECIALS)
     if experiment.model.vocab_size:
@@ -83,7 +90,13 @@ def vocabulary(experiment: Experiment) -> tuple[int, str]:
 
 
 def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
-    """Returns the step of a stage; the experiment comes from `validated`."""
+    """Returns the train step of a stage.
+
+    Args:
+      experiment: an experiment that `validated` returned.
+      stage: pretrain or finetune.
+      mesh: the devices.
+    """
     config, model, assumed = getattr(experiment, stage), experiment.model, {}
     if experiment.init_from:
         model = load.open_checkpoint(experiment.init_from, "init_from").meta.with_sizes(model)
@@ -97,7 +110,8 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
     else:
         task, batch = _task_and_batch(config, model, mesh, assumed)
         objective = Objective(task.kind, config.lm_weight, config.task_weight)
-    # A constant in the schedule: any number above the warm-up compiles to the same program.
+    # The number of updates is only a constant in the learning rate schedule. Every number above the
+    # warm-up compiles to the same program.
     steps = config.steps or 2 * config.optimizer.warmup_steps + 1000
     optimizer = Optimizer(config.optimizer, steps, f"{stage}.optimizer")
     return StepSpec(gpt.make_model(model, task, mesh), objective, optimizer, batch, assumed)
@@ -106,7 +120,10 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
 def _task_and_batch(
     config: schema.FinetuneConfig, model: ModelConfig, mesh: Mesh, assumed: dict[str, str]
 ) -> tuple[schema.TaskSpec, Batch]:
-    """Returns the task of a fine-tuning, and the largest batch that the configuration allows."""
+    """Returns the task of a fine-tuning run, and the largest batch that the configuration allows.
+
+    Adds the assumptions about labels and batch to `assumed`.
+    """
     task = splits.task_spec(config)
     if task.kind.has_classes:
         task = dataclasses.replace(task, labels=("no", "yes"))
@@ -121,7 +138,7 @@ def _task_and_batch(
         f"a row of {length} tokens for each of {config.batch_size} examples: as if all were as "
         "long as they may be; packing makes fewer rows of shorter ones"
     )
-    # `packing.Packer` makes such rows where one example fills a row.
+    # This is the shape of the batches that `packing.Packer` makes if each example fills a row.
     examples = (rows, min(config.batch_size, 4), candidates)
     labels = np.float32 if task.kind is TaskKind.REGRESSION else np.int32
     return task, _abstract_batch((rows, length), mesh, examples, labels)
@@ -130,13 +147,14 @@ def _task_and_batch(
 def _abstract_batch(
     shape: tuple[int, int], mesh: Mesh, examples: tuple[int, ...] = (), labels: Any = np.int32
 ) -> Batch:
-    """Returns a batch of shapes, its rows divided over the mesh.
+    """Returns a batch of shapes whose rows are sharded over the mesh.
 
     Args:
-      shape: (B, T).
+      shape: (B, T), the number of rows and the row length in tokens.
       mesh: the devices.
-      examples: (B, E, C); (): the batch has none, as in pretraining.
-      labels: the type of the labels.
+      examples: (B, E, C), where E is the largest number of examples in a row and C is the number of
+        candidates of an example. () means that the batch has no examples, as in pretraining.
+      labels: the dtype of the labels.
     """
     place = mesh_lib.batch_sharding(mesh)
 
@@ -156,7 +174,7 @@ def _abstract_batch(
 
 
 def abstract_state(spec: StepSpec, mesh: Mesh) -> Any:
-    """Returns the shapes and shardings of the training state, a `TrainState`."""
+    """Returns a `TrainState` that has shapes and shardings in place of arrays."""
     make = step_lib.initial_state(spec.model, spec.optimizer)
     return state.abstract(make, mesh, jax.eval_shape(lambda: jax.random.key(0)))
 
@@ -168,12 +186,12 @@ def new_state(spec: StepSpec, mesh: Mesh) -> state.TrainState:
 
 
 def lower(spec: StepSpec, mesh: Mesh, state_like: Any) -> jax.stages.Lowered:
-    """Returns the traced train step, a function of (state, batch, seed).
+    """Returns the traced and lowered train step, a function of (state, batch, seed).
 
     Args:
-      spec: from `build`.
-      mesh: the mesh that `build` got.
-      state_like: from `abstract_state`.
+      spec: a step that `build` returned.
+      mesh: the mesh that was passed to `build`.
+      state_like: the shapes that `abstract_state` returned.
     """
     step = step_lib.jit_train_step(mesh, spec.model, spec.objective, spec.optimizer)
     seed = jax.ShapeDtypeStruct((), np.uint32)

@@ -1,7 +1,7 @@
 """Compiles the train step with several batch sizes, meshes and kinds of remat, and ranks them.
 
-The ranking is an estimate from the compiled programs (see `cost.compile`). No accelerator is
-needed.
+Remat (rematerialisation) computes activations again in the backward pass, which saves memory. The
+ranking is an estimate from the compiled programs, and no accelerator is needed.
 """
 
 import dataclasses
@@ -18,21 +18,21 @@ from gptjax.errors import UserError, brief, require
 from gptjax.io import console
 
 Sizes = tuple[int, ...]
-"""Sizes of data, fsdp and tensor."""
+"""The sizes of the mesh axes data, fsdp and tensor."""
 BATCHES = (1, 2, 4)
-"""Multiples of the experiment's own batch size."""
+"""The multiples of the experiment's own batch size that are tried."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A batch size, a mesh and a kind of remat to compile."""
+    """A batch size, a mesh and a kind of remat with which the step is compiled."""
 
     batch_size: int
     mesh: Sizes
     remat: str
 
     def needs_less(self, other: "Choice") -> bool:
-        """Returns whether it differs from `other` in a smaller batch alone."""
+        """Returns whether its batch is smaller than that of `other`, and the rest is the same."""
         same = (self.mesh, self.remat) == (other.mesh, other.remat)
         return same and self.batch_size < other.batch_size
 
@@ -45,14 +45,16 @@ class Choice:
 
 
 def meshes(given: Sizes, devices: int, slices: int = 1) -> list[Sizes]:
-    """Returns the experiment's own mesh and others of the same number of devices, simplest first.
+    """Returns the meshes to compare: the experiment's own mesh, then a selection of other meshes.
 
-    With several slices, the axes fsdp and tensor stay within a slice.
+    The selection has data parallelism alone, fsdp over all chips of a slice, fsdp over 8 chips (if
+    a slice has 16 or more chips, in a multiple of 8), and tensor over 2 chips with fsdp over the
+    other chips of a slice. In these meshes, fsdp and tensor stay within a slice.
 
     Args:
-      given: its own sizes; data may be -1, for all devices left.
-      devices: their number.
-      slices: number of slices that the devices belong to.
+      given: sizes of the experiment's own mesh. It is returned as it is.
+      devices: the number of devices.
+      slices: the number of slices that the devices belong to.
 
     >>> meshes((1, 4, 1), 4)
     [(1, 4, 1), (4, 1, 1), (1, 2, 2)]
@@ -71,9 +73,16 @@ def meshes(given: Sizes, devices: int, slices: int = 1) -> list[Sizes]:
 
 
 def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -> Iterator[Choice]:
-    """Yields the choices in the order of their compilation: small batches first.
+    """Yields the choices in the order in which they are compiled, small batches first.
 
-    A batch size is rounded up to a multiple of devices times accumulation.
+    A batch size is rounded up to a multiple of the number of devices times the number of
+    accumulation steps.
+
+    Args:
+      experiment: the configuration to start from.
+      stage: pretrain or finetune.
+      devices: the number of devices.
+      slices: the number of slices that the devices belong to.
     """
     config = getattr(experiment, stage)
     sizes: Sizes = dataclasses.astuple(experiment.mesh)
@@ -88,7 +97,7 @@ def choices(experiment: Experiment, stage: str, devices: int, slices: int = 1) -
 
 
 def with_choice(experiment: Experiment, stage: str, choice: Choice) -> Experiment:
-    """Returns a validated copy of the experiment with the fields of a choice."""
+    """Returns a validated copy of the experiment with the fields of a choice set."""
     config = dataclasses.replace(getattr(experiment, stage), batch_size=choice.batch_size)
     copy = dataclasses.replace(
         experiment,
@@ -102,17 +111,18 @@ def with_choice(experiment: Experiment, stage: str, choice: Choice) -> Experimen
 def run(
     experiment: Experiment, topology: str, stage: str, limit: int, output: str = ""
 ) -> dict[str, Any]:
-    """Compiles choices for a topology; prints a table on stderr and the ranking as JSON.
+    """Compiles choices for a topology. Prints a table on stderr and the ranking as JSON.
 
     Args:
       experiment: the configuration to start from.
-      topology: a topology of TPUs. A CPU has no published figures to rank by.
+      topology: a topology of TPUs, such as "v5e:4x4". A CPU has no published figures to rank by.
       stage: pretrain or finetune.
       limit: the largest number of compilations.
-      output: a file that the report is written to as well; "" means none.
+      output: a file that the report is also written to; "" means none.
 
     Raises:
-      UserError: as in `compile.run`, for a topology of CPUs, or for a limit below 1.
+      UserError: the topology is unknown or has CPUs, libtpu is missing, the configuration does not
+        suit the devices, or the limit is below 1.
     """
     require(limit > 0, f"`sweep_limit`={limit}: must be at least 1")
     experiment = step_spec.validated(experiment, stage)
@@ -147,8 +157,8 @@ def _try_all(
 ) -> tuple[list[dict[str, Any]], int]:
     """Returns the entries of the choices, and the number of compilations.
 
-    A choice is not compiled if one with a smaller batch needs too much memory already, or after
-    `limit` compilations; the latter have no entry.
+    A choice is not compiled if the same choice with a smaller batch already needs too much memory.
+    Its entry then says so. After `limit` compilations, the other choices have no entry.
     """
     tried: list[tuple[Choice, dict[str, Any]]] = []
     compiled = 0
@@ -186,24 +196,24 @@ def _not_fitting(choice: Choice, reason: str) -> dict[str, Any]:
 def _try(
     experiment: Experiment, target: compile.Target, stage: str, choice: Choice
 ) -> dict[str, Any]:
-    """Returns the entry of a choice: its costs, or why it is impossible."""
+    """Compiles a choice, and returns an entry with its costs or with the reason of the failure."""
     try:
         found = compile.report(with_choice(experiment, stage, choice), target, stage)
-    except UserError as error:  # for example heads that a mesh does not divide
+    except UserError as error:  # for example, the mesh does not divide the number of heads
         return _not_fitting(choice, str(error))
-    except jax.errors.JaxRuntimeError as error:  # the compiler fails, for reasons of its own
+    except jax.errors.JaxRuntimeError as error:  # the compiler fails for another reason
         return _not_fitting(choice, brief(error))
     entry = _not_fitting(choice, found.get("refused", ""))
     return entry | {name: found[name] for name in entry if name in found and name != "mesh"}
 
 
 def rank(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the entries by tokens per second; those that do not fit come last."""
+    """Returns the entries sorted by tokens per second; entries that do not fit come last."""
     return sorted(entries, key=lambda e: (not e["fits"], -(e["tokens_per_second"] or 0)))
 
 
 def table(found: dict[str, Any]) -> list[str]:
-    """Returns the ranking as lines of text."""
+    """Returns the ranking of a report as lines of text."""
     lines = ["    batch  data x fsdp x tensor  remat  GiB/device  step ms     tokens/s  MFU"]
     for entry in found["ranking"]:
         mesh = " x ".join(str(size) for size in entry["mesh"].values())

@@ -1,1 +1,1 @@
-"""The results of a run as plots and a table."""
+"""Shows the results of a run as plots and as a table."""

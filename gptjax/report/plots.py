@@ -1,4 +1,7 @@
-"""The plots of a run, drawn from its metrics.jsonl."""
+"""Draws the plots of a run from the metrics.jsonl of its workdir.
+
+A probe is a task on which the model is scored during pretraining, without fine-tuning (zero-shot).
+"""
 
 import os
 from collections.abc import Callable, Sequence
@@ -14,14 +17,19 @@ from gptjax.io.remote import PathLike
 from gptjax.train.log import read
 
 Records = Sequence[dict[str, Any]]
-"""Records of metrics.jsonl."""
+"""The records of metrics.jsonl."""
 
 
 def draw_plots(workdir: PathLike) -> list[str]:
-    """Draws ``plots/loss.png`` and, if there are any, ``score.png`` and ``probes.png``.
+    """Draws the files ``loss.png``, ``score.png`` and ``probes.png`` in the folder ``plots``.
+
+    A file is drawn only if the run has such values.
+
+    Args:
+      workdir: folder of the run.
 
     Returns:
-      The paths of the files.
+      The paths of the files that were drawn.
     """
     records = sorted(read(workdir), key=lambda r: r["step"])
     stages = [s for s in Stage if any(r["stage"] == s and "loss" in r for r in records)]
@@ -39,8 +47,14 @@ def draw_plots(workdir: PathLike) -> list[str]:
 
 
 def _draw(panels: Sequence[str], draw: Callable[..., None], records: Records) -> bytes:
-    """Returns a PNG with a panel for each name; `draw(axis, name, records)` draws one."""
-    # Not pyplot, which keeps figures for ever and may look for a display.
+    """Returns a PNG with one panel for each name in `panels`.
+
+    Args:
+      panels: names of the panels.
+      draw: a function that draws one panel, called as draw(axis, name, records).
+      records: the records of metrics.jsonl.
+    """
+    # pyplot is not used, because it never frees its figures and might look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 5 * len(panels), 4.5), layout="constrained")
@@ -54,16 +68,19 @@ def _draw(panels: Sequence[str], draw: Callable[..., None], records: Records) ->
 
 
 def _series(records: Records, stage: str, split: str, name: str) -> np.ndarray:
-    """Returns [2, N] steps and values; a null in the records is NaN, a gap in the line."""
+    """Returns an array [2, N] of the steps and the values of a metric.
+
+    A null in the records becomes NaN, which is a gap in the plotted line.
+    """
     chosen = [r for r in records if r["stage"] == stage and r["split"] == split and name in r]
     return np.array([[r["step"] for r in chosen], [r[name] for r in chosen]], np.float64)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Returns the means of a window centred on each value; NaN does not count.
+    """Returns the moving average of the values. NaN values are left out of the means.
 
-    The window is a tenth of the values wide. It is narrower at the start, where a loss falls
-    steeply, and is cut off at the end.
+    The window is centred on each value, and its width is a tenth of the number of values. The
+    window is narrower at the start, because a loss falls steeply there, and is cut off at the end.
     """
     place, known = np.arange(values.size), np.isfinite(values)
     half = np.minimum(values.size // 20, place)
@@ -74,7 +91,7 @@ def _smooth(values: np.ndarray) -> np.ndarray:
 
 
 def _draw_loss(axis: Any, stage: str, records: Records) -> None:
-    """Draws the training and validation loss of a stage."""
+    """Draws the training loss and the validation loss of a stage."""
     steps, train = _series(records, stage, "train", "loss")
     raw = {"color": "C0", "linewidth": 0.8, "alpha": 0.5, "marker": "." if steps.size < 20 else ""}
     axis.plot(steps, train, label="train", **raw)
@@ -88,7 +105,7 @@ def _draw_loss(axis: Any, stage: str, records: Records) -> None:
 
 
 def _draw_score(axis: Any, name: str, records: Records) -> None:
-    """Draws a metric of all fine-tuning stages."""
+    """Draws a validation metric, with a line for each fine-tuning stage."""
     scale, unit = plot_scale(name)
     for stage in (Stage.FINETUNE, Stage.FINETUNE_FROM_SCRATCH):
         steps, values = _series(records, stage, "validation", name)
@@ -99,7 +116,13 @@ def _draw_score(axis: Any, name: str, records: Records) -> None:
 
 
 def _draw_probe(axis: Any, name: str, records: Records) -> None:
-    """Draws the score "probe_NAME_METRIC" and that of the constant answer."""
+    """Draws a score of a probe, and the score of its baseline, which is a constant answer.
+
+    Args:
+      axis: the panel.
+      name: the name of the score in the records, probe_NAME_METRIC.
+      records: the records of metrics.jsonl.
+    """
     probe, _, metric = name.rpartition("_")
     scale, unit = plot_scale(metric)
     steps, values = _series(records, Stage.PRETRAIN, "validation", name)

@@ -1,1 +1,1 @@
-"""Reads programs that XLA has compiled: operations, communication, memory."""
+"""Reads compiled XLA programs: their operations, communication and memory."""

@@ -1,14 +1,21 @@
-"""The communication of a compiled program: what it sends, its least time, and its overlap.
+"""The communication of a compiled program: its bytes, its least time, its overlap with computation.
 
-A collective overlaps computation if the program starts it, computes, and then waits for it. There
-are two forms: a pair of instructions (`all-gather-start`, `all-gather-done`), and on a TPU a fusion
-that starts the collective (`AsyncCollectiveStart`), fusions that each transfer a piece of it beside
-computing, and one that ends it. During any other collective the device waits.
+A collective is an operation in which several devices exchange data, such as an all-reduce. A
+collective overlaps computation if the program starts the collective, computes, and then waits for
+the result. Such a collective has one of two forms:
 
-Between TPU slices, a program sends to its host and receives from it (`send`, `recv`). An attribute
-of these instructions tells the hosts the operation, such as an all-reduce. Here it counts as one
-collective, `dcn-all-reduce`. The collectives within a slice before and after it are separate
-instructions.
+- a pair of instructions, such as `all-gather-start` and `all-gather-done`;
+- on a TPU, several fusions. The first fusion starts the collective (`AsyncCollectiveStart`). Each
+  of the following fusions computes and transfers a piece of the data at the same time. The last
+  fusion ends the collective (`AsyncCollectiveDone`).
+
+During any other collective the device waits.
+
+To exchange data with another TPU slice (a group of chips joined by fast links), a device sends data
+to its host and receives data from its host (`send`, `recv`). An attribute of these instructions
+names the operation of the hosts, such as an all-reduce. This module counts such a pair as one
+collective, `dcn-all-reduce`. The collectives within a slice before and after this exchange are
+separate instructions.
 """
 
 import dataclasses
@@ -24,7 +31,7 @@ from gptjax.cost.hlo import flops
 from gptjax.cost.hlo.parse import Computation, Instruction, Module
 
 DCN = "dcn-"
-"""Prefix of the kind of a collective between slices, over the data-centre network."""
+"""The prefix of the kind of a collective between slices, over the data-centre network (DCN)."""
 
 _TRANSFER = {
     "ALL_REDUCE": "all-reduce", "ALL_GATHER": "all-gather", "REDUCE_SCATTER": "reduce-scatter",
@@ -32,7 +39,7 @@ _TRANSFER = {
 }  # fmt: skip
 _MEMBERS = "_xla_megascale_target"
 _START, _DONE = "AsyncCollectiveStart", "AsyncCollectiveDone"
-# Instructions that take no computing time, so that no communication overlaps them.
+# These instructions take no computing time, so they cannot hide any communication.
 _IDLE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id",
     "replica-id", "opt-barrier", "copy-start", "copy-done", "slice-start", "slice-done",
@@ -42,19 +49,21 @@ _IDLE = (
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """A collective of a computation, and the instructions between its start and its end."""
+    """A collective, and the instructions between its start and its end."""
 
     instruction: Instruction
     kind: str
     bytes: int
-    """Size of a device's input, or of its output in an all-gather."""
+    """Bytes of a device's input. For an all-gather, bytes of a device's output."""
     times: int
-    """Executions in a step."""
+    """Number of executions in a step."""
     computation: str
+    """Name of the computation that holds the collective."""
     window: range
-    """Indices of the instructions between start and end; empty if the device waits."""
+    """Indices of the instructions between the start and the end of the collective. The range is
+    empty if the device waits."""
     overlaps: bool
-    """Whether some of these instructions compute."""
+    """Whether an instruction in the window computes."""
 
 
 def _kind(each: Instruction) -> str:
@@ -66,13 +75,13 @@ def _kind(each: Instruction) -> str:
 
 
 def _attribute(each: Instruction, name: str) -> str:
-    """Returns the text of an attribute, which is `name="..."` or `name={{...}}`."""
+    """Returns the value of an attribute, which is written `name="..."` or `name={{...}}`."""
     braces = r"\{(?:[^{}]|\{[^{}]*\})*\}"
     return each.find(rf'\b{name}="([^"]*)"') or each.find(rf"\b{name}=({braces})")
 
 
 def find(module: Module) -> list[Collective]:
-    """Returns the collectives of a step."""
+    """Returns all collectives of a step."""
     return list(_walk(module, module.entry, 1))
 
 
@@ -94,14 +103,15 @@ def _walk(module: Module, name: str, times: int) -> Iterator[Collective]:
 def _begun(
     module: Module, computation: Computation, order: list[Instruction], place: int
 ) -> tuple[Instruction, Computation, int] | None:
-    """Returns the collective that instruction number `place` begins; None if it begins none.
+    """Finds the collective that the instruction `order[place]` starts.
 
     Returns:
-      The collective, the computation that it is in, and the index of the instruction that ends it.
+      The collective, the computation that holds the collective, and the index at which the window
+      of the collective ends. None means that the instruction starts no collective.
     """
     each = order[place]
     if kind := _kind(each):
-        # An exchange with other slices ends when the `recv` does.
+        # An exchange with other slices ends when its `recv` ends.
         start = order.index(_matching_recv(order, each)) if kind.startswith(DCN) else place
         return each, computation, _end(order, start)
     if each.opcode in ("fusion", "async-start"):
@@ -118,15 +128,17 @@ def _target(inside: Computation, target: str) -> bool:
 
 
 def _fused(module: Module, each: Instruction) -> tuple[Computation, Instruction | None]:
-    """Returns the computation of a fusion, and the collective in it."""
+    """Returns the computation that an instruction calls, and the first collective in it, if any."""
     inside = module.computations[each.called("calls")[0]]
     return inside, next((inner for inner in inside.values() if _kind(inner)), None)
 
 
 def _end(order: list[Instruction], start: int) -> int:
-    """Returns the index of the instruction that ends an asynchronous one: it takes its result.
+    """Returns the index of the instruction that ends the asynchronous instruction `order[start]`.
 
-    For an instruction that is not asynchronous it is the next one.
+    This is the first later `-done` or `-update` instruction that has the result of `order[start]`
+    as an operand. If there is none, the instruction is not asynchronous, and the index is
+    start + 1.
     """
     name = order[start].name
     ends = ("-done", "-update")
@@ -136,20 +148,30 @@ def _end(order: list[Instruction], start: int) -> int:
 
 
 def _matching_recv(order: Iterable[Instruction], send: Instruction) -> Instruction:
-    """Returns the `recv` that belongs to a `send`."""
+    """Returns the `recv` with the same rendezvous name as a `send`."""
     name = _attribute(send, "_xla_host_transfer_rendezvous")
     return next(each for each in order if each.opcode == "recv"
                 and _attribute(each, "_xla_host_transfer_rendezvous") == name)  # fmt: skip
 
 
 def _last_piece(module: Module, order: list[Instruction], start: int, first: Instruction) -> int:
-    """Returns the index of the last fusion with a piece of a collective, by the shared channel."""
+    """Returns the index at which the window of a collective ends that runs in several fusions.
+
+    All fusions of the collective have the same channel id.
+
+    Args:
+      module: the program.
+      order: the instructions of the computation.
+      start: index of the fusion that starts the collective.
+      first: the collective inside that fusion.
+    """
     channel, last = first.find(r"(channel_id=\d+)\b"), start + 1
     for place in range(start + 1, len(order)):
         if channel and order[place].opcode == "fusion":
             inside, piece = _fused(module, order[place])
             if piece is not None and f"{channel}," in f"{piece.attributes},":
-                # The fusion that ends it computes nothing; one with a piece does compute.
+                # The fusion that ends the collective computes nothing, so the window excludes it.
+                # A fusion that transfers a piece also computes, so the window includes it.
                 last = place + (not _target(inside, _DONE))
     return last
 
@@ -170,7 +192,7 @@ def _size(each: Instruction, computation: Computation) -> int:
 
 
 def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
-    """Returns kind -> {"count", "bytes"} of a step on one device."""
+    """Returns a mapping of each kind to {"count", "bytes"}, for one step on one device."""
     sums: dict[str, dict[str, int]] = {}
     for each in found:
         entry = sums.setdefault(each.kind, {"count": 0, "bytes": 0})
@@ -180,7 +202,9 @@ def totals(found: Sequence[Collective]) -> dict[str, dict[str, int]]:
 
 
 def group(attributes: str) -> tuple[int, ...]:
-    """Returns the first group of devices in the attributes of a collective; () means all devices.
+    """Returns the device ids of the first group of a collective, read from its attributes.
+
+    () means that the attributes name no group, so all devices form one group.
 
     >>> group("replica_groups={{0,2},{1,3}}")
     (0, 2)
@@ -212,7 +236,7 @@ def group(attributes: str) -> tuple[int, ...]:
 
 
 def slices(target: str) -> int:
-    """Returns the number of slices of a group, from the text of `_xla_megascale_target`.
+    """Returns the number of slices that exchange data, read from `_xla_megascale_target`.
 
     >>> slices("{1,2,3,4}x{0:3}"), slices("{{100000,300000},{100001,300001}}")
     (4, 2)
@@ -224,12 +248,12 @@ def slices(target: str) -> int:
 
 
 def seconds(each: Collective, devices: Sequence[Any], chip: hardware.Chip) -> float:
-    """Returns the least time of one execution of a collective, by `gptjax.cost.hardware`.
+    """Returns the least time of one execution of a collective, computed with `hardware`.
 
     Args:
       each: the collective.
-      devices: the devices of a slice, in the program's order.
-      chip: the kind of the devices.
+      devices: the devices of one slice, in the order of their ids in the program.
+      chip: the published figures of the devices.
     """
     if each.kind.startswith(DCN):
         count = slices(_attribute(each.instruction, _MEMBERS))
@@ -243,10 +267,12 @@ def seconds(each: Collective, devices: Sequence[Any], chip: hardware.Chip) -> fl
 def total_and_exposed_seconds(
     module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: hardware.Chip
 ) -> tuple[float, float]:
-    """Returns the time of all collectives of a step, and the part that overlaps no computation.
+    """Returns the time of all collectives of a step, and the part that computation does not hide.
 
-    The instructions in the windows take their time by the roofline. In each computation (such as
-    the body of a loop), this time is subtracted once from that of the overlapping collectives.
+    The second time is computed for each computation (such as a loop body). It is the total time of
+    the collectives that overlap computation, minus the roofline time of the instructions that run
+    during them, but at least 0. An instruction that runs during several collectives is subtracted
+    only once. The time of the collectives for which the device waits is added.
     """
     total = exposed = 0.0
     for name in dict.fromkeys(each.computation for each in found):
@@ -270,7 +296,11 @@ def total_and_exposed_seconds(
 def entries(
     module: Module, found: Sequence[Collective], devices: Sequence[Any], chip: hardware.Chip | None
 ) -> list[dict[str, Any]]:
-    """Returns the entries of the report: one for equal collectives, the most bytes first."""
+    """Returns the entries of the report, sorted by "count" times "bytes", largest first.
+
+    Equal collectives share one entry. Its "bytes" are those of one execution, its "count" and
+    "seconds" are the sums over all executions. "seconds" is None if `chip` is None.
+    """
     merged: dict[tuple[Any, ...], dict[str, Any]] = {}
     for each in found:
         instruction = each.instruction
@@ -297,7 +327,7 @@ def entries(
 
 
 def summary(entry: Mapping[str, Any]) -> str:
-    """Returns an entry as a line of text."""
+    """Returns an entry of `entries` as a line of text."""
     kind = "overlaps compute" if entry["overlaps_compute"] else "waits"
     return (
         f"{entry['count'] * entry['bytes'] / 1e6:10.1f} MB  {entry['collective']} x "

@@ -1,4 +1,4 @@
-"""The operations and the memory traffic of a compiled program on one device."""
+"""Counts the floating-point operations and the memory traffic of a compiled program."""
 
 import math
 import re
@@ -13,31 +13,33 @@ COLLECTIVES = (
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
 
-# Instructions that read and write no memory themselves. (The body of a loop is counted by itself.)
+# These instructions read and write no memory themselves. The instructions inside a loop, branch or
+# call are counted separately.
 _FREE = (
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "opt-barrier", "iota",
 )  # fmt: skip
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound")
-# The attributes of a convolution's window, and the value of an absent one in each dimension.
+# Attribute of a convolution's window -> the value in each dimension if the attribute is absent.
 _WINDOW = {"size": "1", "stride": "1", "pad": "0_0", "lhs_dilate": "1", "rhs_dilate": "1"}
 _SLICES = ("slice", "dynamic-slice", "gather")
 
 
 def flops_and_bytes(module: Module, executions: Iterable[Execution]) -> tuple[int, int]:
-    """Returns the operations of all matrix products, and the traffic to and from main memory.
+    """Returns the operations of all matrix products, and the bytes of main-memory traffic.
 
-    A multiply-add counts as two operations. Elementwise operations do not count. A custom kernel
-    counts by its own estimate (Pallas's `cost_estimate`).
+    Both are numbers for one device. A multiply-add is two floating-point operations.
+    Elementwise operations are not counted. For a custom kernel, the number is the kernel's own
+    estimate (`cost_estimate` in Pallas).
 
-    The traffic is in bytes. Each instruction reads its operands and writes its results; a fusion
-    counts as one instruction. A slice reads only its part of the operand, and an update in place
-    writes only the update. Values that XLA keeps in memory on the chip (S(1) in a layout) do not
-    count. This is an estimate: caches are not modelled.
+    The traffic is an estimate, because caches are not modelled. Each instruction reads its operands
+    and writes its results, and a fusion is one instruction. A slice reads only its part of the
+    operand, and an update in place writes only the update. Values that XLA keeps in memory on the
+    chip (S(1) in a layout) are not counted.
 
     Args:
       module: the program.
-      executions: what is counted, such as `module.executions()`.
+      executions: the executions to count, such as `module.executions()`.
     """
     flops = traffic = 0
     for each in executions:
@@ -61,10 +63,11 @@ def _product_flops(execution: Execution) -> int:
 
 
 def _convolution_flops(instruction: Instruction, left: Shape, right: Shape) -> int:
-    """Returns the operations of a convolution, as `HloCostAnalysis::HandleConvolution` does.
+    """Returns the number of floating-point operations of a convolution.
 
-    Padding and the holes of a dilation do not count. On a TPU all matrix products are convolutions,
-    whose windows are batch or contracted dimensions.
+    The number agrees with XLA's `HloCostAnalysis::HandleConvolution`. Products with padding or with
+    the holes of a dilation are not counted. On a TPU, XLA turns all matrix products into
+    convolutions, and batch or contracted dimensions of a product become window dimensions.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     assert labels is not None
@@ -93,7 +96,8 @@ def _traffic(execution: Execution, module: Module) -> int:
         return 0
     if each.opcode.endswith("-done"):
         return each.main_memory_bytes
-    # The result of a slice-start is ((source), slice, context). Its slice-done counts the write.
+    # The result of a slice-start is ((source), slice, context). The write is counted at the
+    # slice-done.
     if each.opcode == "slice-start":
         source, part = each.shapes[:2]
         return part.bytes if source.space == 0 else 0
@@ -102,19 +106,19 @@ def _traffic(execution: Execution, module: Module) -> int:
         for i, name in enumerate(each.operands)
         if (operand := execution.computation.get(name)) is not None
     )
-    # The instruction that ends an asynchronous operation counts the write.
+    # The write is counted at the instruction that ends the asynchronous operation.
     if each.opcode.endswith("-start") or each.opcode in ("send", "recv"):
         return read
     return read + _bytes_written(each, execution.computation, module)
 
 
 def _updates(user: Instruction, place: int) -> bool:
-    """Returns whether an instruction updates its operand number `place`, without reading it."""
+    """Returns whether an instruction updates operand number `place` in place, without a read."""
     return user.opcode == "dynamic-update-slice" and place == 0
 
 
 def _bytes_read(user: Instruction, place: int, operand: Instruction, module: Module) -> int:
-    """Returns the bytes that an instruction reads of its operand number `place`."""
+    """Returns the bytes that the instruction `user` reads of its operand number `place`."""
     whole = operand.main_memory_bytes
     if user.opcode in _SLICES and place == 0:
         return min(whole, user.shapes[0].bytes)
@@ -131,7 +135,13 @@ def _bytes_read(user: Instruction, place: int, operand: Instruction, module: Mod
 
 
 def _bytes_read_inside(name: str, inside: Computation, module: Module) -> int:
-    """Returns the bytes that a fusion reads of one of its parameters (or of a bitcast of it)."""
+    """Returns the bytes that a fusion reads of a parameter (or of a bitcast of a parameter).
+
+    Args:
+      name: name of the parameter or bitcast.
+      inside: the computation of the fusion.
+      module: the program.
+    """
     total = 0
     for user in inside.values():
         for place, operand in enumerate(user.operands):
@@ -143,7 +153,8 @@ def _bytes_read_inside(name: str, inside: Computation, module: Module) -> int:
                 total += _bytes_read(user, place, inside[name], module)
             elif user.opcode in _SLICES and place == 0:
                 total += user.shapes[0].bytes
-            # A tuple passes it on unread; the start of a collective counts all its pieces.
+            # A tuple only passes the operand on, without a read. The bytes of a collective are
+            # counted at the instruction that starts it, for all of its pieces.
             elif user.opcode not in ("tuple", *COLLECTIVES) and not _updates(user, place):
                 total += inside[name].bytes
     return total
@@ -164,7 +175,9 @@ def _bytes_written(each: Instruction, computation: Computation, module: Module) 
         while leaf.opcode == "bitcast" and leaf.operands[0] in inside:
             leaf = inside[leaf.operands[0]]
         if leaf.opcode == "parameter" or leaf.opcode in COLLECTIVES:
-            continue  # passed on unwritten; the start of a collective counts all its pieces
+            # A parameter is only passed on, without a write. The bytes of a collective are counted
+            # at the instruction that starts it, for all of its pieces.
+            continue
         if leaf.opcode == "fusion" and shape.space == 0 and len(leaf.shapes) == 1:
             total += _bytes_written(leaf, inside, module)
         elif leaf.opcode == "dynamic-update-slice" and shape.space == 0:

@@ -1,8 +1,9 @@
 """The largest buffers at the moment of a program's peak memory, from XLA's buffer assignment.
 
-With the compiler option `xla_dump_to`, XLA writes three texts: the program, the memory address of
-each value (the buffer assignment), and the first and last instruction that needs it (the live
-ranges). It does so for CPUs and TPUs, and also for a program that it refuses for lack of memory.
+With the compiler option `xla_dump_to`, XLA writes three text files: the program, the memory address
+of each value (the buffer assignment), and the first and the last instruction that needs each value
+(the live ranges). XLA writes these files for CPUs and TPUs, and also for a program that it rejects
+because the program needs too much memory.
 """
 
 import collections
@@ -21,12 +22,13 @@ _VALUE = re.compile(
     r"^ value: <\d+ ([\w.\-]+)(\{[\d,]*\})?.*? @\d+> \(size=(\d+),offset=(\d+)\): (.*)$"
 )
 _RANGE = re.compile(r"^    ([\w.\-]+\{[\d,]*\}):(\d+)-(\d+)$")
-# Several values share a buffer in turn. The ones of these opcodes do not tell its purpose.
+# These opcodes say nothing about the use of a buffer. A buffer holds several values one after
+# another, and the report prefers to name the buffer after a value with another opcode.
 _CARRIERS = (
     "parameter", "while", "conditional", "tuple", "get-tuple-element", "custom-call", "broadcast",
     "copy", "copy-start", "copy-done", "bitcast", "call",
 )  # fmt: skip
-# In place of the instruction of a value that the program does not name.
+# The instruction that is used for a value whose name is not in the program.
 _UNKNOWN = parse.Instruction("", (), "", (), "", False)
 
 
@@ -44,19 +46,20 @@ class _Value:
 
 
 def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
-    """Returns the buffers in main memory at the peak; None if the folder lacks the texts.
+    """Returns the largest buffers in main memory at the time of the peak.
 
     Args:
-      folder: the folder of `xla_dump_to`.
+      folder: the folder that the compiler option `xla_dump_to` named.
       limit: the largest number of entries.
 
     Returns:
-      {"bytes": sum of all buffers, "largest": entries}. An entry is {"name", "opcode", "shape",
-      "bytes", "count", "argument", "op_name", "source"}: "count" buffers of "bytes" each that are
-      equal in the rest. "argument" is true for arguments and results of the step, and false for
-      temporary buffers. The entries with the most bytes come first.
+      {"bytes": the sum of all buffers, "largest": entries}, or None if the folder lacks XLA's text
+      files. An entry is {"name", "opcode", "shape", "bytes", "count", "argument", "op_name",
+      "source"}. It stands for "count" similar buffers, each with a size of "bytes". "argument" is
+      true for arguments and results of the step, and false for temporary buffers. The entries are
+      sorted by "count" times "bytes", largest first.
     """
-    # The largest file belongs to the step; others belong to small helper programs.
+    # The largest file belongs to the step, and the other files to small helper programs.
     files = glob.glob(os.path.join(glob.escape(folder), f"*{_ASSIGNMENT}"))
     if not files:
         return None
@@ -81,7 +84,8 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
         now_here = [value for value in here if value.first <= now <= value.last]
         if not (now_here or argument) or (argument and size < arguments[allocation]):
             continue
-        # For a buffer that a loop passes on, the most telling value is an update of it.
+        # If a loop carries a buffer from one iteration to the next, the report names the buffer
+        # after the instruction that updates it.
         shapes = {value.shape for value in now_here}
         writers = [v for v in here if "dynamic-update-slice" in v.name and v.shape in shapes]
         entry = _entry(module, instructions, writers or now_here or here, argument)
@@ -93,10 +97,15 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
 
 
 def _read(ranges: str, assignment: str) -> tuple[dict[int, int], list[_Value]]:
-    """Returns the allocations of arguments and results (number -> size), and all values.
+    """Returns the allocations of arguments and results (number -> size in bytes), and all values.
 
-    These allocations live as long as the program. Only main memory counts: in XLA's text,
-    allocations in other memories of a TPU have a color.
+    The allocations of arguments and results exist for the whole run of the program. Only
+    allocations in main memory are read. In XLA's text, an allocation in another memory of a TPU has
+    a color.
+
+    Args:
+      ranges: the text of the live ranges.
+      assignment: the text of the buffer assignment.
     """
     live = {found[1]: (int(found[2]), int(found[3]))
             for line in ranges.splitlines() if (found := _RANGE.match(line))}  # fmt: skip
@@ -121,7 +130,10 @@ def _read(ranges: str, assignment: str) -> tuple[dict[int, int], list[_Value]]:
 
 
 def _peak(values: list[_Value]) -> int:
-    """Returns the position in the schedule at which live values occupy the most memory."""
+    """Returns the position in the schedule at which live values occupy the most memory.
+
+    Memory that several values share is counted once, and values below 1 KiB are ignored.
+    """
     best, most = 0, -1
     starts = sorted({value.first for value in values if value.first <= value.last})
     large = [value for value in values if value.size >= 2**10]
@@ -169,7 +181,7 @@ def _key(entry: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def summary(entry: dict[str, Any]) -> str:
-    """Returns an entry as a line of text."""
+    """Returns an entry of `largest` as a line of text."""
     place = f"{entry['op_name']} {entry['source']}".strip()
     return (
         f"{entry['bytes'] * entry['count'] / 2**20:10.1f} MiB  {entry['count']} x {entry['shape']} "
