@@ -237,7 +237,7 @@ def _experiment(stage: Stage, fields: Mapping[str, Any], call: _Call) -> Experim
     given = {"init_from": start, **{f"{stage}.{name}": fields[name] for name in fields}}
     given = {name: value for name, value in given.items() if value is not None}
     names = list(schema.field_names(Experiment))
-    for name, value in {**given, **call.overrides}.items():
+    for name, value in [*given.items(), *call.overrides.items()]:
         require(name in names, f"`overrides`: no field {name!r}{nearest(name, names)}")
         value = os.fspath(value) if isinstance(value, os.PathLike) else value
         experiment = _with_field(experiment, name, value)
@@ -256,7 +256,7 @@ def _with_field(config: Any, path: str, value: Any, whole: str = "") -> Any:
     """
     whole = whole or path
     name, _, rest = path.partition(".")
-    wanted = type(config).__annotations__[name]
+    wanted = typing.get_type_hints(type(config))[name]
     if rest:
         part, before = getattr(config, name), whole.removesuffix(f".{rest}")
         require(part is not None, f"`overrides`: {whole!r}: the experiment has no {before} part")

@@ -1,5 +1,6 @@
 """Training from Python: the same as the command line with the same rows, without its output."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 import runs
 
 import gptjax
+from gptjax import api
 from gptjax.config import schema
 from gptjax.config.schema import Experiment
 from gptjax.errors import TrainingDiverged, UserError
@@ -344,6 +346,25 @@ def test_an_experiment_is_the_starting_point_and_is_not_changed():
     assert schema.to_dict(experiment) == before
     assert (gpt.experiment.seed, gpt.experiment.finetune.text) == (3, "review")
     assert gpt.experiment.finetune.train_file == ""
+
+
+def test_a_whole_part_and_then_its_field_can_be_overridden(monkeypatch):
+    @dataclasses.dataclass
+    class Own(schema.FinetuneConfig):
+        """A user's configuration class."""
+
+    class StartedError(Exception):
+        """Carries the experiment that would be trained."""
+
+    def run(experiment, *_):
+        raise StartedError(experiment)
+
+    monkeypatch.setattr(api.run_lib, "run", run)
+    overrides = {"finetune": Own(), "finetune.epochs": 7, "finetune.validation_file": "v.csv"}
+    with pytest.raises(StartedError) as caught:
+        gptjax.finetune("train.csv", overrides=overrides, progress=False)
+    (experiment,) = caught.value.args
+    assert (experiment.finetune.epochs, experiment.finetune.validation_file) == (7, "v.csv")
 
 
 def test_progress_bars_of_datasets_stay_as_the_user_had_them():

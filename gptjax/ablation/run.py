@@ -251,6 +251,9 @@ class _Runner:
 
         with concurrent.futures.ThreadPoolExecutor(len(meshes)) as pool:
             futures = [pool.submit(work, job) for job in jobs if job not in self._records]
+            # Ctrl-C may interrupt this call. At the end of the block it would interrupt the join of
+            # a thread, after which Python (before 3.13) takes the thread for ended (gh-90882).
+            concurrent.futures.wait(futures)
         errors = [error for future in futures if (error := future.exception())]
         for error in errors:
             if not isinstance(error, Preempted | StopRequested):

@@ -11,8 +11,9 @@ import dataclasses
 import itertools
 import os
 import re
+import types
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from absl import flags
 from ml_collections import config_flags
@@ -338,8 +339,11 @@ def parse(argv: Sequence[str]) -> Command | HelpRequest:
         _check_fields(_fields(options))
         added = [f"--mode={word}"] if word else []
         added += [] if configs else [f"--config={config}"]
-        _ARGV[:] = [program, *added, *arguments]
+        # The program has no positional arguments. ml_collections would read fields after "--".
+        flags_only = list(itertools.takewhile(lambda argument: argument != "--", arguments))
+        _ARGV[:] = [program, *added, *flags_only]
         _, *rest = FLAGS(_ARGV)
+        rest += arguments[len(flags_only) + 1 :]
     except flags.Error as error:
         raise UserError(str(error)) from error
     for argument in rest:
@@ -376,9 +380,12 @@ def _options(arguments: Sequence[str]) -> list[tuple[str, str]]:
     return [(name, value) for name, _, value in parts]
 
 
-def _fields(options: Sequence[tuple[str, str]]) -> list[str]:
-    """Returns FIELD of each `--config.FIELD` among the options."""
-    return [name.removeprefix("config.") for name, _ in options if name.startswith("config.")]
+def _fields(options: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Returns FIELD and VALUE of each `--config.FIELD=VALUE` among the options."""
+    prefix = "config."
+    return [
+        (name.removeprefix(prefix), value) for name, value in options if name.startswith(prefix)
+    ]
 
 
 def _mode(word: str, options: Sequence[tuple[str, str]]) -> str:
@@ -422,21 +429,26 @@ def general_field(field: str) -> str:
     return re.sub(r"^(ablation\.tasks|probes)\.[^.]+", r"\1.NAME", field)
 
 
-def _check_fields(fields: Sequence[str]) -> None:
+def _check_fields(fields: Sequence[tuple[str, str]]) -> None:
     """Raises `UserError` for a `--config.FIELD` that no experiment has."""
     known = list(schema.field_names(Experiment))
-    for field in fields:
+    for field, _ in fields:
         general = general_field(field)
         require(general in known, f"--config.{field}: no such field{nearest(general, known)}")
 
 
-def _check_parts(experiment: Experiment, fields: Sequence[str]) -> None:
+def _check_parts(experiment: Experiment, fields: Sequence[tuple[str, str]]) -> None:
     """Raises `UserError` for a `--config.PART.FIELD` if this experiment does not have the part."""
-    for i, field in enumerate(fields):
+    for field, value in fields:
+        annotation = Experiment.__annotations__.get(field)
+        part, can_be_none = schema.part_class(annotation), types.NoneType in get_args(annotation)
+        if part and can_be_none:
+            # From this flag on, ml_collections has a new part, or none.
+            change: dict[str, Any] = {field: part() if value == "build" else None}
+            experiment = dataclasses.replace(experiment, **change)
         parts = itertools.accumulate(field.split(".")[:-1], "{}.{}".format)
         missing = next((part for part in parts if schema.value_at(experiment, part) is None), "")
-        # An earlier flag `--config.PART=build` adds a part that the experiment does not have.
-        if not missing or missing in fields[:i]:
+        if not missing:
             continue
         outer, _, name = missing.rpartition(".")
         entries = schema.value_at(experiment, outer)

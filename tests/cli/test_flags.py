@@ -169,6 +169,17 @@ def test_a_missing_part_can_be_built():
 
 WRONG_FIELDS = {
     "unknown": (["--config.pretrain.stepz=3"], "no such field; did you mean 'pretrain.steps'?"),
+    "entry of a new part": (
+        ["--config.ablation=build", "--config.ablation.tasks.x.epochs=2"],
+        "--config.ablation.tasks.x.epochs: the experiment has no entry 'x'; its entries are none",
+    ),
+    "part that a flag removes": (
+        ["--config.finetune=none", "--config.finetune.epochs=2"],
+        "--config.finetune.epochs: the experiment has no finetune part",
+    ),
+    "after --": (
+        ["--config.name=x", "--", "--config.nam=2"], "--config.nam=2: unexpected argument",
+    ),
     "no part": (
         ["--config=finetune_file", "--config.pretrain.steps=3"],
         "the experiment has no pretrain part; --config.pretrain=build before it",
