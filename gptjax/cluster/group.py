@@ -1,10 +1,10 @@
 """The group of running processes: exchanged values, the agreed stop, and lost processes.
 
 A process is lost if it has crashed, was killed, is frozen as a whole, or cannot be reached. JAX
-then aborts all other processes (SIGABRT and a stack trace) without an exception in Python. Here each
-process has a connection to process 0. The connection closes when the process ends for any reason,
-and a frozen process sends no heartbeats. So the other processes can name the lost process in one
-line. A thread sends the heartbeats, so a process whose main thread hangs is not noticed. The
+then aborts all other processes (SIGABRT and a stack trace) without an exception in Python. Here
+each process has a connection to process 0. The connection closes when the process ends for any
+reason, and a frozen process sends no heartbeats. So the other processes can name the lost process
+in one line. A thread sends the heartbeats, so a process whose main thread hangs is not noticed. The
 training steps do not wait for these messages.
 """
 
