@@ -1,10 +1,11 @@
 """The group of running processes: exchanged values, the agreed stop, and lost processes.
 
-A process is lost if it has crashed, was killed, hangs, or cannot be reached. JAX then aborts all
-other processes (SIGABRT and a stack trace) without an exception in Python. Here each process has a
-connection to process 0. This connection closes whenever a process ends, for whatever reason, and a
-process that hangs sends no heartbeats. So the other processes can name the lost process in one
-line. The training steps do not wait for these messages.
+A process is lost if it has crashed, was killed, is frozen as a whole, or cannot be reached. JAX
+then aborts all other processes (SIGABRT and a stack trace) without an exception in Python. Here
+each process has a connection to process 0. The connection closes when the process ends for any
+reason, and a frozen process sends no heartbeats. So the other processes can name the lost process
+in one line. A thread sends the heartbeats, so a process whose main thread hangs is not noticed. The
+training steps do not wait for these messages.
 """
 
 import os
@@ -41,7 +42,7 @@ class Group:
         self.index, self.hosts, self.count = index, hosts, len(hosts)
         self._links = links
         self._change = threading.Condition(threading.RLock())
-        # The next three variables belong to `gather`. This is the number of its calls in this
+        # The next three variables belong to `gather`. `_rounds` is the number of its calls in this
         # process.
         self._rounds = 0
         # In process 0: number of a call -> index of a process -> the value that has arrived.

@@ -4,7 +4,7 @@
 cluster detection of JAX (TPU VMs, GKE, Slurm, Open MPI) finds the number of processes and the index
 of this process. Before `jax.distributed` starts, the module `rendezvous` checks that all processes
 have started. After that, the module `group` notices lost processes. In a run of one process the
-functions of this module do not wait, and the exchanged values are those of this process.
+functions of this module do not wait, and use only the values of this process.
 """
 
 import contextlib
@@ -384,7 +384,7 @@ def require_shared(folder: str) -> None:
         return
     path = remote.absolute(folder) / _TOKEN
     token = broadcast("the workdir", lambda: _write_token(path))
-    end = time.monotonic() + _SEEN_SECONDS  # network disks show new files late
+    end = time.monotonic() + _SEEN_SECONDS  # network disks may show new files late
     while not (seen := _reads(path, token)) and time.monotonic() < end:
         time.sleep(0.1)
     everyone = gather("the workdir", seen)

@@ -216,8 +216,8 @@ def join_rendezvous(
 
     Raises:
       ProcessLost: process 0 did not start or has ended, or another process did not connect.
-      UserError: the address is wrong, or the options, version or code of a process differ from
-        those of process 0.
+      UserError: the address is wrong, or a process differs from process 0 in its options, version
+        or code.
     """
     host, _, port = address.rpartition(":")
     end = time.monotonic() + timeout

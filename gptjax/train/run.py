@@ -142,7 +142,7 @@ def prepare(
     Raises:
       UserError: the data is wrong, or a field contradicts the checkpoint in `init_from`.
     """
-    data: dict[str, Any] = {}  # stage -> split -> texts or labelled rows
+    data: dict[str, Any] = {}  # name of a stage -> name of a split -> texts or labelled rows
     if experiment.pretrain:
         data["pretrain"] = splits.text_splits(experiment.pretrain, options.tables.get("pretrain"))
     if experiment.finetune:

@@ -71,8 +71,8 @@ def train_step(
         the batch is divided into. Their gradients are summed.
 
     Returns:
-      The next state and the `StepOutput`. The losses and the gradient norm are those of the
-      parameters before the update.
+      The next state and the `StepOutput`. The losses and the gradient norm belong to the parameters
+      before the update.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     micro, update = optimizer.config.accumulation, optimizer.transformation.update
