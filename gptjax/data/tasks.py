@@ -181,38 +181,44 @@ class _Builder:
         )
         ids = (tokenizer.start_id, tokenizer.delimiter_id, tokenizer.extract_id)
         self._start, self._delimiter, self._extract = np.split(np.array(ids, np.int32), 3)
-        self._spec, self._padding = spec, tokenizer.padding_id
+        self._padding, self._flatten = tokenizer.padding_id, bool(spec.flatten)
         self._length = spec.flatten or context_length
+        # `build` runs for every example, so the properties of the task are read here, once.
+        self._many_answers = spec.kind is TaskKind.MULTIPLE_CHOICE
+        self._candidates = spec.num_candidates
+        self._keeps_end = self._many_answers and spec.ends_in_question
+        self._halves = spec.cut == Cut.HALF and not spec.flatten
 
     def build(self, texts: Sequence[np.ndarray]) -> list[_Sequence]:
         """Returns the sequences of an example with these texts."""
-        if self._spec.kind is TaskKind.MULTIPLE_CHOICE:
+        if self._many_answers:
             return [self._join([texts[0], answer]) for answer in texts[1:]]
-        orders = [texts, texts[::-1]][: self._spec.num_candidates]
+        orders = [texts, texts[::-1]][: self._candidates]
         return [self._join(order) for order in orders]
 
     def _join(self, texts: Sequence[np.ndarray]) -> _Sequence:
-        """Returns the sequence of one or two texts; that of a flattened head is padded."""
-        keep = self._kept([len(text) for text in texts])
+        """Returns the sequence of one or two texts. The sequence of a flattened head is padded."""
+        lengths = [len(text) for text in texts]
+        keep = self._kept(lengths)
+        kept = sum(keep)
+        end = 1 + kept + len(keep)
         parts = [self._start]
         for text, count in zip(texts, keep, strict=True):
-            parts += [text[:count], self._delimiter]
-        if self._spec.kind is TaskKind.MULTIPLE_CHOICE and self._spec.ends_in_question:
-            parts[1] = texts[0][len(texts[0]) - keep[0] :]
-        if not self._spec.flatten:
+            parts += (text[:count], self._delimiter)
+        if self._keeps_end:
+            parts[1] = texts[0][lengths[0] - keep[0] :]
+        if self._flatten:
+            parts.append(np.full(self._length - end, self._padding, np.int32))
+        else:
             parts[-1] = self._extract
-        tokens = np.concatenate(parts)
-        end = len(tokens)
-        if self._spec.flatten:
-            tokens = np.pad(tokens, (0, self._length - end), constant_values=self._padding)
-        cut = any(count < len(text) for text, count in zip(texts, keep, strict=True))
-        return _Sequence(tokens, keep[0] + 2 if len(texts) > 1 else end, end, cut)
+        second_start = keep[0] + 2 if len(texts) > 1 else end
+        return _Sequence(np.concatenate(parts), second_start, end, kept < sum(lengths))
 
     def _kept(self, lengths: Sequence[int]) -> Sequence[int]:
         """Returns how many tokens of one or two texts to keep."""
         if len(lengths) == 1:
             return [min(lengths[0], self._length - 2)]
-        if self._spec.cut == Cut.HALF and not self._spec.flatten:  # as in the authors' code
+        if self._halves:  # as in the authors' code
             return [min(length, self._length // 2 - 2) for length in lengths]
         return cut_pair(lengths[0], lengths[1], self._length - 3)
 

@@ -162,6 +162,14 @@ def test_the_labels_of_a_data_frame_are_scored(gpt):
             datasets.Dataset.from_dict({"text": ["a"]}).to_iterable_dataset(),
             "`rows`: is a stream; give a datasets.Dataset",
         ),
+        (
+            pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]),
+            "`rows`: 2 columns have the name 'text'; rename them",
+        ),
+        (
+            pd.DataFrame([["a", "b"]], columns=["text", "text"]),
+            "`rows`: 2 columns have the name 'text'; rename them",
+        ),
         (pd.DataFrame({"texts": ["a"]}), "`rows`: no column 'text'; did you mean 'texts'?"),
     ],
 )

@@ -49,7 +49,8 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
     """
     if hasattr(table, "iloc") and hasattr(table, "columns"):  # pandas
         names = list(map(str, table.columns))
-        return _Columns({name: table.iloc[:, names.index(name)] for name in names})
+        _require_different(names, source)
+        return _Columns({name: table.iloc[:, place] for place, name in enumerate(names)})
     if hasattr(table, "features") and hasattr(table, "column_names"):  # datasets
         require(hasattr(table, "__len__"), f"{source}: is a stream; give a datasets.Dataset")
         rows = table.with_format(None)  # another format, such as "torch", gives tensors
@@ -61,6 +62,7 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
         return _Columns(by_name)
     if hasattr(table, "__arrow_c_stream__"):
         arrow = table if isinstance(table, pa.Table) else pa.table(table)
+        _require_different(arrow.column_names, source)
         return _Columns(zip(arrow.column_names, arrow.columns, strict=True))
     if isinstance(table, Sequence) and not isinstance(table, str | bytes):
         return _of_rows(table, source, default)
@@ -85,6 +87,12 @@ def dataset(table: Table, source: str, needed: Sequence[str]) -> Dataset:
     labelled.require_columns(needed)
     cells = labelled.columns(labelled.sources(needed))
     return to_dataset(pa.table({name: _array(column) for name, column in cells.items()}))
+
+
+def _require_different(names: Sequence[str], source: str) -> None:
+    """Raises `UserError` if two columns have the same name."""
+    for name, count in collections.Counter(names).items():
+        require(count == 1, f"{source}: {count} columns have the name {name!r}; rename them")
 
 
 def _check_column(name: Any, cells: Any, source: str) -> None:
