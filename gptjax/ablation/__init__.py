@@ -1,1 +1,1 @@
-"""The ablation and transfer tables of the paper: fine-tunings by variant and seed."""
+"""The ablation and transfer tables of the paper: fine-tuning runs for each variant and seed."""

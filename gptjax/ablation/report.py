@@ -1,4 +1,4 @@
-"""The table and the plot of an ablation, from its ablation.json."""
+"""The table and the plot of an ablation, made from its ablation.json."""
 
 import datetime
 import os
@@ -13,33 +13,36 @@ from gptjax.io.files import read_json, write_atomically
 from gptjax.io.remote import PathLike
 
 Run = dict[str, Any]
-"""A fine-tuning's entry in ablation.json."""
+"""The entry of a fine-tuning run in ablation.json."""
 
 
 def _shown(metric: str, value: float | None) -> str:
-    """Returns a score as text; percentages are written without the sign, as in the paper."""
+    """Returns a score as text. Percentages have no percent sign, as in the paper."""
     return format_score(metric, value, percent_sign="")
 
 
 def _unique(runs: Sequence[Run], key: str) -> list[Any]:
-    """Returns the values of a key in the runs, each once, in their order."""
+    """Returns the distinct values of a key in the runs, in the order of their first occurrence."""
     return list(dict.fromkeys(run[key] for run in runs))
 
 
 def _example(runs: Sequence[Run], task: str) -> Run:
-    """Returns a run of the task, if possible one that did not diverge."""
+    """Returns the first run of the task that did not diverge; the first run if all diverged."""
     of_task = [run for run in runs if run["task"] == task]
     return next((run for run in of_task if run["score"] is not None), of_task[0])
 
 
 def _scores(runs: Sequence[Run], task: str, variant: str) -> list[float]:
-    """Returns the scores of all seeds but those that diverged."""
+    """Returns the scores of a variant, for all seeds except those that diverged."""
     scores = (r["score"] for r in runs if (r["task"], r["variant"]) == (task, variant))
     return [score for score in scores if score is not None]
 
 
 def _cell(metric: str, scores: list[float], seeds: int) -> str:
-    """Returns "MEDIAN (LOWEST to HIGHEST)", and how many of the seeds that is if not all."""
+    """Returns "MEDIAN (LOWEST to HIGHEST)".
+
+    If some seeds diverged or have not run yet, the number of the other seeds is added.
+    """
     if not scores:
         return "-"
     text = _shown(metric, float(np.median(scores)))
@@ -49,9 +52,9 @@ def _cell(metric: str, scores: list[float], seeds: int) -> str:
 
 
 def _majority_baseline(runs: Sequence[Run], task: str) -> float:
-    """Returns the score of the constant answer.
+    """Returns the median score of the majority-class baseline; 0 if no run has one.
 
-    It is a median over the runs, because the seed may decide which rows are held out as validation
+    The baseline may differ between runs, because the seed can decide which rows are the validation
     split.
     """
     scores = [run["floor"] for run in runs if run["task"] == task and run["floor"] is not None]
@@ -59,21 +62,24 @@ def _majority_baseline(runs: Sequence[Run], task: str) -> float:
 
 
 def _published(variant: str, task: str, metric: str) -> float | None:
-    """Returns the paper's score; None where it has none, or one by another metric."""
+    """Returns the paper's score; None if the paper has no score, or used another metric."""
     theirs = TASKS.get(task, {}).get("metrics", "").split(",")[0]
     return PUBLISHED.get(variant, {}).get(task) if metric == theirs else None
 
 
 def _average(runs: Sequence[Run], tasks: Sequence[str], variant: str) -> str:
-    """Returns 100 times the mean over the tasks of their median scores, as GLUE averages."""
+    """Returns 100 times the mean of the median scores of the tasks, as in GLUE's average.
+
+    The result is "-" if a task has no score.
+    """
     scores = [_scores(runs, task, variant) for task in tasks]
     return f"{100 * np.mean([np.median(s) for s in scores]):.1f}" if all(scores) else "-"
 
 
 def table(runs: Sequence[Run]) -> str:
-    """Returns the Markdown table with a row for each variant and a column for each task.
+    """Returns a Markdown table with a row for each variant and a column for each task.
 
-    A cell is the median over the seeds, with the lowest and the highest score.
+    A cell holds the median score over the seeds, with the lowest and the highest score.
     """
     tasks, variants = _unique(runs, "task"), _unique(runs, "variant")
     seeds = len(_unique(runs, "seed"))
@@ -99,7 +105,11 @@ def table(runs: Sequence[Run]) -> str:
 
 
 def _text(results: dict[str, Any]) -> str:
-    """Returns ablation.md of ablation.json."""
+    """Returns the text of ablation.md.
+
+    Args:
+      results: the contents of ablation.json.
+    """
     runs = results["runs"]
     seeds = sorted(_unique(runs, "seed"))
     minutes = results["seconds"] / 60

@@ -1,8 +1,9 @@
-"""The paper's ablation and transfer tables: fine-tunings that differ in one thing, over N seeds.
+"""The paper's ablation and transfer tables (Radford et al. 2018, section 5).
 
-(Radford et al. 2018, section 5.) All variants of all tasks start from one pretrained model, and are
-trained with each seed. The table holds the median score with the lowest and the highest, the score
-of the constant answer, and the paper's score where it has the same variant of the same task.
+A variant is a fine-tuning configuration with one change, for example without pretraining. All
+variants of all tasks start from the same pretrained model, and each is trained with every seed. The
+table holds the median, the lowest and the highest score of each variant, the score of the
+majority-class baseline, and the paper's score if the paper has the same variant of the same task.
 """
 
 import collections
@@ -39,7 +40,7 @@ _RESULTS = "ablation.json"
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One fine-tuning."""
+    """One fine-tuning run."""
 
     task: str
     variant: str
@@ -51,25 +52,25 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Ablation:
-    """The fine-tunings that one command asks for."""
+    """The fine-tuning runs that one command asks for."""
 
     experiment: Experiment
     workdir: str
     tasks: dict[str, FinetuneConfig]
-    """Name of the task -> its full fine-tuning."""
+    """Name of the task -> its fine-tuning configuration, without a variant's change."""
     variants: tuple[str, ...]
-    """Names, as in `variant`."""
+    """Names of the variants, which the function `variant` understands."""
     seeds: range
 
     @property
     def jobs(self) -> list[Job]:
-        """All fine-tunings, in the order in which they begin."""
+        """All fine-tuning runs, in the order in which they begin."""
         order = itertools.product(self.seeds, self.tasks, self.variants)
         return [Job(task, name, seed) for seed, task, name in order]
 
 
 def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
-    """Returns the fine-tuning with the one change that a variant makes.
+    """Returns the fine-tuning configuration with the one change of the named variant.
 
     >>> variant(FinetuneConfig(), "lambda=0.25").lm_weight
     0.25
@@ -97,20 +98,26 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
 
 
 def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str] = ()) -> None:
-    """Pretrains if the experiment has such a stage, runs all fine-tunings, and writes the tables.
+    """Runs all fine-tuning runs of an ablation, and writes its table and plot.
 
-    Results are kept in WORKDIR/ablation.json. The same command continues where it was stopped, and
-    variants or seeds can be added to it.
+    If the experiment has a pretraining stage, it is run first. Results are kept in
+    WORKDIR/ablation.json. If the run is stopped, the same command continues it. Variants or seeds
+    can be added to the command later.
 
     Args:
-      experiment: its `ablation` has the tasks and variants. Without one its `finetune` is the
-        task.
-      workdir: folder of the run.
-      seeds: number of seeds, from that of the experiment on.
-      given: fields that the user set by flag, as in `train.run.run`.
+      experiment: its field `ablation` lists the tasks and variants. If it lists no task, the only
+        task is the experiment's field `finetune`.
+      workdir: the folder of the run.
+      seeds: the number of seeds. The first seed is `experiment.seed`, and each later seed is one
+        higher.
+      given: names of the fields that the user set by flag. If such a field would change the
+        tokenizer or a size of a given checkpoint, the run ends with a `UserError`.
 
     Raises:
-      UserError, Preempted, TrainingDiverged: as in `train.run.run`.
+      UserError: wrong configuration or data, or a workdir of another experiment.
+      Preempted: the process was asked to stop. The results so far are saved, and so is the state of
+        the pretraining.
+      TrainingDiverged: the pretraining diverged.
     """
     require(seeds > 0, f"`seeds`={seeds}: must be greater than 0")
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
@@ -124,7 +131,8 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
         check_stop = stop_lib.make_check(stop)
         options = run_lib.Options(given=given, reporter=reporter, check_stop=check_stop)
         pretrained = _pretrain(ablation, options)
-        # The fields of the model and tokenizer may not overrule those of a given checkpoint.
+        # Flags are checked against the checkpoint only if the user gave this checkpoint. A model
+        # that was pretrained just now has the sizes and the tokenizer of the flags.
         checked = () if experiment.pretrain else given
         runner = _Runner(ablation, pretrained, checked, reporter, check_stop)
         runner.run(meshes)
@@ -132,7 +140,11 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
 
 
 def _plan(experiment: Experiment, workdir: str, seeds: int) -> Ablation:
-    """Returns the fine-tunings of an experiment; refuses one that has none."""
+    """Returns the fine-tuning runs of an experiment.
+
+    Raises:
+      UserError: the experiment has no task, no pretrained model or no variant.
+    """
     config = experiment.ablation or AblationConfig()
     tasks = config.chosen
     if not tasks and experiment.finetune:
@@ -150,7 +162,7 @@ def _plan(experiment: Experiment, workdir: str, seeds: int) -> Ablation:
 
 
 def _check(ablation: Ablation) -> None:
-    """Refuses a wrong variant, file or column before hours of training."""
+    """Raises `UserError` for a wrong metric, variant, file or column, before hours of training."""
     experiment = ablation.experiment
     layers = experiment.model.num_layers
     if not experiment.pretrain:
@@ -167,7 +179,7 @@ def _check(ablation: Ablation) -> None:
 
 
 def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
-    """Trains the pretraining stage, if there is one; returns the path of the pretrained model."""
+    """Trains the pretraining stage, if any, and returns the path of the pretrained model."""
     experiment = ablation.experiment
     if not experiment.pretrain:
         return experiment.init_from
@@ -179,14 +191,15 @@ def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
 
 @dataclasses.dataclass
 class _Runner:
-    """Runs the fine-tunings that have no result yet, several at a time.
+    """Runs the fine-tuning runs that have no result yet, several at a time.
 
     Attributes:
-      ablation: the fine-tunings.
-      pretrained: path of the checkpoint that they start from.
-      given: fields that may not overrule the checkpoint.
+      ablation: the fine-tuning runs.
+      pretrained: path of the checkpoint from which all of them start.
+      given: names of the fields that the user set by flag. If such a field would change the
+        tokenizer or a size of the checkpoint, the run ends with a `UserError`.
       reporter: receives a line for each result.
-      check_stop: raises `StopRequested` where the process was asked to stop.
+      check_stop: a function that raises `StopRequested` if the process was asked to stop.
     """
 
     ablation: Ablation
@@ -205,9 +218,9 @@ class _Runner:
         self._records = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
 
     def run(self, meshes: list[Mesh]) -> None:
-        """Runs the fine-tunings, one on each mesh at a time.
+        """Runs the fine-tuning runs, one at a time on each mesh.
 
-        The first error of a fine-tuning stops the others, and the same command starts them anew.
+        After the first error the other runs stop too. The same command starts them again.
 
         Raises:
           Preempted: the process was asked to stop.
@@ -243,13 +256,13 @@ class _Runner:
             )
 
     def _check_stop_or_failure(self) -> None:
-        """Raises `StopRequested` where the process was asked to stop, or another job has failed."""
+        """Raises `StopRequested` if the process was asked to stop, or if another job has failed."""
         if self._failed:
             raise StopRequested
         self.check_stop()
 
     def _run_job(self, job: Job, mesh: Mesh) -> None:
-        """Runs one fine-tuning, and writes and reports its result."""
+        """Runs one fine-tuning run, and writes and reports its result."""
         ablation = self.ablation
         config = variant(ablation.tasks[job.task], job.variant)
         config = dataclasses.replace(config, compare_from_scratch=False)
@@ -295,8 +308,8 @@ class _Runner:
             "name": self.ablation.experiment.name,
             "pretrained": self.pretrained,
             "machine": mesh_lib.describe_machine(),
-            # Elapsed time of all commands. Several fine-tunings run at the same time, so that their
-            # own seconds add up to more.
+            # Elapsed time of all commands. The seconds of the single runs add up to more, because
+            # several runs go on at the same time.
             "seconds": self._seconds_before + time.monotonic() - self._began,
             "runs": list(self._records.values()),
         }
@@ -304,12 +317,14 @@ class _Runner:
 
 
 def _record(job: Job, config: FinetuneConfig, part: dict[str, Any]) -> dict[str, Any]:
-    """Returns a fine-tuning's entry in ablation.json; it has no scores if the training diverged.
+    """Returns a fine-tuning run's entry in ablation.json.
+
+    Its score is None if the training diverged.
 
     Args:
-      job: the fine-tuning.
-      config: its configuration.
-      part: its stage in the summary.
+      job: the fine-tuning run.
+      config: the configuration of this run.
+      part: the summary of this run's fine-tuning stage.
     """
     split = "test" if "test" in part else "validation"
     metric = metrics.parse(config.metrics, config.task)[0]
@@ -324,11 +339,11 @@ def _record(job: Job, config: FinetuneConfig, part: dict[str, Any]) -> dict[str,
 
 
 def _meshes(experiment: Experiment) -> list[Mesh]:
-    """Returns a mesh for each of the fine-tunings that run at the same time.
+    """Returns a mesh for each of the fine-tuning runs that go on at the same time.
 
-    By default each has one device, because a small model leaves a device idle between its
-    operations; a single CPU device is shared by two. An experiment with a mesh of its own runs one
-    fine-tuning at a time.
+    By default there are as many runs as devices, and each run has one device. A single CPU device
+    is shared by two runs, because a small model leaves a device idle between its operations. If the
+    experiment sets `mesh`, the runs go on one after another, each on that mesh.
     """
     parallel = experiment.ablation.parallel if experiment.ablation else 0
     devices = jax.devices()

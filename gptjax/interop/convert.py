@@ -1,4 +1,4 @@
-"""The modes `import` and `export`: weights in another format to a checkpoint, and back."""
+"""The modes `import` (a model in another format -> a checkpoint) and `export` (the reverse)."""
 
 import os
 import pathlib
@@ -26,15 +26,15 @@ from gptjax.mesh import make_mesh
 from gptjax.model import gpt
 
 FORMATS: dict[str, Any] = {WeightFormat.OPENAI: openai, WeightFormat.HUGGINGFACE: huggingface}
-"""Name of a format -> the module that reads and writes it."""
+"""Name of a format -> the module with the functions `read` and `write` of this format."""
 
 
 @contextmanager
 def _new_folder(path: str) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder, which becomes `path` when the `with` block ends without an error.
+    """Yields a temporary folder, which is renamed to `path` if the `with` block raises no error.
 
     Raises:
-      UserError: `path` exists and is not an empty folder, or is not on this machine.
+      UserError: `path` exists and is not an empty folder, or it is not on this machine.
     """
     require(path, "`output`: give the folder to write")
     require(not remote.is_remote(path), f"`output`={path}: must be a folder of this machine")
@@ -54,7 +54,7 @@ def _new_folder(path: str) -> Iterator[pathlib.Path]:
 
 
 def _open_to_readers(folder: pathlib.Path) -> None:
-    """Gives a folder and its files the usual permissions; those of temporary files are stricter."""
+    """Gives a folder and its files the usual permissions. Temporary files have stricter ones."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (folder, *folder.rglob("*")):
@@ -64,20 +64,21 @@ def _open_to_readers(folder: pathlib.Path) -> None:
 def import_weights(
     input_path: str, output_path: str, form: str, words: str = Words.EXACT
 ) -> list[str]:
-    """Writes weights in another format as a workdir, which all other modes can read.
+    """Reads a model in another format, and writes it as a workdir that all other modes can read.
 
     Args:
-      input_path: the folder with the weights.
-      output_path: the workdir, which must not exist yet.
-      form: one of `FORMATS`.
-      words: as in `TokenizerConfig.words`. What `export_weights` wrote has its own tokenizer, for
-        which this does not matter.
+      input_path: the folder with the model.
+      output_path: the workdir to write. It must not exist, or it must be an empty folder.
+      form: the name of a format in `FORMATS`.
+      words: "exact" or "fast", the way to split text into words (see `TokenizerConfig.words`). It
+        is not used if the folder was written by `export_weights`, because such a folder contains
+        its own tokenizer.
 
     Returns:
       Lines to print for the user.
 
     Raises:
-      UserError: a folder is wrong, or the weights cannot be read.
+      UserError: a folder is wrong, or the model cannot be read.
     """
     require(words in tuple(Words), f"`tokenizer.words`={words}: must be {' or '.join(Words)}")
     require(input_path, "`input`: give the folder with the weights")
@@ -94,20 +95,26 @@ def import_weights(
 
 
 def _read(folder: pathlib.Path, form: str, words: str) -> Weights:
-    """Reads a folder; every error is a `UserError`."""
+    """Reads a model in another format. Raises `UserError` for every error in its files."""
     try:
         found = FORMATS[form].read(folder, words == Words.EXACT)
         validation.validate_model(found.model)
         return found
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Files of other programs can be wrong in too many ways to check each of them.
+        # There are too many possible errors in files of other programs to check each of them.
         raise UserError(
             f"`input`={folder}: cannot be read as `format`={form} ({brief(error)})"
         ) from error
 
 
 def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
-    """Writes the weights as a checkpoint; `where` is the input's name in error messages."""
+    """Writes a model as a checkpoint in a workdir.
+
+    Args:
+      found: the model.
+      workdir: the folder to write to.
+      where: the name of the input in error messages.
+    """
     model = gpt.make_model(found.model, found.task)
     like = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
     try:
@@ -134,15 +141,15 @@ def export_weights(input_path: str, output_path: str, form: str) -> list[str]:
     """Writes a checkpoint in another format.
 
     Args:
-      input_path: a workdir, or a stage or a step in it.
-      output_path: the folder to write, which must not exist yet.
-      form: one of `FORMATS`.
+      input_path: a workdir, or the folder of a stage or step in a workdir.
+      output_path: the folder to write. It must not exist, or it must be an empty folder.
+      form: the name of a format in `FORMATS`.
 
     Returns:
       Lines to print for the user.
 
     Raises:
-      UserError: a folder is wrong, or the format has no place for a part of the model.
+      UserError: a folder is wrong, or the format cannot store a part of the model.
     """
     require(input_path, "`input`: give the `workdir` of a finished training")
     checkpoint = open_checkpoint(input_path, "input")

@@ -1,1 +1,1 @@
-"""The results of a run as plots and a table."""
+"""The results of a run, as plots and as a table."""

@@ -14,14 +14,16 @@ from gptjax.io.remote import PathLike
 from gptjax.train.log import read
 
 Records = Sequence[dict[str, Any]]
-"""Records of metrics.jsonl."""
+"""Records of metrics.jsonl. A record is one line of this file."""
 
 
 def draw_plots(workdir: PathLike) -> list[str]:
-    """Draws ``plots/loss.png`` and, if there are any, ``score.png`` and ``probes.png``.
+    """Draws ``loss.png``, ``score.png`` and ``probes.png`` in the folder WORKDIR/plots.
+
+    A plot without data is not drawn.
 
     Returns:
-      The paths of the files.
+      The paths of the files that were drawn.
     """
     records = sorted(read(workdir), key=lambda r: r["step"])
     stages = [s for s in Stage if any(r["stage"] == s and "loss" in r for r in records)]
@@ -39,8 +41,8 @@ def draw_plots(workdir: PathLike) -> list[str]:
 
 
 def _draw(panels: Sequence[str], draw: Callable[..., None], records: Records) -> bytes:
-    """Returns a PNG with a panel for each name; `draw(axis, name, records)` draws one."""
-    # Not pyplot, which keeps figures for ever and may look for a display.
+    """Returns a PNG with a panel for each name; `draw(axis, name, records)` draws one panel."""
+    # `Figure` is used instead of pyplot, which keeps all figures and may look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 5 * len(panels), 4.5), layout="constrained")
@@ -54,16 +56,17 @@ def _draw(panels: Sequence[str], draw: Callable[..., None], records: Records) ->
 
 
 def _series(records: Records, stage: str, split: str, name: str) -> np.ndarray:
-    """Returns [2, N] steps and values; a null in the records is NaN, a gap in the line."""
+    """Returns float64 [2, N]: steps and values. A null in the records is NaN, a gap in the line."""
     chosen = [r for r in records if r["stage"] == stage and r["split"] == split and name in r]
     return np.array([[r["step"] for r in chosen], [r[name] for r in chosen]], np.float64)
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Returns the means of a window centred on each value; NaN does not count.
+    """Returns the moving average of the values.
 
-    The window is a tenth of the values wide. It is narrower at the start, where a loss falls
-    steeply, and is cut off at the end.
+    The window around a value is a tenth of all values wide. Near the start it is narrower, because
+    a loss falls steeply there. At the end its right half is cut off. A mean leaves out values that
+    are not finite; it is NaN if a window has no other values.
     """
     place, known = np.arange(values.size), np.isfinite(values)
     half = np.minimum(values.size // 20, place)
@@ -88,7 +91,7 @@ def _draw_loss(axis: Any, stage: str, records: Records) -> None:
 
 
 def _draw_score(axis: Any, name: str, records: Records) -> None:
-    """Draws a metric of all fine-tuning stages."""
+    """Draws a validation metric of the fine-tuning stages."""
     scale, unit = plot_scale(name)
     for stage in (Stage.FINETUNE, Stage.FINETUNE_FROM_SCRATCH):
         steps, values = _series(records, stage, "validation", name)
@@ -99,7 +102,7 @@ def _draw_score(axis: Any, name: str, records: Records) -> None:
 
 
 def _draw_probe(axis: Any, name: str, records: Records) -> None:
-    """Draws the score "probe_NAME_METRIC" and that of the constant answer."""
+    """Draws the score "probe_NAME_METRIC" and the majority-class baseline of this probe."""
     probe, _, metric = name.rpartition("_")
     scale, unit = plot_scale(metric)
     steps, values = _series(records, Stage.PRETRAIN, "validation", name)

@@ -1,4 +1,4 @@
-"""The text at the end of a run: its results as a table, and commands to try next."""
+"""The text that a run prints at its end: the results as a table, and commands to try next."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from gptjax.io import remote
 from gptjax.io.remote import PathLike
 
 WIDTH = 100
-"""Columns of the text."""
+"""The largest number of characters in a line of the text."""
 
 _PRETRAIN_FACTS = {
     "steps": "{:,} steps",
@@ -30,13 +30,14 @@ def results_table(
     workdir: PathLike,
     next_commands: Sequence[str],
 ) -> str:
-    """Returns the text: scores beside their baselines, losses, the files, commands to try next.
+    """Returns the text: scores beside their baselines, losses, files, and commands to try next.
 
     Args:
-      summary: contents of summary.json; stages and splits may be missing.
-      baselines: split -> scores of the constant answer, from `metrics.majority_baseline`.
-      workdir: folder of the run.
-      next_commands: commands. Long ones are broken into lines, which can still be pasted.
+      summary: the contents of summary.json. Stages and splits may be missing.
+      baselines: split -> scores of the baseline, from `metrics.majority_baseline`.
+      workdir: the folder of the run.
+      next_commands: the commands to try next. A long command is broken into lines, which can still
+        be pasted into a shell.
     """
     pretrain = {k: v for k, v in (summary.get(Stage.PRETRAIN) or {}).items() if v is not None}
     facts = [text.format(pretrain[k]) for k, text in _PRETRAIN_FACTS.items() if k in pretrain]
@@ -54,7 +55,7 @@ def results_table(
 
 
 def _score_table(summary: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[str]:
-    """Returns the lines of the table of fine-tuning scores; [] if there are none."""
+    """Returns the lines of the table of fine-tuning scores; [] if there are no scores."""
     stages = [s for s in Stage if s != Stage.PRETRAIN and summary.get(s)]
     rows = []
     for split in ("validation", "test") if stages else ():
@@ -72,7 +73,7 @@ def _score_table(summary: Mapping[str, Any], baselines: Mapping[str, Any]) -> li
 
 
 def _break_command(command: str) -> str:
-    """Returns a command indented and broken before its flags, with a backslash at line ends."""
+    """Returns an indented command. A long command is broken before flags, with backslashes."""
     lines = [" "]
     for piece in re.split(r" (?=--)", command):
         if len(f"{lines[-1]} {piece} \\") > WIDTH and lines[-1].strip():
