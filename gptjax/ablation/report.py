@@ -52,7 +52,7 @@ def _cell(metric: str, scores: list[float], seeds: int) -> str:
 
 
 def _majority_baseline(runs: Sequence[Run], task: str) -> float:
-    """Returns the median score of the majority-class baseline; 0 if no run has one.
+    """Returns the median score of the majority-class baseline; 0 if no run has this score.
 
     The baseline may differ between runs, because the seed can decide which rows are the validation
     split.

@@ -98,7 +98,7 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
 
 
 def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str] = ()) -> None:
-    """Runs all fine-tuning runs of an ablation, and writes its table and plot.
+    """Does all fine-tuning runs of an ablation, and writes its table and plot.
 
     If the experiment has a pretraining stage, it is run first. Results are kept in
     WORKDIR/ablation.json. If the run is stopped, the same command continues it. Variants or seeds
@@ -191,7 +191,7 @@ def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
 
 @dataclasses.dataclass
 class _Runner:
-    """Runs the fine-tuning runs that have no result yet, several at a time.
+    """Does the fine-tuning runs that have no result yet, several at a time.
 
     Attributes:
       ablation: the fine-tuning runs.
@@ -218,7 +218,7 @@ class _Runner:
         self._records = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
 
     def run(self, meshes: list[Mesh]) -> None:
-        """Runs the fine-tuning runs, one at a time on each mesh.
+        """Does the fine-tuning runs that have no result yet, one at a time on each mesh.
 
         After the first error the other runs stop too. The same command starts them again.
 
@@ -262,7 +262,7 @@ class _Runner:
         self.check_stop()
 
     def _run_job(self, job: Job, mesh: Mesh) -> None:
-        """Runs one fine-tuning run, and writes and reports its result."""
+        """Does one fine-tuning run, and writes and reports its result."""
         ablation = self.ablation
         config = variant(ablation.tasks[job.task], job.variant)
         config = dataclasses.replace(config, compare_from_scratch=False)

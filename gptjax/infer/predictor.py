@@ -87,8 +87,9 @@ class GPT:
     @functools.cached_property
     def model(self) -> gpt_lib.GPT:
         """The Flax module of the parameters, for batches of any number of rows."""
-        # On several devices, plain attention is used. The attention kernels would divide the rows
-        # of a batch among the devices, and a user's batch may have too few rows for that.
+        # On several devices, plain attention is used. The other implementations divide the rows of
+        # a batch among the devices. For that, the number of rows must be a multiple of the number
+        # of devices, but the number of rows in a user's batch is arbitrary.
         several = self.mesh.size > 1
         return self._module(AttentionKind.PLAIN if several else AttentionKind.AUTO)
 

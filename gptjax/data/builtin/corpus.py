@@ -27,7 +27,7 @@ from gptjax.data import cache
 from gptjax.errors import UserError
 
 SCHEMA_VERSION = 2  # part of the name in the cache: raise it when `collect` returns other entries
-# A docstring is left out if its first 400 characters equal those of an earlier one.
+# A docstring is left out if an earlier docstring has the same first 400 characters.
 COMPARED_CHARACTERS = 400
 # A docstring is also left out if it shares a paragraph of at least 60 characters with an earlier
 # docstring of another unit.
@@ -128,7 +128,7 @@ def collect(stdlib: str) -> Sequence[Entry]:
 
 
 def _without_repeats(docstrings: Sequence[Entry]) -> list[Entry]:
-    """Returns the docstrings that do not repeat an earlier one.
+    """Returns the docstrings that do not repeat an earlier docstring.
 
     Repeats are common. For example, many C modules have a Python version with the same docstrings.
     """
