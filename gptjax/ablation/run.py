@@ -110,8 +110,9 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
       workdir: the folder of the run.
       seeds: the number of seeds. The first seed is `experiment.seed`, and each later seed is one
         higher.
-      given: names of the fields that the user set by flag. If such a field would change the
-        tokenizer or a size of a given checkpoint, the run ends with a `UserError`.
+      given: names of the fields that the user set by flag. With a checkpoint in `init_from`, the run
+        ends with a `UserError` if such a field is a field of the tokenizer, or a model size that
+        differs from the checkpoint.
 
     Raises:
       UserError: wrong configuration or data, or a workdir of another experiment.
@@ -196,8 +197,8 @@ class _Runner:
     Attributes:
       ablation: the fine-tuning runs.
       pretrained: path of the checkpoint from which all of them start.
-      given: names of the fields that the user set by flag. If such a field would change the
-        tokenizer or a size of the checkpoint, the run ends with a `UserError`.
+      given: names of the fields that the user set by flag. The run ends with a `UserError` if such a
+        field is a field of the tokenizer, or a model size that differs from the checkpoint.
       reporter: receives a line for each result.
       check_stop: a function that raises `StopRequested` if the process was asked to stop.
     """
