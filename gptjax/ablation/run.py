@@ -110,8 +110,8 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
       workdir: the folder of the run.
       seeds: the number of seeds. The first seed is `experiment.seed`, and each later seed is one
         higher.
-      given: names of the fields that the user set by flag. With a checkpoint in `init_from`, the run
-        ends with a `UserError` if such a field is a field of the tokenizer, or a model size that
+      given: names of the fields that the user set by flag. With a checkpoint in `init_from`, the
+        run ends with a `UserError` if such a field is a field of the tokenizer, or a model size that
         differs from the checkpoint.
 
     Raises:
@@ -197,8 +197,8 @@ class _Runner:
     Attributes:
       ablation: the fine-tuning runs.
       pretrained: path of the checkpoint from which all of them start.
-      given: names of the fields that the user set by flag. The run ends with a `UserError` if such a
-        field is a field of the tokenizer, or a model size that differs from the checkpoint.
+      given: names of the fields that the user set by flag. The run ends with a `UserError` if such
+        a field is a field of the tokenizer, or a model size that differs from the checkpoint.
       reporter: receives a line for each result.
       check_stop: a function that raises `StopRequested` if the process was asked to stop.
     """
