@@ -111,8 +111,8 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
       seeds: the number of seeds. The first seed is `experiment.seed`, and each later seed is one
         higher.
       given: names of the fields that the user set by flag. With a checkpoint in `init_from`, the
-        run ends with a `UserError` if such a field is a field of the tokenizer, or a model size that
-        differs from the checkpoint.
+        run ends with a `UserError` if such a field is a field of the tokenizer, or a model size
+        that differs from the checkpoint.
 
     Raises:
       UserError: wrong configuration or data, or a workdir of another experiment.
