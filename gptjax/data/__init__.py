@@ -1,1 +1,4 @@
-"""From files and hub ids to token ids, rows and batches. Nothing here imports the model."""
+"""Data: from files and data sets of the hub to token ids and batches.
+
+Nothing in this package imports the model.
+"""

@@ -1,15 +1,16 @@
 """A cache on disk for data that takes long to compute.
 
-It is the folder `data` in $GPTJAX_CACHE, by default ~/.cache/gptjax.
+The entries are files in the folder `data` of $GPTJAX_CACHE, which is by default ~/.cache/gptjax.
 
-An entry is one file, NAME-FINGERPRINT. The name is a fingerprint of everything that the contents
-were computed from (contents and versions, never paths or times). The second part is the fingerprint
-of the file itself. It is checked whenever the entry is opened: a truncated or damaged file is
-deleted and written again. Size and modification time cannot replace this check, because a damaged
-disk changes neither.
+The name of such a file is NAME-FINGERPRINT and an ending. NAME is a hash of all inputs of the
+computation (contents and versions, but no paths or times). FINGERPRINT is a hash of the file
+itself. It is checked whenever the entry is opened. If it does not match, because the file is
+truncated or damaged, the file is deleted and written again. Size and modification time would not be
+enough for this check, because a damaged disk changes neither.
 
-A file gets its final name only when it is complete. Two processes that write the same entry at the
-same time write the same bytes. Users may delete the folder at any time, even while a run reads it.
+A file gets its final name only when it is complete. If two processes write the same entry at the
+same time, they write the same bytes. Users can delete the folder at any time, even while a run
+reads it.
 """
 
 import contextlib
@@ -26,33 +27,35 @@ from gptjax.data import fingerprints
 
 T = TypeVar("T")
 Writer = Callable[[BinaryIO], None]
-"""Writes the contents of an entry to a file."""
+"""A function that writes the contents of an entry to a file."""
 
-# No entry takes this long to write. An older temporary file was left behind by a killed process.
+# Writing an entry never takes this long. An older temporary file was left by a killed process.
 _ABANDONED_SECONDS = 24 * 3600
 
 
 def folder() -> str:
-    """Returns the cache folder; "" if $GPTJAX_CACHE is set to the empty string: no cache."""
+    """Returns the cache folder. "" means no cache: $GPTJAX_CACHE is set to the empty string."""
     return os.path.expanduser(os.environ.get("GPTJAX_CACHE", os.path.join("~", ".cache", "gptjax")))
 
 
 def get_or_make(
     name: str, ending: str, write: Writer, read: Callable[[str], T], make: Callable[[], T]
 ) -> T:
-    """Returns the entry `name`; writes it first if it is missing or damaged.
+    """Returns the entry `name`, and writes it first if it is missing or damaged.
 
     Args:
-      name: from `fingerprints.of_values`; entries of equal names have equal contents. Nothing is
-        kept under the name "".
+      name: the name of the entry, for example from `fingerprints.of_values`. Entries of equal names
+        must have equal contents. An empty string means that nothing is cached.
       ending: the ending of the file name, such as ".json".
-      write: writes the contents. An `OSError` that it raises counts as an error of the disk.
-      read: opens the file of the given path. The returned object may stay mapped to the file.
-      make: returns the same as `read`, without a file.
+      write: a function that writes the contents. If it raises `OSError`, the cache counts as not
+        writable.
+      read: a function that opens the file at a path. The object that it returns can stay mapped to
+        the file.
+      make: a function that returns the same object as `read`, without a file.
 
     Returns:
-      The result of `read`; that of `make`, after a warning, if the cache cannot be written (no
-      folder, no space, no permission).
+      The result of `read`. If there is no cache, or if it cannot be written (for lack of space or
+      permission, with a warning), the result of `make`.
     """
     root = folder()
     if not root or not name:
@@ -60,7 +63,7 @@ def get_or_make(
     directory = os.path.join(root, "data")
     path = _find(directory, name, ending)
     if path is not None:
-        with contextlib.suppress(OSError):  # another process has just deleted it
+        with contextlib.suppress(OSError):  # another process has just deleted the file
             return read(path)
     try:
         return read(_written(directory, name, ending, write))
@@ -78,7 +81,10 @@ def _warn(directory: str, reason: str) -> None:
 
 
 def _find(directory: str, name: str, ending: str) -> str | None:
-    """Returns the path of an entry. Deletes files whose contents do not match their name."""
+    """Returns the path of an entry; None if it is missing.
+
+    Files of this entry whose contents do not match their FINGERPRINT are deleted.
+    """
     for path in glob.glob(os.path.join(glob.escape(directory), f"{name}-*{ending}")):
         with contextlib.suppress(OSError):
             if path.endswith(f"-{fingerprints.of_file(path)}{ending}"):
@@ -88,13 +94,13 @@ def _find(directory: str, name: str, ending: str) -> str | None:
 
 
 def _written(directory: str, name: str, ending: str, write: Writer) -> str:
-    """Writes an entry and returns its path; an error leaves no file."""
+    """Writes an entry and returns its path. If an error occurs, no file is left."""
     os.makedirs(directory, exist_ok=True)
     for abandoned in glob.glob(os.path.join(glob.escape(directory), ".*.tmp")):
         with contextlib.suppress(OSError):
             if time.time() - os.path.getmtime(abandoned) > _ABANDONED_SECONDS:
                 os.remove(abandoned)
-    # `tempfile` would make a file that only its owner can read, and the entry would stay so.
+    # `tempfile` is not used, because other users could not read a file that it has made.
     temporary = os.path.join(directory, f".{name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -102,6 +108,6 @@ def _written(directory: str, name: str, ending: str, write: Writer) -> str:
         path = os.path.join(directory, f"{name}-{fingerprints.of_file(temporary)}{ending}")
         os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # it has its final name already, unless an error came
+        with contextlib.suppress(OSError):  # without an error, the file already has its final name
             os.remove(temporary)
     return path

@@ -1,7 +1,8 @@
-"""Fingerprints: 32 hexadecimal digits that tell contents apart.
+"""Fingerprints: hashes of contents, 32 hexadecimal digits each.
 
-They name the entries of the cache, and they tell a checkpoint whether its training data is still
-the same. They depend on contents alone: not on paths, times, processes or the kind of machine.
+They are part of the names of cache entries. A checkpoint stores the fingerprint of its training
+data, so that a resumed run can check that the data is still the same. A fingerprint depends only on
+contents, not on paths, times, processes or the kind of machine.
 """
 
 import hashlib
@@ -10,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-# Rows of an array that are read at a time: the array may be a file larger than memory.
+# The number of rows of an array that are read at a time. The array may be a file that is larger
+# than memory.
 _ROWS_AT_ONCE = 1 << 20
 
 
@@ -19,7 +21,7 @@ def _new_hash() -> Any:
 
 
 def of_values(*values: str | int) -> str:
-    """Returns the fingerprint of a list of short values; members of enumerations are strings.
+    """Returns the fingerprint of a list of short values. Members of enumerations become strings.
 
     >>> of_values("a", "b") == of_values("ab"), len(of_values())
     (False, 32)
@@ -31,7 +33,7 @@ def of_values(*values: str | int) -> str:
 
 
 def of_file(path: str) -> str:
-    """Returns the fingerprint of a file's bytes. The file may be larger than memory."""
+    """Returns the fingerprint of a file's bytes. The file can be larger than memory."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, _new_hash).hexdigest()
 
@@ -51,10 +53,11 @@ def of_texts(texts: Iterable[str]) -> str:
 
 
 def of_arrays(*arrays: np.ndarray | None) -> str:
-    """Returns the fingerprint of the arrays' types, shapes and elements; None is left out.
+    """Returns the fingerprint of the types, shapes and elements of arrays. None is left out.
 
-    uint16 counts as int32, because token ids are stored as either. Checkpoints hold these
-    fingerprints: another formula would refuse to continue the runs of earlier versions.
+    A uint16 array is treated as int32, because equal token ids can be stored in either type.
+    This formula must not change, because checkpoints store its results. With another formula, runs
+    of earlier versions could not be continued.
     """
     digest = _new_hash()
     for array in arrays:

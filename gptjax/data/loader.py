@@ -1,11 +1,11 @@
-"""Batches of training, in a random order that can start at any step, and of evaluation, in order.
+"""Batches: in random order for training, and in order for evaluation.
 
-Batch number `step` is a function of (data, seed, step, batch size) alone. A resumed run therefore
-gets the same batches as an uninterrupted run, on any number of hosts.
+The training batch of a step depends only on the data, the seed, the step and the batch size. A
+resumed run therefore gets the same batches as an uninterrupted run, on any number of hosts.
 
-`grain` makes two things: an endless shuffled order, which is only indexed, and a pipeline over
-steps, which prefetches. They cannot be one pipeline, because a balanced batch is chosen from a
-whole epoch.
+The library `grain` is used for two things. One is an endless shuffled order of examples, of which
+only single positions are read. The other is a pipeline over steps, which prepares batches in
+advance. They cannot be the same pipeline, because a balanced batch is chosen from a whole epoch.
 """
 
 import abc
@@ -22,19 +22,21 @@ from gptjax.data.packing import Packer, RowMask, all_rows, balance_batches, firs
 from gptjax.data.tasks import Examples
 from gptjax.errors import require
 
-# Enough to prepare the next batches during a step. Each batch that waits takes its memory.
+# These numbers are enough to prepare the next batches during a step. Each waiting batch takes
+# memory.
 _READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-# Examples that are packed together in evaluation. The time of packing grows with their square.
+# The number of examples that are packed together in evaluation. The time for packing grows with the
+# square of this number.
 _POOL = 2048
 
 
 def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:
-    """Returns a batch with one token window in each row.
+    """Returns a batch with one window in each row. A window is a series of adjacent tokens.
 
     Args:
-      windows: integers [length] each, at most `rows` of them.
-      window: T, tokens of a row; shorter windows are padded.
-      rows: B; rows without a window are padding.
+      windows: the token ids of at most `rows` windows, integers [length] each.
+      window: T, the row length in tokens. Shorter windows are padded.
+      rows: B, the number of rows. Rows without a window contain only padding.
     """
     tokens = np.zeros((rows, window), np.int32)
     segments = np.zeros((rows, window), np.int32)
@@ -50,7 +52,10 @@ def lm_batch(windows: list[np.ndarray], window: int, rows: int) -> Batch:
 def _window_batch(
     stream: np.ndarray, starts: Sequence[int], window: int, rows: int, row_mask: RowMask
 ) -> Batch:
-    """Returns a batch of the windows of the stream that begin at `starts`."""
+    """Returns a batch of the windows of the stream that begin at `starts`.
+
+    Only the rows in `row_mask` get tokens. The other rows get only their segment ids.
+    """
     filled = row_mask(rows)
     windows = [
         stream[start : start + window] if filled[row] else stream[:0]
@@ -63,18 +68,21 @@ def _window_batch(
 
 
 def _shuffled(count: int, seed: int) -> grain.MapDataset:
-    """Returns position -> index in [0, count): endless epochs, each in a new random order."""
+    """Returns an endless sequence of indices in [0, count).
+
+    Each epoch of `count` indices is in a new random order.
+    """
     return grain.MapDataset.range(count).shuffle(seed=seed % 2**32).repeat(None)
 
 
 class Batches(abc.ABC):
-    """The batches of a training. `batches[step]` is that of a step, from 0 without end."""
+    """The endless training batches. `batches[step]` is the batch of a step, counted from 0."""
 
     @abc.abstractmethod
     def __getitem__(self, step: int) -> Batch: ...
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
-        """Yields the batches of steps [start, stop), prefetched."""
+        """Yields the batches of the steps [start, stop). They are prepared in advance."""
         steps = grain.MapDataset.range(start, stop).map(lambda step: self[int(step)])
         return iter(steps.to_iter_dataset(_READ))
 
@@ -83,17 +91,17 @@ class Batches(abc.ABC):
 class TextBatches(Batches):
     """Random contiguous windows of a token stream.
 
-    In each epoch the stream is divided into windows that do not overlap, from a random offset on,
-    and these are visited in random order. A token is seen at most once an epoch, and in other
-    windows each time. The tokens before the offset and after the last window, fewer than two
-    windows in all, are seen in other epochs.
+    Each epoch has a random offset. From this offset on, the stream is divided into windows that do
+    not overlap, and the windows are used in random order. So each token is used at most once in an
+    epoch, and its window is another one in each epoch. The tokens before the offset and after the
+    last window, fewer than two windows in all, are used in other epochs.
 
     Attributes:
       stream: integers [n], token ids.
-      window: tokens of a window.
-      batch_size: windows of a batch.
-      seed: decides the windows and their order.
-      row_mask: the rows to fill, see `packing.RowMask`.
+      window: the number of tokens in a window.
+      batch_size: the number of windows in a batch.
+      seed: the seed of the offsets and of the order.
+      row_mask: the rows that this process fills (see `packing.RowMask`).
       windows: the number of windows in an epoch.
 
     Raises:
@@ -112,15 +120,15 @@ class TextBatches(Batches):
             f"`pretrain`: the training text has {len(self.stream)} tokens, fewer than one window "
             f"of {self.window}; give more text or a smaller `pretrain.window`",
         )
-        # An epoch has one window fewer than fit into the stream. The random offset of the windows
-        # can therefore be larger than a window.
+        # An epoch has one window fewer than the stream could hold. The random offset can then be
+        # any number from 0 to at least the length of one window.
         self.windows = max(1, len(self.stream) // self.window - 1)
         self._order = _shuffled(self.windows, self.seed)
 
     def _start(self, position: int) -> int:
-        """Returns the first token of the window at a position of the shuffled order."""
-        # With the largest offset the last window ends at the end of the stream. Therefore every
-        # token is in a window of some epoch.
+        """Returns the start in the stream of the window at a position of the shuffled order."""
+        # With the largest offset, the last window ends at the end of the stream. So no token is
+        # left out in all epochs.
         offsets = len(self.stream) - self.windows * self.window + 1
         data = f"{self.seed}:{position // self.windows}".encode()
         digest = hashlib.blake2b(data, digest_size=8).digest()
@@ -137,14 +145,14 @@ class TextBatches(Batches):
 class TaskBatches(Batches):
     """Packed batches of shuffled examples, all with the same number of examples.
 
-    The two subclasses differ in how an epoch is divided into batches.
+    The two subclasses divide an epoch into batches in different ways.
 
     Attributes:
-      examples: all of them.
-      packer: for batches of `batch_size` of these examples.
-      batch_size: examples of a batch.
-      seed: decides the order of the examples.
-      row_mask: the rows to fill, see `packing.RowMask`.
+      examples: all training examples.
+      packer: the packer, which was made for `batch_size` of these examples.
+      batch_size: the number of examples in a batch.
+      seed: the seed of the order of the examples.
+      row_mask: the rows that this process fills (see `packing.RowMask`).
     """
 
     examples: Examples
@@ -169,11 +177,11 @@ class TaskBatches(Batches):
 
 
 class BalancedBatches(TaskBatches):
-    """Batches across epochs, with about the same number of tokens in each batch.
+    """Batches with about equal numbers of tokens. No example of an epoch is left out.
 
-    A batch may hold the end of one epoch and the start of the next: no example is left out, and no
-    update has fewer examples than another. The other batches of an epoch are balanced, see
-    `packing.balance_batches`.
+    If the batch size does not divide the number of examples, a batch can hold the end of one epoch
+    and the start of the next epoch. So all batches have equally many examples. The other batches of
+    an epoch are made by `packing.balance_batches`.
     """
 
     def chosen(self, step: int) -> np.ndarray:
@@ -187,14 +195,17 @@ class BalancedBatches(TaskBatches):
 
     @functools.cached_property
     def _epoch(self) -> Callable[[int], tuple[int, np.ndarray]]:
-        """`_balanced`, whose last results are kept: prefetching reads at most two epochs."""
+        """The function `_balanced`, with its last two results kept in memory.
+
+        Two are enough, because batches are prepared in advance for at most two epochs.
+        """
         return functools.lru_cache(maxsize=2)(self._balanced)
 
     def _balanced(self, epoch: int) -> tuple[int, np.ndarray]:
-        """Returns the first step whose batch is within an epoch, and the batches from there on.
+        """Returns the first step whose batch lies wholly in an epoch, and the batches from it on.
 
-        The batches, as many as are within the epoch, are int [steps, batch_size]: the indices of
-        the examples of each step.
+        Only batches that lie wholly in the epoch are returned, as int [steps, batch_size]: the
+        indices of the examples of each step.
         """
         count, size = len(self.examples), self.batch_size
         first, last = -(-epoch * count // size), (epoch + 1) * count // size
@@ -204,9 +215,10 @@ class BalancedBatches(TaskBatches):
 
 
 class WholeEpochBatches(TaskBatches):
-    """Batches of one epoch each, in the order of the shuffle, as in the authors' code.
+    """Batches in plain shuffled order, as in OpenAI's finetune-transformer-lm.
 
-    The examples after the last whole batch of an epoch are left out.
+    A batch never holds examples of two epochs. The examples after the last whole batch of an epoch
+    are left out.
     """
 
     def chosen(self, step: int) -> np.ndarray:
@@ -223,10 +235,10 @@ def text_in_order(
 
     Args:
       stream: integers [n], token ids.
-      window: tokens of a window; the last one may be shorter.
-      rows: windows of a batch.
-      limit: the largest number of batches; 0: no limit.
-      row_mask: the rows to fill, see `packing.RowMask`.
+      window: the number of tokens in a window. The last window may be shorter.
+      rows: the number of windows in a batch.
+      limit: the largest number of batches. 0 means no limit.
+      row_mask: the rows that this process fills (see `packing.RowMask`).
     """
     starts = range(0, len(stream), window)
     if limit:
@@ -241,13 +253,13 @@ def every_example(
     """Yields packed batches in which every example occurs once.
 
     Args:
-      examples: all of them.
-      packer: for the shape of the batches.
-      row_mask: the rows to fill, see `packing.RowMask`.
+      examples: the examples.
+      packer: the packer, which decides the shape of the batches.
+      row_mask: the rows that this process fills (see `packing.RowMask`).
 
     Yields:
-      A batch of full rows (the last batch may have fewer), and int32 [B, E]: the index of the
-      example in each slot, -1 for an empty slot.
+      A batch, and int32 [B, E]: the index of the example in each slot, -1 for an empty slot. A slot
+      is the place of one example in a row. The last batch may have rows without examples.
     """
     lengths = examples.lengths
     rows: list[list[int]] = []

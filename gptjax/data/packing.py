@@ -1,11 +1,13 @@
-"""Packing: several examples share a row of fixed length, so that short texts waste no compute.
+"""Packing: several examples share a row of fixed length, so short texts cause little padding.
 
-Packing changes no loss, gradient or prediction, but for rounding: attention does not cross from one
-segment into another, positions restart in each sequence, and sums over the whole batch are divided
-by their weights only once.
+An example consists of one or more sequences of tokens, for example one for each answer.
 
-The packing of `grain` is not used here: it packs single sequences, and all sequences of an example
-must be in the same row.
+Except for rounding, packing does not change any loss, gradient or prediction. A token attends only
+to tokens of its own sequence, positions restart in each sequence, and sums over the whole batch are
+divided by their weights only once.
+
+The packing of the library `grain` is not used, because it packs single sequences. Here all
+sequences of an example must be in the same row.
 """
 
 import math
@@ -16,35 +18,38 @@ import numpy as np
 from gptjax.batch import Batch, TokenType
 from gptjax.data.tasks import Examples
 
-# Row lengths are multiples of this.
+# Row lengths are multiples of this number of tokens.
 _LENGTH_STEP = 8
-# The part of a batch that may be padding.
+# The fraction of a batch that may be padding.
 _MAX_PADDING = 0.045
 
 RowMask = Callable[[int], np.ndarray]
-"""The number of rows of a batch -> bool [rows]: the rows that this process fills. Of the other rows
-it writes only `segment_ids`, so that every process knows the number of tokens in the whole
-batch."""
+"""A function from the number of rows in a batch to bool [rows]: the rows that this process fills.
+
+In the other rows this process writes only `segment_ids`, so that every process knows the number of
+tokens in the whole batch."""
 
 
 def all_rows(rows: int) -> np.ndarray:
-    """Returns the mask of a single process: all rows."""
+    """Returns the `RowMask` of a single process, which fills all rows."""
     return np.ones(rows, bool)
 
 
 def first_fit(lengths: Sequence[int], row_length: int, max_per_row: int) -> list[list[int]]:
-    """Assigns examples to rows: the longest first, each to the first row that has room for it.
+    """Assigns examples to rows, from the longest to the shortest.
+
+    Each example is put into the first row that has room for it.
 
     >>> first_fit([4, 3, 5, 2], row_length=8, max_per_row=4)
     [[2, 1], [0, 3]]
 
     Args:
-      lengths: tokens of each example, none above `row_length`.
-      row_length: tokens of a row.
-      max_per_row: examples of a row.
+      lengths: the number of tokens of each example, at most `row_length`.
+      row_length: the row length in tokens.
+      max_per_row: the largest number of examples in a row.
 
     Returns:
-      The examples (indices into `lengths`) of each row.
+      The indices (into `lengths`) of the examples in each row.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -61,17 +66,18 @@ def first_fit(lengths: Sequence[int], row_length: int, max_per_row: int) -> list
 
 
 def balance_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generator) -> np.ndarray:
-    """Assigns examples to batches that all have about the same number of tokens.
+    """Assigns examples to batches with about equal numbers of tokens.
 
-    The examples are sorted by their length plus noise, from the longest to the shortest, and handed
-    out in rounds of one example to each batch. In each round the batch with the fewest tokens so
-    far gets the longest example. The noise is uniform over two standard deviations of the lengths,
-    so that chance decides which examples come together, and every epoch has other batches.
+    The examples are sorted by their length plus noise, from the longest to the shortest, and
+    distributed in rounds. In each round every batch gets one example, and the batch with the fewest
+    tokens so far gets the longest example of the round. The noise is uniform between 0 and two
+    standard deviations of the lengths. So chance decides which examples share a batch, and every
+    epoch has other batches.
 
     Args:
-      lengths: int [batches * batch_size], tokens of each example.
-      batch_size: examples of a batch.
-      rng: the source of the noise and of the order of the batches.
+      lengths: int [batches * batch_size], the number of tokens of each example.
+      batch_size: the number of examples in a batch.
+      rng: the random generator of the noise and of the order of the batches.
 
     Returns:
       int [batches, batch_size], indices into `lengths`.
@@ -93,12 +99,14 @@ def balance_batches(lengths: np.ndarray, batch_size: int, rng: np.random.Generat
 
 
 class Packer:
-    """Packs examples into batches of one shape; a batch that does not fit gets some more rows.
+    """Packs examples into batches of one shape.
+
+    If the examples of a batch do not fit into this shape, that batch gets more rows.
 
     Attributes:
-      row_length: T, tokens of a row, at least those of the longest example.
-      rows: rows of a batch, before they are padded to a multiple of `divisor`.
-      slots: E, the largest number of examples in a row.
+      row_length: T, the row length in tokens, at least the length of the longest example.
+      rows: the number of rows in a batch, before it is rounded up to a multiple of `divisor`.
+      slots: E, the number of slots in a row. A slot is the place of one example.
     """
 
     def __init__(
@@ -112,14 +120,16 @@ class Packer:
         """Chooses the shape of the batches by packing a sample of these examples.
 
         Args:
-          lengths: int [n], tokens of each of the examples that will be packed.
-          batch_size: examples of a batch.
-          row_length: the wanted T; 0: the shortest that leaves less than 4.5% of a batch to padding
-            or, if there is none, the one that leaves the least.
-          divisor: the number of rows is padded to a multiple of this (devices along the batch,
-            times micro-batches). The examples stay where they are, so that the dropout masks do not
-            depend on the number of devices.
-          sequence_means: whether the LM weights of each sequence add up to 1, instead of being 1.
+          lengths: int [n], the number of tokens of each example that will be packed.
+          batch_size: the number of examples in a batch.
+          row_length: the wanted T. 0 means that T is chosen. It is then the shortest T with at most
+            4.5% of padding in a batch or, if there is no such T, the T with the least padding.
+          divisor: the number of rows is rounded up to a multiple of this. It is the number of
+            devices along the batch times the number of micro-batches. Rows of padding are added
+            at the end of a batch. The examples keep their rows, so the dropout masks do not depend
+            on the number of devices.
+          sequence_means: whether the LM weights in each sequence add up to 1. Otherwise the weight
+            of each predicted token is 1.
         """
         self._sequence_means, self._divisor = sequence_means, divisor
         longest, mean = int(lengths.max()), float(lengths.mean())
@@ -134,8 +144,8 @@ class Packer:
 
         Args:
           examples: all examples.
-          chosen: int [n], the indices of those to pack.
-          row_mask: the rows to fill, see `RowMask`.
+          chosen: int [n], the indices of the examples to pack.
+          row_mask: the rows that this process fills (see `RowMask`).
 
         Returns:
           The batch, and int32 [B, E]: the index of the example in each slot, -1 for an empty slot.
@@ -148,16 +158,19 @@ class Packer:
     def fill(
         self, examples: Examples, rows: list[list[int]], row_mask: RowMask = all_rows
     ) -> tuple[Batch, np.ndarray]:
-        """Returns what `pack` returns, for examples that are assigned to rows already.
+        """Packs examples whose rows are already chosen.
 
         Args:
           examples: all examples.
           rows: the indices of the examples in each row.
-          row_mask: the rows to fill, see `RowMask`.
+          row_mask: the rows that this process fills (see `RowMask`).
+
+        Returns:
+          The batch, and int32 [B, E]: the index of the example in each slot, -1 for an empty slot.
         """
         height = self.rows
-        # The number of rows grows in steps of a quarter, because each new number needs another
-        # compilation.
+        # Each new number of rows needs another compilation. Therefore a batch that does not fit
+        # gets more rows in steps of a quarter of `self.rows`.
         if len(rows) > height:
             height = _round_up(len(rows), math.ceil(height / 4))
         height = _round_up(height, self._divisor)
@@ -173,7 +186,7 @@ class Packer:
         return batch, index
 
     def _fill_row(self, batch: Batch, b: int, examples: Examples, row: list[int]) -> None:
-        """Writes the examples of row `b` into the batch."""
+        """Writes the examples with the indices `row` into row `b` of the batch."""
         start = segment = 0
         for e, i in enumerate(row):
             for c in range(examples.num_candidates):
@@ -200,7 +213,7 @@ class Packer:
 
 
 def _sample(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
-    """Returns the lengths of the examples of up to 32 balanced batches."""
+    """Returns the lengths of the examples in up to 32 balanced batches."""
     rng = np.random.default_rng(0)
     lengths = rng.permutation(lengths)[: max(1, len(lengths) // batch_size) * batch_size]
     if len(lengths) < 2 * batch_size:
@@ -209,21 +222,23 @@ def _sample(lengths: np.ndarray, batch_size: int) -> list[list[int]]:
 
 
 def _slots(row_length: int, mean: float, batch_size: int) -> int:
-    """Returns E: at least twice the mean number of examples in a row, and at most the whole batch.
+    """Returns E, at least twice the mean number of examples in a row, but at most the batch size.
 
-    It is a power of two (from 4), so that data with slightly other lengths gets the same shape.
+    If E is less than the batch size, it is a power of two and at least 4. So data with slightly
+    other lengths gets the same shape.
     """
     return min(batch_size, 1 << max(2, math.ceil(math.log2(2 * row_length / mean))))
 
 
 def _shape(sample: list[list[int]], longest: int, mean: float, wanted: int) -> tuple[int, int]:
-    """Returns the rows and the row length of a batch, see `Packer`.
+    """Returns the number of rows and the row length of a batch.
 
     Args:
-      sample: the lengths of the examples of some batches.
-      longest: tokens of the longest example.
-      mean: tokens of the examples, on average.
-      wanted: the row length, or somewhat more; 0: the best one.
+      sample: the lengths of the examples in some batches.
+      longest: the number of tokens of the longest example.
+      mean: the mean number of tokens of an example.
+      wanted: the wanted row length, which is rounded up. 0 means that the row length is chosen (see
+        `Packer.__init__`).
     """
     batch_size = len(sample[0])
     if wanted:
@@ -250,7 +265,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
-    """Returns a batch of padding for these examples."""
+    """Returns a batch that contains only padding, with the types of these examples."""
     tokens = np.zeros((height, length), np.int32)
     extract = np.zeros((height, slots, examples.num_candidates), np.int32)
     labels = examples.labels

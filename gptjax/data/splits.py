@@ -1,4 +1,7 @@
-"""The splits of a stage: from the built-in data, files, the hub, or tables in memory."""
+"""The splits (train, validation, test) of a training stage.
+
+Their rows come from the built-in data, files, the Hugging Face hub, or tables in memory.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -21,16 +24,16 @@ def text_splits(
 ) -> dict[str, Texts]:
     """Returns the texts of "train" and "validation".
 
-    Without validation files (or a validation table), the end of the training text is held out.
+    If there is no validation text, the end of the training text is held out for validation.
 
     Args:
-      config: where the text comes from, and which part of it is held out.
-      tables: "train", and "validation" if there is one -> rows in memory, instead of the files or
-        the data set of `config`. As in a data set of the hub, each row is a document in the column
-        `config.text`.
+      config: the source of the text, and the fraction of it that is held out.
+      tables: split -> rows in memory, which replace the files or the data set of `config`. The
+        splits are "train" and, if there is one, "validation". Each row is a document, and its text
+        is in the column `config.text`. None means that there are no such tables.
 
     Raises:
-      UserError: files, columns or splits that do not exist, or no text in them.
+      UserError: a file, column or split does not exist or has no text.
     """
     if tables is not None:
         tables = _in_order(tables, ("train", "validation"))
@@ -51,9 +54,9 @@ def text_splits(
 
 
 def _documents(rows: Dataset, column: str, source: str) -> Texts:
-    """Returns the text of a column; a blank line ends each row, as it does in `read_text`."""
+    """Returns the text of a column, with a blank line after each row, as `read_text` returns it."""
     LabelledTable(rows, source).require_columns([column])
-    files.import_datasets()  # without progress bars
+    files.import_datasets()  # this call switches off the progress bars of `map`
     documents = rows.map(
         lambda row: {"text": as_text(row[column]).rstrip("\n") + "\n\n"},
         remove_columns=rows.column_names,
@@ -62,7 +65,7 @@ def _documents(rows: Dataset, column: str, source: str) -> Texts:
 
 
 def task_spec(config: FinetuneConfig) -> TaskSpec:
-    """Returns the task that the configuration describes, without the names of its labels."""
+    """Returns the task that the configuration describes, still without the names of its labels."""
     kind, choices = TaskKind(config.task), schema.split_names(config.choices)
     return TaskSpec(kind, config.text, config.text_pair, choices, config.label, cut=config.cut)
 
@@ -72,17 +75,19 @@ def labelled_splits(
 ) -> dict[str, LabelledTable]:
     """Returns the rows of "train", "validation" and, if there is one, "test".
 
-    Without a validation file (or table) a part of train is held out; rows of equal text stay
-    together. Rows whose label is `config.ignore_label` are left out.
+    If there are no validation rows, a fraction of the training rows is held out for validation.
+    Rows of equal text are then in the same split. Rows whose label is `config.ignore_label` are
+    left out.
 
     Args:
-      config: where the rows come from, and which of their columns are read.
-      seed: decides which rows are held out.
-      tables: "train", and "validation" and "test" if there are such -> rows in memory, instead of
-        the files or the data set of `config`.
+      config: the source of the rows, and the names of the columns to read.
+      seed: the seed of the choice of the rows that are held out.
+      tables: split -> rows in memory, which replace the files or the data set of `config`. The
+        splits are "train" and, if there are such, "validation" and "test". None means that there
+        are no such tables.
 
     Raises:
-      UserError: files, columns or splits that do not exist, or a file that cannot be read.
+      UserError: a file, column or split does not exist, or a file cannot be read.
     """
     spec = task_spec(config)
     needed = (*spec.text_columns, spec.label)
@@ -113,7 +118,13 @@ def labelled_splits(
 
 
 def one_split(dataset: str, split: str, needed: tuple[str, ...]) -> LabelledTable:
-    """Returns one split of a data set, built in or from the hub, with the columns `needed`."""
+    """Returns one split of a built-in data set or of a data set of the hub.
+
+    Args:
+      dataset: "builtin:TASK", or the name of a data set of the hub.
+      split: the name of the split.
+      needed: names of columns, or expressions (see `labelled.py`), which the rows must have.
+    """
     name = dataset.removeprefix(f"{BUILTIN}:")
     if name == dataset:
         rows = files.load_hub(dataset, split)
@@ -128,8 +139,9 @@ def read_labelled(path: str, columns: str, needed: tuple[str, ...]) -> LabelledT
 
     Args:
       path: the file.
-      columns: comma-separated names of the columns of a file without a header; "": it has one.
-      needed: names or expressions.
+      columns: comma-separated names of the columns, for a file without a header. An empty string
+        means that the file has a header.
+      needed: names of columns, or expressions (see `labelled.py`).
     """
     return _checked(files.read_table(path, schema.split_names(columns)), path, needed)
 
@@ -146,7 +158,7 @@ def without_label(table: LabelledTable, config: FinetuneConfig) -> LabelledTable
 
 
 def _in_order(tables: Mapping[str, Dataset], names: tuple[str, ...]) -> dict[str, Dataset]:
-    """Returns the tables in the order of `names`; checks that they have these names and rows."""
+    """Returns the tables in the order of `names`. Checks their names, and that they have rows."""
     require(
         "train" in tables and set(tables) <= set(names),
         f"`tables`: has {', '.join(tables) or 'nothing'}; it must have train, and may have "

@@ -2,12 +2,14 @@
 
 classification     start text extract
 entailment         start text delimiter text_pair extract
-similarity         start text delimiter text_pair extract, and the same with the texts exchanged
-regression         the same as similarity, with a real number as its target
-multiple choice    start text delimiter answer extract, for each answer
+similarity         start text delimiter text_pair extract
+                   start text_pair delimiter text extract
+regression         the two sequences of similarity; the target is a real number
+multiple choice    start text delimiter answer extract (a sequence for each answer)
 
-A flattened head (recipe `tutorial`) reads the states of all positions. Its examples are one
-sequence each, which is padded to a fixed length:
+start, delimiter and extract are special tokens. The task head reads the hidden state at the extract
+token. A flattened task head (recipe `tutorial`) reads the hidden states of all positions instead.
+An example is then one sequence, which is padded to a fixed length:
 
 one text           start text delimiter
 two texts          start text delimiter text_pair delimiter
@@ -30,59 +32,62 @@ from gptjax.errors import UserError, nearest, require
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Tokenised examples: n examples of C = num_candidates sequences each.
+    """Tokenised examples: n examples with C = num_candidates sequences each.
 
     Sequence c of example i has the index i * C + c.
     """
 
     num_candidates: int
     tokens: list[np.ndarray]
-    """n * C sequences, int32 [length]."""
+    """n * C sequences, int32 [length] each."""
     second_start: np.ndarray
-    """int32 [n * C]: the start of the second text; the end of the first if there is no second."""
+    """int32 [n * C]: the index of the first token of the second text. If there is one text, it is
+    the number of tokens without padding."""
     labels: np.ndarray | None
     """int32 or float32 [n]; None if the rows have no label."""
     cut: int
-    """Examples with a text that was cut to fit the context."""
+    """The number of examples with a text that was shortened to fit into the context."""
     empty: int
-    """Examples with an empty text."""
+    """The number of examples with an empty text."""
     padding_start: np.ndarray | None = None
-    """int32 [n * C]: the start of the padding inside the sequence; None if no sequence has any."""
+    """int32 [n * C]: the index of the first padding token in each sequence. None means that the
+    sequences are not padded, because the task head is not flattened."""
 
     def __len__(self) -> int:
         return len(self.tokens) // self.num_candidates
 
     @functools.cached_property
     def lengths(self) -> np.ndarray:
-        """int32 [n]: the tokens of each example, all its sequences together."""
+        """int32 [n]: the number of tokens of each example, in all its sequences together."""
         lengths = np.array([len(sequence) for sequence in self.tokens], np.int32)
         return lengths.reshape(-1, self.num_candidates).sum(axis=1, dtype=np.int32)
 
     @property
     def max_sequence_length(self) -> int:
-        """The tokens of the longest sequence; 0 if there are no examples."""
+        """The number of tokens of the longest sequence; 0 if there are no examples."""
         return max(map(len, self.tokens), default=0)
 
 
 def _in_order(names: set[str]) -> tuple[str, ...]:
     """Returns names in numeric order if all are numbers, else in alphabetic order."""
     try:
-        # The inner sort decides between equal numbers such as "1" and "1.0": the order of a set
-        # differs from process to process.
+        # The inner sort decides the order of equal numbers such as "1" and "1.0", because the order
+        # of a set differs from process to process.
         return tuple(sorted(sorted(names), key=float))
     except ValueError:
         return tuple(sorted(names))
 
 
 def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
-    """Returns `spec` with the names of the labels that the training rows have.
+    """Returns `spec` with the names of the labels in the training rows.
 
-    The classes are the distinct labels; numbers are in numeric order. The answers of a multiple
-    choice are numbered from 0, numbered from 1, or lettered from A. Labels that fit both numberings
-    count from 1 if the number of answers is among them, else from 0.
+    The classes are the distinct labels, in alphabetic order or, if all are numbers, in numeric
+    order. In a multiple choice, the labels number the answers from 0, from 1, or with letters from
+    A. For n answers, the numbers start at 1 if the label n occurs. Otherwise they start at 0, if
+    all labels fit.
 
     Raises:
-      UserError: an empty label, only one class, or labels that do not number the answers.
+      UserError: a label is empty, there is only one class, or labels do not number the answers.
     """
     if spec.kind is TaskKind.REGRESSION:
         return spec
@@ -113,10 +118,10 @@ def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
 
 
 def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:
-    """Returns int32 [n] classes or answers, or float32 [n] targets of a regression.
+    """Returns the index of each row's class or answer, int32 [n]; in a regression, float32 targets.
 
     Raises:
-      UserError: a label that training did not have, or a target that is not a finite number.
+      UserError: a label did not occur in training, or a target is not a finite number.
     """
     values = table.columns([spec.label])[spec.label]
     if spec.kind is TaskKind.REGRESSION:
@@ -144,10 +149,15 @@ def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:
 
 
 def cut_pair(first: int, second: int, budget: int) -> tuple[int, int]:
-    """Returns how many tokens of two texts to keep, so that together they fit into `budget`.
+    """Returns the numbers of tokens of two texts to keep. Their sum is at most `budget`.
 
-    The longer text is cut first. A text that is longer than half of the budget keeps at least this
-    half.
+    The longer text is shortened first. A text is never shortened to less than half of the budget.
+
+    Args:
+      first: the number of tokens of the first text.
+      second: the number of tokens of the second text.
+      budget: the largest number of tokens of both texts together.
+
     >>> cut_pair(10, 2, 8), cut_pair(10, 9, 8), cut_pair(3, 3, 8)
     ((6, 2), (4, 4), (3, 3))
     """
@@ -163,18 +173,25 @@ class _Sequence(NamedTuple):
 
     tokens: np.ndarray
     second_start: int
-    """The start of the second text; the end of the first if there is no second."""
+    """The index of the first token of the second text. If there is one text, it is the number of
+    tokens without padding."""
     padding_start: int
-    """The start of the padding; the length if there is none."""
+    """The index of the first padding token; the number of tokens if there is no padding."""
     cut: bool
-    """Whether a text was cut."""
+    """Whether a text was shortened."""
 
 
 class _Builder:
-    """Joins tokenised texts and special tokens to sequences that fit the context length."""
+    """Joins tokenised texts and special tokens to sequences that fit into the context."""
 
     def __init__(self, spec: TaskSpec, tokenizer: Tokenizer, context_length: int):
-        """Takes the task, the ids of the special tokens, and the most tokens of a sequence."""
+        """Prepares for a task.
+
+        Args:
+          spec: the task.
+          tokenizer: the tokenizer, for the ids of the special tokens.
+          context_length: the largest number of tokens in a sequence.
+        """
         require(
             context_length >= 5,
             f"`model.context_length`={context_length}: a pair of texts needs at least 5",
@@ -215,7 +232,7 @@ class _Builder:
         return _Sequence(np.concatenate(parts), second_start, end, kept < sum(lengths))
 
     def _kept(self, lengths: Sequence[int]) -> Sequence[int]:
-        """Returns how many tokens of one or two texts to keep."""
+        """Returns the numbers of tokens to keep of one or two texts with these lengths."""
         if len(lengths) == 1:
             return [min(lengths[0], self._length - 2)]
         if self._halves:  # as in the authors' code
@@ -226,7 +243,7 @@ class _Builder:
 def _encode_columns(
     spec: TaskSpec, columns: Mapping[str, list[Any]], tokenizer: Tokenizer, use_cache: bool
 ) -> Iterator[tuple[np.ndarray, ...]]:
-    """Returns the tokenised texts of each row, in the order of `spec.text_columns`."""
+    """Yields the token ids of the texts of each row, in the order of `spec.text_columns`."""
     encoded = {}
     for name in dict.fromkeys(spec.text_columns):
         texts = list(map(as_text, columns[name]))
@@ -237,7 +254,10 @@ def _encode_columns(
 def padded_length(
     spec: TaskSpec, table: LabelledTable, tokenizer: Tokenizer, context_length: int
 ) -> int:
-    """Returns the tokens of the longest row of a flattened head, at most the context length."""
+    """Returns the length to which the sequences of a flattened task head are padded.
+
+    It is the length of the longest sequence, in tokens, but at most the context length.
+    """
     columns = table.columns(spec.text_columns)
     rows = _encode_columns(spec, columns, tokenizer, use_cache=True)
     lengths = (1 + sum(len(text) + 1 for text in texts) for texts in rows)
@@ -257,14 +277,14 @@ def encode(
     Args:
       spec: the task, with the names of its labels.
       table: the rows.
-      tokenizer: text -> ids.
-      context_length: tokens of the longest sequence. Texts that would make a longer one are cut,
-        and `Examples.cut` counts them.
+      tokenizer: the tokenizer.
+      context_length: the largest number of tokens in a sequence. If a sequence would be longer, its
+        texts are shortened. `Examples.cut` counts the examples to which this happens.
       labelled: whether to read the label column.
-      use_cache: whether to keep the ids of long columns in the cache.
+      use_cache: whether to keep the token ids of long columns in the cache.
 
     Raises:
-      UserError: a label that training did not have, a target that is not a number, or columns of
+      UserError: a label did not occur in training, a target is not a number, or columns have
         different lengths.
     """
     columns = table.columns([*spec.text_columns, *([spec.label] if labelled else [])])

@@ -1,1 +1,1 @@
-"""Scores of a model: metrics, losses on a split, zero-shot probes."""
+"""Scores of a model: metrics, losses on a split, and zero-shot probes."""

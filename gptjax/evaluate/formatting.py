@@ -1,4 +1,4 @@
-"""Scores as people read them: numbers, the scale of a plot's axis, and tables."""
+"""The formatting of scores: numbers as text, the scale of a plot's axis, tables, and PNG files."""
 
 import io
 from collections.abc import Sequence
@@ -9,15 +9,17 @@ from gptjax.io.files import json_ready
 
 
 def format_score(metric: str, value: Any, percent_sign: str = "%") -> str:
-    """Returns a score as text: a percentage, or three decimals; "-" where it is missing or NaN.
+    """Returns a score as text: a percentage, or a number with three decimals.
+
+    The text is "-" if the score is None or not finite.
 
     >>> format_score("accuracy", 0.8125), format_score("pearson", 0.5), format_score("mse", None)
     ('81.2%', '0.500', '-')
 
     Args:
-      metric: its name; `metrics.PERCENT` are shown as percentages.
+      metric: the name of the metric. The metrics in `metrics.PERCENT` are shown as percentages.
       value: a number or None.
-      percent_sign: written after a percentage.
+      percent_sign: the text after a percentage.
     """
     value = json_ready(value)
     if value is None:
@@ -34,9 +36,10 @@ def aligned_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: in
     """Returns the lines of a table in columns of equal width, for a terminal.
 
     Args:
-      header: names of the columns.
-      rows: cells of each row.
-      left: the number of columns, from the first, that are aligned to the left.
+      header: the names of the columns.
+      rows: the cells of each row.
+      left: the number of columns that are aligned to the left, counted from the first column. The
+        other columns are aligned to the right.
     """
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     form = "  ".join(f"{{:{'<' if i < left else '>'}{w}}}" for i, w in enumerate(widths))

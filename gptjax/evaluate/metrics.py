@@ -1,7 +1,7 @@
 """Metrics: scores of predictions against labels, computed by scikit-learn and SciPy.
 
 The functions take the arrays of a whole split, gathered from all hosts. F1, Matthews and the
-correlations are not means over examples, so unlike the losses they cannot be summed over batches.
+correlations are not means over examples, so they cannot be summed over batches as losses can.
 """
 
 import difflib
@@ -20,7 +20,8 @@ NAMES: tuple[str, ...] = (*_CLASS_METRICS, *_REGRESSION_METRICS)
 """All names that `finetune.metrics` accepts."""
 
 FITTING: dict[TaskKind, tuple[str, ...]] = dict.fromkeys(TaskKind, _CLASS_METRICS) | {
-    # The label is the position of the right answer, which is no class that could have an F1.
+    # The label is only the index of the right answer among the answers of its row. Such an index is
+    # no class, so F1 and Matthews have no meaning.
     TaskKind.MULTIPLE_CHOICE: ("accuracy",),
     TaskKind.REGRESSION: _REGRESSION_METRICS,
 }
@@ -31,15 +32,15 @@ PERCENT = frozenset({"accuracy", "f1", "macro_f1"})
 
 
 def parse(names: str, kind: str) -> tuple[str, ...]:
-    """Splits a comma-separated string of metric names and checks them against the kind of task.
+    """Splits a comma-separated string of metric names, and checks that they fit the kind of task.
 
     Args:
-      names: such as ``"f1, accuracy"``. An empty string means accuracy; in a regression, all of its
-        metrics.
-      kind: a `TaskKind`.
+      names: comma-separated names such as ``"f1, accuracy"``. An empty string means accuracy, or in
+        a regression all of its metrics.
+      kind: a value of `TaskKind`.
 
     Returns:
-      The names in their order, each once. The first selects the best checkpoint.
+      The distinct names, in the order of the string. The first metric selects the best checkpoint.
 
     Raises:
       UserError: an unknown name, or a metric that is not defined for `kind`.
@@ -69,14 +70,15 @@ def compute(
 ) -> dict[str, float]:
     """Computes metrics of predictions.
 
-    A score is 0.0 where its formula gives 0/0, as a correlation with a constant does, or F1 without
-    a positive. All scores are NaN where a prediction is not finite.
+    A score is 0.0 if its formula gives 0/0. This happens to a correlation if all labels or all
+    predictions are equal, and to F1 if neither contains the second label. If any prediction is not
+    finite, all scores are NaN.
 
     Args:
-      names: from `parse`.
-      labels: [N] int class ids, or float targets of a regression.
-      predictions: [N] like `labels`.
-      num_labels: number of classes; the metrics of a regression do not use it.
+      names: metric names from `parse`.
+      labels: [N], int class ids, or float targets of a regression.
+      predictions: [N], class ids or numbers, as in `labels`.
+      num_labels: the number of classes. The metrics of a regression do not use it.
 
     Returns:
       name -> score, in the order of `names`. Scores are fractions, not percentages.
@@ -96,10 +98,10 @@ def compute(
 def majority_baseline(
     names: Sequence[str], labels: np.ndarray, num_labels: int
 ) -> dict[str, float]:
-    """Computes the metrics of always answering the most frequent label (regression: the mean).
+    """Computes the metrics of the majority-class baseline, or of the mean baseline in a regression.
 
-    A model that scores lower has learned nothing about the task. Arguments, result and errors are
-    those of `compute`.
+    The majority-class baseline predicts the most frequent label for every row. The mean baseline
+    predicts the mean of the targets. Arguments, result and errors are those of `compute`.
     """
     labels = np.asarray(labels)
     if not labels.size:
@@ -112,7 +114,7 @@ def majority_baseline(
 
 
 def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: int) -> float:
-    # Imported here, so that pretraining and generation do not wait for these libraries.
+    # These libraries are imported here so that pretraining and generation do not wait for them.
     from scipy import stats
     from sklearn import metrics as sk
 
@@ -122,14 +124,16 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: i
             f"`finetune.metrics`: 'f1' is for two labels, this task has {num_labels}; "
             "write 'macro_f1'",
         )
-        # Booleans for "is the second label", so that a split without it is no special case.
+        # Both arrays become booleans (whether the label is the second label), so a split
+        # without the second label needs no special case.
         labels, predictions = labels == 1, predictions == 1
     if name in _REGRESSION_METRICS:
         labels, predictions = labels.astype(np.float64), predictions.astype(np.float64)
     scores: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
         "accuracy": sk.accuracy_score,
         "f1": functools.partial(sk.f1_score, zero_division=0.0),
-        # The mean is over the labels that occur. A label that a small split lacks has no F1.
+        # This is the mean of F1 over the labels that occur in the labels or the predictions. A
+        # small split may lack a label, which then has no F1.
         "macro_f1": functools.partial(sk.f1_score, average="macro", zero_division=0.0),
         "mse": sk.mean_squared_error,
         "matthews": sk.matthews_corrcoef,
@@ -143,6 +147,6 @@ def _score(name: str, labels: np.ndarray, predictions: np.ndarray, num_labels: i
 
 
 def _constant(values: np.ndarray) -> bool:
-    # With a smaller spread a correlation is rounding noise. SciPy warns of that at a slightly lower
-    # limit.
+    # If the range of the values is below this fraction of their mean, a correlation would be mostly
+    # rounding error. SciPy warns about inaccurate results at a spread of about this size.
     return bool(np.ptp(values) <= 1e-12 * np.abs(np.mean(values)))

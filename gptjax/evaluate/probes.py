@@ -1,16 +1,17 @@
-"""Zero-shot probes: how well a language model does tasks that it was never trained on.
+"""Zero-shot probes: labelled tasks that a language model answers without training on them.
 
-The four of Radford et al. 2018, section 5, "Zero-shot Behaviors":
+There are four kinds (Radford et al. 2018, section 5, "Zero-shot Behaviors"). A candidate is one of
+the answers that a row offers, and the model scores each candidate by log-probabilities.
 
-acceptability    (CoLA) The score of a sentence is the mean log-probability of its tokens; a
-                 sentence above a threshold is called acceptable. The threshold of each half of the
-                 rows is the one that is best on the other half.
-next_word        (SST-2) "very" is appended to the text; the answer is the label whose word,
+acceptability    (CoLA) The score of a sentence is the mean log-probability of its tokens. The
+                 answer is "acceptable" if the score is above a threshold. The rows are divided into
+                 two random halves. The threshold of a half is the best threshold of the other half.
+next_word        (SST-2) "very" is appended to the text. The answer is the label whose word,
                  "negative" or "positive", is then more likely.
-multiple_choice  (RACE) The answer whose tokens have the highest mean log-probability after the
-                 context.
-substitution     (Winograd schemas) The candidate after which the rest of the text has the highest
-                 mean log-probability.
+multiple_choice  (RACE) The answer is the candidate whose tokens have the highest mean
+                 log-probability after the text.
+substitution     (Winograd schemas) The answer is the candidate after which the rest of the text has
+                 the highest mean log-probability.
 """
 
 import dataclasses
@@ -37,9 +38,9 @@ from gptjax.mesh import Params
 from gptjax.model import losses
 from gptjax.model.gpt import GPT
 
-# The most logits of a batch, in elements (64 MiB of float32).
+# The largest number of logits in a batch (64 MiB of float32).
 _LOGITS = 2**24
-# Lengths are rounded up to a multiple of this, so that few shapes are compiled.
+# Batch lengths are rounded up to a multiple of this number, so that few shapes are compiled.
 _LENGTH_STEP = 32
 
 
@@ -51,35 +52,35 @@ class Probe:
     kind: str
     num_candidates: int
     tokens: list[np.ndarray]
-    """int32 [length] for each sequence. Candidate c of row i is at index i * C + c."""
+    """n * C sequences, int32 [length] each. Candidate c of row i has the index i * C + c."""
     first: np.ndarray
-    """int32 [n * C]: index of the first scored token of each sequence. All later ones are scored
-    too."""
+    """int32 [n * C]: the index of the first scored token in each sequence. All later tokens of the
+    sequence are scored too."""
     labels: np.ndarray
-    """int32 [n]: the right class or candidate."""
+    """int32 [n]: the index of the right class or candidate."""
 
     @property
     def metric(self) -> str:
-        """Name of the metric that compares the answers with the labels."""
+        """The name of the metric that compares the answers with the labels."""
         return "matthews" if self.kind == ProbeKind.ACCEPTABILITY else "accuracy"
 
 
 def _join(
     parts: Sequence[tuple[str, str]], tokenizer: Tokenizer, context_length: int
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Tokenises pairs of texts: one to condition on, and one to score.
+    """Tokenises pairs of texts. The second text is scored after the first text.
 
-    Each sequence begins with a line break, as generated text does. A sequence that is longer than
-    the context loses its beginning. The first token of a sequence is never scored, because no token
-    precedes it.
+    Each sequence begins with a line break, because generated text begins so too. If a sequence is
+    longer than the context, its beginning is cut off. The first token of a sequence is never
+    scored, because no token precedes it.
 
     Args:
       parts: pairs (text before, scored text).
-      tokenizer: text -> ids.
-      context_length: the most tokens of a sequence.
+      tokenizer: the tokenizer of the model.
+      context_length: the largest number of tokens in a sequence.
 
     Returns:
-      `Probe.tokens` and `Probe.first` of the pairs.
+      The values of `Probe.tokens` and `Probe.first` for the pairs.
     """
     start = np.array(tokenizer.encode("\n")[:1] or [tokenizer.start_id], np.int32)
     before, scored = (tokenizer.encode_batch([part[i] for part in parts]) for i in (0, 1))
@@ -97,7 +98,7 @@ def _parts(config: ProbeConfig, table: LabelledTable, i: int) -> list[tuple[str,
     if config.kind == ProbeKind.ACCEPTABILITY:
         return [("", text)]
     if config.kind == ProbeKind.NEXT_WORD:
-        # A tokenizer of characters needs the space; the other tokenizers drop it.
+        # A tokenizer of characters needs the space. The other tokenizers remove it.
         return [(f"{text} {config.append} ", word) for word in split_names(config.words)]
     candidates = [as_text(table.rows[name][i]) for name in split_names(config.choices)]
     if config.kind == ProbeKind.MULTIPLE_CHOICE:
@@ -107,7 +108,10 @@ def _parts(config: ProbeConfig, table: LabelledTable, i: int) -> list[tuple[str,
 
 
 def _divided(config: ProbeConfig, table: LabelledTable, i: int) -> tuple[str, str]:
-    """Returns the text before and the text after the place of the candidates in row i."""
+    """Returns the text before and the text after the place of the candidates in row i.
+
+    This place is the first "_" of the text or, if `config.pronoun` is set, the pronoun.
+    """
     text, where = as_text(table.rows[config.text][i]), table.cell(i, config.text)
     if not config.pronoun:
         before, blank, after = text.partition("_")
@@ -132,7 +136,8 @@ def build(name: str, config: ProbeConfig, tokenizer: Tokenizer, context_length: 
     """Reads and tokenises a probe.
 
     Raises:
-      UserError: no such file, column or place to substitute at; a label that is not understood.
+      UserError: a file, a column or the place of the candidates is missing, or a label is not
+        understood.
     """
     choices = split_names(config.choices)
     columns = (config.text, *choices, config.pronoun, config.pronoun_start, config.label)
@@ -172,8 +177,8 @@ def log_probabilities(
     """Scores the candidates of a probe.
 
     Returns:
-      float32 [n, C]: summed log-probability of the scored tokens, in nats.
-      float32 [n, C]: number of the scored tokens.
+      float32 [n, C]: the summed log-probability of the scored tokens, in nats.
+      float32 [n, C]: the number of scored tokens.
     """
     mesh, vocab_size = evaluator.mesh, evaluator.model.config.vocab_size
     step = jit_span_step(mesh, evaluator.model)
@@ -182,7 +187,8 @@ def log_probabilities(
     order, divisor, start = np.argsort(lengths, kind="stable"), mesh_lib.batch_divisor(mesh), 0
     while start < len(order):
         evaluator.check_stop()
-        # From short to long sequences; the length of a batch is the rounded length of its first.
+        # Sequences are taken from short to long. The length of a batch is the rounded length of its
+        # first sequence.
         length = -(-int(lengths[order[start]]) // _LENGTH_STEP) * _LENGTH_STEP
         rows = max(1, _LOGITS // (length * vocab_size) // divisor) * divisor
         fits = order[start:][lengths[order[start:]] <= length][:rows]
@@ -192,7 +198,7 @@ def log_probabilities(
         outputs.append((fits, step(params, mesh_lib.to_devices(batch, mesh))))
         start += len(fits)
     sums = np.zeros((2, len(lengths)), np.float32)
-    # Fetched at the end, so that the device never waits for the host.
+    # The outputs are fetched at the end, so that the device never waits for the host.
     for fits, output in jax.device_get(outputs):
         sums[:, fits] = np.stack(output)[:, : len(fits)]
     totals, counts = sums.reshape(2, -1, probe.num_candidates)
@@ -200,34 +206,36 @@ def log_probabilities(
 
 
 def threshold(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the threshold with the most right answers, where the answer to scores above it is 1.
+    """Returns the threshold with the most right answers. Scores above it get the answer 1.
 
     Args:
-      scores: float [n].
-      labels: int [n], the right answers 0 and 1.
+      scores: float [n], the scores of the rows.
+      labels: int [n], the right answers, 0 or 1.
     """
     distinct, place = np.unique(scores, return_inverse=True)
     ones = np.bincount(place, labels == 1, len(distinct))
     zeros = np.bincount(place, labels != 1, len(distinct))
-    # Number of right answers with the threshold below all scores, then at each distinct score.
+    # The number of right answers, first with a threshold below all scores, then with a threshold at
+    # each distinct score.
     right = np.concatenate([[0], np.cumsum(zeros - ones)]) + ones.sum()
     best = int(right.argmax())
     if best == 0:
         return float(distinct[0]) - 1
-    # Half-way to the next score, because new scores may fall anywhere between the two.
+    # The threshold is half-way to the next score, because the scores of other rows may lie anywhere
+    # between the two.
     return float(distinct[best - 1 : best + 1].mean())
 
 
 def answers(kind: str, totals: np.ndarray, counts: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Chooses the model's answer to each row.
+    """Returns the model's answer to each row.
 
     Args:
-      kind: as in `ProbeConfig.kind`.
-      totals, counts: float [n, C], from `log_probabilities`.
-      labels: int [n]. Only acceptability uses them, to fit its two thresholds.
+      kind: the kind of the probe, a value of `ProbeKind`.
+      totals, counts: float [n, C], the results of `log_probabilities`.
+      labels: int [n], the right answers. Only acceptability uses them, to fit its two thresholds.
 
     Returns:
-      int [n]: a class, or the index of a candidate.
+      int [n]: the index of a class or of a candidate.
     """
     if kind == ProbeKind.NEXT_WORD:
         return totals.argmax(axis=1)
@@ -236,7 +244,7 @@ def answers(kind: str, totals: np.ndarray, counts: np.ndarray, labels: np.ndarra
     if kind != ProbeKind.ACCEPTABILITY:
         return means.argmax(axis=1)
     acceptable = np.zeros(len(labels), np.int64)
-    # At random, because files are often sorted by label, or alternate between the labels.
+    # The halves are random, because files are often sorted by label, or alternate between labels.
     halves = np.random.default_rng(0).permutation(len(labels)) % 2
     for half in (0, 1):
         bound = threshold(means[halves != half, 0], labels[halves != half])
@@ -250,8 +258,9 @@ def run(
     """Scores a language model on probes.
 
     Returns:
-      Name of the probe -> its score under the name of its metric, "floor" (the score of always
-      giving the most frequent answer) and "rows" (their number).
+      A dictionary for each probe, with the names of the probes as keys. It holds the score (the key
+      is the name of the metric), "floor" (the score of the majority-class baseline) and "rows" (the
+      number of rows).
     """
     scores = {}
     for probe in probes:
@@ -269,8 +278,8 @@ def run(
 def jit_span_step(mesh: Mesh, model: GPT) -> Callable[[Params, Batch], Any]:
     """Returns a jitted function (params, batch) -> (log-probabilities, weights).
 
-    Both are float32 [B], replicated: for each row the sum of the log-probabilities of its tokens,
-    weighted by `lm_weights`, and the sum of these weights.
+    Both results are float32 [B], replicated over the devices. For each row they are the sum of the
+    log-probabilities of its tokens, weighted by `lm_weights`, and the sum of these weights.
     """
 
     def step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,7 @@
-"""Losses and task outputs of a model on a split: every token and every example counts once."""
+"""Losses and task outputs of a model on a whole split.
+
+Every example and every predicted token enters the means exactly once.
+"""
 
 import dataclasses
 import functools
@@ -26,7 +29,7 @@ T = TypeVar("T")
 
 
 def never_stop() -> None:
-    """Never raises `StopRequested`: the evaluation runs to its end."""
+    """Does nothing, so an evaluation with this `check_stop` runs to its end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +37,12 @@ class Outputs:
     """Task outputs of a model for all examples of a split, and its losses on the split."""
 
     logits: np.ndarray
-    """float32 [n, O]: class logits, scores of the answers, or [n, 1] regression values."""
+    """float32 [n, O]: class logits or scores of the answers. In a regression, the predicted numbers
+    [n, 1]."""
     lm_loss: float
-    """Nats per token over all sequences."""
+    """The mean LM loss over the tokens of all sequences, in nats per token."""
     task_loss: float | None
-    """Mean over the examples; None where they have no labels."""
+    """The mean task loss over the examples; None if the examples have no labels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +50,11 @@ class Evaluator:
     """Runs a model over whole splits, without dropout.
 
     Attributes:
-      model: the model, with the task's head where tasks are evaluated.
+      model: the model. It needs the task head if a task is evaluated.
       mesh: the devices.
       objective: the losses that are computed, and their weights.
-      check_stop: called before each batch; raises `StopRequested` to end the evaluation.
+      check_stop: a function that is called before each batch. It raises `StopRequested` if the
+        evaluation must end.
     """
 
     model: GPT
@@ -58,7 +63,7 @@ class Evaluator:
     check_stop: Callable[[], None] = never_stop
 
     def stoppable(self, batches: Iterable[T]) -> Iterator[T]:
-        """Yields the batches; calls `check_stop` before each of them is used."""
+        """Yields the batches, and calls `check_stop` before each batch."""
         for batch in batches:
             self.check_stop()
             yield batch
@@ -69,11 +74,11 @@ class Evaluator:
         """Scores the language model on a token stream, window by window.
 
         Args:
-          params: parameters of the model.
+          params: the parameters of the model.
           stream: integers [n], token ids.
-          window: tokens of a window. The first token of each window is not predicted.
-          rows: windows of a batch.
-          limit: the number of batches to read from the start; 0 means all of them.
+          window: the number of tokens in a window. The first token of each window is not predicted.
+          rows: the number of windows in a batch.
+          limit: the number of batches to read, from the start of the stream. 0 means all batches.
 
         Returns:
           {"loss" (nats per token), "perplexity"}.
@@ -88,7 +93,10 @@ class Evaluator:
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
     def outputs(self, params: Params, examples: Examples, packer: Packer) -> Outputs:
-        """Runs the model on all examples, packed; the outputs are in the order of the examples."""
+        """Runs the model on packed batches of all examples.
+
+        The outputs are in the order of the examples.
+        """
         step = jit_eval_step(self.mesh, self.model, self.objective)
         local = functools.partial(mesh_lib.local_rows, self.mesh)
         sums: list[Losses] = []
@@ -98,7 +106,9 @@ class Evaluator:
             losses, out = step(params, mesh_lib.to_devices(batch, self.mesh))
             sums.append(losses)
             waiting.append((index, out))
-            if len(waiting) > 1:  # fetched one batch late, so that the device never waits
+            # The outputs of a batch are fetched after the next batch has started, so that the
+            # device never waits for the host.
+            if len(waiting) > 1:
                 fetched.append(jax.device_get(waiting.pop(0)))
         fetched += jax.device_get(waiting)
         logits = np.zeros((len(examples), fetched[0][1].shape[-1]), np.float32)
@@ -119,14 +129,15 @@ class Evaluator:
         """Scores the model on labelled examples.
 
         Args:
-          params: parameters of the model.
+          params: the parameters of the model.
           examples: the examples, with their labels.
-          packer: packs them into batches.
+          packer: the packer that makes the batches.
           spec: the task.
-          metric_names: from `metrics.parse`.
+          metric_names: names from `metrics.parse`.
 
         Returns:
-          "loss" (joint), "task_loss", "lm_loss" and the metrics.
+          "loss" (the joint loss, which is the weighted sum of both losses), "task_loss", "lm_loss"
+          and the metrics.
         """
         outputs = self.outputs(params, examples, packer)
         assert examples.labels is not None
@@ -143,18 +154,19 @@ class Evaluator:
 def lm_logits(
     model: GPT, params: Params, tokens: jax.Array, segments: jax.Array, positions: jax.Array
 ) -> jax.Array:
-    """Returns the logits of the token that follows each token, float32 [B, T, V]."""
+    """Returns for each token the logits of the next token, float32 [B, T, V]."""
     x_BTD = run(model, params, tokens, segments, positions, method="hidden")
     return run(model, params, x_BTD, method="lm_logits")
 
 
 def predictions(spec: TaskSpec, logits: np.ndarray) -> np.ndarray:
-    """Returns int [n] best classes or answers, or float32 [n] regression values."""
+    """Returns int [n], the best class or answer of each row; in a regression, float32 [n]."""
     return logits[:, 0] if spec.kind == TaskKind.REGRESSION else logits.argmax(axis=1)
 
 
 def _mean(parts: list[Sum]) -> float:
-    # Added in float64 on the host: a float32 total of millions of tokens would lose digits.
+    # The sums are added in float64 on the host, because a float32 total of millions of tokens would
+    # lose digits.
     total = sum(float(part.total) for part in parts)
     return total / max(sum(float(part.weight) for part in parts), 1e-9)
 
@@ -163,6 +175,9 @@ def _mean(parts: list[Sum]) -> float:
 def jit_eval_step(
     mesh: Mesh, model: GPT, objective: Objective
 ) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:
-    """Returns the jitted `forward` without dropout; loss sums and logits come back replicated."""
+    """Returns the jitted function `forward` without dropout.
+
+    The sums of losses and the logits that it returns are replicated over the devices.
+    """
     step = functools.partial(forward, model, objective)
     return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

@@ -1,1 +1,1 @@
-"""A trained model in use: predictions, scores and generated text."""
+"""The use of a trained model: predictions, scores and generated text."""

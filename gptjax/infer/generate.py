@@ -1,13 +1,17 @@
-"""Text from a prompt, one token at a time, with a cache of keys and values.
+"""Generation: text from a prompt, one token at a time, with a cache of keys and values.
 
-The prompt runs through the decoder once and fills the cache. Each new token then runs alone: it
-attends to the cache, and its own key and value are added.
+The prompt runs through the model once and fills the cache. Then each new token runs alone. It
+attends to the tokens in the cache, and its own key and value are added to the cache.
 
-The time to generate a token is the time to read all weights from memory: the arithmetic is small.
-Before the first token the weights are therefore converted to the layout that is read fastest,
+Most of the time of a token is spent on reading all parameters from memory. Therefore `prepare`
+converts the parameters once to the layout that is read fastest,
 `gptjax.model.gpt.KernelLayout.DECODING`.
 
-Letters of shapes, besides those of `gptjax.batch`: N sequences (samples of a prompt).
+The window is the part of the text that the model reads, at most its context length. When the window
+is full, it moves: the last half of its tokens is run again at the first positions.
+
+In the names of shapes, N is the number of sequences (the samples of a prompt). `gptjax.batch`
+explains the other letters.
 """
 
 import functools
@@ -27,19 +31,19 @@ from gptjax.parameters import PARAMETERS, Role
 
 Array = jax.Array
 Caches = tuple[Cache, ...]
-"""Keys and values of each layer, [N * H, S, K]."""
+"""The keys and values of each layer, [N * H, S, K]. S is the number of entries of the cache."""
 
 
 @flax.struct.dataclass
 class Decoder:
-    """A model and its prepared weights; `prepare` makes one.
+    """A model and its parameters in the layout for generation. The function `prepare` makes one.
 
     Attributes:
-      model: its task head is not used.
-      embeddings: the embedding tables by their parameter names, float32.
+      model: the model. Its task head is not used.
+      embeddings: the embedding tables, float32. The keys are the paths of the parameters.
       layers: the parameters of each block, from `gptjax.model.gpt.decoding_layers`.
-      lm_rows_VD: the kernel of the LM head, in the compute dtype.
-      lm_bias_V: the bias of the LM head, float32; None where the head has none.
+      lm_rows_VD: the weight matrix of the LM head, in the compute dtype.
+      lm_bias_V: the bias of the LM head, float32. None means that the head has no bias.
     """
 
     model: GPT = flax.struct.field(pytree_node=False)
@@ -51,36 +55,39 @@ class Decoder:
     def new_cache(self, num_sequences: int, entries: int) -> Caches:
         """Returns an empty cache for `num_sequences` sequences of up to `entries` tokens."""
         config = self.model.config
-        # A CPU converts bfloat16 to float32 one number at a time. Float32 holds the same numbers.
+        # A CPU is slow with bfloat16, because it converts each number to float32 by itself. Float32
+        # holds the same numbers exactly.
         on_cpu = mesh.platform(self.model.mesh) == "cpu"
         dtype = jnp.float32 if on_cpu else config.dtype
         empty = jnp.zeros((num_sequences * config.num_heads, entries, config.head_width), dtype)
         return tuple({"key": empty, "value": empty} for _ in range(config.num_layers))
 
     def states(self, tokens_NT: Array, cache: Caches, offset: Array | int) -> tuple[Array, Caches]:
-        """Returns the last block's states [N, T, D] of new tokens, and the cache with them.
+        """Returns the hidden states of new tokens, and the cache with their keys and values.
+
+        The hidden states [N, T, D] are the output of the last block.
 
         Args:
           tokens_NT: int32, the tokens at the positions offset, ..., offset + T - 1.
-          cache: keys and values of the positions below `offset`.
-          offset: int32 scalar.
+          cache: the keys and values of the positions below `offset`.
+          offset: int32 scalar, the position of the first new token.
         """
         return run(
             self.model, self.embeddings, tokens_NT, self.layers, cache, offset, method="decode"
         )
 
     def lm_logits(self, x_NTD: Array) -> Array:
-        """Returns the logits of the token after each state, float32 [N, T, V]."""
+        """Returns for each hidden state the logits of the next token, float32 [N, T, V]."""
         logits_NTV = matmul.matmul_transposed(x_NTD, self.lm_rows_VD, 1)
         return logits_NTV if self.lm_bias_V is None else logits_NTV + self.lm_bias_V[None, None]
 
 
 @functools.partial(jax.jit, static_argnames=("model",))
 def prepare(model: GPT, params: Params) -> Decoder:
-    """Returns the decoder of a model with a prepared copy of its parameters.
+    """Returns the `Decoder` of a model, with a copy of its parameters in the layout for generation.
 
     Args:
-      model: with or without a task head.
+      model: a model with or without a task head.
       params: the parameters of the model.
     """
     layers = decoding_layers(params, model.config)
@@ -94,19 +101,21 @@ def prepare(model: GPT, params: Params) -> Decoder:
     return Decoder(model, embeddings, layers, rows_VD, head.bias_V)
 
 
-# At this temperature all tokens are equally likely; beyond 3.4e38 float32 would overflow.
+# The highest temperature. All tokens are equally likely at it. Above 3.4e38 float32 would overflow.
 _MAX_TEMPERATURE = 1e30
 
 
 @flax.struct.dataclass
 class Sampler:
-    """The rule by which the next token is drawn: arrays, so that no value needs a new compilation.
+    """The rule for drawing the next token.
+
+    All fields are arrays, so other values need no new compilation. `make_sampler` explains them.
 
     Attributes:
       temperature, top_p: float32 scalars.
       top_k: int32 scalar.
-      banned_V: bool, tokens that are never drawn.
-      key: of the random numbers; the draw number i uses `fold_in(key, i)`.
+      banned_V: bool, true for the tokens that are never drawn.
+      key: the random key. Draw number i uses `fold_in(key, i)`.
     """
 
     temperature: Array
@@ -119,18 +128,19 @@ class Sampler:
 def make_sampler(
     banned: np.ndarray, seed: int = 0, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0
 ) -> Sampler:
-    """Returns a rule by which tokens are drawn.
+    """Returns a rule for drawing tokens.
 
     >>> make_sampler(np.zeros(9, bool), top_p=2)
     Traceback (most recent call last):
     gptjax.errors.UserError: `top_p`=2: must be above 0 and at most 1
 
     Args:
-      banned: bool [V], tokens that are never drawn.
-      seed: equal seeds give equal draws.
-      temperature: divides the logits; 0 stands for the most likely token, always.
-      top_k: draw among the `top_k` most likely tokens; 0 stands for all tokens.
-      top_p: draw among the fewest most likely tokens whose probabilities add up to `top_p`.
+      banned: bool [V], true for the tokens that are never drawn.
+      seed: the seed of the random numbers. Equal seeds give equal draws.
+      temperature: a divisor of the logits. 0 means that the most likely token is always taken.
+      top_k: the number of most likely tokens to draw from. 0 means all tokens.
+      top_p: a probability. The draw is limited to the smallest set of most likely tokens whose
+        probabilities add up to at least `top_p`.
 
     Raises:
       UserError: a number is out of its range.
@@ -156,10 +166,10 @@ class DecodingState:
     """The state of the generation between two tokens.
 
     Attributes:
-      cache: keys and values of the tokens of the window so far.
-      logits_NV: float32, logits of the next token; -inf for banned tokens.
-      position: int32 scalar, position of the next token in the window.
-      num_drawn: int32 scalar, number of tokens drawn so far, in all windows.
+      cache: the keys and values of the window's tokens so far.
+      logits_NV: float32, the logits of the next token; -inf for banned tokens.
+      position: int32 scalar, the position of the next token in the window.
+      num_drawn: int32 scalar, the number of tokens drawn so far, in all windows.
     """
 
     cache: Caches
@@ -169,9 +179,9 @@ class DecodingState:
 
 
 def filtered(logits_NV: Array, sampler: Sampler) -> Array:
-    """Returns the logits over the temperature, -inf for tokens outside of top_k or top_p.
+    """Returns the logits divided by the temperature, and -inf for tokens outside top_k or top_p.
 
-    Of tokens with equal logits all stay or none: at the edge there may be more than `top_k`.
+    Tokens with equal logits are treated alike, so more than `top_k` tokens can remain.
     """
     logits_NV = _tempered(logits_NV, sampler.temperature)
     descending_NV = -jnp.sort(-logits_NV, axis=-1)
@@ -180,8 +190,8 @@ def filtered(logits_NV: Array, sampler: Sampler) -> Array:
     floor_N1 = jax.lax.dynamic_slice_in_dim(descending_NV, last, 1, axis=-1)
     probabilities_NV = jax.nn.softmax(jnp.where(descending_NV < floor_N1, -jnp.inf, descending_NV))
     before_NV = jnp.cumsum(probabilities_NV, axis=-1) - probabilities_NV
-    # The rounded sum of the probabilities may reach 1 before the last token, which top_p = 1 must
-    # not exclude.
+    # Because of rounding, the sum of the probabilities can reach 1 before the last token. If top_p
+    # is 1, no token must be excluded.
     inside_NV = (before_NV < sampler.top_p) | (sampler.top_p >= 1)
     kept_NV = inside_NV & (descending_NV >= floor_N1)
     floor_N1 = jnp.where(kept_NV, descending_NV, jnp.inf).min(axis=-1, keepdims=True)
@@ -196,13 +206,14 @@ def draw(logits_NV: Array, key: Array, sampler: Sampler) -> Array:
     """Returns the next token of each sample, int32 [N].
 
     Args:
-      logits_NV: float32.
-      key: of this draw.
-      sampler: its own key is not used.
+      logits_NV: float32, the logits of the next token.
+      key: the random key of this draw.
+      sampler: the rule. Its own key is not used.
     """
 
     def sampled() -> Array:
-        # Without a filter nothing is sorted: on a CPU the sort takes longer than a small model.
+        # Without top_k and top_p the logits are not sorted, because on a CPU the sort takes longer
+        # than a small model.
         unfiltered = (sampler.top_k == 0) & (sampler.top_p >= 1)
         kept_NV = jax.lax.cond(
             unfiltered,
@@ -223,29 +234,29 @@ def _next_logits(decoder: Decoder, x_N1D: Array, banned_V: Array) -> Array:
 def _prefill(
     decoder: Decoder, sampler: Sampler, tokens_NT: Array, length: Array, samples: int, entries: int
 ) -> tuple[Caches, Array]:
-    """Runs a prompt, or the end of a longer text, through the decoder.
+    """Runs a prompt, or the last tokens of a longer text, through the model.
 
     Args:
       decoder: the model.
-      sampler: only its banned tokens are used.
-      tokens_NT: int32, padded at the end: one row for all samples, or a row for each.
-      length: int32 scalar, number of tokens before the padding.
-      samples: their number, a multiple of the rows of `tokens_NT`.
-      entries: S of the cache, at least T.
+      sampler: the rule for drawing. Only its banned tokens are used.
+      tokens_NT: int32, padded at the end. It has one row for all samples, or a row for each sample.
+      length: int32 scalar, the number of tokens before the padding.
+      samples: the number of samples, a multiple of the number of rows of `tokens_NT`.
+      entries: S, the number of entries of the new cache, at least T.
 
     Returns:
-      The cache, and the logits of the next token of each sample.
+      The cache and the logits of the next token, both with a row for each sample.
     """
     rows = tokens_NT.shape[0]
     cache = decoder.new_cache(rows, entries)
     x_NTD, cache = decoder.states(tokens_NT, cache, 0)
-    # The padding writes to the cache too. Later tokens overwrite those entries before any query
-    # may attend to them.
+    # The padding is written to the cache too. New tokens overwrite these entries before any query
+    # attends to them.
     x_N1D = jax.lax.dynamic_slice_in_dim(x_NTD, length - 1, 1, axis=1)
     logits_NV = _next_logits(decoder, x_N1D, sampler.banned_V)
 
     def repeated(x: Array) -> Array:
-        """Repeats each row; the leading axis of a cache holds the heads of a row together."""
+        """Repeats each row. In a cache, a row is H adjacent entries of the leading axis."""
         x = jnp.repeat(x.reshape(rows, -1, *x.shape[1:]), samples // rows, axis=0)
         return x.reshape(-1, *x.shape[2:])
 
@@ -254,9 +265,9 @@ def _prefill(
 
 @jax.jit
 def _decode(decoder: Decoder, sampler: Sampler, state: DecodingState, count: Array) -> Array:
-    """Draws `count` tokens; returns int32 [N, S], of which the first `count` columns are valid.
+    """Draws `count` tokens; returns int32 [N, S], of which only the first `count` columns are used.
 
-    One compiled loop serves all prompts, counts and samplings whose cache has S entries.
+    The loop is compiled once for each N and S, and serves all prompts, counts and samplers.
     """
     entries = state.cache[0]["key"].shape[1]
     out_NS = jnp.zeros((state.logits_NV.shape[0], entries), jnp.int32)
@@ -274,7 +285,7 @@ def _decode(decoder: Decoder, sampler: Sampler, state: DecodingState, count: Arr
 
 
 def _bucket(length: int, limit: int) -> int:
-    """Returns a size of at least `length`: 16 or more, a power of two or 3/4 of one.
+    """Returns a size of at least `length` and at least 16, which is 2^n, 3/4 * 2^n or `limit`.
 
     Few different sizes mean few compilations.
 
@@ -282,7 +293,7 @@ def _bucket(length: int, limit: int) -> int:
     [16, 24, 32, 48, 512]
 
     Args:
-      length: number of tokens, at most `limit`.
+      length: the number of tokens, at most `limit`.
       limit: the largest size.
     """
     power = max(16, 1 << (length - 1).bit_length())
@@ -290,18 +301,19 @@ def _bucket(length: int, limit: int) -> int:
 
 
 def window_start(length: int, context_length: int) -> int:
-    """Returns the index of the first token of a text that conditions the next token.
+    """Returns the index of the first token of a text that the model reads.
 
-    The whole text does while it fits into the context. From then on it is the last half context,
-    so that half a context can be written before the window moves again. The window cannot move by
-    one token, because each token would get another learned position.
+    If the text is shorter than the context, the model reads the whole text. Otherwise it reads the
+    last context_length / 2 tokens, so that as many new tokens fit before the window must move
+    again. Moving the window by one token for each new token would be slow, because all tokens would
+    get other positions and the cache could not be used again.
 
     >>> [window_start(length, context_length=20) for length in (5, 19, 20, 29)]
     [0, 0, 10, 19]
 
     Args:
-      length: tokens of the text.
-      context_length: the model's.
+      length: the number of tokens of the text.
+      context_length: the context length of the model.
     """
     return 0 if length < context_length else length - max(1, context_length // 2)
 
@@ -312,11 +324,13 @@ def generate(
     """Returns continuations of one prompt, int32 [num_samples, max_new_tokens].
 
     Args:
-      decoder: from `prepare`.
-      prompt: int32 [T], at least one token. If it does not fit into the context, its end is used.
-      max_new_tokens: may exceed the context (see `window_start`).
-      num_samples: number of continuations.
-      sampler: from `make_sampler`.
+      decoder: the model, from `prepare`.
+      prompt: int32 [T], at least one token. If the prompt is not shorter than the context, only its
+        end is read.
+      max_new_tokens: the number of new tokens. It can exceed the context length, because the window
+        moves (see `window_start`).
+      num_samples: the number of continuations.
+      sampler: the rule for drawing, from `make_sampler`.
     """
     context = decoder.model.config.context_length
     texts = prompt[None].astype(np.int32)

@@ -1,4 +1,4 @@
-"""A trained model in Python: `GPT`, for notebooks, services and the modes of the command line."""
+"""The class `GPT`: a trained model, for notebooks, services and the modes of the command line."""
 
 import contextlib
 import dataclasses
@@ -34,7 +34,7 @@ from gptjax.model import gpt as gpt_lib
 from gptjax.model.objective import Objective
 
 _lm_logits = jax.jit(score_lib.lm_logits, static_argnames=("model",))
-# Examples of a batch: enough to keep a device busy, and few enough for a small memory.
+# The number of examples in a batch: enough to keep a device busy, and few enough for its memory.
 _BATCH = 64
 
 
@@ -43,34 +43,35 @@ class Predictions:
     """The predictions of a model for some rows, in the order of the rows."""
 
     labels: list[Any]
-    """The most likely class or answer by its name; the number in a regression."""
+    """The name of the most likely class or answer of each row; in a regression, the number."""
     probabilities: np.ndarray | None
-    """float32 [number of rows, number of labels]; None in a regression and without rows."""
+    """float32 [number of rows, number of labels]; None in a regression, or if there are no rows."""
     label_names: tuple[str, ...]
     """The label of each column of `probabilities`; () in a regression."""
     cut: int
-    """Number of rows whose text was shortened to fit into the context."""
+    """The number of rows with a text that was shortened to fit into the context."""
     empty: int
-    """Number of rows with an empty text."""
+    """The number of rows with an empty text."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class GPT:
     """A trained model in memory; `gptjax.load`, `finetune` and `pretrain` return one.
 
-    Every model computes logits and generates text. Only one that was fine-tuned for a task (`task`
-    is not None) predicts and scores labelled rows.
+    Every model computes logits and generates text. Only a model that was fine-tuned for a task
+    (`task` is not None) predicts and scores labelled rows.
 
     Attributes:
-      config: sizes and numerics of the model.
-      params: the parameters, nested dictionaries of arrays.
-      tokenizer: converts text to token ids and back.
+      config: the configuration of the model.
+      params: the parameters, as nested dictionaries of arrays.
+      tokenizer: the tokenizer, which converts text to token ids and back.
       task: the task of the fine-tuning, with the names of its labels; None for a language model.
       meta: everything that the checkpoint holds besides the arrays.
       mesh: the devices that hold the parameters.
       path: the folder of the checkpoint, WORKDIR/checkpoints/STAGE/STEP.
-      summary: the scores of the run, as in WORKDIR/summary.json; empty if there is no such file.
-      folder: keeps a temporary workdir alive as long as this object; None if the user chose one.
+      summary: the contents of WORKDIR/summary.json; empty if there is no such file.
+      folder: an object that keeps a temporary workdir until this model is deleted. None means that
+        the workdir is not temporary.
     """
 
     config: schema.ModelConfig
@@ -86,30 +87,32 @@ class GPT:
     @functools.cached_property
     def model(self) -> gpt_lib.GPT:
         """The Flax module of the parameters, for batches of any number of rows."""
-        # The attention kernels share the rows of a batch among the devices. The number of rows must
-        # then be a multiple of the number of devices, which a user's batch need not be.
+        # On several devices, plain attention is used. The other implementations divide the rows of
+        # a batch among the devices. For that, the number of rows must be a multiple of the number
+        # of devices, but the number of rows in a user's batch is arbitrary.
         several = self.mesh.size > 1
         return self._module(AttentionKind.PLAIN if several else AttentionKind.AUTO)
 
     @functools.cached_property
     def experiment(self) -> schema.Experiment:
-        """The configuration of the run; defaults only for an imported model."""
+        """The configuration of the run. An imported model has only default training settings."""
         return self.meta.experiment_config()
 
     @functools.cached_property
     def _decoder(self) -> generate_lib.Decoder:
-        """The decoder with its own copy of the weights, made at the first generation."""
+        """The model with a copy of its parameters for generation, made at the first generation."""
         return generate_lib.prepare(self.model, self.params)
 
     def _module(
         self, attention: AttentionKind, mesh: Mesh | None = None, longest: int | None = None
     ) -> gpt_lib.GPT:
-        # The kernel of the training is replaced: it was chosen for other devices.
+        # The attention implementation of the training run is not used, because it was chosen for
+        # other devices.
         config = dataclasses.replace(self.config, attention=attention)
         return gpt_lib.make_model(config, self.task, mesh, longest)
 
     def require_task(self) -> TaskSpec:
-        """Returns the task; a language model raises `UserError`."""
+        """Returns the task. Raises `UserError` if the model is a language model."""
         if self.task is None:
             raise UserError(
                 f"{self.path}: was not fine-tuned for a task; use a finetune checkpoint"
@@ -117,15 +120,16 @@ class GPT:
         return self.task
 
     def lm_logits(self, tokens: Any, segment_ids: Any = None) -> jax.Array:
-        """Returns the logits of the token that follows each token, float32 [B, T, V].
+        """Returns for each token the logits of the next token, float32 [B, T, V].
 
         Args:
-          tokens: int32 [B, T], token ids. No sequence may be longer than the context.
-          segment_ids: int32 [B, T], tells packed sequences apart: 0 marks padding, and adjacent
-            sequences have different nonzero ids. None: each row is one sequence.
+          tokens: int32 [B, T], token ids. No sequence must be longer than the context.
+          segment_ids: int32 [B, T], for rows that hold several sequences. All tokens of a sequence
+            have the same nonzero id, and adjacent sequences have different ids. Padding has the
+            id 0. None means that each row is one sequence.
 
         Raises:
-          UserError: wrong shapes, token ids outside of the vocabulary, or too long a sequence.
+          UserError: shapes are wrong, ids are not in the vocabulary, or a sequence is too long.
         """
         tokens = jnp.asarray(tokens, jnp.int32)
         require(tokens.ndim == 2, f"`tokens`: must be [B, T], not {tokens.shape}")
@@ -160,12 +164,15 @@ class GPT:
         """Returns texts that begin with the prompt.
 
         Args:
-          prompt: a text, or its token ids; may be empty.
-          max_new_tokens: number of tokens after the prompt. It may exceed the context: the model
-            then reads the last half context of the text.
-          temperature, top_k, top_p: the rule by which tokens are drawn, see `make_sampler`.
-          num_samples: number of texts.
-          seed: equal seeds give equal texts.
+          prompt: a text, or its token ids. It can be empty.
+          max_new_tokens: the number of tokens after the prompt. If the text becomes as long as the
+            context, the model goes on from the last half of it.
+          temperature: a divisor of the logits. 0 means that the most likely token is always taken.
+          top_k: the number of most likely tokens to draw from. 0 means all tokens.
+          top_p: a probability. The draw is limited to the smallest set of most likely tokens whose
+            probabilities add up to at least `top_p`.
+          num_samples: the number of texts.
+          seed: the seed of the random numbers. Equal seeds give equal texts.
 
         Returns:
           `num_samples` texts.
@@ -173,7 +180,8 @@ class GPT:
         require(max_new_tokens >= 0, f"`max_new_tokens`={max_new_tokens}: must not be negative")
         require(num_samples > 0, f"`num_samples`={num_samples}: must be greater than 0")
         prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
-        # The model needs a token to read. A line break precedes a new text in the training data.
+        # The model needs at least one token to read. An empty prompt becomes a line break, because
+        # in the training data a line break precedes a new text.
         ids = prompt_ids or self.tokenizer.encode("\n") or [self.tokenizer.start_id]
         banned = np.zeros(self.config.vocab_size, bool)
         banned[len(self.tokenizer) :] = True
@@ -189,8 +197,8 @@ class GPT:
         """Returns the label and the probabilities (or the number) of every row, in order.
 
         Args:
-          rows: a table with the text columns of the task: a mapping of column names to lists, a
-            list of mappings, a pandas DataFrame, a pyarrow Table or a `datasets.Dataset`. Other
+          rows: a table with the text columns of the task. It is a mapping of column names to lists,
+            a list of mappings, a pandas DataFrame, a pyarrow Table or a `datasets.Dataset`. Other
             columns are not read.
 
         Raises:
@@ -210,16 +218,18 @@ class GPT:
         return Predictions(labels, probabilities, task.labels, examples.cut, examples.empty)
 
     def score(self, rows: Table, where: str = "`rows`", names: str = "") -> dict[str, float]:
-        """Returns the losses, the metrics, and the metrics of the most frequent answer.
+        """Returns the losses and the metrics of the model, and the metrics of a baseline.
 
         Args:
-          rows: a table as for `predict`, with the label column of the task.
-          where: the name of the rows in error messages.
-          names: metrics, comma-separated; "" stands for the usual ones of the task.
+          rows: a table with the text and label columns of the task, in a form that `predict` takes.
+          where: the name of the table in error messages.
+          names: comma-separated names of metrics. An empty string means accuracy, or in a
+            regression all of its metrics.
 
         Returns:
-          "task_loss" and "lm_loss" (nats), every metric by its name, and as "floor_METRIC" the
-          score of always giving the most frequent label (in a regression: the mean).
+          A dictionary with the keys "task_loss", "lm_loss" (nats), the name of each metric, and
+          "floor_METRIC" for each metric, which is the score of the majority-class baseline (in a
+          regression, of the mean baseline).
 
         Raises:
           UserError: the model is a language model, a column is missing, there are no rows, or a
@@ -237,11 +247,11 @@ class GPT:
         return scores | {f"floor_{name}": value for name, value in baseline.items()}
 
     def encode(self, rows: Table, where: str = "`rows`", labelled: bool = False) -> tasks.Examples:
-        """Returns rows as token sequences, the input of the task head.
+        """Returns rows as token sequences, in the format on which the task head was trained.
 
         Args:
-          rows: a table as for `predict`.
-          where: the name of the rows in error messages.
+          rows: a table in a form that `predict` takes.
+          where: the name of the table in error messages.
           labelled: whether to read the label column too.
         """
         task = self.require_task()
@@ -252,14 +262,14 @@ class GPT:
         return tasks.encode(task, rows, self.tokenizer, self.config.context_length, labelled)
 
     def score_text(self, texts: Iterable[str], window: int = 0) -> dict[str, float]:
-        """Returns the language model's {"loss", "perplexity"} on the texts, joined in their order.
+        """Scores the language model on texts, which are joined in their order.
 
         Args:
-          texts: read once.
-          window: number of tokens that the model reads at once; 0 stands for the context length.
+          texts: the texts. They are read once.
+          window: the number of tokens that the model reads at once. 0 means the context length.
 
         Returns:
-          The loss in nats per token, and its exponential.
+          {"loss" (nats per token), "perplexity" (the exponential of the loss)}.
         """
         stream = store.token_stream(texts, self.tokenizer)
         require(len(stream) > 1, "`texts`: fewer than two tokens")
@@ -269,10 +279,14 @@ class GPT:
         )
 
     def probe(self, configs: Mapping[str, schema.ProbeConfig]) -> dict[str, dict[str, float]]:
-        """Returns the score, the floor and the number of rows of zero-shot probes, by their names.
+        """Scores the model on zero-shot probes, which `gptjax.evaluate.probes` explains.
 
         Args:
-          configs: name -> the probe; see `gptjax.evaluate.probes`.
+          configs: name of a probe -> its configuration.
+
+        Returns:
+          Name of a probe -> its score (the key is the name of the metric), "floor" (the score of
+          the majority-class baseline) and "rows" (the number of rows).
         """
         built = [
             probes.build(name, config, self.tokenizer, self.config.context_length)
@@ -292,7 +306,7 @@ class GPT:
         means = finetune is not None and finetune.lm_mean == schema.LmMean.SEQUENCE
         divisor = mesh_lib.batch_divisor(self.mesh)
         wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
-        # Sizes are powers of two, so that requests of similar sizes share compiled programs.
+        # Sizes are powers of two so that requests of similar sizes share compiled programs.
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)
         return self._evaluator(objective, _power(examples.max_sequence_length)), packer
@@ -304,10 +318,10 @@ def _power(number: int) -> int:
 
 
 def _positions(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the positions of tokens in their segments, and new segment ids, int32 [B, T] both.
+    """Returns the positions of the tokens in their segments and new segment ids, both int32 [B, T].
 
-    A segment is a run of equal ids. The new ids are 1, 2, ... in each row. Padding (id 0) gets 0 in
-    both arrays.
+    A segment is a series of adjacent tokens with equal ids. The new ids of a row increase from
+    segment to segment. Padding (id 0) gets 0 in both arrays.
     """
     index = jnp.broadcast_to(jnp.arange(segments_BT.shape[1]), segments_BT.shape)
     first = jnp.diff(segments_BT, axis=1, prepend=segments_BT[:, :1] - 1) != 0
@@ -325,10 +339,11 @@ def load(
     >>> gpt.generate("The ", max_new_tokens=50)  # doctest: +SKIP
 
     Args:
-      path: a workdir (the best step of its last stage), WORKDIR/checkpoints/STAGE (its best step),
+      path: WORKDIR (its last stage and best step), WORKDIR/checkpoints/STAGE (its best step),
         WORKDIR/checkpoints/STAGE/STEP, or an imported checkpoint.
-      mesh_config: the layout of the parameters; None: all devices along the axis `data`.
-      argument: the name of the path in error messages.
+      mesh_config: the devices that hold the parameters. None means all devices, along the mesh axis
+        `data`.
+      argument: the name of the argument `path` in error messages.
 
     Raises:
       UserError: there is no checkpoint, or it is damaged.
@@ -342,7 +357,11 @@ def load(
 
 
 def _summary(path: str) -> dict[str, Any]:
-    """Returns summary.json of the workdir of a checkpoint; {} if it is missing or damaged."""
+    """Returns the contents of a workdir's summary.json; {} if this file is missing or damaged.
+
+    Args:
+      path: the folder of a checkpoint, WORKDIR/checkpoints/STAGE/STEP.
+    """
     file = remote.absolute(path).parents[2] / "summary.json"
     with contextlib.suppress(UserError):
         return files.read_json(file)

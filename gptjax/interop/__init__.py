@@ -1,1 +1,1 @@
-"""Weights in other formats: OpenAI's release and Hugging Face's folders."""
+"""Models in other formats: OpenAI's release of GPT-1, and folders of Hugging Face."""

@@ -1,10 +1,13 @@
-"""A model as named arrays, the part that the formats of OpenAI and Hugging Face share.
+"""A model as named arrays. This code is shared by the formats of OpenAI and Hugging Face.
 
-Both formats store the same numbers as our checkpoints, but every layer by itself, where our arrays
-hold all layers; and the heads, and query, key and value, are side by side in one matrix. What a
-format has no place for (special tokens, a task head, the description of the task) goes into two
-files beside it, `gptjax.json` and `gptjax.safetensors`. So reading what was written gives back
-every bit. No pickle is ever read.
+Both formats store the same numbers as our checkpoints, with two differences. Each layer has its own
+arrays, but our arrays hold all layers. And the attention heads, and query, key and value, are
+flattened into one axis of a matrix, but our arrays have separate axes for them.
+
+A format may be unable to store a part of the model, such as special tokens, a task head, or the
+description of the task. Such parts are stored in two more files of the same folder, the side files
+`gptjax.json` and `gptjax.safetensors`. So an exported model can be imported again without any
+change of a bit. Pickles are never read.
 """
 
 import dataclasses
@@ -43,35 +46,35 @@ class Weights:
 
     model: ModelConfig
     arrays: Arrays
-    """float32, by path in our parameter tree ("blocks/norm1/scale")."""
+    """Path in our parameter tree (for example "blocks/norm1/scale") -> array, float32."""
     tokenizer: Tokenizer
     task: TaskSpec | None = None
 
     @property
     def num_ordinary_tokens(self) -> int:
-        """Number of tokens before the special tokens."""
+        """The number of tokens without the special tokens, whose ids come last."""
         return len(self.tokenizer) - len(SPECIALS)
 
     @property
     def task_head(self) -> Arrays:
-        """The arrays of the task head; empty if there is none."""
+        """The arrays of the task head; empty if the model has no task head."""
         names = (TASK_HEAD_KERNEL, TASK_HEAD_BIAS)
         return {name: self.arrays[name] for name in names if name in self.arrays}
 
 
 def flatten(params: Mapping[str, Any]) -> Arrays:
-    """Returns the arrays of a parameter tree by path, float32."""
+    """Returns a dictionary from paths to float32 arrays, made from a parameter tree."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return {path: np.asarray(array, np.float32) for path, array in flat.items()}
 
 
 def unflatten(arrays: Arrays) -> dict[str, Any]:
-    """Returns the parameter tree of arrays by path."""
+    """Returns a parameter tree, made from a dictionary from paths to arrays."""
     return traverse_util.unflatten_dict(arrays, sep="/")
 
 
 def _shape(parameter: parameters.Parameter, model: ModelConfig) -> tuple[int, ...]:
-    """Returns the shape of a parameter in the parameter tree."""
+    """Returns the shape that a parameter has in our parameter tree."""
     sizes = {
         "D": model.width, "F": model.hidden_ffn_width, "3": 3, "H": model.num_heads,
         "K": model.head_width, "T": model.context_length, "V": model.vocab_size,
@@ -81,9 +84,9 @@ def _shape(parameter: parameters.Parameter, model: ModelConfig) -> tuple[int, ..
 
 
 def _as_matrix(parameter: parameters.Parameter, array: np.ndarray) -> np.ndarray:
-    """Returns a layer's array as [inputs, outputs] or [outputs].
+    """Returns the array of one layer, reshaped to [inputs, outputs] or [outputs].
 
-    Heads, and query, key and value, are joined to one axis.
+    The axes of the attention heads, and of query, key and value, are flattened into one axis.
     """
     if parameter.role != parameters.Role.KERNEL:
         return array.reshape(-1)
@@ -93,11 +96,12 @@ def _as_matrix(parameter: parameters.Parameter, array: np.ndarray) -> np.ndarray
 
 
 def split_layers(weights: Weights) -> Arrays:
-    """Returns the model's arrays, one for each layer, in the order of OpenAI's release.
+    """Returns separate arrays for each layer, in the order of OpenAI's release.
 
     Returns:
-      Both embeddings by their path; and for each layer "LAYER/PATH", where PATH is that in a block,
-      as matrices [inputs, outputs] and vectors.
+      Name -> array. The names of the two embeddings are their paths. The other names are
+      "LAYER/PATH", where PATH is the path of the parameter in a block. Their arrays are matrices
+      [inputs, outputs] or vectors.
     """
     return _split(weights.arrays, weights.model.num_layers)
 
@@ -112,23 +116,25 @@ def _split(arrays: Arrays, num_layers: int) -> Arrays:
 
 
 def stack_layers(found: Arrays, model: ModelConfig, where: str) -> Arrays:
-    """Returns arrays by path in our parameter tree: the inverse of `split_layers`.
+    """Returns arrays that hold all layers. This is the inverse of `split_layers`.
 
     Args:
-      found: what `split_layers` returns.
+      found: arrays with the names and shapes that `split_layers` gives them.
       model: the sizes that the arrays must have.
-      where: name of the arrays' source in error messages.
+      where: the name of the arrays' source in error messages.
+
+    Returns:
+      Path in our parameter tree -> array.
 
     Raises:
-      UserError: it names every array that is missing, not expected or of another shape, or one that
-        is not finite.
+      UserError: an array is missing, not expected, of another shape, or not finite.
     """
     layers = len({name.partition("/")[0] for name in found} - {POSITION_EMBEDDING, TOKEN_EMBEDDING})
     require(
         model.num_layers <= layers,
         f"{where}: the configuration has {model.num_layers} layers, the weights {layers}",
     )
-    # Arrays of zeros without memory of their own.
+    # Arrays of zeros that use no memory. Their shapes are the expected shapes.
     embeddings = parameters.in_openai_order(stacked=False)
     zeros = {
         parameter.path: np.broadcast_to(0.0, _shape(parameter, model))
@@ -153,10 +159,10 @@ def stack_layers(found: Arrays, model: ModelConfig, where: str) -> Arrays:
 
 
 def require_plain(model: ModelConfig) -> None:
-    """Checks that the formats of GPT-1 have a place for everything in the model.
+    """Checks that the formats of GPT-1 can store the decoder of the model.
 
     Raises:
-      UserError: they have none.
+      UserError: the model has a segment embedding, an untied LM head or another feed-forward width.
     """
     problem = ""
     if model.segment_types:
@@ -174,14 +180,15 @@ def require_plain(model: ModelConfig) -> None:
 
 
 def add_special_tokens(arrays: Arrays, tokenizer: Tokenizer, where: str) -> None:
-    """Adds rows for our special tokens to the token embedding, which has none.
+    """Adds rows for our special tokens to a token embedding without such rows.
 
-    The rows are drawn from N(0, 0.02) with a fixed seed.
+    The new rows are drawn from a normal distribution with standard deviation 0.02, with a fixed
+    seed.
 
     Args:
-      arrays: those of the model, by the names of `split_layers`.
-      tokenizer: of the model, with the special tokens.
-      where: name of the arrays' source in error messages.
+      arrays: the arrays of the model, with the names that `split_layers` gives them.
+      tokenizer: the tokenizer of the model, with the special tokens.
+      where: the name of the arrays' source in error messages.
 
     Raises:
       UserError: the embedding and the tokenizer do not have the same number of ordinary tokens.
@@ -200,7 +207,7 @@ def read_safetensors(path: pathlib.Path) -> Arrays:
     """Reads the arrays of a file as float32.
 
     Raises:
-      UserError: the file is damaged, or has arrays of integers or of values that are not finite.
+      UserError: the file is damaged, or an array has integers or values that are not finite.
     """
     try:
         found = safetensors.flax.load_file(path)  # JAX arrays, because NumPy has no bfloat16
@@ -224,20 +231,21 @@ def _digest(files: Sequence[pathlib.Path]) -> str:
 
 
 def write_side_files(weights: Weights, files: Sequence[pathlib.Path], extra: Arrays) -> None:
-    """Writes the side files.
+    """Writes the side files `gptjax.json` and `gptjax.safetensors`.
 
     Args:
       weights: the model.
-      files: the format's files with the other arrays, which are in the same folder.
-      extra: the arrays that the format has no place for.
+      files: the files with the arrays that the format can store. The side files are written to the
+        folder of these files.
+      extra: the arrays that the format cannot store.
     """
     folder = files[0].parent
     values = {
         "model": dataclasses.asdict(weights.model),
         "task": weights.task and dataclasses.asdict(weights.task),
         "tokenizer": weights.tokenizer.to_json(),
-        # Another program may replace the format's files and leave the side files as they are.
-        # With the hash a reader notices that they no longer belong together.
+        # Another program may replace the files of the format and leave the side files. This hash
+        # shows a reader that they no longer belong together.
         "weights_sha256": _digest(files),
     }
     (folder / _SIDE_FILE).write_text(json.dumps(values, indent=2), encoding="utf-8")
@@ -246,17 +254,18 @@ def write_side_files(weights: Weights, files: Sequence[pathlib.Path], extra: Arr
 
 
 def read_side_files(files: Sequence[pathlib.Path]) -> Weights | None:
-    """Reads the side files.
+    """Reads the side files `gptjax.json` and `gptjax.safetensors`.
 
     Args:
-      files: the format's files with the other arrays.
+      files: the files with the arrays that the format can store.
 
     Returns:
-      Their contents, with those arrays that the format has no place for; None if there are no side
-      files, or if they belong to other weights.
+      The contents of the side files. Its arrays are only the arrays that the format cannot store.
+      The result is None if there are no side files, or if `files` has changed since they were
+      written.
 
     Raises:
-      UserError: they are damaged.
+      UserError: a side file is damaged.
     """
     folder = files[0].parent
     path = folder / _SIDE_FILE

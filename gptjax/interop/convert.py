@@ -1,4 +1,4 @@
-"""The modes `import` and `export`: weights in another format to a checkpoint, and back."""
+"""The modes `import` (a model in another format -> a checkpoint) and `export` (the reverse)."""
 
 import os
 import pathlib
@@ -26,15 +26,15 @@ from gptjax.mesh import make_mesh
 from gptjax.model import gpt
 
 FORMATS: dict[str, Any] = {WeightFormat.OPENAI: openai, WeightFormat.HUGGINGFACE: huggingface}
-"""Name of a format -> the module that reads and writes it."""
+"""Name of a format -> the module with the functions `read` and `write` of this format."""
 
 
 @contextmanager
 def _new_folder(path: str) -> Iterator[pathlib.Path]:
-    """Yields a temporary folder, which becomes `path` when the `with` block ends without an error.
+    """Yields a temporary folder, which is renamed to `path` if the `with` block raises no error.
 
     Raises:
-      UserError: `path` exists and is not an empty folder, or is not on this machine.
+      UserError: `path` exists and is not an empty folder, or it is not on this machine.
     """
     require(path, "`output`: give the folder to write")
     require(not remote.is_remote(path), f"`output`={path}: must be a folder of this machine")
@@ -54,7 +54,7 @@ def _new_folder(path: str) -> Iterator[pathlib.Path]:
 
 
 def _open_to_readers(folder: pathlib.Path) -> None:
-    """Gives a folder and its files the usual permissions; those of temporary files are stricter."""
+    """Gives a folder and its files the usual permissions. Temporary files have stricter ones."""
     umask = os.umask(0)
     os.umask(umask)
     for path in (folder, *folder.rglob("*")):
@@ -75,7 +75,7 @@ def import_weights(input: str, output: str, format: str, words: str = Words.EXAC
       Lines to print for the user.
 
     Raises:
-      UserError: a folder is wrong, or the weights cannot be read.
+      UserError: a folder is wrong, or the model cannot be read.
     """
     require(words in tuple(Words), f"`tokenizer.words`={words}: must be {' or '.join(Words)}")
     require(input, "`input`: give the folder with the weights")
@@ -98,14 +98,20 @@ def _read(folder: pathlib.Path, format: str, words: str) -> Weights:
         validation.validate_model(found.model)
         return found
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        # Files of other programs can be wrong in too many ways to check each of them.
+        # There are too many possible errors in files of other programs to check each of them.
         raise UserError(
             f"`input`={folder}: cannot be read as `format`={format} ({brief(error)})"
         ) from error
 
 
 def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
-    """Writes the weights as a checkpoint; `where` is the input's name in error messages."""
+    """Writes a model as a checkpoint in a workdir.
+
+    Args:
+      found: the model.
+      workdir: the folder to write to.
+      where: the name of the input in error messages.
+    """
     model = gpt.make_model(found.model, found.task)
     like = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
     try:
@@ -132,15 +138,15 @@ def export_weights(input: str, output: str, format: str) -> list[str]:
     """Writes a checkpoint in another format.
 
     Args:
-      input: a workdir, or a stage or a step in it.
-      output: the folder to write, which must not exist yet.
-      format: one of `FORMATS`.
+      input_path: a workdir, or the folder of a stage or step in a workdir.
+      output_path: the folder to write. It must not exist, or it must be an empty folder.
+      form: the name of a format in `FORMATS`.
 
     Returns:
       Lines to print for the user.
 
     Raises:
-      UserError: a folder is wrong, or the format has no place for a part of the model.
+      UserError: a folder is wrong, or the format cannot store a part of the model.
     """
     require(input, "`input`: give the `workdir` of a finished training")
     checkpoint = open_checkpoint(input, "input")

@@ -1,10 +1,13 @@
 """Folders of Hugging Face's `openai-gpt` models: config.json, model.safetensors, a tokenizer.
 
-The task head decides which class of the library `transformers` the folder is for:
+The task head of a model decides which class of the `transformers` library can load all of the
+folder:
 
-no task head                      OpenAIGPTModel, OpenAIGPTLMHeadModel
-multiple choice                   OpenAIGPTDoubleHeadsModel
-classification or entailment      OpenAIGPTForSequenceClassification
+OpenAIGPTModel, OpenAIGPTLMHeadModel      no task head
+OpenAIGPTDoubleHeadsModel                 the head of a multiple choice
+OpenAIGPTForSequenceClassification        the head of a classification or entailment
+
+"Their" in names and comments means Hugging Face's.
 """
 
 import dataclasses
@@ -25,13 +28,13 @@ from gptjax.interop.arrays import Arrays, Weights
 from gptjax.io import files as files_lib
 from gptjax.parameters import PARAMETERS, TASK_HEAD_BIAS, TASK_HEAD_KERNEL, TOKEN_EMBEDDING
 
-# Our names of parameters (without "blocks/") -> theirs (without "transformer." and "h.LAYER."),
-# and back.
+# Our names of parameters (without "blocks/") -> their names (without "transformer." and
+# "h.LAYER."). `_OURS` is the inverse.
 _THEIRS = {row.path_in_block: row.huggingface for row in PARAMETERS.values() if row.huggingface}
 _OURS = {theirs: ours for ours, theirs in _THEIRS.items()}
 _PREFIX, _LM_HEAD, _SCORE = "transformer.", "lm_head.weight", "score.weight"
 _CHOICE = "multiple_choice_head.summary"
-# Their names of the sizes in config.json -> ours.
+# Their names of sizes, in config.json -> the names of our fields.
 _SIZES = {
     "n_positions": "context_length", "n_embd": "width", "n_layer": "num_layers",
     "n_head": "num_heads", "afn": "activation", "embd_pdrop": "embedding_dropout",
@@ -39,20 +42,21 @@ _SIZES = {
     "summary_first_dropout": "head_dropout", "initializer_range": "init_std",
     "layer_norm_epsilon": "layer_norm_epsilon",
 }  # fmt: skip
-# Their names of activation functions -> ours.
+# Their names of activation functions -> our names.
 _ACTIVATIONS = {"gelu": Activation.GELU_TANH, "relu": Activation.RELU}
 _FILE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
-# Older versions of transformers saved masks and position numbers too. They are not read.
+# Arrays that are not read: masks and position ids, which older versions of `transformers` saved
+# with the parameters.
 _CONSTANTS = re.compile(r"(h\.\d+\.attn\.bias|position_ids)$")
 
 
 def our_name(name: str) -> str:
-    """Returns the name in `arrays.split_layers` of an array of theirs.
+    """Returns our name of an array, as `arrays.split_layers` gives it.
 
     An array that is not in the decoder keeps its name.
 
     Args:
-      name: without "transformer.".
+      name: their name of the array, without "transformer.".
     """
     found = re.fullmatch(r"h\.(\d+)\.(.+)", name)
     if found and found[2] in _OURS:
@@ -61,7 +65,11 @@ def our_name(name: str) -> str:
 
 
 def _their_name(name: str) -> str:
-    """Returns their name of an array of `arrays.split_layers`."""
+    """Returns their name of an array.
+
+    Args:
+      name: our name of the array, as `arrays.split_layers` gives it.
+    """
     layer, _, path = name.partition("/")
     return _PREFIX + (f"h.{layer}.{_THEIRS[path]}" if layer.isdigit() else _THEIRS[name])
 
@@ -70,13 +78,13 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     """Reads a folder that `save_pretrained` or `write` wrote.
 
     Args:
-      folder: with the files.
-      exact: split text into words as GPT-1's authors did, with ftfy and spaCy, unless the folder
-        has one of our tokenizers.
+      folder: the folder with the files.
+      exact: whether text is split into words as GPT-1's authors did, with ftfy and spaCy. It is not
+        used if the folder contains one of our tokenizers.
 
     Raises:
       UserError: a file is missing or damaged, the arrays do not fit the model, or the output layer
-        is not the token embedding.
+        differs from the token embedding.
     """
     values = files_lib.read_json(folder / "config.json")
     files = _files(folder)
@@ -90,8 +98,9 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     side = arrays_lib.read_side_files(files)
     special = side is not None or _has_our_tokens(folder)
     if side or not special:
-        # Such a task head is not used. The side files have ours with its bias. A head of another
-        # program was trained to read the state at another token than our extract token.
+        # The task head in these files is not used. If there are side files, they contain our head
+        # with its bias. If our special tokens are missing, another program has trained the head to
+        # read the hidden state at a token that is not our extract token.
         for name in [name for name in arrays if name.startswith((_SCORE, _CHOICE))]:
             del arrays[name]
     if side:
@@ -109,7 +118,7 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files with the arrays: one, or several that an index lists."""
+    """Returns the files with the arrays. There is one file, or an index that lists several."""
     if (folder / _FILE).exists():
         return [folder / _FILE]
     if (folder / _INDEX).exists():
@@ -129,7 +138,10 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
 def _untie(arrays: Arrays, folder: pathlib.Path) -> None:
     """Removes the output layer, which is the token embedding under another name.
 
-    A folder may have either of the two, or both.
+    A folder can contain the output layer, the token embedding, or both.
+
+    Raises:
+      UserError: the two arrays differ.
     """
     output = arrays.pop(_LM_HEAD, None)
     if output is None:
@@ -142,7 +154,10 @@ def _untie(arrays: Arrays, folder: pathlib.Path) -> None:
 
 
 def _model_config(values: Any, folder: pathlib.Path) -> ModelConfig:
-    """Returns the sizes in config.json; the vocabulary size is that of the arrays."""
+    """Returns the model configuration in config.json, without its vocabulary size.
+
+    The vocabulary size is taken from the arrays later.
+    """
     where = folder / "config.json"
     require(
         isinstance(values, dict) and values.get("model_type") == "openai-gpt",
@@ -158,7 +173,11 @@ def _model_config(values: Any, folder: pathlib.Path) -> ModelConfig:
 
 
 def _tokenizer(folder: pathlib.Path, exact: bool) -> Tokenizer:
-    """Returns the tokenizer: ours if we wrote it, else GPT-1's with the folder's vocabulary."""
+    """Returns the tokenizer of a folder.
+
+    If `write` has written a `tokenizer.json`, it is this tokenizer. Otherwise it is GPT-1's
+    tokenizer with the vocabulary and the merges of the folder.
+    """
     path = folder / "tokenizer.json"
     if path.exists() and _has_our_tokens(folder):
         return tokenizer_lib.load(path)
@@ -180,8 +199,8 @@ def _pop_head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays
     """Removes the task head from the arrays.
 
     Returns:
-      The head's arrays under our names, and its task. The columns of the task have our default
-      names, because these folders do not have any.
+      The arrays of the head with our names, and its task; {} and None if there is no head. The
+      columns of the task have our default names, because these folders contain no column names.
     """
     score = arrays.pop(_SCORE, None)
     if score is not None:
@@ -204,17 +223,17 @@ def _pop_head(arrays: Arrays, values: Any, folder: pathlib.Path) -> tuple[Arrays
 
 
 def write(weights: Weights, folder: pathlib.Path) -> str:
-    """Writes a folder for `from_pretrained`.
+    """Writes a folder that `from_pretrained` of the `transformers` library can read.
 
     Args:
       weights: the model.
-      folder: that exists.
+      folder: an existing folder.
 
     Returns:
-      The name of the class of transformers that reads all of it.
+      The name of the class of `transformers` that reads the whole model.
 
     Raises:
-      UserError: the format has no place for a part of the model.
+      UserError: the format cannot store a part of the model.
     """
     arrays_lib.require_plain(weights.model)
     arrays = {_their_name(name): array for name, array in arrays_lib.split_layers(weights).items()}
@@ -225,8 +244,8 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
         architecture = "OpenAIGPTDoubleHeadsModel"
         arrays[f"{_CHOICE}.weight"] = head[TASK_HEAD_KERNEL].T
         arrays[f"{_CHOICE}.bias"] = head[TASK_HEAD_BIAS]
-        # This class reads the output layer and sets the token embedding to it; the other classes
-        # read the token embedding.
+        # This class reads only the output layer, and uses it as the token embedding too. The other
+        # classes read the token embedding.
         arrays[_LM_HEAD] = weights.arrays[TOKEN_EMBEDDING]
     elif kind and kind.is_single_sequence:
         architecture = "OpenAIGPTForSequenceClassification"
@@ -241,22 +260,22 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
 
 
 def _kernel_with_bias(weights: Weights) -> np.ndarray:
-    """Returns a kernel [O, D] that gives the same logits as the head's kernel and bias together.
+    """Returns a weight matrix [O, D] that includes the effect of our task head's bias.
 
-    The head of transformers has no bias. The last layer norm returns h = g * n + b, with the gain
-    g, the bias b, and the normalised state n. The elements of n add up to 0. Therefore
-    sum(h / g) = sum(b / g) = c for every text. Adding bias / (c g) to the kernel then adds the bias
-    to the logits.
+    Their task head has no bias. The last layer norm returns h = g * n + b, with the gain g, the
+    bias b and the normalised hidden state n. The elements of n add up to 0, so sum(h / g) has the
+    value c = sum(b / g) for every text. Therefore adding bias / (c * g) to the weight matrix adds
+    the bias to the logits.
 
     Raises:
-      UserError: c is too small, so that the rounding of h would change the logits.
+      UserError: c is so small that the rounding of h would change the logits.
     """
     kernel = weights.arrays[TASK_HEAD_KERNEL]
     bias = weights.arrays[TASK_HEAD_BIAS].astype(np.float64)
     gain, shift = (weights.arrays[f"blocks/norm2/{name}"][-1] for name in ("scale", "bias"))
     gain = gain.astype(np.float64)
     constant = (shift / gain).sum()
-    # An estimate of the error of the logits from the float32 rounding of h.
+    # An estimate of the error in the logits that is caused by the float32 rounding of h.
     noise = np.abs(1 / gain).max() * np.abs(bias).max() * 1e-7 / max(abs(constant), 1e-30)
     require(
         noise < 1e-4 or not bias.any(),
@@ -285,9 +304,10 @@ def _their_config(weights: Weights, architecture: str) -> dict[str, Any]:
 
 
 def _write_tokenizer(weights: Weights, folder: pathlib.Path) -> None:
-    """Writes `tokenizer.json`, or for exact words the files of `OpenAIGPTTokenizer`.
+    """Writes `tokenizer.json`, or the files of `OpenAIGPTTokenizer` if the tokenizer is exact.
 
-    A `tokenizer.json` cannot describe how ftfy and spaCy split text into words.
+    A tokenizer is exact if ftfy and spaCy split its text into words. A `tokenizer.json` cannot
+    describe that.
     """
     tokenizer = weights.tokenizer
     files = {"tokenizer.json": tokenizer.to_json()}
@@ -302,7 +322,7 @@ def _write_tokenizer(weights: Weights, folder: pathlib.Path) -> None:
         "tokenizer_class": kind, "model_max_length": weights.model.context_length,
         "unk_token": UNKNOWN,
         **dict(zip(("bos_token", "sep_token", "cls_token", "pad_token"), SPECIALS, strict=True)),
-        # As in our tokenizer, the name of a special token inside of a text is ordinary text.
+        # The name of a special token inside a text is ordinary text, as in our tokenizer.
         "split_special_tokens": True,
     }  # fmt: skip
     files["tokenizer_config.json"] = json.dumps(values, indent=2)

@@ -1,9 +1,9 @@
 """OpenAI's release of GPT-1: `params_0.npy` to `params_9.npy`, their shapes, and the vocabulary.
 
-The ten files together are one sequence of float32 numbers. `params_shapes.json` says how it is
-divided into the position embedding, the token embedding and twelve arrays for each layer. The
-release has no special tokens: their rows of the token embedding are drawn anew for each
-fine-tuning.
+The ten files together are one sequence of float32 numbers. `params_shapes.json` gives the shapes of
+the arrays in this sequence: the position embedding, the token embedding and twelve arrays for each
+layer. The release has no special tokens. Their rows of the token embedding are drawn at random when
+the release is imported.
 """
 
 import dataclasses
@@ -28,15 +28,15 @@ _HEAD_WIDTH = 64
 
 
 def read(folder: pathlib.Path, exact: bool = True) -> Weights:
-    """Reads the release, or what `write` wrote.
+    """Reads the release, or a folder that `write` has written.
 
     Args:
-      folder: with the files.
-      exact: split text into words as GPT-1's authors did, with ftfy and spaCy. What `write` wrote
-        has its own tokenizer, for which this does not matter.
+      folder: the folder with the files.
+      exact: whether text is split into words as GPT-1's authors did, with ftfy and spaCy. It is not
+        used for a folder that `write` has written, because such a folder has its own tokenizer.
 
     Raises:
-      UserError: a file is missing or damaged, or the arrays are not those of a GPT-1.
+      UserError: a file is missing or damaged, or the arrays are not the arrays of a GPT-1.
     """
     files = [folder / f"params_{i}.npy" for i in range(_NUM_FILES)]
     named = _by_name(_read_arrays(folder, files))
@@ -81,19 +81,23 @@ def _read_npy(path: pathlib.Path) -> np.ndarray:
 
 
 def _by_name(arrays: list[np.ndarray]) -> Arrays:
-    """Returns the arrays with the names of `arrays.split_layers`."""
+    """Returns the arrays with the names that `arrays.split_layers` gives them.
+
+    Args:
+      arrays: the arrays in the order of the release.
+    """
     embeddings = in_openai_order(stacked=False)
     named = {one.path: array for one, array in zip(embeddings, arrays, strict=False)}
     for i, array in enumerate(arrays[len(embeddings) :]):
         layer, place = divmod(i, len(BLOCK_PARAMETERS))
-        # The release stores kernels as convolutions of width 1: [1, inputs, outputs].
+        # The release stores weight matrices as convolutions of width 1: [1, inputs, outputs].
         matrix = array[0] if array.ndim == 3 else array
         named[f"{layer}/{BLOCK_PARAMETERS[place].path_in_block}"] = matrix
     return named
 
 
 def _model_config(named: Arrays, folder: pathlib.Path) -> ModelConfig:
-    """Returns the sizes that follow from the shapes; heads have GPT-1's width, 64."""
+    """Returns the model sizes that follow from the shapes, with heads of GPT-1's width, 64."""
     layers = (len(named) - 2) // len(BLOCK_PARAMETERS)
     shapes = [array.shape for array in named.values()][:2]
     require(
@@ -113,17 +117,17 @@ def _model_config(named: Arrays, folder: pathlib.Path) -> ModelConfig:
 
 
 def write(weights: Weights, folder: pathlib.Path) -> str:
-    """Writes a model in the layout of the release.
+    """Writes a model in the format of the release.
 
     Args:
       weights: the model.
-      folder: that exists.
+      folder: an existing folder.
 
     Returns:
-      The contents of the side files, in words.
+      A description of the contents of the side files, for the user.
 
     Raises:
-      UserError: the format has no place for a part of the model.
+      UserError: the format cannot store a part of the model.
     """
     arrays_lib.require_plain(weights.model)
     pair = tokenizer_lib.pair_texts(weights.tokenizer)

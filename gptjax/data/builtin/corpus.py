@@ -1,9 +1,9 @@
-"""Every docstring of the Python standard library, and the split that each belongs to.
+"""The docstrings of the Python standard library, divided into train, validation and test.
 
-Sources are parsed, not imported. C modules, which have no Python source, are imported and
-inspected. The collection is kept in the cache as a Parquet file. Splits are made by **unit**: a
-module, or a topic of the language reference. A hash of the unit's name decides its split. Of equal
-docstrings only the first is kept, so that no docstring is in two splits.
+Python sources are parsed, not imported. C modules, which have no Python source, are imported and
+inspected. The collection is kept in the cache as a Parquet file. A **unit** is a module, or a topic
+of the language reference. All docstrings of a unit are in the same split. If several docstrings are
+equal, only the first is kept, so no docstring is in two splits.
 """
 
 import ast
@@ -27,18 +27,21 @@ from gptjax.data import cache
 from gptjax.errors import UserError
 
 SCHEMA_VERSION = 2  # part of the name in the cache: raise it when `collect` returns other entries
-# A docstring is left out if its first 400 characters equal those of an earlier one.
+# A docstring is left out if an earlier docstring has the same first 400 characters.
 COMPARED_CHARACTERS = 400
-# It is also left out if it shares a paragraph of at least 60 characters with another module.
+# A docstring is also left out if it shares a paragraph of at least 60 characters with an earlier
+# docstring of another unit.
 SHARED_CHARACTERS = 60
 _OPENING_SIGNATURE = re.compile(r"^[\w.]+\([^\n]*?\)[ \t]*(?:->[^\n]*|--|:|\n|$)\s*")
 
-# `encodings` repeats one sentence a hundred times; the others are tests, fixtures and build data.
+# Folders that are not read. `encodings` repeats one sentence a hundred times. The other folders
+# contain tests, test data, build data and packages that are not in the standard library.
 _SKIP_FOLDERS = {
     *("__pycache__", "__phello__", "dist-packages", "encodings", "idle_test", "lib-dynload"),
     *("pydoc_data", "site-packages", "test", "tests"),
 }
-# C modules that are quick and safe to import. A module that this machine lacks is skipped.
+# C modules that are quick and safe to import. A module that does not exist on this machine is
+# skipped.
 _C_MODULES = (
     *("_asyncio", "_bisect", "_codecs", "_collections", "_csv", "_ctypes", "_datetime", "_decimal"),
     *("_elementtree", "_functools", "_hashlib", "_heapq", "_io", "_json", "_locale", "_lzma"),
@@ -55,7 +58,7 @@ class Entry(NamedTuple):
     """A docstring, or a topic of the language reference."""
 
     package: str
-    unit: str  # a module or a topic: all entries of a unit are in one split
+    unit: str  # a module or a topic. All entries of a unit are in one split
     subject: str  # "module", "class", "function" or "topic"
     signature: str
     doc: str
@@ -63,17 +66,17 @@ class Entry(NamedTuple):
 
 
 def name_hash(text: str) -> bytes:
-    """Returns a hash of 8 bytes. It decides orders and splits, the same on every machine."""
+    """Returns a hash of 8 bytes, equal on all machines. It decides orders and splits."""
     return hashlib.blake2b(text.encode(errors="replace"), digest_size=8).digest()
 
 
 def plain(text: str) -> str:
-    """Returns a text for comparison: case and white space do not matter."""
+    """Returns a text for comparisons, in lower case and with single spaces."""
     return " ".join(text.casefold().split())
 
 
 def without_signature(doc: str) -> str:
-    """Returns `doc` without a signature in front, such as "find(sub[, start]) -> int"."""
+    """Returns `doc` without a signature at its start, such as "find(sub[, start]) -> int"."""
     return _OPENING_SIGNATURE.sub("", doc, count=1)
 
 
@@ -97,15 +100,17 @@ def read_entries() -> Sequence[Entry]:
 
 @functools.lru_cache(maxsize=1)  # for processes that cannot write the cache on disk
 def collect(stdlib: str) -> Sequence[Entry]:
-    """Returns the docstrings of all modules, without repetitions, each with its split.
+    """Reads the docstrings of all modules, without repeated docstrings, and assigns their splits.
 
-    Every unit is in one split only.
+    Args:
+      stdlib: the folder of the standard library.
     """
     docstrings: list[Entry] = []
     gc_was_enabled = gc.isenabled()
-    gc.disable()  # twice as fast: the parser makes millions of objects, but no cycles
+    gc.disable()  # this halves the time, because the parser makes millions of objects, no cycles
     try:
-        # Parsing the standard library gives warnings of invalid escapes and deprecated modules.
+        # The standard library itself has invalid escape sequences and deprecated modules. Their
+        # warnings are ignored.
         with warnings.catch_warnings(action="ignore"):
             for module, path in _sources(stdlib):
                 docstrings.extend(_parsed(module, path))
@@ -123,9 +128,9 @@ def collect(stdlib: str) -> Sequence[Entry]:
 
 
 def _without_repeats(docstrings: Sequence[Entry]) -> list[Entry]:
-    """Returns the docstrings that do not repeat an earlier one.
+    """Returns the docstrings that do not repeat an earlier docstring.
 
-    Repeats are common: C modules have Python twins, and modules exist for several platforms.
+    Repeats are common. For example, many C modules have a Python version with the same docstrings.
     """
     seen: set[str] = set()
     owners: dict[str, str] = {}
@@ -144,11 +149,15 @@ def _without_repeats(docstrings: Sequence[Entry]) -> list[Entry]:
 
 
 def _assign(entries: Sequence[Entry]) -> dict[str, str]:
-    """Returns unit -> split.
+    """Returns the split of each unit.
 
     Test and validation each get about 10% of every package, counted in characters. Packages of one
-    or two modules are split together, as if they were one package. Units are tried in the order of
-    a hash of their name, and taken if they fit. A package of three modules has one in each split.
+    or two units are treated as one package together. In each package the units are tried in the
+    order of a hash of their name, first for test and then for validation. A unit is taken if the
+    split has too little text without it, and not too much with it. The other units are for
+    training. If the split still has less
+    than half of its text, the unit with the best size is taken too. A package of three or more
+    units has at least one unit in each split.
     """
     volumes: dict[str, Counter[str]] = defaultdict(Counter)
     for entry in entries:
@@ -168,7 +177,8 @@ def _assign(entries: Sequence[Entry]) -> dict[str, str]:
                     used += units[unit]
                     splits[unit] = split
                     left.remove(unit)
-            # All units were too large: take the one of the best size, so that no split is empty.
+            # Most units were too large. The unit with the best size is taken so that the split is
+            # not empty.
             if used < 0.5 * budget and len(left) > others:
                 _, best = min((abs(used + units[unit] - budget), unit) for unit in left)
                 splits[best] = split
@@ -177,13 +187,13 @@ def _assign(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def _unit(module: str) -> str:
-    """Returns the unit of a module: `_pydecimal`, `_decimal` and `decimal` are the same unit."""
+    """Returns the unit of a module. `_pydecimal`, `_decimal` and `decimal` are the same unit."""
     first, *rest = module.split(".")
     return ".".join([first.removeprefix("_py").removeprefix("_") or first, *rest])
 
 
 def _sources(stdlib: str) -> Iterator[tuple[str, str]]:
-    """Yields (module, path) of every Python file."""
+    """Yields (name of the module, path) for every Python file."""
     for folder, folders, files in os.walk(stdlib):
         folders[:] = sorted(name for name in folders if name not in _SKIP_FOLDERS)
         folders[:] = [name for name in folders if not name.startswith("config-")]
@@ -198,7 +208,7 @@ def _parsed(module: str, path: str) -> Iterator[Entry]:
     try:
         with open(path, encoding="utf-8") as file:
             tree = ast.parse(file.read())
-    except (OSError, SyntaxError, ValueError):  # the library has files that are broken on purpose
+    except (OSError, SyntaxError, ValueError):  # the library has files that are invalid on purpose
         return
     unit = _unit(module)
     todo: list[tuple[Any, str]] = [(tree, "")]
@@ -216,9 +226,14 @@ def _parsed(module: str, path: str) -> Iterator[Entry]:
 
 
 def _signature(node: Any, scope: str) -> tuple[str, str]:
-    """Returns (subject, signature).
+    """Returns (subject, signature) of a syntax node.
 
-    A signature has names only: defaults and annotations would take the place of text.
+    The signature of a function contains only the names of its arguments. Defaults and annotations
+    are left out, because they would fill the model's context.
+
+    Args:
+      node: a module, a class or a function.
+      scope: the text before the name of a function, for example "Path.".
     """
     if isinstance(node, ast.Module):
         return "module", ""
@@ -260,7 +275,7 @@ def _c_function(unit: str, name: str, function: Any) -> Entry:
         stars = {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}
         parameters = inspect.signature(function).parameters.values()
         arguments = _names([stars.get(p.kind.name, "") + p.name for p in parameters])
-    except Exception:  # `inspect` finds no signature; the docstring may begin with one
+    except Exception:  # Python knows no signature, so the signature in the docstring is used
         opening = re.match(r"[\w.]+\(([^\n]*?)\)", function.__doc__ or "")
         arguments = opening[1] if opening else "..."
     doc = inspect.cleandoc(function.__doc__ or "")

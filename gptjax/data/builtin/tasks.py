@@ -1,14 +1,15 @@
-"""Built-in data, without a download: running text and four labelled tasks.
+"""Built-in data, which needs no download: running text and four labelled tasks.
 
-All of it comes from the docstrings that `corpus.py` collects from the Python standard library, and
-all of it is split in the same way, by module. No text is in two splits.
+The texts are the docstrings that `corpus.py` collects from the Python standard library. All data is
+divided into the same splits, and all docstrings of a module are in one split. No text is in two
+splits.
 
-No text alone tells the answer of a labelled task. In `entailment` and `similarity` each text occurs
-once with label 1 and once with label 0. In `multiple_choice` each docstring is right once and wrong
-three times. All labels are equally frequent. A wrong partner comes from the same split, has about
-the same length, and mostly comes from the same or a neighbouring module. A docstring may contain
-the name of its function, as it does in real life. But a signature that opens a docstring
-("find(sub) -> int") is removed.
+In the tasks with several texts, one text alone does not reveal the label. In `entailment` and
+`similarity`, each text occurs once with label 1 and once with label 0. In `multiple_choice`, each
+docstring is once the right answer and three times a wrong answer. In these three tasks all labels
+are equally frequent. A wrong partner of a text is from the same split, has about the same length,
+and is mostly from the same or a neighbouring module. A docstring can contain the name of its
+function. But a signature at the start of a docstring ("find(sub) -> int") is removed.
 """
 
 import re
@@ -38,22 +39,23 @@ _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*\s+(?=\S)")
 
 
 def builtin_text(split: str) -> Texts:
-    """Returns running text in rows like those of `read_text`.
+    """Returns running text, in rows of the same form as `read_text` returns.
 
-    A document is a module in the layout of `help()` (each signature above its docstring), or a
-    topic of the language reference. A blank line ends it. A wrapped paragraph is one line.
+    A document is a topic of the language reference, or a module with each signature above its
+    docstring. A blank line follows each entry. A wrapped paragraph becomes one line.
 
     Args:
-      split: "train" (about 80% of the volume), "validation" or "test".
+      split: "train" (about 80% of the characters), "validation" or "test".
 
     Raises:
-      UserError: no such split, or a Python installation without its sources.
+      UserError: there is no such split, or the Python installation has no sources.
     """
     documents: dict[str, list[str]] = defaultdict(list)
     for entry in _of_split(read_entries(), split):
         text = f"{entry.signature}\n{_unwrap(entry.doc)}".strip("\n")
         documents[entry.unit].append(f"{text}\n\n")
-    # The order of a hash mixes topics and modules, so that every part of the text is a mixture.
+    # Documents are sorted by a hash of their name, so every part of the text mixes topics and
+    # modules.
     order = sorted(documents, key=name_hash)
     lines = (f"{line}\n" for unit in order for line in "".join(documents[unit]).split("\n")[:-1])
     return Texts.of(pieces(lines))
@@ -62,20 +64,20 @@ def builtin_text(split: str) -> Texts:
 def builtin_task(name: str, split: str) -> Dataset:
     """Returns the labelled rows of one task.
 
-    * `classification`: `text` is a docstring, `label` is its package, a string.
-    * `entailment`: `text` is a signature, `text_pair` a docstring; `label` is 1 if the docstring
-      describes the signature, else 0.
-    * `multiple_choice`: `text` is a signature, `choice1` to `choice4` are docstrings; `label` is
-      the right one, 0 to 3.
-    * `similarity`: `text` and `text_pair` are parts of docstrings; `label` is 1 if both are parts
+    * `classification`: `text` is a docstring. `label` is the name of its package.
+    * `entailment`: `text` is a signature, and `text_pair` is a docstring. `label` is 1 if the
+      docstring belongs to the signature, else 0.
+    * `multiple_choice`: `text` is a signature, and `choice1` to `choice4` are docstrings. `label`
+      is the index of the right docstring, 0 to 3.
+    * `similarity`: `text` and `text_pair` are parts of docstrings. `label` is 1 if both are parts
       of the same docstring, else 0.
 
     Args:
-      name: one of `TASKS`.
-      split: one of `SPLITS`.
+      name: a task from `TASKS`.
+      split: a split from `SPLITS`.
 
     Raises:
-      UserError: no such task or split, or a Python installation without its sources.
+      UserError: there is no such task or split, or the Python installation has no sources.
     """
     require(name in TASKS, f"built-in task {name!r}: write one of {', '.join(TASKS)}")
     if name == TaskKind.CLASSIFICATION:
@@ -94,10 +96,10 @@ def _of_split(entries: Sequence[Entry], split: str) -> list[Entry]:
 
 
 def _gist(doc: str) -> str:
-    """Returns whole sentences of `doc` on one line, without a signature in front.
+    """Returns the first sentences of `doc` on one line, without a signature at the start.
 
-    The result has at most 400 characters. If no sentence ends in their second half, it ends with a
-    word.
+    The result has at most 400 characters. If no sentence ends between character 200 and 400, the
+    result ends after a word instead.
     """
     text, limit = " ".join(without_signature(doc).split()), _TASK_CHARACTERS
     if len(text) <= limit:
@@ -109,16 +111,16 @@ def _gist(doc: str) -> str:
 
 
 def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
-    """Returns rows of the packages with the most docstrings.
+    """Returns the rows of the ten packages with the most docstrings.
 
-    No package gets more than twice the median number of rows, so that none dominates.
+    A package has at most twice the median number of rows, so no package dominates.
     """
     units: dict[str, set[str]] = defaultdict(set)
     docstrings: Counter[str] = Counter()
     for entry in entries:
         units[entry.package].add(entry.unit)
         docstrings[entry.package] += entry.subject != "topic"
-    # A class needs at least three modules, one for each split.
+    # A package needs at least three units, one for each split.
     classes = [name for name, _ in docstrings.most_common() if len(units[name]) >= 3][:_CLASSES]
     rows: dict[str, list[dict[str, Any]]] = {name: [] for name in classes}
     own = [entry for entry in _of_split(entries, split) if entry.package in rows]
@@ -131,9 +133,9 @@ def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]
 
 
 def _described(entries: Sequence[Entry]) -> list[Entry]:
-    """Returns pairs of texts that belong together: signature and docstring.
+    """Returns pairs of texts that belong together: `signature` and a shortened `doc`.
 
-    Each signature occurs once, although several modules may have a function of the same name.
+    Each signature occurs only once, although several modules can have functions of equal names.
     """
     own = (entry for entry in entries if entry.subject in ("class", "function"))
     pairs = [entry._replace(doc=_gist(entry.doc)) for entry in own]
@@ -143,8 +145,9 @@ def _described(entries: Sequence[Entry]) -> list[Entry]:
 def _halves(entries: Sequence[Entry]) -> list[Entry]:
     """Returns the two parts of each docstring that has at least two sentences.
 
-    It is divided at the end of the sentence that is nearest to its middle. The first part takes the
-    place of the signature, so that the result is like that of `_described`.
+    A docstring is divided at the end of a sentence, as near to its middle as possible. The result
+    has the form of the result of `_described`: `signature` is the first part, and `doc` is the
+    second part.
     """
     pairs = []
     for entry in entries:
@@ -159,7 +162,7 @@ def _halves(entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _unique(pairs: Sequence[Entry]) -> list[Entry]:
-    """Returns the pairs without those that repeat a text, so that no text is in two splits."""
+    """Returns the pairs that repeat no text of an earlier pair, so no text is in two splits."""
     seen: set[str] = set()
     kept = []
     for pair in pairs:
@@ -171,12 +174,14 @@ def _unique(pairs: Sequence[Entry]) -> list[Entry]:
 
 
 def _groups(pairs: Sequence[Entry], size: int) -> Iterator[list[Entry]]:
-    """Yields groups of `size` pairs of similar length from the same or neighbouring modules.
+    """Yields groups of `size` pairs of similar length, from the same or neighbouring modules.
 
-    The caller combines each first text of a group with each second text of the group. Every text
-    then has as many wrong partners as every other text, so one text alone does not reveal the
-    label. The pairs are taken in blocks of `_PARTNER_BLOCK`, and the last `size` - 1 or fewer pairs
-    of a block are not used.
+    The caller joins every first text of a group with every second text of the group. So all texts
+    have equally many right and wrong partners, and one text alone does not reveal the label.
+
+    To form the groups, the pairs are sorted by length and divided into blocks of `_PARTNER_BLOCK`
+    pairs. Each block is sorted by module and divided into groups. Pairs at the end of a block, at
+    most `size` - 1, are not used.
     """
     ordered = sorted(pairs, key=lambda pair: (len(pair.doc), name_hash(pair.doc)))
     for start in range(0, len(ordered), _PARTNER_BLOCK):
@@ -206,7 +211,10 @@ def _choice_rows(pairs: Sequence[Entry]) -> list[dict[str, Any]]:
 
 
 def _unwrap(doc: str) -> str:
-    """Returns `doc` with each paragraph of prose on one line; lists, tables and code stay."""
+    """Returns `doc` with each paragraph of prose on one line.
+
+    Lists, tables and code keep their lines. Blank lines and underlines of headings are removed.
+    """
     paragraphs = []
     for paragraph in re.split(r"\n\s*\n", doc):
         lines = [line.rstrip() for line in paragraph.split("\n") if line.strip("*=-~^#+ \t")]

@@ -1,1 +1,1 @@
-"""Labelled rows and running text: from files and from the Hugging Face hub."""
+"""Labelled rows and running text, from files, the Hugging Face hub and tables in memory."""

@@ -1,11 +1,13 @@
-"""Files of labelled rows -> `datasets.Dataset`: CSV, TSV, JSON lines, Parquet; and the hub's files.
+"""Readers of labelled rows, which return a `datasets.Dataset`.
 
-CSV and JSON lines have their own readers here, because those of pyarrow change data silently: they
-turn strings that look like dates into times and large integers into floats, accept stray quotes and
-repeated column names, and their messages do not name the line of the file.
+They read CSV, TSV, JSON lines and Parquet files, and data sets of the Hugging Face hub.
 
-Nothing is cached: an edited file is always read anew. A user's mistake is a `UserError` of one line
-with file, line and column.
+This module has its own readers of CSV and JSON lines, because the readers of pyarrow change data
+silently. They turn strings that look like dates into times, and large integers into floats. They
+accept stray quotes and repeated column names, and their messages do not name the line of the file.
+
+Files are not cached, so an edited file is read again. If a file is wrong, a `UserError` of one line
+names the file and, if possible, the line and the column.
 """
 
 import csv
@@ -21,30 +23,32 @@ import pyarrow as pa
 from gptjax.errors import UserError, brief, nearest, require
 
 Dataset = Any
-"""A `datasets.Dataset`. The library is imported where it is used, because that takes 1.6 s."""
+"""A `datasets.Dataset`. The library is imported only when it is used, because its import takes
+1.6 s."""
 TABLE_ENDINGS = (".csv", ".tsv", ".txt", ".json", ".jsonl", ".parquet")
 _ROWS_AT_ONCE = 10_000
 
 
 def read_table(path: str, columns: Sequence[str] = ()) -> Dataset:
-    """Reads a file of rows in the format that its ending names.
+    """Reads a file of rows. The ending of its name says its format.
 
-    * `.csv`: quoting as in RFC 4180. Cells are strings as written ("NA", "007" and "1.0" stay as
-      they are). Blank lines are skipped.
-    * `.tsv`, `.txt`: one row a line, split on tabs, without any quoting. Blank lines at the end are
-      skipped.
-    * `.jsonl`, `.json`: one object a line. Types are kept; a missing key is None.
+    * `.csv`: quoting follows RFC 4180. Cells are strings as written ("NA", "007" and "1.0" are not
+      changed). Blank lines are skipped.
+    * `.tsv`, `.txt`: each line is a row, which is split at tabs. Quotes have no meaning. Blank
+      lines at the end are skipped.
+    * `.jsonl`, `.json`: each line is an object. Types are kept. A missing key becomes None.
     * `.parquet`: types are kept.
 
-    Text is UTF-8, with or without a byte order mark; lines end in LF or CRLF.
+    Text is UTF-8, with or without a byte order mark. Lines end in LF or CRLF.
 
     Args:
       path: the file.
-      columns: the column names of a CSV or TSV file without a header; its first line is then data.
+      columns: the column names of a CSV or TSV file without a header. The first line of such a file
+        is data. An empty sequence means that the file has a header.
 
     Raises:
-      UserError: no such file, another format than the ending names, no rows, a row with too many or
-        too few cells, or a column name that occurs twice.
+      UserError: there is no such file, its contents do not match its ending, it has no rows, a row
+        has too many or too few cells, or a column name occurs twice.
     """
     require_file(path)
     ending = os.path.splitext(path)[1].lower()
@@ -72,7 +76,7 @@ def read_table(path: str, columns: Sequence[str] = ()) -> Dataset:
 
 
 def require_file(path: str) -> None:
-    """Raises `UserError` unless `path` is a file; the message offers the nearest existing name."""
+    """Raises `UserError` if `path` is no file. The message offers the nearest existing name."""
     folder, name = os.path.split(path)
     require(not os.path.isdir(path), f"{path}: is a folder; write the name of a file in it")
     if not os.path.isfile(path):
@@ -81,9 +85,9 @@ def require_file(path: str) -> None:
 
 
 def bad_byte(path: str) -> str:
-    """Returns a message about the first byte of a file that is not UTF-8.
+    """Returns an error message about the first byte of a file that is not UTF-8.
 
-    Reading text reports no line, so that the file is read a second time here, as bytes.
+    Python's error does not name the line. Therefore the file is read a second time here, as bytes.
     """
     with open(path, "rb") as handle:
         for number, line in enumerate(handle, start=1):
@@ -99,28 +103,29 @@ def bad_byte(path: str) -> str:
 
 
 def import_datasets() -> Any:
-    """Returns the module `datasets`, imported only when it is needed, without progress bars."""
+    """Imports the library `datasets`, switches off its progress bars, and returns it."""
     import datasets
 
-    # The bars of the library would mix with the progress line of the training.
+    # The progress bars would mix with the progress line of the training run.
     datasets.disable_progress_bars()
     return datasets
 
 
 def to_dataset(table: pa.Table) -> Dataset:
-    """Returns a dataset over `table`, without a copy."""
+    """Returns a `datasets.Dataset` that uses the memory of `table`."""
     datasets = import_datasets()
-    # Without a fingerprint, `datasets` would pickle and hash the whole table to make one. Ours is
-    # random: nothing looks these tables up in a cache of `datasets`.
+    # Without a given fingerprint, `datasets` would pickle and hash the whole table. A random
+    # fingerprint is enough, because these tables are never looked up in a cache of `datasets`.
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid.uuid4().hex)
 
 
 def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
     is_csv = ending == ".csv"
-    limit = csv.field_size_limit(2**31 - 1)  # by default a cell over 128 KB is refused
+    limit = csv.field_size_limit(2**31 - 1)  # the default limit of a cell is 128 KB
     try:
-        # The CSV reader finds line ends itself, since quoted cells may contain them. In TSV only LF
-        # ends a row; Python's own rule would also break lines at \r, \x85 and \u2028.
+        # The CSV reader finds the line ends itself, because quoted cells can contain line breaks.
+        # In TSV, rows are split at LF only. Python's universal newlines would also split at a
+        # single CR.
         with open(path, encoding="utf-8-sig", newline="" if is_csv else "\n") as handle:
             rows = _csv_rows(handle, path) if is_csv else _tsv_rows(handle)
             names_from = "columns" if names else "the header"
@@ -143,9 +148,9 @@ def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
 
 
 def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line where the row starts, cells).
+    """Yields (number of the line where the row starts, cells).
 
-    The reader is strict: otherwise a stray quote would silently join rows.
+    The reader is strict, because otherwise a stray quote would silently join rows.
     """
     reader = csv.reader(handle, strict=True)
     line = 1
@@ -162,7 +167,7 @@ def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]
 
 
 def _tsv_rows(handle: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line, cells). A blank line is a row only if another row comes after it."""
+    """Yields (line number, cells). A blank line is a row only if another row comes after it."""
     blank: list[int] = []
     for number, line in enumerate(handle, start=1):
         line = line.removesuffix("\n").removesuffix("\r")
@@ -177,7 +182,7 @@ def _tsv_rows(handle: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
 def _checked(
     rows: Iterable[tuple[int, list[str]]], width: int, path: str, names_from: str, is_csv: bool
 ) -> Iterator[list[str]]:
-    """Yields the cells of rows that are all `width` cells wide."""
+    """Yields the cells of each row. Raises `UserError` if a row does not have `width` cells."""
     advice = "put quotes around a cell with a comma" if is_csv else "a cell cannot hold a tab"
     for line, cells in rows:
         if len(cells) != width:
@@ -190,7 +195,7 @@ def _checked(
 
 
 def _json_lines(path: str) -> pa.Table:
-    """Returns all rows. Types are unified in the end: a column of integers and floats is float."""
+    """Returns all rows. A column with both integers and floats becomes a column of floats."""
     tables = []
     rows = _json_rows(path)
     while chunk := list(itertools.islice(rows, _ROWS_AT_ONCE)):
@@ -204,7 +209,7 @@ def _json_lines(path: str) -> pa.Table:
 
 
 def _json_rows(path: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields (line, row)."""
+    """Yields (line number, row). Raises `UserError` if a line is not a JSON object."""
     with open(path, encoding="utf-8-sig", newline="\n") as handle:
         for number, line in enumerate(handle, start=1):
             if not line.strip():
@@ -249,7 +254,8 @@ def _parquet(path: str) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({brief(error)})") from error
     for index, field in enumerate(table.schema):
-        # Categories of pandas, a type that `datasets` does not know, become plain values.
+        # Columns of categories, which pandas writes, become plain values, because `datasets` does
+        # not support them.
         if pa.types.is_dictionary(field.type):
             plain = table.column(index).cast(field.type.value_type)
             table = table.set_column(index, field.name, plain)
@@ -260,18 +266,18 @@ def load_hub(name: str, split: str) -> Dataset:
     """Loads one split of a data set from the Hugging Face hub or a local folder of data files.
 
     Args:
-      name: "owner/name", "owner/name:config" or a folder.
-      split: a name such as "train", or a slice such as "train[:1000]".
+      name: "owner/name", "owner/name:config" or the path of a folder.
+      split: the name of a split such as "train", or a part of a split such as "train[:1000]".
 
     Raises:
-      UserError: no such data set, no network, no such split (the message lists the existing ones),
-        or a data set that needs its own code to load (that code is never run).
+      UserError: there is no such data set, no network or no such split (the message lists the
+        existing splits), or the data set can be loaded only with its own code, which is never run.
     """
     datasets = import_datasets()
     repository, _, config = name.partition(":")
     try:
         return datasets.load_dataset(repository, config or None, split=split)
-    except Exception as error:  # remote data sets and the network raise exceptions of many types
+    except Exception as error:  # data sets and the network raise exceptions of many types
         try:
             offline = isinstance(error, ConnectionError)
             splits = [] if offline else datasets.get_dataset_split_names(repository, config or None)

@@ -1,8 +1,8 @@
-"""Labelled rows: a table with everything that an error message needs to name one of its cells.
+"""Tables of labelled rows. They know the source and the row numbers for error messages.
 
-Columns are read by expressions. `article+question` joins two columns by a space; `options[2]` is
-the third element of a column of lists. A column that has the whole expression as its name comes
-first.
+A column is chosen with an expression. The name of a column is an expression. `article+question`
+joins two columns with a space, and `options[2]` is the third element of each list in a column. If a
+column has the whole expression as its name, the expression means this column.
 """
 
 import dataclasses
@@ -19,12 +19,14 @@ _ELEMENT = re.compile(r"(.+)\[(\d+)\]")
 
 
 def as_text(value: Any) -> str:
-    """Returns a cell as text: None is empty, numbers are as Python writes them."""
+    """Returns the value of a cell as text. None becomes the empty string."""
     return "" if value is None else str(value)
 
 
 def _parts(expression: str, existing: Collection[str]) -> list[tuple[str, int | None]]:
-    """Returns (column, index in its lists; None: the whole cell) of each summand.
+    """Returns (column, index) for each column that an expression joins.
+
+    The index is an index into the lists of the column. None means the whole cell.
 
     >>> _parts("article + options[2]", ["article", "options"]), _parts("a+b", ["a+b"])
     ([('article', None), ('options', 2)], [('a+b', None)])
@@ -41,13 +43,14 @@ class LabelledTable:
     rows: Dataset | Mapping[str, Sequence[Any]]
     """Column name -> values."""
     source: str
-    """The file or data set that the rows come from, as error messages call it."""
+    """The name of the file or data set that the rows come from, for error messages."""
     part_of: str = ""
-    """The source that was divided into this split and others; "" if none was."""
+    """The source of the table that `holdout` has divided to make this split. An empty string means
+    that `holdout` has not made this split."""
     numbers: Sequence[int] | None = None
-    """The number of each row in its file, from 1, for error messages; None: 1, 2, ..."""
+    """The number of each row in its file, from 1, for error messages. None means 1, 2, ..."""
     ignored: int = 0
-    """Rows that were left out because of their label."""
+    """The number of rows that were left out because of their label."""
 
     @property
     def column_names(self) -> list[str]:
@@ -55,7 +58,7 @@ class LabelledTable:
         return list(self.rows) if isinstance(self.rows, Mapping) else self.rows.column_names
 
     def number(self, index: int) -> int:
-        """Returns the number in the file, from 1, of the row at an index."""
+        """Returns the number (in the file, from 1) of the row at an index."""
         return index + 1 if self.numbers is None else self.numbers[index]
 
     def cell(self, index: int, column: str) -> str:
@@ -63,7 +66,7 @@ class LabelledTable:
         return f"{self.source}: row {self.number(index)}, column {column}"
 
     def select(self, indices: Sequence[int]) -> Self:
-        """Returns the rows at the indices; they keep their numbers in the file."""
+        """Returns a table with the rows at the indices. The rows keep their numbers in the file."""
         if isinstance(self.rows, Mapping):
             rows = {name: [cells[i] for i in indices] for name, cells in self.rows.items()}
         else:
@@ -71,7 +74,7 @@ class LabelledTable:
         return dataclasses.replace(self, rows=rows, numbers=[self.number(i) for i in indices])
 
     def sources(self, expressions: Iterable[str]) -> list[str]:
-        """Returns the columns that expressions read, each once, whether they exist or not."""
+        """Returns the distinct columns that expressions read, even if they do not exist."""
         existing = self.column_names
         parts = (part for expression in expressions for part in _parts(expression, existing))
         return list(dict.fromkeys(column for column, _ in parts))
@@ -80,7 +83,8 @@ class LabelledTable:
         """Checks that the table has all columns that these expressions read.
 
         Raises:
-          UserError: names the missing column, the nearest existing one and all existing ones.
+          UserError: a column is missing. The message names it, the most similar existing column and
+            all existing columns.
         """
         existing = self.column_names
         for name in self.sources(expressions):
@@ -91,11 +95,11 @@ class LabelledTable:
             )
 
     def columns(self, expressions: Iterable[str]) -> dict[str, list[Any]]:
-        """Returns a mapping from each expression to its values, one for each row.
+        """Returns a dictionary: expression -> values, one value for each row.
 
         Raises:
-          UserError: an expression takes an element that the list of a row does not have, or the
-            columns differ in length.
+          UserError: an expression reads an element that the list of a row does not have, or the
+            columns have different lengths.
         """
         values = {expression: self._column(expression) for expression in expressions}
         lengths = {len(column) for column in values.values()}
@@ -109,7 +113,7 @@ class LabelledTable:
         return [" ".join(map(as_text, row)) for row in zip(*parts, strict=True)]
 
     def _part(self, column: str, index: int | None) -> list[Any]:
-        """Returns the values of one part of a sum: a column, or an element of each of its lists."""
+        """Returns the values of a column, or the element at an index of each list in a column."""
         values = list(self.rows[column])
         if index is None:
             return values
@@ -126,20 +130,21 @@ class LabelledTable:
 def holdout(
     table: LabelledTable, columns: Sequence[str], fraction: float, seed: int
 ) -> tuple[LabelledTable, LabelledTable]:
-    """Splits rows into (train, validation) without a leak, the same way on every machine.
+    """Splits rows into (train, validation). No text is in both, and all machines split alike.
 
-    Rows with the same text form a group, and a group is never divided. Case and white space are
-    ignored in the comparison. Groups are ordered by a hash of seed and text; the first ones are
-    held out until validation has ceil(fraction * rows) rows. Both parts keep the order of the rows.
+    Rows with the same text form a group, and all rows of a group are in the same split. The
+    comparison ignores case and white space. The groups are sorted by a hash of seed and text. Whole
+    groups are held out, in this order, until validation has at least ceil(fraction * rows) rows.
+    Both splits keep the order of the rows.
 
     Args:
       table: the rows.
-      columns: the columns, or expressions, whose text is compared.
-      fraction: the part of the rows to hold out, between 0 and 1.
-      seed: another seed holds out other rows.
+      columns: names of the columns, or expressions, whose text is compared.
+      fraction: the fraction of the rows to hold out, between 0 and 1.
+      seed: a number that changes the hash. Another seed holds out other rows.
 
     Raises:
-      UserError: a part would be empty.
+      UserError: a split would be empty.
     """
     compared = table.columns(table.sources(columns)).values()
     groups: dict[bytes, list[int]] = {}

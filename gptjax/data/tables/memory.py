@@ -1,8 +1,8 @@
 """Tables in memory, in the forms that Python programs use.
 
-A table is a mapping of column names to values, a list of mappings (one for each row), a pandas
-DataFrame, a pyarrow Table, a `datasets.Dataset`, or another object that exports Arrow data, such as
-a polars DataFrame. The libraries are recognised by their methods, so that pandas need not be
+A table is a mapping of column names to values, a list of mappings (one mapping for each row), a
+pandas DataFrame, a pyarrow Table, a `datasets.Dataset`, or another object that exports Arrow data,
+such as a polars DataFrame. The form of a table is recognised by its methods, so pandas need not be
 installed.
 """
 
@@ -18,15 +18,15 @@ from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import UserError, require
 
 Table = Any
-"""One of the forms above."""
+"""A table in any form that this module's docstring lists."""
 Columns = Mapping[str, Sequence[Any]]
 """Column name -> values, one for each row."""
 
 
 class _Columns(collections.UserDict[str, Any]):
-    """Columns of any library, by name.
+    """Column name -> values, from columns of any library (for example pandas or pyarrow).
 
-    A column is converted to a list when it is read, so that unused ones may contain anything.
+    A column is converted to a list when it is read. Columns that are not read can contain anything.
     """
 
     def __getitem__(self, name: str) -> list[Any]:
@@ -34,15 +34,15 @@ class _Columns(collections.UserDict[str, Any]):
 
 
 def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
-    """Returns the columns of a table as lists of Python values; missing values are None.
+    """Returns the columns of a table as lists of Python values. Missing values become None.
 
     >>> dict(columns([{"text": "a", "label": 1}, {"text": "b"}], "`rows`"))
     {'text': ['a', 'b'], 'label': [1, None]}
 
     Args:
-      table: in one of the forms of this module.
+      table: the table, in any form that this module's docstring lists.
       source: the name of the table in error messages.
-      default: the names of the columns if the table is an empty list, which names none.
+      default: the names of the columns of an empty list, which itself has no column names.
 
     Raises:
       UserError: the object is not a table.
@@ -53,7 +53,7 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
         return _Columns({name: table.iloc[:, place] for place, name in enumerate(names)})
     if hasattr(table, "features") and hasattr(table, "column_names"):  # datasets
         require(hasattr(table, "__len__"), f"{source}: is a stream; give a datasets.Dataset")
-        rows = table.with_format(None)  # another format, such as "torch", gives tensors
+        rows = table.with_format(None)  # another format, such as "torch", would give tensors
         return _Columns({name: rows[name] for name in rows.column_names})
     if isinstance(table, Mapping):
         by_name = {str(name): cells for name, cells in table.items()}
@@ -73,15 +73,15 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
 
 
 def dataset(table: Table, source: str, needed: Sequence[str]) -> Dataset:
-    """Returns the columns of a table that `needed` reads, as a `datasets.Dataset`.
+    """Returns a `datasets.Dataset` with the columns of a table that are needed.
 
     Args:
-      table: in one of the forms of this module.
+      table: the table, in any form that this module's docstring lists.
       source: the name of the table in error messages.
-      needed: column names, or expressions (see `labelled.py`).
+      needed: names of columns, or expressions (see `labelled.py`).
 
     Raises:
-      UserError: the object is not a table, a column is missing, or the lengths differ.
+      UserError: the object is not a table, a column is missing, or columns differ in length.
     """
     labelled = LabelledTable(columns(table, source), source)
     labelled.require_columns(needed)
@@ -96,7 +96,7 @@ def _require_different(names: Sequence[str], source: str) -> None:
 
 
 def _check_column(name: Any, cells: Any, source: str) -> None:
-    """Refuses what a user may easily confuse with a column: one text, or a whole table."""
+    """Raises `UserError` if `cells` is no column, for example one text or a whole table."""
     split = hasattr(cells, "column_names")
     require(not split, f"{source}: has several splits; give one of them, such as [{name!r}]")
     require(
@@ -106,7 +106,7 @@ def _check_column(name: Any, cells: Any, source: str) -> None:
 
 
 def _of_rows(rows: Sequence[Any], source: str, default: Sequence[str]) -> Columns:
-    """Returns the columns of a list of rows, each a mapping of column names to values."""
+    """Returns the columns of a list of rows. A row is a mapping of column names to values."""
     for number, row in enumerate(rows, 1):
         require(
             isinstance(row, Mapping),
@@ -118,11 +118,11 @@ def _of_rows(rows: Sequence[Any], source: str, default: Sequence[str]) -> Column
 
 
 def _values(column: Any) -> list[Any]:
-    """Returns a column of any library as a list. Missing values, which may be NaN, become None."""
-    if hasattr(column, "isna"):  # pandas has other marks of a missing value besides NaN
+    """Returns a column of any library as a list. Missing values, and NaN, become None."""
+    if hasattr(column, "isna"):  # pandas marks missing values with NaN and other objects
         missing = column.isna().tolist()
         return [None if no else cell for cell, no in zip(column.tolist(), missing, strict=True)]
-    for method in ("to_pylist", "tolist"):  # the first is Arrow's, the second NumPy's
+    for method in ("to_pylist", "tolist"):  # methods of Arrow and of NumPy
         if hasattr(column, method):
             column = getattr(column, method)()
             break
@@ -130,10 +130,14 @@ def _values(column: Any) -> list[Any]:
 
 
 def _array(cells: Sequence[Any]) -> pa.Array:
-    """Returns an Arrow array. Cells of several types become texts; they are read as such anyway."""
+    """Returns an Arrow array of cells.
+
+    If the cells have several types, or no type of Arrow, they become texts. Later code
+    converts cells to text or numbers in any case.
+    """
     if len({type(cell) for cell in cells if cell is not None}) < 2:
         try:
             return pa.array(cells)
-        except (ValueError, TypeError, NotImplementedError, OverflowError):  # not an Arrow type
+        except (ValueError, TypeError, NotImplementedError, OverflowError):  # no Arrow type
             pass
     return pa.array([None if cell is None else str(cell) for cell in cells], pa.string())

@@ -1,4 +1,7 @@
-"""Running text: rows of strings with a fingerprint, read from files and divided for validation."""
+"""Running text: its reading from files, and its division into train and validation.
+
+Running text is stored as rows. A row is a piece of text, mostly of many lines.
+"""
 
 import bisect
 import dataclasses
@@ -17,8 +20,8 @@ from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import UserError, require
 
 PIECE_CHARACTERS = 1 << 16
-_VERSION = 1  # raise it when `read_text` makes other rows of the same files
-_WORTH_CACHING = 1 << 25  # bytes: smaller files are read within a second and fit in any memory
+_VERSION = 1  # raise it when `read_text` makes other rows from the same files
+_WORTH_CACHING = 1 << 25  # in bytes. Smaller files are read within a second
 _DOCUMENTS = (".jsonl", ".parquet")
 _WRAP_SAMPLE_LINES = 20_000
 _WRAP_WINDOW = 64
@@ -27,21 +30,22 @@ _ROWS_AT_ONCE = 100
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Texts:
-    """Running text. All rows, joined without a separator, are the corpus.
+    """Running text. The corpus is all rows, joined without a separator.
 
-    Iterating yields the rows as strings, any number of times. The rows may be mapped from a file:
-    only a few of them are in memory at a time.
+    Iteration yields the rows as strings and can be repeated. The rows can be mapped from a file, so
+    that only a few rows are in memory at a time.
     """
 
     rows: pa.ChunkedArray
-    """Strings."""
+    """The rows, as strings."""
     fingerprint: str
-    """Names the rows: texts of equal fingerprints have equal rows. It is computed once, where the
-    rows are read. Equal rows may have different fingerprints if they come from different places."""
+    """A hash that identifies the rows. Texts with equal fingerprints have equal rows. The reverse
+    is not true: equal rows from different sources can have different fingerprints, because the
+    fingerprint is computed either from the rows or from the files that contain them."""
 
     @classmethod
     def of(cls, rows: pa.ChunkedArray | Iterable[str]) -> Self:
-        """Returns the rows with the fingerprint of their contents, for which all are read once."""
+        """Returns the rows with a fingerprint of their contents. All rows are read for this."""
         if not isinstance(rows, pa.ChunkedArray):
             rows = pa.chunked_array([pa.array(rows, pa.string())])
         return cls(rows, fingerprints.of_texts(cls(rows, "")))
@@ -53,24 +57,28 @@ class Texts:
 
 
 def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Texts:
-    """Reads text files. All rows of the result, joined, are the corpus.
+    """Reads text files.
 
-    A row has at most 64 Ki characters. It ends after a line break if possible, else after a space,
-    so that tokenising row by row gives the tokens of the whole text. (Text without any space in 64
-    Ki characters is cut anywhere.) Files are sorted by path, and each is read once even if several
-    patterns match it. A file without a final line break gets one if another file follows. The rows
-    of `.jsonl` and `.parquet` files (column `text`) are documents; a blank line follows each.
+    A row of the result has at most 64 Ki (65,536) characters. It ends after a line break if
+    possible, else after a space. So the tokens of the rows together are the tokens of the whole
+    text. (If there is no space in 64 Ki characters, the text is divided anywhere.)
 
-    The rows of large files are kept in the cache and mapped from there into memory.
+    Files are sorted by path. A file is read once, even if several patterns match it. If a file does
+    not end with a line break and another file follows, a line break is added. Each row of the
+    column `text` in `.jsonl` and `.parquet` files is a document. A blank line is added after it.
+
+    If the files are large together, their rows are kept in the cache and mapped from there into
+    memory.
 
     Args:
-      patterns: comma-separated names or globs; `**` matches folders of any depth.
-      line_breaks: "keep": as in the file, but CRLF becomes LF. "join": the lines of a paragraph are
-        joined by spaces, so that each paragraph (they are separated by blank lines) is one line.
-        "auto": join the files whose lines are wrapped to a width, see `is_wrapped`.
+      patterns: comma-separated names or globs. `**` matches folders of any depth.
+      line_breaks: "keep", "join" or "auto". With "keep", line breaks are kept, but CRLF becomes LF.
+        With "join", the lines of each paragraph are joined with spaces, and blank lines are
+        removed. "auto" means "join" for files whose lines are wrapped to a width (see `is_wrapped`)
+        and "keep" for other files.
 
     Raises:
-      UserError: a pattern without a file, no text at all, or a byte that is not UTF-8.
+      UserError: a pattern matches no file, there is no text, or a byte is not UTF-8.
     """
     paths = _expand(patterns)
 
@@ -94,8 +102,8 @@ def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Texts:
     if sum(map(os.path.getsize, paths)) < _WORTH_CACHING:
         return make()
     before = contents()
-    # The rows of large files have no fingerprint but the name of their entry in the cache, which is
-    # made of the fingerprints of the files.
+    # The name of the cache entry is a hash of the fingerprints of the files. It is also used as the
+    # fingerprint of the rows, so the rows themselves need not be hashed.
     name = fingerprints.of_values("rows", _VERSION, PIECE_CHARACTERS, line_breaks, repr(before))
     return cache.get_or_make(name, ".arrow", write, read, make)
 
@@ -103,20 +111,20 @@ def read_text(patterns: str, line_breaks: str = LineBreaks.AUTO) -> Texts:
 def _row_chunks(patterns: str, paths: Sequence[str], line_breaks: str) -> Iterator[pa.Array]:
     blank = True
     rows = pieces(_corpus_lines(paths, line_breaks))
-    while chunk := list(itertools.islice(rows, 256)):  # at most 16 Mi characters as Python strings
+    while chunk := list(itertools.islice(rows, 256)):  # at most 16 Mi characters
         yield pa.array(chunk, pa.string())
         blank = blank and all(row.isspace() for row in chunk)
     require(not blank, f"{patterns}: no text in {len(paths)} file(s); give a file with text")
 
 
 def is_wrapped(lines: Sequence[str]) -> bool:
-    """Returns whether `lines` are prose wrapped to a width, so that line breaks have no meaning.
+    """Returns whether `lines` are prose wrapped to a width, whose line breaks have no meaning.
 
-    Two things are true of wrapped prose. At most line breaks the next word would not have fitted on
-    the line before it. And the next line continues a sentence more often than it begins one. Verse,
-    code, lists, and texts of one sentence a line fail one of the two. The width is the 75th
-    percentile of the line lengths nearby, because a few longer lines, or chapters of another width,
-    must not hide that the lines are full.
+    Wrapped prose has two properties. At most line breaks, the first word of the next line would not
+    have fitted on the line before. And most lines begin inside a sentence. Verse, code, lists, and
+    texts with one sentence a line lack one of these properties. The width is estimated as the 75th
+    percentile of the lengths of nearby lines. So it does not matter if a few lines are longer, or
+    if chapters have other widths.
     """
     breaks = full = continued = words = 0
     for start in range(0, len(lines), _WRAP_WINDOW):
@@ -130,18 +138,19 @@ def is_wrapped(lines: Sequence[str]) -> bool:
                 full += len(line.rstrip()) + 1 + len(word) > width
                 continued += not (word[0].isupper() or word[0].isdigit())
                 words += len(line.split())
-    # More than four words a line: DNA and base64 fill their lines too, but must not be joined.
+    # Wrapped prose also has more than four words a line. DNA and base64 have full lines too, but
+    # their lines must not be joined.
     return breaks >= 3 and full > 0.8 * breaks and continued > 0.5 * breaks and words > 4 * breaks
 
 
 def _expand(patterns: str) -> list[str]:
-    """Returns the files that the patterns match, each once, sorted by path."""
+    """Returns the distinct files that the patterns match, sorted by path."""
     by_real_path: dict[str, str] = {}
     for pattern in split_names(patterns):
         name = os.path.expanduser(pattern)
         if os.path.isdir(name):
             raise UserError(f"{pattern}: is a folder; write {os.path.join(pattern, '**', '*.txt')}")
-        # The name of an existing file is no pattern, even if it contains [ or *.
+        # If a file with this name exists, the name is no pattern, even if it contains [ or *.
         matches = [name] if os.path.exists(name) else glob.glob(name, recursive=True)
         files = [match for match in matches if os.path.isfile(match)]
         if not files and not glob.has_magic(name):
@@ -156,7 +165,7 @@ def _expand(patterns: str) -> list[str]:
 
 
 def _corpus_lines(paths: Sequence[str], line_breaks: str) -> Iterator[str]:
-    """Yields the lines of all files, each with its line break."""
+    """Yields the lines of all files with their line breaks."""
     last = "\n"
     for path in paths:
         if not last.endswith("\n"):
@@ -186,16 +195,17 @@ def _lines(path: str) -> Iterator[str]:
 
 
 def _joined(lines: Iterable[str]) -> Iterator[str]:
-    """Yields each paragraph as one line; blank lines, which separate them, are left out."""
+    """Yields each paragraph as one line. Blank lines, which separate paragraphs, are left out."""
     for is_text, group in itertools.groupby(lines, lambda line: bool(line.strip())):
         if is_text:
             yield " ".join(line.strip() for line in group) + "\n"
 
 
 def pieces(lines: Iterable[str]) -> Iterator[str]:
-    """Yields the rows of a corpus: as many whole lines as fit in `PIECE_CHARACTERS`.
+    """Yields the rows of a corpus. A row has as many whole lines as fit in `PIECE_CHARACTERS`.
 
-    A longer line is divided after the last space that fits, or without one if it has none.
+    A longer line is divided after the last space that fits. If no space fits, it is divided inside
+    a word.
     """
     row: list[str] = []
     size = 0
@@ -217,13 +227,13 @@ def pieces(lines: Iterable[str]) -> Iterator[str]:
 
 
 def holdout_text(texts: Texts, fraction: float) -> tuple[Texts, Texts]:
-    """Splits a corpus into (train, validation), which is the last `fraction` of its characters.
+    """Splits a corpus into (train, validation). Validation is about the last `fraction` of it.
 
-    The corpus is cut at int((1 - fraction) * characters). If a line ends within 1% of the corpus
-    before this place, the cut is moved back to the end of that line.
+    The corpus is divided at character int((1 - fraction) * characters). If a line ends at most 1%
+    of the corpus before this character, the corpus is divided at the end of that line instead.
 
-    The fingerprints of the parts are derived from that of the corpus and the place of the cut,
-    which determine their contents, so that the text is not read for them again.
+    The fingerprint of a part is a hash of the fingerprint of the corpus and of the character at
+    which it is divided. These two determine the contents, so the text is not read again.
 
     Raises:
       UserError: a part would be empty.
@@ -253,7 +263,7 @@ def holdout_text(texts: Texts, fraction: float) -> tuple[Texts, Texts]:
 def _line_start(rows: pa.ChunkedArray, starts: Sequence[int], cut: int, reach: int) -> int:
     """Returns the last start of a line in [cut - reach, cut], or `cut` if there is none.
 
-    All places are characters of the corpus; row r begins at starts[r].
+    All positions are counted in characters of the corpus. Row r begins at starts[r].
     """
     for row in range(bisect.bisect_left(starts, cut) - 1, -1, -1):
         start = starts[row] + rows[row].as_py().rfind("\n", 0, cut - starts[row]) + 1

@@ -1,1 +1,1 @@
-"""Text to token ids."""
+"""The conversion of text to token ids."""

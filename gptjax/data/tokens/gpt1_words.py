@@ -1,8 +1,9 @@
-"""GPT-1's exact words, into which the authors' code divided a text before byte-pair encoding.
+"""The exact division of a text into words, as in the authors' code.
 
-ftfy repairs the text, `standardize` puts spaces around punctuation, spaCy's English rules (without
-a model) divide it into words, and each word is put in lower case. `normalize.py` is faster and
-comes close to this.
+The authors' code is OpenAI's finetune-transformer-lm. It divides a text into words, and then
+divides each word by byte-pair encoding. To get its words, ftfy repairs the text, `standardize` puts
+spaces around punctuation, spaCy's English rules (without a model) divide the text, and each word is
+put in lower case. `normalize.py` is faster, and its words are nearly the same.
 """
 
 import functools
@@ -15,17 +16,17 @@ from gptjax.errors import UserError
 # Characters that the authors' `text_standardize` maps to ASCII.
 REPLACED = {"—": "-", "–": "-", "―": "-", "…": "...", "´": "'"}
 _REPLACED = str.maketrans({**REPLACED})
-# The authors' pattern also has `\\+` for backslashes. Their string is not raw, so that it means
-# `\+`, which matches a plus sign. Therefore backslashes get no spaces here either.
+# The authors' pattern also has `\\+` for backslashes. But their string is not a raw string, so it
+# means `\+`, which matches a plus sign. Therefore backslashes get no spaces here either.
 _PUNCTUATION = re.compile(r"(-+|~+|!+|\"+|;+|\?+|\++|,+|\)+|\(+|\/+|\*+|\[+|\]+|}+|{+|\|+|_+)")
 _LINE_BREAK = re.compile(r"\s*\n\s*")
 _SPACES = re.compile(r"[^\S\n]+")
 
 
 def standardize(text: str) -> str:
-    """Returns a text with plain dashes, and with spaces around punctuation and line breaks.
+    """Returns a text with ASCII dashes, and with spaces around punctuation and line breaks.
 
-    This is the authors' `text_standardize`.
+    It does the same as `text_standardize` in the authors' code.
     """
     text = _PUNCTUATION.sub(r" \1 ", text.translate(_REPLACED))
     text = _LINE_BREAK.sub(" \n ", text)
@@ -34,7 +35,7 @@ def standardize(text: str) -> str:
 
 @functools.cache
 def _libraries() -> tuple[Callable[[str], str], Callable[[str], Any]]:
-    """Returns the function of ftfy that repairs a text, and that of spaCy that divides it."""
+    """Returns ftfy's function that repairs a text, and spaCy's function that divides a text."""
     try:
         import ftfy
         import spacy
@@ -47,12 +48,12 @@ def _libraries() -> tuple[Callable[[str], str], Callable[[str], Any]]:
 
 
 def words(text: str) -> list[str]:
-    """Returns the words of a text, in lower case; a line break is the word "\\n".
+    """Returns the words of a text, in lower case. A line break is the word "\\n".
 
     Raises:
       UserError: ftfy or spaCy is not installed.
     """
     fix, divide = _libraries()
     lower = (token.text.lower() for token in divide(standardize(fix(text))))
-    # A line break and the space after it are one token of spaCy.
+    # In spaCy, a line break and the space after it are one token.
     return ["\n" if word.isspace() else word for word in lower]

@@ -1,7 +1,8 @@
-"""Texts -> token ids, computed once and kept in the cache.
+"""The token ids of texts, which are computed once and kept in the cache.
 
-The tokens of a corpus are a file of raw uint16 or int32 values that is mapped into memory: a corpus
-larger than memory is tokenised to disk piece by piece, and training reads only its windows.
+The token ids of a corpus are a file of raw uint16 or int32 values, which is mapped into memory. A
+corpus can be larger than memory, because it is tokenised to disk in pieces, and training reads only
+the tokens of its batches.
 """
 
 import importlib.metadata
@@ -16,31 +17,33 @@ import numpy as np
 from gptjax.data import cache, fingerprints
 from gptjax.data.tokens.tokenizer import Tokenizer
 
-_VERSION = 2  # raise it when the same texts and tokenizer give other ids, or files, than before
-# Texts that are tokenised together: few enough for memory, and enough to keep all cores busy.
+_VERSION = 2  # raise it when the same texts and tokenizer give other ids or other files
+# The number of texts that are tokenised together: few enough for memory, and enough to keep all
+# cores busy.
 _TEXTS_AT_ONCE = max(64, 2 * (os.cpu_count() or 1))
-# Columns with fewer characters are not cached: tokenising them takes a few hundredths of a second.
+# Columns with fewer characters are not cached, because tokenising them takes only a few hundredths
+# of a second.
 _WORTH_CACHING = 1 << 17
 _TOKENS_AT_ONCE = 1 << 22
 
 
 class StreamStatistics(NamedTuple):
-    """Facts about all tokens of a stream."""
+    """Facts about all tokens of a stream. A stream is the token ids of a corpus."""
 
     fingerprint: str
-    """Equal fingerprints, equal tokens."""
+    """The fingerprint of the token ids. Equal fingerprints mean equal ids."""
     unknown: int
-    """Tokens that are `<unk>`."""
+    """The number of tokens that are `<unk>`."""
 
 
 def token_stream(texts: Iterable[str], tokenizer: Tokenizer, fingerprint: str = "") -> np.ndarray:
     """Returns the ids of all texts in one array [n]: uint16 if every id fits, else int32.
 
     Args:
-      texts: in order.
-      tokenizer: text -> ids.
-      fingerprint: that of the texts. The array is then mapped from a file of the cache; "": it is
-        held in memory.
+      texts: the texts, in their order.
+      tokenizer: the tokenizer.
+      fingerprint: the fingerprint of the texts. With it the array is mapped from a file of the
+        cache. An empty string means that the array is held in memory.
     """
     dtype = _id_type(tokenizer)
 
@@ -57,7 +60,7 @@ def token_stream(texts: Iterable[str], tokenizer: Tokenizer, fingerprint: str = 
     def read(path: str) -> np.ndarray:
         if not os.path.getsize(path):  # an empty file cannot be mapped
             return np.zeros(0, dtype)
-        return np.asarray(np.memmap(path, dtype, mode="r"))  # a view; nothing is read yet
+        return np.asarray(np.memmap(path, dtype, mode="r"))  # nothing is read from disk yet
 
     def make() -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *pieces()])
@@ -67,13 +70,13 @@ def token_stream(texts: Iterable[str], tokenizer: Tokenizer, fingerprint: str = 
 
 
 def statistics(stream: np.ndarray, tokenizer: Tokenizer, fingerprint: str = "") -> StreamStatistics:
-    """Returns the statistics of a stream, for which all of it is read.
+    """Returns the statistics of a stream. The whole stream is read for this.
 
     Args:
-      stream: integers [n].
+      stream: integers [n], token ids.
       tokenizer: the tokenizer that made the stream.
-      fingerprint: that of the texts. The statistics are then kept in the cache, and the next call
-        reads no token; "": they are not kept.
+      fingerprint: the fingerprint of the texts. With it the statistics are kept in the cache, so
+        the next call does not read the stream. An empty string means that they are not kept.
     """
 
     def compute() -> StreamStatistics:
@@ -95,12 +98,12 @@ def statistics(stream: np.ndarray, tokenizer: Tokenizer, fingerprint: str = "") 
 def encode_texts(
     texts: Sequence[str], tokenizer: Tokenizer, use_cache: bool = True
 ) -> list[np.ndarray]:
-    """Returns int32 [length] ids of each text.
+    """Returns the token ids of each text, int32 [length].
 
     Args:
-      texts: in order.
-      tokenizer: text -> ids.
-      use_cache: whether the ids of long texts are kept in the cache.
+      texts: the texts.
+      tokenizer: the tokenizer.
+      use_cache: whether to keep the ids in the cache if the texts are long together.
     """
 
     def make() -> list[np.ndarray]:
@@ -128,9 +131,15 @@ def _id_type(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _cache_name(contents: str, fingerprint: str, tokenizer: Tokenizer) -> str:
-    """Names `contents`, made from texts by a tokenizer, and by libraries of certain versions.
+    """Returns the name of a cache entry that is made from texts with a tokenizer.
 
-    Texts without a fingerprint have no name: "".
+    The name also depends on the versions of the libraries that the tokenizer uses. It is "" (no
+    entry) if the texts have no fingerprint.
+
+    Args:
+      contents: the kind of the entry, for example "tokens".
+      fingerprint: the fingerprint of the texts, or "".
+      tokenizer: the tokenizer.
     """
     if not fingerprint:
         return ""

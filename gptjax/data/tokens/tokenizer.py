@@ -1,8 +1,8 @@
-"""Tokenizers: a BPE in the style of GPT-1, GPT-1's own vocabulary, and characters.
+"""Tokenizers. The kinds are a byte-pair encoding (BPE) as in GPT-1, GPT-1's own, and characters.
 
-All are built on the `tokenizers` library. A tokenizer is one file `tokenizer.json` with its
-normalisation, vocabulary and decoder. The first ids are those of the vocabulary; the special tokens
-follow in the order of `SPECIALS`.
+All tokenizers use the `tokenizers` library. A tokenizer is saved as one file, `tokenizer.json`,
+with its normalisation, vocabulary and decoder. The ids of the vocabulary come first. Then come the
+ids of the special tokens, in the order of `SPECIALS`.
 """
 
 import functools
@@ -31,25 +31,27 @@ START, DELIMITER, EXTRACT, PADDING = "_start_", "_delimiter_", "_classify_", "<p
 SPECIALS = (START, DELIMITER, EXTRACT, PADDING)
 END_OF_WORD = "</w>"
 
-# Our own field of `tokenizer.json`, for tokenizers whose words `gpt1_words.py` makes. The library
-# refuses a file with an unknown field, which is right: it cannot make these words.
+# A field that we add to `tokenizer.json` if `gpt1_words.py` divides the text into words. The
+# `tokenizers` library raises an error for a file with this field, as it should, because it cannot
+# make these words.
 _WORDS = "gptjax_words"
 
-_VERSION = 1  # raise it when training learns another tokenizer from the same texts
-# Characters that one call of the library encodes: enough to keep all cores busy (a row of a corpus
-# has up to 64 Ki). More would take memory, some hundred bytes a character for the results.
+_VERSION = 1  # raise it when the same texts give another trained tokenizer
+# The number of characters that one call of the library encodes. It is enough to keep all cores busy
+# (a row of a corpus has up to 64 Ki characters). A larger number would need more memory, because
+# the results need some hundred bytes for each character.
 _CHUNK = max(1 << 20, (os.cpu_count() or 1) << 16)
 
 
 class Tokenizer:
-    """Text <-> token ids.
+    """A tokenizer, which converts text to token ids and back.
 
     Attributes:
-      exact: whether `gpt1_words.py` divides the text into words. Otherwise the library `tokenizers`
-        does so.
-      start_id, delimiter_id, extract_id, padding_id, unknown_id: ids of the special tokens.
-      hash: SHA-256 of the serialised tokenizer. Equal hashes mean equal ids for all texts, if the
-        versions of the libraries are equal too.
+      exact: whether `gpt1_words.py` divides the text into words. Otherwise the `tokenizers` library
+        does.
+      start_id, delimiter_id, extract_id, padding_id, unknown_id: the ids of the special tokens.
+      hash: the SHA-256 of the serialised tokenizer. Equal hashes mean equal ids for all texts, if
+        the versions of the libraries (`tokenizers`, ftfy, spaCy) are equal too.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, exact: bool = False):
@@ -58,7 +60,7 @@ class Tokenizer:
         self.start_id, self.delimiter_id, self.extract_id, self.padding_id, self.unknown_id = ids
 
     def __len__(self) -> int:
-        """Returns the number of ids, special tokens included."""
+        """Returns the number of ids, including the special tokens."""
         return self._backend.get_vocab_size()
 
     @functools.cached_property
@@ -67,11 +69,11 @@ class Tokenizer:
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
-        """Returns the ids of one text. The name of a special token in a text is ordinary text."""
+        """Returns the ids of one text. The name of a special token in the text is ordinary text."""
         return self.encode_batch([text])[0].tolist()
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Returns int32 [length] ids of each text, tokenised on all cores."""
+        """Returns the ids of each text, int32 [length]. All cores are used."""
         ids: list[np.ndarray] = []
         for chunk in _chunks(texts):
             words = [gpt1_words.words(text) for text in chunk] if self.exact else chunk
@@ -86,14 +88,21 @@ class Tokenizer:
         return self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_id(self, token: str) -> int:
-        """Returns the id of a token as the vocabulary spells it."""
+        """Returns the id of a token.
+
+        Args:
+          token: the token as it is written in the vocabulary, for example "the</w>".
+
+        Raises:
+          UserError: there is no such token.
+        """
         token_id = self._backend.token_to_id(token)
         if token_id is None:
             raise UserError(f"tokenizer: it has no token {token}")
         return token_id
 
     def token(self, token_id: int) -> str:
-        """Returns the token of one id as the vocabulary spells it."""
+        """Returns the token with an id, as it is written in the vocabulary."""
         return self._backend.id_to_token(int(token_id)) or UNKNOWN
 
     def to_json(self) -> str:
@@ -125,8 +134,8 @@ def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
 def _well_formed(text: str) -> str:
     """Returns `text` with each lone surrogate replaced by U+FFFD.
 
-    The library fails on lone surrogates. They come from half an emoji in JSON, or from bytes on the
-    command line that are not UTF-8.
+    The `tokenizers` library raises an error for lone surrogates. They come from half an emoji in
+    JSON, or from bytes on the command line that are not UTF-8.
     """
     if text.isascii():
         return text
@@ -134,22 +143,22 @@ def _well_formed(text: str) -> str:
 
 
 def _add_specials(backend: tokenizers.Tokenizer, exact: bool = False) -> Tokenizer:
-    # With `encode_special_tokens` the library reads the name of a special token in a text as
-    # ordinary characters, so that no text can forge one. `<unk>` keeps its id.
+    # With `encode_special_tokens`, the name of a special token in a text is encoded as ordinary
+    # characters, so no text can contain a special token. `<unk>` keeps its id.
     backend.add_special_tokens([UNKNOWN, *SPECIALS])
     backend.encode_special_tokens = True
     return Tokenizer(backend, exact)
 
 
 def from_json(text: str, source: str = "tokenizer.json") -> Tokenizer:
-    """Returns the tokenizer that `to_json` has written.
+    """Returns the tokenizer from the text that `to_json` has returned.
 
     Args:
       text: the contents of `tokenizer.json`.
       source: the name of the file, for error messages.
 
     Raises:
-      UserError: not a tokenizer, or one without our special tokens.
+      UserError: the text is not a tokenizer, or the tokenizer lacks our special tokens.
     """
     try:
         values = json.loads(text)
@@ -185,8 +194,8 @@ def _bpe(
     )
     if not exact:
         backend.normalizer = normalize.normalizer()
-        # Only a vocabulary learnt from spaCy's words has this token: our own words never join an
-        # apostrophe to a letter.
+        # Only a vocabulary that was learnt from spaCy's words has this token. Our own rules never
+        # join an apostrophe and a letter to one word.
         english = f"n't{END_OF_WORD}" in vocabulary
         backend.pre_tokenizer = normalize.pre_tokenizer(english)
     backend.decoder = decoders.BPEDecoder(suffix=END_OF_WORD)
@@ -194,26 +203,27 @@ def _bpe(
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a BPE in the style of GPT-1.
+    """Trains a byte-pair encoding of the same kind as GPT-1's.
 
-    It is in lower case; `</w>` marks the end of a word, and `<unk>` is for unseen characters.
+    Its tokens are in lower case. `</w>` marks the end of a word, and `<unk>` stands for unknown
+    characters.
 
     Args:
-      texts: the training texts. They are read twice; an iterator is therefore copied to a list.
-      vocab_size: the number of ids without the four special tokens; a small text gives fewer.
+      texts: the training texts. They are read twice, so an iterator is copied to a list.
+      vocab_size: the number of ids without the four special tokens. A small text gives fewer ids.
     """
     backend = _bpe({}, [])
     if iter(texts) is texts:
         texts = list(texts)
-    # The limit leaves room for merges in texts with many rare characters. GPT-1's alphabet
-    # has 238 symbols.
+    # The number of characters is limited, so that texts with many rare characters leave room for
+    # merges in the vocabulary. GPT-1's alphabet has 238 symbols.
     symbols = _alphabet(texts, min(1000, max(1, vocab_size // 4)))
     ends = [symbol + END_OF_WORD for symbol in (*symbols, normalize.NEWLINE)]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        # By default the trainer numbers the symbols in the order of a randomly seeded hash map, and
-        # the ids decide between equally frequent merges: each process would train another
-        # tokenizer.
+        # The symbols are given as `special_tokens`, which fixes their ids. By default the trainer
+        # numbers the symbols in the order of a randomly seeded hash map. Because the ids decide
+        # between equally frequent merges, each process would then train another tokenizer.
         special_tokens=[UNKNOWN, *symbols, *ends],
         initial_alphabet=symbols,
         limit_alphabet=len(symbols),
@@ -221,13 +231,19 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    # A new backend is built because the trainer has made all its `special_tokens` special.
+    # A new backend is built with the vocabulary and the merges. In the trained backend, all symbols
+    # would be special tokens.
     model = json.loads(backend.to_str())["model"]
     return _add_specials(_bpe(model["vocab"], [(left, right) for left, right in model["merges"]]))
 
 
 def _alphabet(texts: Iterable[str], limit: int) -> list[str]:
-    """Returns the most frequent characters of the normalised texts, in code point order."""
+    """Returns the most frequent characters of the normalised texts, sorted by code point.
+
+    Args:
+      texts: the texts.
+      limit: the largest number of characters.
+    """
     raw: Counter[str] = Counter()
     for chunk in texts:
         raw.update(unicodedata.normalize("NFC", chunk))
@@ -243,10 +259,10 @@ def load_gpt1(vocab_file: str, merges_file: str, exact: bool = False) -> Tokeniz
     """Loads GPT-1's own tokenizer from its two files.
 
     Args:
-      vocab_file: `encoder_bpe_40000.json`, token -> id.
-      merges_file: `vocab_40000.bpe`, one merge a line.
-      exact: whether `gpt1_words.py` (which needs ftfy and spaCy) divides the text into words
-        exactly as the authors did; else `normalize.py` does so approximately.
+      vocab_file: the file `encoder_bpe_40000.json`, a JSON object of token: id.
+      merges_file: the file `vocab_40000.bpe`, with one merge in each line.
+      exact: whether `gpt1_words.py`, which needs ftfy and spaCy, divides the text into exactly the
+        words of the authors' code. Otherwise `normalize.py` does so approximately.
     """
     try:
         vocabulary = json.loads(_read(vocab_file))
@@ -264,9 +280,9 @@ def from_huggingface(values: Any, source: str, exact: bool = False) -> Tokenizer
     """Builds GPT-1's tokenizer from the contents of a Hugging Face `tokenizer.json`.
 
     Args:
-      values: the parsed JSON; only its vocabulary and merges are used.
+      values: the parsed JSON. Only its vocabulary and merges are used.
       source: the name of the file, for error messages.
-      exact: as in `load_gpt1`.
+      exact: whether `gpt1_words.py` divides the text into words. Otherwise `normalize.py` does so.
     """
     try:
         vocabulary, lines = values["model"]["vocab"], values["model"]["merges"]
@@ -286,7 +302,7 @@ def _merge(pair: Sequence[str], vocabulary: dict[str, int], source: str) -> tupl
 
 
 def _check_vocabulary(vocabulary: Any, path: str) -> None:
-    """Checks that a vocabulary has the ids 0, 1, 2, ...: the special tokens get the next ones."""
+    """Checks that a vocabulary has the ids 0, 1, 2, ..., so special tokens can get the next ids."""
     require(isinstance(vocabulary, dict), f"{path}: must be one JSON object of token: id")
     seen: set[int] = set()
     for token, index in vocabulary.items():
@@ -302,7 +318,7 @@ def _check_vocabulary(vocabulary: Any, path: str) -> None:
 
 
 def train_characters(texts: Iterable[str]) -> Tokenizer:
-    """Returns a tokenizer with one token a character, in code point order.
+    """Returns a tokenizer with one token for each character, sorted by code point.
 
     It is for teaching and for tiny models.
     """
@@ -318,9 +334,10 @@ def build(config: TokenizerConfig, texts: Iterable[str], fingerprint: str = "") 
     """Loads or trains the tokenizer that `config` describes.
 
     Args:
-      config: which tokenizer.
-      texts: the training texts; they are read only if a tokenizer is trained.
-      fingerprint: that of the texts. A trained tokenizer is then kept in the cache; "": it is not.
+      config: the configuration of the tokenizer.
+      texts: the training texts. They are read only if a tokenizer is trained.
+      fingerprint: the fingerprint of the texts. With it a trained tokenizer is kept in the cache.
+        An empty string means that it is not kept.
     """
     if config.file:
         return load(config.file)
@@ -349,7 +366,10 @@ def build(config: TokenizerConfig, texts: Iterable[str], fingerprint: str = "") 
 
 
 def pair_texts(tokenizer: Tokenizer) -> tuple[str, str] | None:
-    """Returns the contents of GPT-1's two files, vocabulary and merges; None if it is not a BPE."""
+    """Returns the texts of vocabulary file and merges file; None if the tokenizer is not a BPE.
+
+    The files have the format of GPT-1's release.
+    """
     pair = vocabulary_pair(tokenizer)
     if pair is None:
         return None
@@ -358,7 +378,7 @@ def pair_texts(tokenizer: Tokenizer) -> tuple[str, str] | None:
 
 
 def vocabulary_pair(tokenizer: Tokenizer) -> tuple[dict[str, int], list[str]] | None:
-    """Returns (vocabulary, merges) without special tokens; None if the tokenizer is not a BPE."""
+    """Returns (vocabulary, merges) without special tokens; None if the tokenizer is no BPE."""
     model = json.loads(tokenizer.to_json())["model"]
     if model["type"] != "BPE":
         return None
