@@ -176,7 +176,6 @@ def test_a_killed_run_resumes_in_the_bucket_bit_for_bit(trained):
     # The process kills itself at step 13, after the save of step 10.
     code = (
         "import os, signal, runpy, sys\n"
-        "import jax; jax.config.update('jax_num_cpu_devices', 8)\n"
         "from gptjax.train import loop as trainer\n"
         "real = trainer.Trainer._step\n"
         "def step(self, batch):\n"
