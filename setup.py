@@ -1,4 +1,4 @@
-"""The packages and the optional requirements, which pyproject.toml cannot express."""
+"""The packages and the optional requirements. pyproject.toml can hold only fixed lists of them."""
 
 import pathlib
 

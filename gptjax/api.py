@@ -367,7 +367,7 @@ def _stopped(error: Preempted | TrainingDiverged, workdir: str) -> BaseException
 
 @contextlib.contextmanager
 def _arguments_named(stage: Stage) -> Iterator[None]:
-    """Turns names of fields and splits in error messages into names of arguments."""
+    """Replaces the names of fields and data splits in error messages by names of arguments."""
     names = _ARGUMENTS[stage]
     try:
         yield

@@ -233,9 +233,9 @@ def local_rows(mesh: Mesh, rows: int) -> np.ndarray:
 
 
 def to_devices(batch: Batch, mesh: Mesh) -> Batch:
-    """Copies to each device of this process its rows of a batch.
+    """Copies rows of a batch to the devices of this process. Each device gets only its own rows.
 
-    The rows for the devices of other processes are not read.
+    The rows of the devices of other processes are not read.
     """
     sharding = batch_sharding(mesh)
 

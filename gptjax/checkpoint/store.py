@@ -332,7 +332,7 @@ class CheckpointStore:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        """Closes the store, unless only some of the processes might have failed.
+        """Closes the store if all processes end together.
 
         `Preempted` and `TrainingDiverged` end all processes at the same step. After any other
         exception, a run of several processes does not close the store, because the other processes

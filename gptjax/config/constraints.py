@@ -53,12 +53,12 @@ def positive(default: Number) -> Number:
 
 
 def not_negative(default: Number) -> Number:
-    """Returns a field of finite numbers of at least 0."""
+    """Returns a configuration field whose value must be finite and at least 0."""
     return _finite(default, lambda value: value >= 0, "must not be negative")
 
 
 def fraction(default: float) -> float:
-    """Returns a field of numbers of at least 0 and below 1."""
+    """Returns a configuration field whose value must be at least 0 and below 1."""
     return limited(default, lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 
 

@@ -472,8 +472,8 @@ class ProbeConfig(_Config):
     """Column of the text. `a+b` means two columns, joined by a space. `c[0]` means the first entry
     of a column of lists. For substitution, `_` in the text marks the place of the candidates."""
     choices: str = ""
-    """Columns of the answers of a multiple choice, or of the candidates of a substitution,
-    comma-separated."""
+    """Names of columns, comma-separated. In a multiple choice they hold the answers. In a
+    substitution they hold the candidates for the place of the pronoun."""
     pronoun: str = ""
     """For substitution, if the text has no `_`: the column of the word that the candidates
     replace."""

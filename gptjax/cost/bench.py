@@ -173,7 +173,7 @@ def model_flops_per_token(spec: StepSpec) -> float:
 
 @contextlib.contextmanager
 def _without_compilation_cache() -> Iterator[None]:
-    """Switches JAX's persistent cache off, so that compiling is timed and not reading a file."""
+    """Switches JAX's persistent cache off. With it, reading a file would be timed instead."""
     kept = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # JAX reads the setting again only after a reset
@@ -238,7 +238,8 @@ def _train(experiment: Experiment, request: Request) -> dict[str, Any]:
         return train_state, output
 
     seconds = _times(step, request)
-    peak = _peak_memory()  # before `_speed` allocates large matrices
+    # The peak is read before `_speed` allocates large matrices.
+    peak = _peak_memory()
     _trace(step, request)
     tokens = int((batch.segment_ids > 0).sum())
     return {

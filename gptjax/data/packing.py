@@ -125,9 +125,9 @@ class Packer:
           row_length: the wanted T. 0 means that T is chosen. It is then the shortest T with at most
             4.5% of padding in a batch or, if there is no such T, the T with the least padding.
           divisor: the number of rows is rounded up to a multiple of this. It is the number of
-            devices along the batch times the number of micro-batches. Rows of padding are added
-            at the end of a batch. The examples keep their rows, so the dropout masks do not depend
-            on the number of devices.
+            devices that share the rows, times the number of micro-batches. Rows of padding are
+            added at the end of a batch. The examples keep their rows, so the dropout masks do not
+            depend on the number of devices.
           sequence_means: whether the LM weights in each sequence add up to 1. Otherwise the weight
             of each predicted token is 1.
         """

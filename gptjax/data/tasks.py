@@ -185,7 +185,7 @@ class _Builder:
     """Joins tokenised texts and special tokens to sequences that fit into the context."""
 
     def __init__(self, spec: TaskSpec, tokenizer: Tokenizer, context_length: int):
-        """Prepares for a task.
+        """Creates a builder of the examples of one task.
 
         Args:
           spec: the task.

@@ -260,7 +260,7 @@ def read_side_files(files: Sequence[pathlib.Path]) -> Weights | None:
       files: the files with the arrays that the format can store.
 
     Returns:
-      The contents of the side files. Its arrays are only the arrays that the format cannot store.
+      The contents of the side files, which hold only the arrays that the format cannot store.
       The result is None if there are no side files, or if `files` has changed since they were
       written.
 

@@ -41,7 +41,7 @@ from gptjax.parameters import TOKEN_EMBEDDING
 
 Array = jax.Array
 
-# The partition specs of an array whose first axis is the rows of a batch, of a replicated table
+# Three partition specs: of an array whose first axis is the rows of a batch, of a replicated table
 # [N, V', D], and of the inputs of the cross-entropy.
 _ROWS = P(BATCH_AXES)
 _REPLICATED_TABLE = P(BATCH_AXES, "tensor")

@@ -26,11 +26,12 @@ import pyarrow as pa
 from gptjax.data import cache
 from gptjax.errors import UserError
 
-SCHEMA_VERSION = 2  # part of the name in the cache: raise it when `collect` returns other entries
+# A part of the name in the cache. To be increased when `collect` returns other entries.
+SCHEMA_VERSION = 2
 # A docstring is left out if an earlier docstring has the same first 400 characters.
 COMPARED_CHARACTERS = 400
 # A docstring is also left out if it shares a paragraph of at least 60 characters with an earlier
-# docstring of another unit.
+# docstring of another unit (a module, or a topic of the language reference).
 SHARED_CHARACTERS = 60
 _OPENING_SIGNATURE = re.compile(r"^[\w.]+\([^\n]*?\)[ \t]*(?:->[^\n]*|--|:|\n|$)\s*")
 

@@ -36,7 +36,8 @@ END_OF_WORD = "</w>"
 # make these words.
 _WORDS = "gptjax_words"
 
-_VERSION = 1  # raise it when the same texts give another trained tokenizer
+# To be increased when the same texts give another trained tokenizer.
+_VERSION = 1
 # The number of characters that one call of the library encodes. It is enough to keep all cores busy
 # (a row of a corpus has up to 64 Ki characters). A larger number would need more memory, because
 # the results need some hundred bytes for each character.
