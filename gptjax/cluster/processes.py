@@ -143,8 +143,8 @@ def _code() -> str:
     root = pathlib.Path(__file__).parents[1]
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
-        # The hash leaves out the folder `experiments`, because only an installed package has it. The
-        # processes of a training compare their configurations in another place.
+        # The hash leaves out the folder `experiments`, because only an installed package has it.
+        # The processes of a training compare their configurations in another place.
         if name.parts[0] != "experiments":
             digest.update(str(name).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()

@@ -195,8 +195,8 @@ def _choose_tokenizer_and_sizes(
         meta = load.open_checkpoint(experiment.init_from, "init_from").meta
         _refuse_overruled(experiment, meta, options)
         model = meta.with_sizes(model)
-        # The model's fields are checked again, because the sizes of the checkpoint might not fit the
-        # other fields of the experiment.
+        # The fields of the model are checked again, because the sizes of the checkpoint might not
+        # fit the other fields of the experiment.
         validation.validate_model(model)
         if experiment.finetune:
             validation.validate_head(experiment.finetune, model)
