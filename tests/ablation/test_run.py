@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -143,6 +144,37 @@ def test_asked_to_stop_it_keeps_what_is_done_and_goes_on_there(done, tmp_path, m
         key: each["scores"] for key, each in expected.items() if "=" not in key[1]
     }
     assert {key: found[key] for key in kept} == kept
+
+
+INTERRUPTED = """
+import os, signal, tempfile, threading, time
+from gptjax.ablation import run
+from gptjax.config import experiments
+from gptjax.train.progress import Reporter
+
+def job(self, job, mesh):
+    both_run.wait()
+    if threading.current_thread().name.endswith("_0"):
+        os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(1 if threading.current_thread().name.endswith("_0") else 3)
+    print("a job has ended", flush=True)
+
+both_run = threading.Barrier(2)
+run._Runner._run_job = job
+experiment = experiments.load("gpt1_task:rte")
+tasks = {"rte": experiment.finetune}
+ablation = run.Ablation(experiment, tempfile.mkdtemp(), tasks, ("full", "no_lm"), range(1))
+try:
+    run._Runner(ablation, "checkpoint", (), Reporter(), lambda: None).run([None, None])
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+def test_an_interrupt_waits_for_the_jobs_that_run():
+    done = runs.finish(runs.spawn([sys.executable, "-c", INTERRUPTED]))
+    assert (done.code, done.err) == (0, "")
+    assert done.out.splitlines() == ["a job has ended", "a job has ended", "interrupted"]
 
 
 def test_the_table_holds_the_medians_and_the_paper_s_numbers_apart():

@@ -8,10 +8,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from refusals import fails, write
 
 from gptjax.data.tables.files import read_table
 from gptjax.data.tables.labelled import LabelledTable
-from gptjax.errors import UserError
 
 ODD = [
     "NA",
@@ -32,19 +32,6 @@ ODD = [
 ]
 ODD += [",", ";", "a\nb", "é", "ß", "\u00a0", "\u2028", "\x85", "\x0b", "\x0c", "\x00", "\ufeff"]
 ODD += ["日本語", "🙂", "e\u0301", "\u202e", "#", "2020-01-01", "-", "-0", "\U0010ffff"]
-
-
-def write(path, data, encoding="utf-8"):
-    path.write_bytes(data if isinstance(data, bytes) else data.encode(encoding))
-    return str(path)
-
-
-def fails(function, *args):
-    with pytest.raises(UserError) as info:
-        function(*args)
-    message = str(info.value)
-    assert "\n" not in message
-    return message
 
 
 def random_cells(generator, count):

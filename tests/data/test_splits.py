@@ -2,23 +2,16 @@
 
 import datasets
 import pytest
+from refusals import fails
 
 from gptjax.config.schema import FinetuneConfig, PretrainConfig
 from gptjax.data import splits
 from gptjax.data.builtin import tasks
-from gptjax.errors import UserError
 
 
 def write(path, lines):
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     return str(path)
-
-
-def fails(function, *args) -> str:
-    with pytest.raises(UserError) as info:
-        function(*args)
-    assert "\n" not in str(info.value)
-    return str(info.value)
 
 
 def rows(table, *names):

@@ -10,26 +10,12 @@ from pathlib import Path
 
 import datasets
 import pytest
+from refusals import fails, write
 
 from gptjax.data.tables import texts as texts_lib
 from gptjax.data.tables.files import load_hub, read_table
 from gptjax.data.tables.labelled import LabelledTable, holdout
 from gptjax.data.tables.texts import Texts, holdout_text, is_wrapped, read_text
-from gptjax.errors import UserError
-
-
-def write(path, data, encoding="utf-8"):
-    path.write_bytes(data if isinstance(data, bytes) else data.encode(encoding))
-    return str(path)
-
-
-def fails(function, *args):
-    with pytest.raises(UserError) as info:
-        function(*args)
-    message = str(info.value)
-    assert "\n" not in message
-    return message
-
 
 PROSE = (
     "It was late in the afternoon when the two of them came down to the harbour, and the boats had "

@@ -6,12 +6,12 @@ import math
 import datasets
 import pytest
 import small
+from refusals import fails
 
 from gptjax.config.schema import FinetuneConfig, OptimizerConfig, PretrainConfig, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tables.texts import Texts
-from gptjax.errors import UserError
 from gptjax.model import gpt
 from gptjax.train import stages
 from gptjax.train.context import Setup
@@ -57,13 +57,6 @@ def finetune(tokenizer, mesh=None, data=None, **changes):
     return stages.finetune(
         config, data or label_data(), Setup(model, tokenizer, mesh or small.mesh(), seed=0)
     )
-
-
-def fails(function, *args, **kwargs) -> str:
-    with pytest.raises(UserError) as info:
-        function(*args, **kwargs)
-    assert "\n" not in str(info.value)
-    return str(info.value)
 
 
 @pytest.mark.parametrize(
