@@ -161,7 +161,8 @@ def target_of(topology: str) -> Target:
     """Returns the machine that a topology names.
 
     Raises:
-      UserError: the topology is unknown, or libtpu is missing.
+      UserError: the topology is unknown, libtpu is missing, or Google publishes no figure of the
+        network between the slices.
     """
     many, kind, sizes = re.findall(r"^(?:(\d+)x)?([^:]*):?(.*)", topology)[0]
     wanted = f"`topology`={topology}: must be like {EXAMPLES}"

@@ -96,7 +96,7 @@ def collective_seconds(
     """Returns the least time of a collective among neighbouring chips, in seconds.
 
     The devices of a group use the links along the dimensions of the torus in which their
-    coordinates differ. A dimension adds two links if the devices form a ring in it, otherwise one.
+    coordinates differ. A dimension adds two links if the group fills a ring in it, otherwise one.
     For an array of N bytes and a group of n devices, each device receives (n - 1) / n * N bytes in
     an all-gather or a reduce-scatter, and twice as much in an all-reduce. In an all-to-all, a
     byte travels over L / 4 links on average, the mean distance in a ring of L devices, where L is

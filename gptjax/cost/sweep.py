@@ -199,7 +199,7 @@ def _try(
     """Compiles a choice, and returns an entry with its costs or with the reason of the failure."""
     try:
         found = compile.report(with_choice(experiment, stage, choice), target, stage)
-    except UserError as error:  # for example, the mesh does not divide the number of heads
+    except UserError as error:  # the configuration does not suit this choice
         return _not_fitting(choice, str(error))
     except jax.errors.JaxRuntimeError as error:  # the compiler fails for another reason
         return _not_fitting(choice, brief(error))

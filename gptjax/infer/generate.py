@@ -30,6 +30,8 @@ from gptjax.ops.attention import Cache
 from gptjax.parameters import PARAMETERS, Role
 
 Array = jax.Array
+# The highest temperature. All tokens are equally likely at it. Above 3.4e38 float32 would overflow.
+_MAX_TEMPERATURE = 1e30
 Caches = tuple[Cache, ...]
 """The keys and values of each layer, [N * H, S, K]. S is the number of entries of the cache."""
 
@@ -99,10 +101,6 @@ def prepare(model: GPT, params: Params) -> Decoder:
     }
     rows_VD = head.table_VD[: model.config.vocab_size].astype(model.config.dtype)
     return Decoder(model, embeddings, layers, rows_VD, head.bias_V)
-
-
-# The highest temperature. All tokens are equally likely at it. Above 3.4e38 float32 would overflow.
-_MAX_TEMPERATURE = 1e30
 
 
 @flax.struct.dataclass

@@ -34,9 +34,11 @@ def transposed(x: Array) -> Array:
     return with_layout_constraint(y, Layout(tuple(range(y.ndim))))
 
 
-def _dot(x: Array, y: Array, summed: tuple[tuple[int, ...], tuple[int, ...]]) -> Array:
+def _dot(
+    x: Array, y: Array, summed: tuple[tuple[int, ...], tuple[int, ...]], batch: tuple[int, ...] = ()
+) -> Array:
     """Returns the float32 product of x and y, summed over the axes `summed` (of x, of y)."""
-    return lax.dot_general(x, y, (summed, ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(x, y, (summed, (batch, batch)), preferred_element_type=jnp.float32)
 
 
 def product(x: Array, y: Array, x_axis: int, y_axis: int, batch: tuple[int, ...] = ()) -> Array:
@@ -47,8 +49,7 @@ def product(x: Array, y: Array, x_axis: int, y_axis: int, batch: tuple[int, ...]
       x_axis, y_axis: the axis of x and the axis of y that are summed over.
       batch: the batch axes, which have the same indices in x and y.
     """
-    axes = (((x_axis,), (y_axis,)), (batch, batch))
-    return lax.dot_general(x, y, axes, preferred_element_type=jnp.float32)
+    return _dot(x, y, ((x_axis,), (y_axis,)), batch)
 
 
 def _as_matrix(x: Array, columns: int) -> Array:

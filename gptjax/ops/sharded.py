@@ -9,9 +9,10 @@ collectives explicitly.
 The mesh has the axes `data`, `fsdp` and `tensor`. The rows of a batch are sharded over `data` and
 `fsdp`. The axes differ in the sharding of the weights:
 
-- `fsdp`: every weight is sharded. An all-gather in the compute dtype collects the weight before its
-  use, in the forward pass and again in the backward pass. A reduce-scatter sums the float32
-  gradients of the devices, and each device keeps its part of the sum.
+- `fsdp`: the weight matrices and the token embedding are sharded. An all-gather in the compute
+  dtype collects a weight matrix before its use, in the forward pass and again in the backward pass.
+  `replicate_table` gathers the table in its own dtype. A reduce-scatter sums the float32 gradients
+  of the devices, and each device keeps its part of the sum.
 - `tensor` (Megatron-LM, Shoeybi et al. 2019): of each pair of linear layers, the first layer is
   sharded over its outputs and the second layer over its inputs. Two kinds of partial sums are added
   up in the compute dtype: the outputs of the second layer, and the gradients of the inputs of the

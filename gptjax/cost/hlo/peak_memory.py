@@ -55,9 +55,10 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
     Returns:
       {"bytes": the sum of all buffers, "largest": entries}, or None if the folder lacks XLA's text
       files. An entry is {"name", "opcode", "shape", "bytes", "count", "argument", "op_name",
-      "source"}. It stands for "count" similar buffers, each with a size of "bytes". "argument" is
-      true for arguments and results of the step, and false for temporary buffers. The entries are
-      sorted by "count" times "bytes", largest first.
+      "source"}. It stands for "count" buffers of one shape, each with a size of "bytes". "argument"
+      is true for arguments and results of the step, and false for temporary buffers. Temporary
+      buffers of one entry also have the same opcode, op_name and source. The entries are sorted by
+      "count" times "bytes", largest first.
     """
     # The largest file belongs to the step, and the other files to small helper programs.
     files = glob.glob(os.path.join(glob.escape(folder), f"*{_ASSIGNMENT}"))
@@ -99,9 +100,9 @@ def largest(folder: str, limit: int = 12) -> dict[str, Any] | None:
 def _read(ranges: str, assignment: str) -> tuple[dict[int, int], list[_Value]]:
     """Returns the allocations of arguments and results (number -> size in bytes), and all values.
 
-    The allocations of arguments and results exist for the whole run of the program. Only
-    allocations in main memory are read. In XLA's text, an allocation in another memory of a TPU has
-    a color.
+    The allocations of arguments and results exist for the whole run of the program. Constants,
+    thread-local values and other memories are left out. In XLA's text, an allocation in another
+    memory of a TPU has a color.
 
     Args:
       ranges: the text of the live ranges.

@@ -218,7 +218,15 @@ def _forward(group: _Group, q_NTK: Array, k_NSK: Array, v_NSK: Array) -> tuple[A
     return jnp.concatenate(outputs, 1), jnp.concatenate(lse, 1)
 
 
-def _backward(group: _Group, *arrays: Array) -> tuple[Array, Array, Array]:
+def _backward(
+    group: _Group,
+    q_NTK: Array,
+    k_NSK: Array,
+    v_NSK: Array,
+    y_NTK: Array,
+    lse_NT1: Array,
+    d_y_NTK: Array,
+) -> tuple[Array, Array, Array]:
     """Returns the gradients of q, k and v of a group.
 
     If the windows of the tiles overlap, the gradients of k and v are float32, because
@@ -227,9 +235,10 @@ def _backward(group: _Group, *arrays: Array) -> tuple[Array, Array, Array]:
 
     Args:
       group: the masks of the group.
-      *arrays: q, k and v of the group, y and lse from `_forward`, and the gradient of y.
+      q_NTK, k_NSK, v_NSK: the arguments of `_forward`.
+      y_NTK, lse_NT1: the results of `_forward`.
+      d_y_NTK: the gradient of y.
     """
-    q_NTK, k_NSK, v_NSK, y_NTK, lse_NT1, d_y_NTK = arrays
     heads, _, width = q_NTK.shape
     scale = 1 / (1 - group.dropout_key.rate)
     delta_NT1 = (d_y_NTK.astype(jnp.float32) * y_NTK).sum(-1, keepdims=True)
