@@ -147,18 +147,26 @@ def test_asked_to_stop_it_keeps_what_is_done_and_goes_on_there(done, tmp_path, m
 
 
 INTERRUPTED = """
-import os, signal, tempfile, threading, time
+import concurrent.futures, os, signal, tempfile, threading, time
 from gptjax.ablation import run
 from gptjax.config import experiments
 from gptjax.train.progress import Reporter
 
 def job(self, job, mesh):
+    all_submitted.wait()
     both_run.wait()
     if threading.current_thread().name.endswith("_0"):
         os.kill(os.getpid(), signal.SIGINT)
     time.sleep(1 if threading.current_thread().name.endswith("_0") else 3)
     print("a job has ended", flush=True)
 
+def wait_and_say(futures, wait=concurrent.futures.wait):
+    all_submitted.set()
+    return wait(futures)
+
+# An interrupt while the pool starts a thread is another case: the pool forgets that thread.
+concurrent.futures.wait = wait_and_say
+all_submitted = threading.Event()
 both_run = threading.Barrier(2)
 run._Runner._run_job = job
 experiment = experiments.load("gpt1_task:rte")
