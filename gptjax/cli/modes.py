@@ -18,9 +18,10 @@ from gptjax.cluster import processes
 from gptjax.config import schema, validation
 from gptjax.config.paper_tasks import SUBMISSIONS
 from gptjax.config.schema import FinetuneConfig, TaskSpec
-from gptjax.data import splits
+from gptjax.data import splits, tasks
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tables.texts import read_text
+from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, nearest, require
 from gptjax.infer import predictor
@@ -77,8 +78,15 @@ def run_evaluate(command: Command) -> None:
     else:
         gpt = _load()
         source, found = _score_text(gpt) if gpt.task is None else _score_task(gpt, gpt.task)
+        _warn_of_unknown(found["unknown_tokens"], source)
         scores = {"data": source, **found}
     print(json.dumps(files.json_ready({"checkpoint": gpt.path, **scores})))
+
+
+def _warn_of_unknown(unknown: float, source: str) -> None:
+    """Warns on stderr if a large fraction of the tokens is unknown."""
+    for line in tasks.unknown_warning(unknown, source):
+        console.say(line)
 
 
 def _load() -> GPT:
@@ -102,7 +110,11 @@ def _score_task(gpt: GPT, task: TaskSpec) -> tuple[str, dict[str, float]]:
         table = splits.without_label(rows, finetune)
     else:
         _require_data(gpt, finetune.dataset or finetune.train_file)
-        table = _split(splits.labelled_splits(finetune, gpt.experiment.seed))
+        tables = splits.labelled_splits(finetune, gpt.experiment.seed)
+        table = _split(tables)
+        if table.part_of:
+            train = gpt.encode(tables["train"], table.part_of, labelled=True)
+            _require_same_training_data(gpt, train.fingerprint, table.part_of)
     return table.source, gpt.score(table, table.source, finetune.metrics)
 
 
@@ -113,14 +125,41 @@ def _score_text(gpt: GPT) -> tuple[str, dict[str, float]]:
         source = flags.INPUT.value
         texts = read_text(source, pretrain.line_breaks)
     else:
-        _require_data(gpt, pretrain.dataset or pretrain.train_files)
-        texts = _split(splits.text_splits(pretrain))
+        data = pretrain.dataset or pretrain.train_files
+        _require_data(gpt, data)
+        tables = splits.text_splits(pretrain)
+        texts = _split(tables)
+        if not pretrain.validation_files and pretrain.dataset != splits.BUILTIN:
+            train = tables["train"]
+            stream = store.token_stream(train, gpt.tokenizer, train.fingerprint)
+            found = store.statistics(stream, gpt.tokenizer, train.fingerprint).fingerprint
+            _require_same_training_data(gpt, found, data)
         source = f"{_split_name()} split"
     return source, gpt.score_text(texts, pretrain.window)
 
 
 def _require_data(gpt: GPT, source: str) -> None:
-    require(source, f"--checkpoint: {gpt.path} was imported, without data; give --input")
+    require(
+        source,
+        f"--checkpoint: {gpt.path} was imported or trained on tables in Python, so it names no "
+        "data; give --input",
+    )
+
+
+def _require_same_training_data(gpt: GPT, fingerprint: str, source: str) -> None:
+    """Raises `UserError` if rows that are held out now can have been trained on.
+
+    Args:
+      gpt: the model.
+      fingerprint: the fingerprint of the training data that is left after the held-out part.
+      source: the files, or the data set.
+    """
+    require(
+        fingerprint == gpt.meta.data_fingerprint,
+        f"--split={_split_name()}: {source} is not what the model was trained on (it has changed, "
+        "or an earlier version of gptjax held out other rows), so the held-out rows may have been "
+        "trained on; restore it, or give other rows with --input",
+    )
 
 
 def _split_name() -> str:
@@ -171,7 +210,9 @@ def run_predict(_: Command) -> None:
     files.write_atomically(output_path, _table(records, delimiter).encode())
     notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
     notes += [f"{found.empty:,} with an empty text"] if found.empty else []
+    notes += [f"{found.unknown:.2%} unknown tokens"]
     print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))
+    _warn_of_unknown(found.unknown, table.source)
 
 
 def _check_predict_flags() -> str:

@@ -5,6 +5,7 @@ Their rows come from the built-in data, files, the Hugging Face hub, or tables i
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from gptjax.config import schema
 from gptjax.config.schema import FinetuneConfig, PretrainConfig, TaskKind, TaskSpec
@@ -12,7 +13,7 @@ from gptjax.data.builtin import tasks as builtin_tasks
 from gptjax.data.builtin.tasks import SPLITS
 from gptjax.data.tables import files
 from gptjax.data.tables.files import Dataset
-from gptjax.data.tables.labelled import LabelledTable, as_text, holdout
+from gptjax.data.tables.labelled import LabelledTable, as_text, holdout, same_label
 from gptjax.data.tables.texts import Texts, holdout_text, read_text
 from gptjax.errors import require
 
@@ -57,10 +58,13 @@ def _documents(rows: Dataset, column: str, source: str) -> Texts:
     """Returns the text of a column, with a blank line after each row, as `read_text` returns it."""
     LabelledTable(rows, source).require_columns([column])
     files.import_datasets()  # this call switches off the progress bars of `map`
-    documents = rows.map(
-        lambda row: {"text": as_text(row[column]).rstrip("\n") + "\n\n"},
-        remove_columns=rows.column_names,
-    )
+
+    def texts(batch: Mapping[str, Any], indices: list[int]) -> dict[str, list[str]]:
+        table = LabelledTable(dict(batch), source, numbers=[index + 1 for index in indices])
+        cells = table.columns([column])[column]
+        return {"text": [as_text(cell).rstrip("\n") + "\n\n" for cell in cells]}
+
+    documents = rows.map(texts, batched=True, with_indices=True, remove_columns=rows.column_names)
     return Texts.of(documents.with_format("arrow")[:].column("text"))
 
 
@@ -76,8 +80,8 @@ def labelled_splits(
     """Returns the rows of "train", "validation" and, if there is one, "test".
 
     If there are no validation rows, a fraction of the training rows is held out for validation.
-    Rows of equal text are then in the same split. Rows whose label is `config.ignore_label` are
-    left out.
+    Rows of equal text are then in the same split, and each class has about the same share of both
+    splits. Rows whose label is `config.ignore_label` are left out.
 
     Args:
       config: the source of the rows, and the names of the columns to read.
@@ -112,7 +116,9 @@ def labelled_splits(
             config.validation_fraction > 0,
             "`finetune.validation_fraction`: must be above 0 without validation_file",
         )
-        parts = holdout(splits["train"], spec.text_columns, config.validation_fraction, seed)
+        classes = spec.label if spec.kind.has_classes else ""
+        fraction = config.validation_fraction
+        parts = holdout(splits["train"], spec.text_columns, fraction, seed, classes)
         splits["train"], splits["validation"] = parts
     return {name: without_label(table, config) for name, table in splits.items()}
 
@@ -152,7 +158,7 @@ def without_label(table: LabelledTable, config: FinetuneConfig) -> LabelledTable
     if not ignored:
         return table
     labels = table.columns([config.label])[config.label]
-    kept = [i for i, value in enumerate(labels) if as_text(value).strip() != ignored]
+    kept = [i for i, value in enumerate(labels) if not same_label(as_text(value), ignored)]
     require(kept, f"{table.source}: every row has the label {ignored!r}, which is ignored")
     return dataclasses.replace(table.select(kept), ignored=len(labels) - len(kept))
 

@@ -24,10 +24,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gptjax.config.schema import Cut, TaskKind, TaskSpec
-from gptjax.data.tables.labelled import LabelledTable, as_text
+from gptjax.data import fingerprints
+from gptjax.data.tables.labelled import LabelledTable, as_number, as_text, same_label
 from gptjax.data.tokens import store
-from gptjax.data.tokens.tokenizer import Tokenizer
+from gptjax.data.tokens.tokenizer import SPECIALS, Tokenizer
 from gptjax.errors import UserError, nearest, require
+
+# A user is warned if at least this fraction of the tokens is unknown.
+_MANY_UNKNOWN = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +53,9 @@ class Examples:
     """The number of examples with a text that was shortened to fit into the context."""
     empty: int
     """The number of examples with an empty text."""
+    unknown: float = 0.0
+    """The fraction of the tokens of the texts that are `<unk>`. The model cannot tell such tokens
+    apart."""
     padding_start: np.ndarray | None = None
     """int32 [n * C]: the index of the first padding token in each sequence. None means that the
     sequences are not padded, because the task head is not flattened."""
@@ -61,6 +68,12 @@ class Examples:
         """int32 [n]: the number of tokens of each example, in all its sequences together."""
         lengths = np.array([len(sequence) for sequence in self.tokens], np.int32)
         return lengths.reshape(-1, self.num_candidates).sum(axis=1, dtype=np.int32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """The hash of the tokens, lengths and labels. A checkpoint stores it for the training
+        examples."""
+        return fingerprints.of_arrays(np.concatenate(self.tokens), self.lengths, self.labels)
 
     @property
     def max_sequence_length(self) -> int:
@@ -84,7 +97,7 @@ def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
     The classes are the distinct labels, in alphabetic order or, if all are numbers, in numeric
     order. In a multiple choice, the labels number the answers from 0, from 1, or with letters from
     A. For n answers, the numbers start at 1 if the label n occurs. Otherwise they start at 0, if
-    all labels fit.
+    all labels fit. A number can be written as 1 or as 1.0.
 
     Raises:
       UserError: a label is empty, there is only one class, or labels do not number the answers.
@@ -107,6 +120,7 @@ def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
     from_zero = tuple(str(i) for i in range(count))
     from_one = tuple(str(i + 1) for i in range(count))
     letters = tuple(chr(ord("A") + i) for i in range(count))
+    names = {_whole_number(name) for name in names}
     numberings = [from_one, from_zero] if from_one[-1] in names else [from_zero, from_one]
     for labels in (*numberings, letters):
         if names <= set(labels):
@@ -117,8 +131,16 @@ def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
     )
 
 
+def _whole_number(name: str) -> str:
+    """Returns the decimal digits of a whole number such as "1.0". Other texts are not changed."""
+    number = as_number(name)
+    return str(int(number)) if number is not None and number.is_integer() else name
+
+
 def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:
     """Returns the index of each row's class or answer, int32 [n]; in a regression, float32 targets.
+
+    A label that is a number has the class of an equal number, such as 1 for 1.0.
 
     Raises:
       UserError: a label did not occur in training, or a target is not a finite number.
@@ -139,11 +161,15 @@ def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:
         return targets
     ids = {name: i for i, name in enumerate(spec.labels)}
     names = [as_text(value).strip() for value in values]
+    for name in set(names) - set(ids):
+        same = [label for label in spec.labels if same_label(label, name)]
+        if len(same) == 1:
+            ids[name] = ids[same[0]]
     for i, name in enumerate(names):
         if name not in ids:
             raise UserError(
                 f"{table.cell(i, spec.label)}: label {name!r} was not seen in training; "
-                f"known labels: {', '.join(spec.labels[:10])}{nearest(name, ids)}"
+                f"known labels: {', '.join(spec.labels[:10])}{nearest(name, spec.labels)}"
             )
     return np.array([ids[name] for name in names], np.int32)
 
@@ -300,5 +326,34 @@ def encode(
     second = np.array([sequence.second_start for sequence in sequences], np.int32)
     padding = np.array([sequence.padding_start for sequence in sequences], np.int32)
     labels = label_ids(spec, table) if labelled else None
-    examples = Examples(spec.num_candidates, tokens, second, labels, cut, empty)
+    unknown = _unknown(tokens, tokenizer)
+    examples = Examples(spec.num_candidates, tokens, second, labels, cut, empty, unknown)
     return dataclasses.replace(examples, padding_start=padding) if spec.flatten else examples
+
+
+def _unknown(sequences: Sequence[np.ndarray], tokenizer: Tokenizer) -> float:
+    """Returns the fraction of unknown tokens in sequences. Special tokens are not counted."""
+    tokens = np.concatenate([np.zeros(0, np.int32), *sequences])
+    special = [tokenizer.token_id(name) for name in SPECIALS]
+    words = int(np.count_nonzero(~np.isin(tokens, special)))
+    return int(np.count_nonzero(tokens == tokenizer.unknown_id)) / max(1, words)
+
+
+def unknown_warning(unknown: float, what: str) -> tuple[str, ...]:
+    """Returns a line that warns of unknown tokens, if there are many of them.
+
+    Args:
+      unknown: the fraction of unknown tokens.
+      what: the name of the texts.
+
+    >>> unknown_warning(0.84, "train")[0][:60]
+    'warning: 84% of the tokens of train are unknown to the token'
+    >>> unknown_warning(0.001, "train")
+    ()
+    """
+    if unknown < _MANY_UNKNOWN:
+        return ()
+    return (
+        f"warning: {unknown:.0%} of the tokens of {what} are unknown to the tokenizer, so the "
+        "model cannot read them; was it trained on texts of this language?",
+    )

@@ -134,7 +134,7 @@ def make_sampler(
 
     Args:
       banned: bool [V], true for the tokens that are never drawn.
-      seed: the seed of the random numbers. Equal seeds give equal draws.
+      seed: the seed of the random numbers, 0 to 2**32 - 1. Equal seeds give equal draws.
       temperature: a divisor of the logits. 0 means that the most likely token is always taken.
       top_k: the number of most likely tokens to draw from. 0 means all tokens.
       top_p: a probability. The draw is limited to the smallest set of most likely tokens whose
@@ -149,7 +149,8 @@ def make_sampler(
     )
     require(top_k >= 0, f"`top_k`={top_k}: must not be negative")
     require(0 < top_p <= 1, f"`top_p`={top_p}: must be above 0 and at most 1")
-    require(-(2**63) <= seed < 2**63, f"`seed`={seed}: must be a number of 64 bits")
+    # JAX keeps only 32 bits of a seed, so larger seeds would repeat the draws of smaller ones.
+    require(0 <= seed < 2**32, f"`seed`={seed}: must be 0 to {2**32 - 1}")
     return Sampler(
         temperature=jnp.float32(temperature),
         top_k=jnp.int32(min(top_k, len(banned))),

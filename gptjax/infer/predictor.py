@@ -24,7 +24,7 @@ from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tables.memory import Table
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.errors import UserError, require
+from gptjax.errors import UserError, brief, require
 from gptjax.evaluate import metrics, probes
 from gptjax.evaluate import score as score_lib
 from gptjax.infer import generate as generate_lib
@@ -52,6 +52,8 @@ class Predictions:
     """The number of rows with a text that was shortened to fit into the context."""
     empty: int
     """The number of rows with an empty text."""
+    unknown: float = 0.0
+    """The fraction of the tokens of the texts that the tokenizer does not know."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,25 +133,23 @@ class GPT:
         Raises:
           UserError: shapes are wrong, ids are not in the vocabulary, or a sequence is too long.
         """
-        tokens = jnp.asarray(tokens, jnp.int32)
+        tokens = _int32(tokens, "tokens", self.config.vocab_size - 1)
         require(tokens.ndim == 2, f"`tokens`: must be [B, T], not {tokens.shape}")
-        segments = jnp.ones_like(tokens) if segment_ids is None else jnp.asarray(segment_ids)
+        segments = np.ones_like(tokens)
+        if segment_ids is not None:
+            segments = _int32(segment_ids, "segment_ids", np.iinfo(np.int32).max)
         require(
             segments.shape == tokens.shape,
             f"`segment_ids`: {segments.shape} must have the shape of tokens {tokens.shape}",
         )
-        require(
-            int(tokens.min(initial=0)) >= 0 and int(tokens.max(initial=0)) < self.config.vocab_size,
-            f"`tokens`: ids must be 0 to {self.config.vocab_size - 1}",
-        )
-        positions, segments = _positions(segments)
+        positions, segments = _positions(jnp.asarray(segments))
         longest = int(positions.max(initial=0)) + 1
         require(
             longest <= self.config.context_length,
             f"`tokens`: a sequence of {longest} tokens exceeds the context of "
             f"{self.config.context_length}",
         )
-        return _lm_logits(self.model, self.params, tokens, segments, positions)
+        return _lm_logits(self.model, self.params, jnp.asarray(tokens), segments, positions)
 
     def generate(
         self,
@@ -172,14 +172,23 @@ class GPT:
           top_p: a probability. The draw is limited to the smallest set of most likely tokens whose
             probabilities add up to at least `top_p`.
           num_samples: the number of texts.
-          seed: the seed of the random numbers. Equal seeds give equal texts.
+          seed: the seed of the random numbers, 0 to 2**32 - 1. Equal seeds give equal texts.
 
         Returns:
           `num_samples` texts.
+
+        Raises:
+          UserError: a number is out of its range, or the prompt is neither a text nor token ids.
         """
+        for name, value in {"max_new_tokens": max_new_tokens, "num_samples": num_samples}.items():
+            require(isinstance(value, int | np.integer), f"`{name}`={value}: must be an integer")
         require(max_new_tokens >= 0, f"`max_new_tokens`={max_new_tokens}: must not be negative")
         require(num_samples > 0, f"`num_samples`={num_samples}: must be greater than 0")
-        prompt_ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+        if isinstance(prompt, str):
+            prompt_ids = self.tokenizer.encode(prompt)
+        else:
+            require(not isinstance(prompt, bytes), "`prompt`: is bytes; give a text")
+            prompt_ids = _int32(prompt, "prompt", self.config.vocab_size - 1).tolist()
         # The model needs at least one token to read. An empty prompt becomes a line break, because
         # in the training data a line break precedes a new text.
         ids = prompt_ids or self.tokenizer.encode("\n") or [self.tokenizer.start_id]
@@ -208,14 +217,15 @@ class GPT:
         examples = self.encode(rows)
         if not len(examples):
             return Predictions([], None, task.labels, 0, 0)
+        facts = examples.cut, examples.empty, examples.unknown
         evaluator, packer = self._batched(examples, Objective(task.kind, lm_weight=0.0))
         outputs = evaluator.outputs(self.params, examples, packer)
         found = score_lib.predictions(task, outputs.logits)
         if task.kind is TaskKind.REGRESSION:
-            return Predictions(found.tolist(), None, (), examples.cut, examples.empty)
+            return Predictions(found.tolist(), None, (), *facts)
         probabilities = np.asarray(jax.nn.softmax(outputs.logits, axis=-1))
         labels = [task.labels[i] for i in found]
-        return Predictions(labels, probabilities, task.labels, examples.cut, examples.empty)
+        return Predictions(labels, probabilities, task.labels, *facts)
 
     def score(self, rows: Table, where: str = "`rows`", names: str = "") -> dict[str, float]:
         """Returns the losses and the metrics of the model, and the metrics of a baseline.
@@ -229,7 +239,8 @@ class GPT:
         Returns:
           A dictionary with the keys "task_loss", "lm_loss" (nats), the name of each metric, and
           "floor_METRIC" for each metric, which is the score of the majority-class baseline (in a
-          regression, of the mean baseline).
+          regression, of the mean baseline), and "unknown_tokens", the fraction of the tokens of the
+          texts that the tokenizer does not know.
 
         Raises:
           UserError: the model is a language model, a column is missing, there are no rows, or a
@@ -244,7 +255,8 @@ class GPT:
         scores = evaluator.task(self.params, examples, packer, task, chosen)
         del scores["loss"]
         baseline = metrics.majority_baseline(chosen, examples.labels, len(task.labels))
-        return scores | {f"floor_{name}": value for name, value in baseline.items()}
+        scores |= {f"floor_{name}": value for name, value in baseline.items()}
+        return scores | {"unknown_tokens": examples.unknown}
 
     def encode(self, rows: Table, where: str = "`rows`", labelled: bool = False) -> tasks.Examples:
         """Returns rows as token sequences, in the format on which the task head was trained.
@@ -266,17 +278,26 @@ class GPT:
 
         Args:
           texts: the texts. They are read once.
-          window: the number of tokens that the model reads at once. 0 means the context length.
+          window: the number of tokens that the model reads at once, from 2 to the context length.
+            0 means the context length.
 
         Returns:
-          {"loss" (nats per token), "perplexity" (the exponential of the loss)}.
+          {"loss" (nats per token), "perplexity" (the exponential of the loss), "unknown_tokens"
+          (the fraction of the tokens that the tokenizer does not know)}.
+
+        Raises:
+          UserError: `texts` is a single text or has fewer than two tokens, or the window is wrong.
         """
+        require(not isinstance(texts, str | bytes), "`texts`: is a single text; write [text]")
+        window, context = window or self.config.context_length, self.config.context_length
+        require(2 <= window <= context, f"`window`={window}: must be 0, or 2 to {context}")
         stream = store.token_stream(texts, self.tokenizer)
         require(len(stream) > 1, "`texts`: fewer than two tokens")
         rows = mesh_lib.batch_divisor(self.mesh) * 8
-        return self._evaluator(Objective()).language_model(
-            self.params, stream, window or self.config.context_length, rows
-        )
+        evaluator = self._evaluator(Objective())
+        scores = evaluator.language_model(self.params, stream, window, rows)
+        unknown = store.statistics(stream, self.tokenizer).unknown
+        return scores | {"unknown_tokens": unknown / len(stream)}
 
     def probe(self, configs: Mapping[str, schema.ProbeConfig]) -> dict[str, dict[str, float]]:
         """Scores the model on zero-shot probes, which `gptjax.evaluate.probes` explains.
@@ -315,6 +336,31 @@ class GPT:
 def _power(number: int) -> int:
     """Returns the smallest power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()
+
+
+def _int32(values: Any, name: str, largest: int) -> np.ndarray:
+    """Returns integers of any type as an int32 array.
+
+    Args:
+      values: an array, or nested lists.
+      name: the name of the argument, for error messages.
+      largest: the largest value that is allowed. The smallest is 0.
+
+    Raises:
+      UserError: a value is no integer or is out of its range.
+    """
+    try:
+        array = np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise UserError(f"`{name}`: is no array of integers ({brief(error)})") from error
+    whole = array.size == 0 or np.issubdtype(array.dtype, np.integer)
+    require(whole, f"`{name}`: must be integers, not {array.dtype}")
+    low, high = array.min(initial=0), array.max(initial=0)
+    require(
+        low >= 0 and high <= largest,
+        f"`{name}`: {low if low < 0 else high} is out of its range, 0 to {largest}",
+    )
+    return array.astype(np.int32)
 
 
 def _positions(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -5,13 +5,12 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.config import schema
 from gptjax.config.schema import FinetuneConfig, ModelConfig, PretrainConfig, TaskSpec
-from gptjax.data import fingerprints, loader, splits, tasks
+from gptjax.data import loader, splits, tasks
 from gptjax.data.packing import Packer
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tables.texts import Texts
@@ -216,26 +215,32 @@ def _steps_per_epoch(config: FinetuneConfig, examples: int) -> float:
     return examples // config.batch_size
 
 
-def _describe_split(name: str, examples: Examples, ignored: int, model: ModelConfig) -> str:
-    """Returns a line for the user about a split.
+def _describe_split(
+    name: str, examples: Examples, table: LabelledTable, config: FinetuneConfig, model: ModelConfig
+) -> list[str]:
+    """Returns the lines for the user about a split.
 
-    The line has the number of examples, the number of examples that were cut to fit the context,
-    and the number of examples with an empty text.
+    The first line has the number of examples, the fraction of unknown tokens, the number of
+    examples that were cut to fit the context, the number of examples with an empty text, and the
+    number of rows that were left out because of their label. The second line warns if many tokens
+    are unknown.
 
     Args:
       name: the name of the split.
       examples: the examples of the split.
-      ignored: the number of rows that were left out because of their label.
+      table: the rows of the split.
+      config: the configuration of the stage.
       model: the configuration of the model, which has the context length.
     """
-    text = f"finetune: {len(examples):,} {name} examples"
+    text = f"finetune: {len(examples):,} {name} examples, {examples.unknown:.2%} unknown tokens"
     if examples.cut:
         text += f", {examples.cut:,} cut to fit {model.context_length} tokens"
     if examples.empty:
         text += f", {examples.empty:,} with an empty text"
-    if ignored:
-        text += f", {ignored:,} left out for their label"
-    return text
+    if config.ignore_label:
+        left_out = f"{table.ignored:,}" if table.ignored else "none"
+        text += f", {left_out} left out for the label {config.ignore_label!r}"
+    return [text, *tasks.unknown_warning(examples.unknown, name)]
 
 
 def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
@@ -307,8 +312,9 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     local = functools.partial(mesh_lib.local_rows, mesh)
     kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
     notes = [
-        _describe_split(name, split, data[name].ignored, setup.model)
+        line
         for name, split in examples.items()
+        for line in _describe_split(name, split, data[name], config, setup.model)
     ]
     notes.append(_describe_stage(config, total, packer))
     if "f1" in metric_names:
@@ -324,9 +330,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         metric=metric_names[0],
         eval_every=max(1, round(epoch / config.evals_per_epoch)),
         save_every=config.save_every,
-        fingerprint=fingerprints.of_arrays(
-            np.concatenate(train.tokens), train.lengths, train.labels
-        ),
+        fingerprint=train.fingerprint,
         spec=spec,
         transfer=config.transfer,
         baselines=baselines,

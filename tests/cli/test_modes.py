@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 
@@ -127,6 +128,66 @@ def test_evaluate_scores_what_predict_writes(tmp_path, split):
     kept = runs.summary(runs.trained())["finetune"][split]
     assert of_split["accuracy"] == kept["accuracy"]
     assert of_split["lm_loss"] == pytest.approx(kept["lm_loss"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def held_out(tmp_path_factory):
+    """(folder, flags): a model whose validation rows were held out of the training file."""
+    folder = tmp_path_factory.mktemp("held_out")
+    runs.write(folder / "train.csv", runs.rows(60, 1))
+    runs.write(folder / "text.txt", "".join(f"{line}\n" for line in runs.sentences(80)))
+    flags = [
+        flag
+        for flag in (*runs.files().pretrain, *runs.files().finetune)
+        if not re.search(r"(train|validation|test)_files?=|warmup_steps=", flag)
+    ]
+    flags += [
+        f"--config.finetune.train_file={folder}/train.csv", "--config.finetune.steps=2",
+        f"--config.pretrain.train_files={folder}/text.txt", "--config.pretrain.steps=2",
+        f"--workdir={folder}/run",
+    ]  # fmt: skip
+    result = runs.main(*runs.TINY, *flags)
+    assert result.code == 0, result.err
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("stage", "name", "more"),
+    [
+        ("finetune", "train.csv", "".join(f"one more row {i},yes\n" for i in range(40))),
+        ("pretrain", "text.txt", "One more line that was not there.\n"),
+    ],
+)
+def test_held_out_rows_of_a_file_that_has_changed_are_not_scored(held_out, stage, name, more):
+    """Rows that were trained on would be held out now."""
+    flags = ["--mode=evaluate", f"--checkpoint={held_out}/run/checkpoints/{stage}"]
+    kept = runs.summary(f"{held_out}/run")[stage]
+    before = runs.main(*flags, "--split=validation")
+    assert before.code == 0, before.err
+    loss = kept.get("validation_loss") or kept["validation"]["task_loss"]
+    found = json.loads(before.out.splitlines()[-1])
+    assert (found.get("task_loss") or found["loss"]) == pytest.approx(loss, rel=1e-5)
+    path = held_out / name
+    text = path.read_text()
+    path.write_text(text + more)
+    after = runs.main(*flags, "--split=validation")
+    assert (after.code, after.out) == (2, "")
+    assert after.error.startswith(f"error: --split=validation: {path} is not what the model was")
+    assert runs.main(*flags, f"--input={path}").code == 0
+    path.write_text(text)
+
+
+def test_evaluate_and_predict_warn_of_unknown_tokens(tmp_path):
+    rows = [{"text": "\u6f22\u5b57 \u4eee\u540d", "label": "yes"}]
+    path = runs.write(tmp_path / "in.csv", rows)
+    warning = f"warning: 100% of the tokens of {path} are unknown to the tokenizer"
+    found = predict(path, tmp_path / "out.csv")
+    assert "100.00% unknown tokens" in found.out
+    assert warning in found.err
+    flags = ("--mode=evaluate", f"--checkpoint={runs.trained()}", f"--input={path}")
+    assert warning in runs.main(*flags).err
+    known = runs.write(tmp_path / "known.csv", [{"text": "the cat", "label": "yes"}])
+    assert predict(known, tmp_path / "out.csv").err == ""
 
 
 def test_evaluate_a_language_model(tmp_path):

@@ -81,6 +81,36 @@ def test_tsv_with_unbalanced_quotes_as_in_mrpc(tmp_path):
     }
 
 
+@pytest.mark.parametrize(("ending", "rows"), [("csv", 4), ("tsv", 4), ("txt", 4)])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_blank_line_of_one_column_is_a_row(tmp_path, ending, rows, end):
+    """So a program that reads lines counts the same rows."""
+    path = write(tmp_path / f"a.{ending}", end.join(["text", "one", "", "two", "", ""]))
+    assert read_table(path)["text"][:] == ["one", "", "two", ""]
+    assert read_table(path, ["t"])["t"][:] == ["text", "one", "", "two", ""]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_blank_line_of_several_columns_is_no_row(tmp_path, ending):
+    lines = ["text,label", "one,1", "two,2", "", ""]
+    text = "\n".join(lines).replace(",", "," if ending == "csv" else "\t")
+    assert read_table(write(tmp_path / f"a.{ending}", text))["label"][:] == ["1", "2"]
+    assert read_table(write(tmp_path / f"b.{ending}", "\n\n" + text))["label"][:] == ["1", "2"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv"])
+def test_a_header_is_no_row_of_a_file_whose_columns_are_named(tmp_path, ending):
+    names = ["text", "label"]
+    lines = [" text,label", "one,1", "text,label"]
+    text = "\n".join(lines).replace(",", "," if ending == "csv" else "\t")
+    path = write(tmp_path / f"a.{ending}", text)
+    message = fails(read_table, path, names)
+    assert message.startswith(f"{path}, line 1: is a header with the names text, label; remove")
+    assert len(read_table(path, ["a", "label"])) == 3
+    # A later row with these cells is data.
+    assert len(read_table(write(tmp_path / f"b.{ending}", text.partition("\n")[2]), names)) == 2
+
+
 def test_columns_name_a_file_without_header(tmp_path):
     path = write(tmp_path / "a.csv", "good,1\nbad,0\n")
     assert read_table(path, ["text", "label"])[:] == {"text": ["good", "bad"], "label": ["1", "0"]}

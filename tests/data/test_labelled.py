@@ -1,9 +1,24 @@
 """Column expressions: joined columns, elements of lists, and names that look like either."""
 
-import datasets
-import pytest
+import collections
+import datetime
+import decimal
+import json
+import math
+import random
 
-from gptjax.data.tables.labelled import LabelledTable, as_text
+import datasets
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from refusals import fails, write
+
+from gptjax.data.tables import memory
+from gptjax.data.tables.files import read_table
+from gptjax.data.tables.labelled import LabelledTable, as_text, holdout, same_label
+from gptjax.data.tables.texts import read_text
 from gptjax.errors import UserError
 
 ROWS = {
@@ -77,3 +92,138 @@ def test_cells_as_text():
     }  # fmt: skip
     assert [table.number(i) for i in range(2)] == [2, 1]
     assert [table.select([1]).number(0), table.cell(0, "a")] == [1, "rows: row 2, column a"]
+
+
+MISSING = [
+    None, math.nan, np.float32("nan"), np.datetime64("NaT"), pd.NA, pd.NaT, decimal.Decimal("nan"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=repr)
+def test_a_missing_value_of_any_kind_is_none(missing):
+    rows = {"a": ["x", missing], "list": [["p"], [missing]]}
+    table = LabelledTable(rows, "rows")
+    values = table.columns(["a", "a+list[0]", "list[0]"])
+    assert values == {"a": ["x", None], "a+list[0]": ["x p", " "], "list[0]": ["p", None]}
+    assert as_text(missing) == ""
+    frame = pd.DataFrame({"a": ["x", missing]}, dtype=object)
+    for form in ([{"a": "x"}, {"a": missing}], {"a": ["x", missing]}, frame):
+        assert memory.columns(form, "`rows`")["a"] == ["x", None]
+        assert memory.dataset(form, "`rows`", ["a"])["a"][:] == ["x", None]
+
+
+def test_a_missing_value_in_a_file_is_none(tmp_path):
+    lines = "".join(
+        f"{json.dumps({'text': 'x', 'label': value})}\n" for value in (1, math.nan, None)
+    )
+    tables = [read_table(write(tmp_path / "a.jsonl", lines))]
+    pq.write_table(
+        pa.table({"text": ["x"] * 3, "label": [1, math.nan, None]}), tmp_path / "a.parquet"
+    )
+    tables.append(read_table(str(tmp_path / "a.parquet")))
+    for table in tables:
+        assert LabelledTable(table, "rows").columns(["label"])["label"] == [1, None, None]
+
+
+@pytest.mark.parametrize(
+    "value", ["x", "", "nan", 0, 1.5, True, datetime.date(2020, 1, 2), decimal.Decimal("1.5")]
+)
+def test_a_value_is_not_changed(value):
+    found = LabelledTable({"a": [value]}, "rows").columns(["a"])["a"]
+    assert found == [value]
+    assert type(found[0]) is type(value)
+
+
+def test_bytes_are_text_or_an_error(tmp_path):
+    table = pa.table({"text": pa.array(["é".encode(), b"b"], pa.binary()), "n": [1, 2]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = LabelledTable(read_table(str(tmp_path / "a.parquet")), "a.parquet")
+    assert rows.columns(["text", "text+n"]) == {"text": ["é", "b"], "text+n": ["é 1", "b 2"]}
+    assert "".join(read_text(str(tmp_path / "a.parquet"))) == "é\n\nb\n\n"
+    message = fails(LabelledTable({"a": [b"x", b"ok \xff"]}, "rows").columns, ["a"])
+    assert message.startswith("rows: row 2, column a: bytes that are not UTF-8")
+    assert "at byte 3" in message
+
+
+@pytest.mark.parametrize(
+    "cell", [["a", "b"], ("a",), [], np.array(["a"]), {"key": "a"}, {"a", "b"}], ids=repr
+)
+def test_a_list_or_a_structure_is_no_text(cell):
+    table = LabelledTable({"a": ["x", cell], "b": ["y", "z"], "c": [["p"], [cell]]}, "rows")
+    for expression in ("a", "b+a"):
+        message = fails(table.columns, [expression])
+        assert message.startswith("rows: row 2, column a: is a ")
+        assert "not a text or a number; write " in message
+    assert fails(table.columns, ["c[0]"]).startswith("rows: row 2, column c[0]: is a ")
+    assert table.columns(["b"]) == {"b": ["y", "z"]}  # other columns may hold anything
+
+
+def test_a_list_in_a_document_is_an_error(tmp_path):
+    lines = "".join(json.dumps({"text": ["a", "b"]}) + "\n" for _ in range(3))
+    path = write(tmp_path / "a.jsonl", lines)
+    assert fails(read_text, path).startswith(f"{path}: row 1, column text: is a list")
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in ("a", None, "b"))
+    assert "".join(read_text(write(tmp_path / "b.jsonl", lines))) == "a\n\n\n\nb\n\n"
+
+
+@pytest.mark.parametrize(
+    ("label", "other", "equal"),
+    [
+        ("-1", "-1.0", True), (" 1", "1", True), ("1e0", "1", True), ("a", "a ", True),
+        ("a", "b", False), ("1", "-1", False), ("nan", "NaN", False), ("inf", "Infinity", False),
+    ],
+)  # fmt: skip
+def test_labels_are_compared_as_numbers_if_both_are_numbers(label, other, equal):
+    assert same_label(label, other) == same_label(other, label) == equal
+
+
+def classes(table: LabelledTable) -> collections.Counter:
+    return collections.Counter(table.columns(["label"])["label"])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_held_out_part_is_close_to_the_fraction_and_has_all_classes(seed):
+    generator = random.Random(seed)
+    count, fraction = generator.randint(60, 400), generator.choice([0.05, 0.1, 0.3])
+    weights = [generator.choice([1, 3, 10]) for _ in "abcd"]
+    labels = generator.choices("abcd", weights, k=count)
+    table = LabelledTable({"text": list(map(str, range(count))), "label": labels}, "rows")
+    train, held = holdout(table, ["text"], fraction, seed, "label")
+    wanted, all_classes = math.ceil(fraction * count), classes(table)
+    assert sum(classes(held).values()) == wanted
+    for name, size in all_classes.items():
+        assert abs(classes(held)[name] - wanted * size / count) < 1
+    assert set(classes(train)) == set(all_classes)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_large_groups_of_equal_texts_do_not_overshoot(seed):
+    generator = random.Random(seed)
+    texts = [f"text {i}" for i in range(60)]
+    for name in range(generator.randint(1, 4)):
+        texts += [f"often {name}"] * generator.randint(10, 200)
+    labels = [generator.choice("ab") for _ in texts]
+    table = LabelledTable({"text": texts, "label": labels}, "rows")
+    train, held = holdout(table, ["text"], 0.1, seed, "label")
+    wanted = math.ceil(0.1 * len(texts))
+    sizes = [len(each.columns(["text"])["text"]) for each in (train, held)]
+    assert sum(sizes) == len(texts)
+    # The single texts can fill the part that the large groups exceed.
+    assert min(wanted, 60) - 2 <= sizes[1] <= wanted
+    assert not set(train.columns(["text"])["text"]) & set(held.columns(["text"])["text"])
+
+
+def test_two_large_groups_need_a_validation_file():
+    rows = {"text": ["x"] * 100 + ["y"] * 100, "label": ["a", "b"] * 100}
+    message = fails(holdout, LabelledTable(rows, "rows.csv"), ["text"], 0.1, 0, "label")
+    assert message.startswith("rows.csv: cannot hold out 0.1 of 200 rows with 2 different texts")
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_class_with_one_row_stays_in_training(seed):
+    rows = {"text": list(map(str, range(200))), "label": ["a"] * 199 + ["b"]}
+    train, held = holdout(LabelledTable(rows, "rows"), ["text"], 0.1, seed, "label")
+    assert (classes(train)["b"], classes(held)) == (1, {"a": 20})
+    rows["label"] = rows["text"]  # if each row has its own class, this cannot be kept
+    _, held = holdout(LabelledTable(rows, "rows"), ["text"], 0.1, seed, "label")
+    assert sum(classes(held).values()) == 20

@@ -1,5 +1,6 @@
 """The input transformations against the table of the paper, written out by hand."""
 
+import dataclasses
 import math
 import random
 
@@ -222,13 +223,15 @@ THREE = TaskSpec("multiple_choice", "text", choices=("a", "b", "c"))
         (["3"], ("1", "2", "3")),
         (["A", "C"], ("A", "B", "C")),
         (["B"], ("A", "B", "C")),
+        ([0.0, 2.0], ("0", "1", "2")),
+        (["1.0", "3.0"], ("1", "2", "3")),
     ],
 )
 def test_answers_are_numbered_from_0_from_1_or_lettered(values, expected):
     assert labels_of(values, THREE) == expected
 
 
-@pytest.mark.parametrize("values", [[0, 1, 2, 3], [0, 3], ["a"], ["A", "1"], ["D"], [-1], ["1.0"]])
+@pytest.mark.parametrize("values", [[0, 1, 2, 3], [0, 3], ["a"], ["A", "1"], ["D"], [-1], ["1.5"]])
 def test_answers_that_number_nothing(values):
     message = fails(labels_of, values, THREE)
     assert message.startswith("train.csv: column label: ")
@@ -247,6 +250,32 @@ def test_label_mistakes_in_training():
     assert (
         tasks.find_labels(regression, LabelledTable({"label": ["junk"]}, "train.csv")) == regression
     )
+
+
+@pytest.mark.parametrize("labels", [("0", "1"), ("0.0", "1.0")])
+def test_labels_that_are_equal_numbers_are_one_class(tokenizer, labels):
+    spec = TaskSpec("classification", "text", labels=labels)
+    rows = {"text": ["a"] * 6, "label": [0, 1, 1.0, "1.0", "01", "1e0"]}
+    found = tasks.encode(spec, LabelledTable(rows, "valid.csv"), tokenizer, CONTEXT)
+    assert found.labels.tolist() == [0, 1, 1, 1, 1, 1]
+    both = dataclasses.replace(spec, labels=("0", "1", "1.0"))
+    ids = tasks.encode(
+        both, LabelledTable({"text": ["a"] * 2, "label": ["1", "1.0"]}, "x"), tokenizer, CONTEXT
+    )
+    assert ids.labels.tolist() == [1, 2]
+    message = fails(tasks.label_ids, both, LabelledTable({"label": ["01"]}, "x"))
+    assert "label '01' was not seen in training" in message
+
+
+def test_the_fraction_of_unknown_tokens(tokenizer):
+    """It is counted over the words of the texts, each of which is one token or more."""
+    spec = TaskSpec("similarity", "text", "pair", labels=("0", "1"))
+    rows = {"text": ["a", "\u65e5\u672c"], "pair": ["a a", "a"], "label": [0, 1]}
+    found = tasks.encode(spec, LabelledTable(rows, "x"), tokenizer, CONTEXT)
+    ids = [tokenizer.encode(text) for name in ("text", "pair") for text in rows[name]]
+    unknown = sum(row.count(tokenizer.unknown_id) for row in ids)
+    assert unknown > 0
+    assert found.unknown == pytest.approx(unknown / sum(map(len, ids)))
 
 
 def test_a_label_that_training_did_not_see(tokenizer):

@@ -1,5 +1,6 @@
 """A trained model in Python: `gptjax.load`."""
 
+import csv
 import dataclasses
 import os
 import pathlib
@@ -95,11 +96,88 @@ def test_packed_rows_may_be_longer_than_the_context(gpt):
 
 
 def test_numbers_too_large_for_the_device(gpt):
-    """More than the vocabulary is all of it; a seed has 64 bits."""
+    """More than the vocabulary is all of it; a seed has 32 bits."""
     kept = [gpt.generate("the", 5, top_k=k, seed=3) for k in (0, len(gpt.tokenizer), 3 * 10**9)]
     assert kept[0] == kept[1] == kept[2]
-    with pytest.raises(UserError, match=r"^`seed`=\d+: must be a number of 64 bits$"):
-        gpt.generate("the", 5, seed=2**64)
+    seeds = [0, 1, 2**31, 2**32 - 1]
+    assert len({gpt.generate("the", 10, seed=seed)[0] for seed in seeds}) == len(seeds)
+    for seed in (2**32, 2**64, -1):
+        with pytest.raises(UserError, match=r"^`seed`=-?\d+: must be 0 to 4294967295$"):
+            gpt.generate("the", 5, seed=seed)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda gpt: gpt.lm_logits([[1.0, 2.7]]), "`tokens`: must be integers, not float64"),
+        (lambda gpt: gpt.lm_logits(np.array([[True]])), "`tokens`: must be integers, not bool"),
+        (lambda gpt: gpt.lm_logits([[1, 2], [3]]), "`tokens`: is no array of integers"),
+        (lambda gpt: gpt.lm_logits([["a"]]), "`tokens`: must be integers"),
+        (
+            lambda gpt: gpt.lm_logits(np.array([[2**32 + 1]])),
+            "`tokens`: 4294967297 is out of its range, 0 to 95",
+        ),
+        (lambda gpt: gpt.lm_logits([[-1]]), "`tokens`: -1 is out of its range, 0 to 95"),
+        (lambda gpt: gpt.lm_logits([[96]]), "`tokens`: 96 is out of its range, 0 to 95"),
+        (
+            lambda gpt: gpt.lm_logits([[1, 2]], [[1, 2**32]]),
+            "`segment_ids`: 4294967296 is out of its range",
+        ),
+        (lambda gpt: gpt.lm_logits([[1]], [[0.5]]), "`segment_ids`: must be integers"),
+        (lambda gpt: gpt.score_text("one text"), "`texts`: is a single text; write [text]"),
+        (lambda gpt: gpt.score_text(["a cat"], window=1), "`window`=1: must be 0, or 2 to 16"),
+        (lambda gpt: gpt.score_text(["a cat"], window=17), "`window`=17: must be 0, or 2 to 16"),
+        (lambda gpt: gpt.score_text(["a cat"], window=-3), "`window`=-3: must be 0, or 2 to 16"),
+        (lambda gpt: gpt.generate(b"the"), "`prompt`: is bytes; give a text"),
+        (lambda gpt: gpt.generate(["the", "cat"]), "`prompt`: must be integers"),
+        (lambda gpt: gpt.generate([1.5]), "`prompt`: must be integers"),
+        (lambda gpt: gpt.generate([96]), "`prompt`: 96 is out of its range, 0 to 95"),
+        (lambda gpt: gpt.generate("the", 2.5), "`max_new_tokens`=2.5: must be an integer"),
+        (lambda gpt: gpt.generate("the", num_samples=1.5), "`num_samples`=1.5: must be"),
+    ],
+)
+def test_what_is_out_of_its_range_is_one_line(gpt, call, message):
+    with pytest.raises(UserError) as error:
+        call(gpt)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int32])
+def test_integers_of_any_type_are_token_ids(gpt, dtype):
+    tokens = np.arange(8).reshape(1, 8)
+    np.testing.assert_array_equal(gpt.lm_logits(tokens.astype(dtype)), gpt.lm_logits(tokens))
+
+
+def test_the_score_of_a_text_does_not_depend_on_its_form(gpt):
+    texts = runs.sentences(20)
+    expected = gpt.score_text(texts)
+    assert gpt.score_text(iter(texts)) == expected
+    assert gpt.score_text(texts, window=16) == expected
+    ids = [i for text in texts for i in gpt.tokenizer.encode(text)]
+    assert expected["unknown_tokens"] == ids.count(gpt.tokenizer.unknown_id) / len(ids) > 0
+
+
+def test_unknown_tokens_are_counted(gpt):
+    rows = [{"text": "\u6f22 \u5b57", "label": "yes"}, {"text": "a cat", "label": "no"}]
+    ids = [i for row in rows for i in gpt.tokenizer.encode(row["text"])]
+    expected = ids.count(gpt.tokenizer.unknown_id) / len(ids)
+    assert gpt.predict(rows).unknown == pytest.approx(expected)
+    assert gpt.score(rows)["unknown_tokens"] == pytest.approx(expected)
+
+
+def test_an_iterator_is_read_once(gpt, tmp_path):
+    rows = runs.rows(11, 5)
+    expected = gpt.predict(rows)
+    path = runs.write(tmp_path / "rows.csv", rows)
+    texts = [row["text"] for row in rows]
+    with open(path, newline="") as file:
+        forms = [csv.DictReader(file), (row for row in rows), {"text": (text for text in texts)}]
+        for form in forms:
+            found = gpt.predict(form)
+            assert found.labels == expected.labels
+            np.testing.assert_array_equal(found.probabilities, expected.probabilities)
+    assert gpt.score(iter(rows)) == gpt.score(rows)
 
 
 def test_rows_may_come_as_mappings_or_as_columns(gpt):
@@ -170,6 +248,8 @@ def test_the_labels_of_a_data_frame_are_scored(gpt):
             pd.DataFrame([["a", "b"]], columns=["text", "text"]),
             "`rows`: 2 columns have the name 'text'; rename them",
         ),
+        ({"text": {"a cat"}}, "`rows`: column 'text' is a set; give a list with one value a row"),
+        ({"text": [["a", "cat"]]}, "`rows`: row 1, column text: is a list, not a text or a number"),
         (pd.DataFrame({"texts": ["a"]}), "`rows`: no column 'text'; did you mean 'texts'?"),
     ],
 )

@@ -33,13 +33,16 @@ def read_table(path: str, columns: Sequence[str] = ()) -> Dataset:
     """Reads a file of rows. The ending of its name says its format.
 
     * `.csv`: quoting follows RFC 4180. Cells are strings as written ("NA", "007" and "1.0" are not
-      changed). Blank lines are skipped.
-    * `.tsv`, `.txt`: each line is a row, which is split at tabs. Quotes have no meaning. Blank
-      lines at the end are skipped.
+      changed).
+    * `.tsv`, `.txt`: each line is a row, which is split at tabs. Quotes have no meaning.
     * `.jsonl`, `.json`: each line is an object. Types are kept. A missing key becomes None.
     * `.parquet`: types are kept.
 
     Text is UTF-8, with or without a byte order mark. Lines end in LF or CRLF.
+
+    A blank line of a CSV or TSV file with one column is a row with an empty cell. If the file has
+    more columns, a blank line is no row. A CSV file may have blank lines anywhere, and a TSV file
+    at its end.
 
     Args:
       path: the file.
@@ -48,7 +51,8 @@ def read_table(path: str, columns: Sequence[str] = ()) -> Dataset:
 
     Raises:
       UserError: there is no such file, its contents do not match its ending, it has no rows, a row
-        has too many or too few cells, or a column name occurs twice.
+        has too many or too few cells, a column name occurs twice, or `columns` are given and the
+        file has them in a header.
     """
     require_file(path)
     ending = os.path.splitext(path)[1].lower()
@@ -127,9 +131,9 @@ def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
         # In TSV, rows are split at LF only. Python's universal newlines would also split at a
         # single CR.
         with open(path, encoding="utf-8-sig", newline="" if is_csv else "\n") as handle:
-            rows = _csv_rows(handle, path) if is_csv else _tsv_rows(handle)
+            lines = _csv_rows(handle, path) if is_csv else _tsv_rows(handle)
             names_from = "columns" if names else "the header"
-            names = names or next(rows, (1, []))[1]
+            names = names or next((cells for _, cells in lines if cells), [])
             require(names, f"{path}: the file has blank lines only; write a header and rows")
             repeated = sorted({name for name in names if names.count(name) > 1})
             require(
@@ -137,7 +141,8 @@ def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
                 f"{path}, line 1: column {', '.join(map(repr, repeated))} occurs more than once in "
                 f"{names_from}; give each column its own name",
             )
-            checked = _checked(rows, len(names), path, names_from, is_csv)
+            rows = _with_blank_cells(lines) if len(names) == 1 else _without_blank(lines, is_csv)
+            checked = _checked(rows, names, path, names_from, is_csv)
             tables = [pa.schema([(name, pa.string()) for name in names]).empty_table()]
             while chunk := list(itertools.islice(checked, _ROWS_AT_ONCE)):
                 cells = [pa.array(column, pa.string()) for column in zip(*chunk, strict=True)]
@@ -148,7 +153,7 @@ def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
 
 
 def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]]]:
-    """Yields (number of the line where the row starts, cells).
+    """Yields (number of the line where the row starts, cells). A blank line has no cells.
 
     The reader is strict, because otherwise a stray quote would silently join rows.
     """
@@ -156,8 +161,7 @@ def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]
     line = 1
     try:
         for cells in reader:
-            if cells:
-                yield line, cells
+            yield line, cells
             line = reader.line_num + 1
     except csv.Error as error:
         raise UserError(
@@ -167,29 +171,58 @@ def _csv_rows(handle: Iterable[str], path: str) -> Iterator[tuple[int, list[str]
 
 
 def _tsv_rows(handle: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """Yields (line number, cells). A blank line is a row only if another row comes after it."""
-    blank: list[int] = []
+    """Yields (line number, cells). A blank line has no cells."""
     for number, line in enumerate(handle, start=1):
         line = line.removesuffix("\n").removesuffix("\r")
-        if not line:
-            blank.append(number)
-            continue
-        yield from ((skipped, [""]) for skipped in blank)
-        blank.clear()
-        yield number, line.split("\t")
+        yield number, line.split("\t") if line else []
+
+
+def _with_blank_cells(lines: Iterable[tuple[int, list[str]]]) -> Iterator[tuple[int, list[str]]]:
+    """Yields the lines. A blank line becomes a row with one empty cell."""
+    for number, cells in lines:
+        yield number, cells or [""]
+
+
+def _without_blank(
+    lines: Iterable[tuple[int, list[str]]], anywhere: bool
+) -> Iterator[tuple[int, list[str]]]:
+    """Yields the lines without blank lines: those at the end only, or those anywhere."""
+    blank: list[tuple[int, list[str]]] = []
+    for number, cells in lines:
+        if cells:
+            yield from blank
+            blank.clear()
+            yield number, cells
+        elif not anywhere:
+            blank.append((number, [""]))
 
 
 def _checked(
-    rows: Iterable[tuple[int, list[str]]], width: int, path: str, names_from: str, is_csv: bool
+    rows: Iterable[tuple[int, list[str]]],
+    names: Sequence[str],
+    path: str,
+    names_from: str,
+    is_csv: bool,
 ) -> Iterator[list[str]]:
-    """Yields the cells of each row. Raises `UserError` if a row does not have `width` cells."""
+    """Yields the cells of each row.
+
+    Raises:
+      UserError: a row does not have a cell for each name, or the first row has the names as cells.
+    """
     advice = "put quotes around a cell with a comma" if is_csv else "a cell cannot hold a tab"
+    is_header = names_from == "columns"
     for line, cells in rows:
-        if len(cells) != width:
-            few = "few" if len(cells) < width else "many"
+        if is_header and [cell.strip() for cell in cells] == list(names):
+            raise UserError(
+                f"{path}, line {line}: is a header with the names {', '.join(names)}; remove "
+                "this line, or leave columns empty in the training"
+            )
+        is_header = False
+        if len(cells) != len(names):
+            few = "few" if len(cells) < len(names) else "many"
             raise UserError(
                 f"{path}, line {line}: too {few} cells, {len(cells)} where {names_from} has "
-                f"{width}; {advice}"
+                f"{len(names)}; {advice}"
             )
         yield cells
 

@@ -5,22 +5,62 @@ joins two columns with a space, and `options[2]` is the third element of each li
 column has the whole expression as its name, the expression means this column.
 """
 
+import collections
 import dataclasses
 import hashlib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import Any, Self
 
 from gptjax.data.tables.files import Dataset
-from gptjax.errors import nearest, require
+from gptjax.errors import UserError, nearest, require
 
 _ELEMENT = re.compile(r"(.+)\[(\d+)\]")
 
 
+def is_missing(value: Any) -> bool:
+    """Returns whether a cell has no value: None, NaN, NaT or pandas' NA.
+
+    >>> [is_missing(value) for value in (None, math.nan, "nan", "", 0)]
+    [True, True, False, False, False]
+    """
+    if value is None or isinstance(value, str):
+        return value is None
+    try:
+        return bool(value != value)  # only NaN and NaT differ from themselves
+    except TypeError:  # pandas' NA compares to NA, which has no truth value
+        return True
+    except ValueError:  # an array
+        return False
+
+
 def as_text(value: Any) -> str:
-    """Returns the value of a cell as text. None becomes the empty string."""
-    return "" if value is None else str(value)
+    """Returns the value of a cell as text. A missing value becomes the empty string."""
+    return "" if is_missing(value) else str(value)
+
+
+def same_label(label: str, other: str) -> bool:
+    """Returns whether two labels are equal as texts or as numbers, without spaces around them.
+
+    >>> same_label("-1.0", "-1"), same_label("1", "one")
+    (True, False)
+    """
+    number = as_number(label)
+    return label.strip() == other.strip() or (number is not None and number == as_number(other))
+
+
+def as_number(text: str) -> float | None:
+    """Returns the finite number that a text denotes; None if it denotes no such number.
+
+    >>> as_number("1.0"), as_number("one"), as_number("nan")
+    (1.0, None, None)
+    """
+    try:
+        number = float(text)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _parts(expression: str, existing: Collection[str]) -> list[tuple[str, int | None]]:
@@ -97,9 +137,12 @@ class LabelledTable:
     def columns(self, expressions: Iterable[str]) -> dict[str, list[Any]]:
         """Returns a dictionary: expression -> values, one value for each row.
 
+        A value is a text, a number, a truth value or a time. A missing value (see `is_missing`) is
+        None. Bytes become text.
+
         Raises:
-          UserError: an expression reads an element that the list of a row does not have, or the
-            columns have different lengths.
+          UserError: a cell is a list, a structure or bytes that are not UTF-8, an expression reads
+            an element that the list of a row does not have, or the columns have different lengths.
         """
         values = {expression: self._column(expression) for expression in expressions}
         lengths = {len(column) for column in values.values()}
@@ -115,38 +158,87 @@ class LabelledTable:
     def _part(self, column: str, index: int | None) -> list[Any]:
         """Returns the values of a column, or the element at an index of each list in a column."""
         values = list(self.rows[column])
-        if index is None:
-            return values
-        for i, cell in enumerate(values):
-            count = len(cell) if isinstance(cell, list | tuple) else None
-            problem = "is no list" if count is None else f"has {count} elements"
-            require(
-                count is not None and index < count,
-                f"{self.cell(i, column)}: {problem}; {column}[{index}] needs at least {index + 1}",
+        if index is not None:
+            for i, cell in enumerate(values):
+                count = len(cell) if _is_list(cell) else None
+                problem = "is no list" if count is None else f"has {count} elements"
+                require(
+                    count is not None and index < count,
+                    f"{self.cell(i, column)}: {problem}; {column}[{index}] needs at least "
+                    f"{index + 1}",
+                )
+            values = [cell[index] for cell in values]
+        element = "" if index is None else f"[{index}]"
+        return [
+            value if type(value) is str else self._plain(value, i, column + element)
+            for i, value in enumerate(values)
+        ]
+
+    def _plain(self, value: Any, index: int, column: str) -> Any:
+        """Returns a cell as `columns` describes it.
+
+        Args:
+          value: the cell.
+          index: the index of its row.
+          column: the name of its column, for error messages.
+        """
+        if isinstance(value, bytes | bytearray | memoryview):
+            try:
+                return bytes(value).decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(
+                    f"{self.cell(index, column)}: bytes that are not UTF-8 ({error.reason} at byte "
+                    f"{error.start}); write the column as text"
+                ) from error
+        if _is_list(value):
+            raise UserError(
+                f"{self.cell(index, column)}: is a list, not a text or a number; write {column}[0] "
+                "for its first element, or join the elements in the data"
             )
-        return [cell[index] for cell in values]
+        require(
+            not isinstance(value, Mapping | Set),
+            f"{self.cell(index, column)}: is a {type(value).__name__}, not a text or a number; "
+            "write the part that is needed into a column of its own",
+        )
+        return None if is_missing(value) else value
+
+
+def _is_list(cell: Any) -> bool:
+    """Returns whether a cell is a list. An array of NumPy is one, but a number of NumPy is none."""
+    return isinstance(cell, list | tuple) or getattr(cell, "ndim", 0) > 0
 
 
 def holdout(
-    table: LabelledTable, columns: Sequence[str], fraction: float, seed: int
+    table: LabelledTable,
+    columns: Sequence[str],
+    fraction: float,
+    seed: int,
+    class_column: str = "",
 ) -> tuple[LabelledTable, LabelledTable]:
     """Splits rows into (train, validation). No text is in both, and all machines split alike.
 
     Rows with the same text form a group, and all rows of a group are in the same split. The
-    comparison ignores case and white space. The groups are sorted by a hash of seed and text. Whole
-    groups are held out, in this order, until validation has at least ceil(fraction * rows) rows.
-    Both splits keep the order of the rows.
+    comparison ignores case and white space. The groups are sorted by a hash of seed and text, and
+    are held out in this order until validation has ceil(fraction * rows) rows. A group is passed
+    over if it would exceed this number. If even the smallest group exceeds it, this group is held
+    out alone, but only if it has at most twice the number of rows.
+
+    Each class has the same fraction of its rows in validation, to within one row, and keeps at
+    least one row for training. If the groups do not allow this, these two rules give way, in this
+    order. Both splits keep the order of the rows.
 
     Args:
       table: the rows.
       columns: names of the columns, or expressions, whose text is compared.
       fraction: the fraction of the rows to hold out, between 0 and 1.
       seed: a number that changes the hash. Another seed holds out other rows.
+      class_column: the column, or expression, of the class of a row. Validation then has about the
+        same fraction of each class. An empty string means that the rows have no classes.
 
     Raises:
-      UserError: a split would be empty.
+      UserError: a split would be empty, or validation would be far from the fraction.
     """
-    compared = table.columns(table.sources(columns)).values()
+    compared = [list(table.rows[name]) for name in table.sources(columns)]
     groups: dict[bytes, list[int]] = {}
     for index, row in enumerate(zip(*compared, strict=True)):
         text = "\x1f".join(" ".join(as_text(cell).casefold().split()) for cell in row)
@@ -154,11 +246,11 @@ def holdout(
         groups.setdefault(hashlib.blake2b(data, digest_size=16).digest(), []).append(index)
     count = sum(map(len, groups.values()))
     wanted = math.ceil(fraction * count)
-    held_out: set[int] = set()
-    for name in sorted(groups):
-        if len(held_out) >= wanted:
-            break
-        held_out.update(groups[name])
+    ordered = [groups[name] for name in sorted(groups)]
+    classes = [""] * count
+    if class_column:
+        classes = [as_text(value).strip() for value in table.columns([class_column])[class_column]]
+    held_out = _chosen(ordered, classes, wanted)
     require(
         0 < len(held_out) < count,
         f"{table.source}: cannot hold out {fraction:g} of {count} rows with {len(groups)} "
@@ -167,3 +259,56 @@ def holdout(
     kept = [index for index in range(count) if index not in held_out]
     parent = dataclasses.replace(table, part_of=table.source)
     return parent.select(kept), parent.select(sorted(held_out))
+
+
+def _chosen(groups: Sequence[list[int]], classes: Sequence[str], wanted: int) -> set[int]:
+    """Returns the rows that `holdout` holds out.
+
+    Args:
+      groups: the rows of each group, in the order in which groups are held out.
+      classes: the class of each row.
+      wanted: the number of rows to hold out.
+    """
+    sizes = collections.Counter(classes)
+    shares, held = _shares(sizes, wanted), collections.Counter[str]()
+    held_out: set[int] = set()
+
+    def hold_out(limits: Mapping[str, int]) -> None:
+        """Holds out all groups that fit. `limits` has the largest number of rows of each class."""
+        for group in groups:
+            if group[0] in held_out or len(held_out) + len(group) > wanted:
+                continue
+            own = collections.Counter(classes[row] for row in group)
+            if all(held[name] + number <= limits[name] for name, number in own.items()):
+                held.update(own)
+                held_out.update(group)
+
+    hold_out(shares)
+    hold_out({name: max(size - 1, shares[name]) for name, size in sizes.items()})
+    if 2 * len(held_out) < wanted:  # nearly every row has a class of its own
+        hold_out(sizes)
+    smallest = min(groups, key=len, default=[])
+    if not held_out and len(smallest) <= 2 * wanted:
+        held_out.update(smallest)
+    return held_out
+
+
+def _shares(sizes: collections.Counter[str], wanted: int) -> collections.Counter[str]:
+    """Returns the number of rows of each class to hold out, by the method of largest remainders.
+
+    >>> sorted(_shares(collections.Counter(a=70, b=29, c=1), 10).items())
+    [('a', 7), ('b', 3), ('c', 0)]
+
+    Args:
+      sizes: the number of rows of each class.
+      wanted: the number of rows to hold out, of all classes together.
+    """
+    total = sizes.total()
+    shares = collections.Counter({name: wanted * sizes[name] // total for name in sizes})
+    order = sorted(sizes, key=lambda name: (-(wanted * sizes[name] % total), name))
+    for name in order[: wanted - shares.total()]:
+        shares[name] += 1
+    if len(sizes) > 1:
+        for name, size in sizes.items():
+            shares[name] = min(shares[name], size - 1)
+    return shares

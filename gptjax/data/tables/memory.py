@@ -1,20 +1,19 @@
 """Tables in memory, in the forms that Python programs use.
 
-A table is a mapping of column names to values, a list of mappings (one mapping for each row), a
-pandas DataFrame, a pyarrow Table, a `datasets.Dataset`, or another object that exports Arrow data,
-such as a polars DataFrame. The form of a table is recognised by its methods, so pandas need not be
-installed.
+A table is a mapping of column names to values, a list or an iterator of mappings (one mapping for
+each row, such as a `csv.DictReader`), a pandas DataFrame, a pyarrow Table, a `datasets.Dataset`, or
+another object that exports Arrow data, such as a polars DataFrame. The form of a table is
+recognised by its methods, so pandas need not be installed.
 """
 
 import collections
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import pyarrow as pa
 
 from gptjax.data.tables.files import Dataset, to_dataset
-from gptjax.data.tables.labelled import LabelledTable
+from gptjax.data.tables.labelled import LabelledTable, is_missing
 from gptjax.errors import UserError, require
 
 Table = Any
@@ -56,7 +55,11 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
         rows = table.with_format(None)  # another format, such as "torch", would give tensors
         return _Columns({name: rows[name] for name in rows.column_names})
     if isinstance(table, Mapping):
-        by_name = {str(name): cells for name, cells in table.items()}
+        # An iterator is read here, because later code reads columns several times.
+        by_name = {
+            str(name): list(cells) if isinstance(cells, Iterator) else cells
+            for name, cells in table.items()
+        }
         for name, cells in by_name.items():
             _check_column(name, cells, source)
         return _Columns(by_name)
@@ -64,8 +67,8 @@ def columns(table: Table, source: str, default: Sequence[str] = ()) -> Columns:
         arrow = table if isinstance(table, pa.Table) else pa.table(table)
         _require_different(arrow.column_names, source)
         return _Columns(zip(arrow.column_names, arrow.columns, strict=True))
-    if isinstance(table, Sequence) and not isinstance(table, str | bytes):
-        return _of_rows(table, source, default)
+    if isinstance(table, Sequence | Iterator) and not isinstance(table, str | bytes):
+        return _of_rows(list(table), source, default)
     raise UserError(
         f"{source}: is a {type(table).__name__}; give a mapping of column names to lists, a list "
         "of mappings, a pandas DataFrame, a pyarrow Table or a datasets.Dataset"
@@ -85,8 +88,8 @@ def dataset(table: Table, source: str, needed: Sequence[str]) -> Dataset:
     """
     labelled = LabelledTable(columns(table, source), source)
     labelled.require_columns(needed)
-    cells = labelled.columns(labelled.sources(needed))
-    return to_dataset(pa.table({name: _array(column) for name, column in cells.items()}))
+    labelled.columns(needed)  # it raises for wrong cells and lengths
+    return to_dataset(pa.table({name: _array(labelled, name) for name in labelled.sources(needed)}))
 
 
 def _require_different(names: Sequence[str], source: str) -> None:
@@ -100,7 +103,7 @@ def _check_column(name: Any, cells: Any, source: str) -> None:
     split = hasattr(cells, "column_names")
     require(not split, f"{source}: has several splits; give one of them, such as [{name!r}]")
     require(
-        hasattr(cells, "__len__") and not isinstance(cells, str | bytes | Mapping),
+        hasattr(cells, "__len__") and not isinstance(cells, str | bytes | Mapping | Set),
         f"{source}: column {name!r} is a {type(cells).__name__}; give a list with one value a row",
     )
 
@@ -118,26 +121,25 @@ def _of_rows(rows: Sequence[Any], source: str, default: Sequence[str]) -> Column
 
 
 def _values(column: Any) -> list[Any]:
-    """Returns a column of any library as a list. Missing values, and NaN, become None."""
-    if hasattr(column, "isna"):  # pandas marks missing values with NaN and other objects
-        missing = column.isna().tolist()
-        return [None if no else cell for cell, no in zip(column.tolist(), missing, strict=True)]
+    """Returns a column of any library as a list. Missing values (see `is_missing`) become None."""
     for method in ("to_pylist", "tolist"):  # methods of Arrow and of NumPy
         if hasattr(column, method):
             column = getattr(column, method)()
             break
-    return [None if isinstance(x, float) and math.isnan(x) else x for x in column]
+    return [None if is_missing(cell) else cell for cell in column]
 
 
-def _array(cells: Sequence[Any]) -> pa.Array:
-    """Returns an Arrow array of cells.
+def _array(table: LabelledTable, name: str) -> pa.Array:
+    """Returns an Arrow array of the cells of a column.
 
     If the cells have several types, or no type of Arrow, they become texts. Later code
     converts cells to text or numbers in any case.
     """
+    cells = list(table.rows[name])
     if len({type(cell) for cell in cells if cell is not None}) < 2:
         try:
             return pa.array(cells)
         except (ValueError, TypeError, NotImplementedError, OverflowError):  # no Arrow type
             pass
-    return pa.array([None if cell is None else str(cell) for cell in cells], pa.string())
+    plain = table.columns([name])[name]
+    return pa.array([None if cell is None else str(cell) for cell in plain], pa.string())

@@ -16,16 +16,17 @@ import pyarrow as pa
 from gptjax.config.schema import LineBreaks, split_names
 from gptjax.data import cache, fingerprints
 from gptjax.data.tables.files import bad_byte, read_table, require_file
-from gptjax.data.tables.labelled import LabelledTable
+from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.errors import UserError, require
 
 PIECE_CHARACTERS = 1 << 16
-_VERSION = 1  # raise it when `read_text` makes other rows from the same files
+_VERSION = 2  # raise it when `read_text` makes other rows from the same files
 _WORTH_CACHING = 1 << 25  # in bytes. Smaller files are read within a second
 _DOCUMENTS = (".jsonl", ".parquet")
 _WRAP_SAMPLE_LINES = 20_000
 _WRAP_WINDOW = 64
 _ROWS_AT_ONCE = 100
+_DOCUMENTS_AT_ONCE = 1000
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -182,9 +183,13 @@ def _lines(path: str) -> Iterator[str]:
     if path.lower().endswith(_DOCUMENTS):
         documents = read_table(path)
         LabelledTable(documents, path).require_columns(["text"])
-        for batch in documents.select_columns("text").iter(1000):
-            for text in batch["text"]:
-                yield from (line + "\n" for line in f"{text or ''}\n".split("\n"))
+        first = 1
+        for batch in documents.select_columns("text").iter(_DOCUMENTS_AT_ONCE):
+            numbers = range(first, first + _DOCUMENTS_AT_ONCE)
+            table = LabelledTable(batch, path, numbers=numbers)
+            first += _DOCUMENTS_AT_ONCE
+            for text in table.columns(["text"])["text"]:
+                yield from (line + "\n" for line in f"{as_text(text)}\n".split("\n"))
         return
     try:
         with open(path, encoding="utf-8-sig", newline="\n") as handle:
