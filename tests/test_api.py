@@ -279,7 +279,9 @@ def test_progress_is_shown_as_lines_where_no_one_watches(capsys):
     overrides = TINY | FINETUNE
     gptjax.finetune(rows_of("train"), overrides=overrides)
     out, err = capsys.readouterr()
-    assert re.search("^finetune: [0-9]+ train examples$", out, re.MULTILINE)
+    assert re.search(
+        r"^finetune: [0-9]+ train examples, [0-9.]+% unknown tokens$", out, re.MULTILINE
+    )
     assert "finetune 8/8 loss" in err
 
 
