@@ -52,6 +52,10 @@ class Examples:
     padding_start: np.ndarray | None = None
     """int32 [n * C]: the index of the first padding token in each sequence. None means that the
     sequences are not padded, because the task head is not flattened."""
+    hidden: np.ndarray | None = None
+    """[total number of tokens, D]: the hidden states of all sequences after the frozen blocks, one
+    sequence after the other. None means that no block is frozen. The array is usually a file that
+    is mapped into memory (`gptjax.data.states`)."""
 
     def __len__(self) -> int:
         return len(self.tokens) // self.num_candidates
@@ -61,6 +65,11 @@ class Examples:
         """int32 [n]: the number of tokens of each example, in all its sequences together."""
         lengths = np.array([len(sequence) for sequence in self.tokens], np.int32)
         return lengths.reshape(-1, self.num_candidates).sum(axis=1, dtype=np.int32)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [n]: the index in `hidden` of the first token of each example."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     @property
     def max_sequence_length(self) -> int:
