@@ -84,14 +84,18 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
       UserError: there is no such variant.
     """
     known: dict[str, dict[str, Any]] = {
-        "full": {}, "no_pretraining": {"transfer": "none"}, "no_lm": {"lm_weight": 0.0},
-    }  # fmt: skip
+        "full": {},
+        # Layers that are not pretrained are not frozen.
+        "no_pretraining": {"transfer": "none", "freeze": 0},
+        "no_lm": {"lm_weight": 0.0},
+    }
     if name in known:
         return dataclasses.replace(config, **known[name])
     kind, _, value = name.partition("=")
     try:
         if kind == "layers" and value.isdecimal():
-            return dataclasses.replace(config, transfer=value)
+            frozen = min(config.freeze, int(value))
+            return dataclasses.replace(config, transfer=value, freeze=frozen)
         if kind == "lambda" and float(value) >= 0:
             return dataclasses.replace(config, lm_weight=float(value))
     except ValueError:

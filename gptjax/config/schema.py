@@ -446,6 +446,10 @@ class FinetuneConfig(_Config):
     )
     """The pretrained weights to start from: all, none, or a number N (the embeddings and the first
     N layers)."""
+    freeze: int = not_negative(0)
+    """Layers at the bottom that keep their first weights, as the embeddings then do too. Only the
+    layers above them and the heads are trained. The frozen layers have no dropout, and their output
+    for each text is computed once and kept in the cache. 0 means that everything is trained."""
     optimizer: OptimizerConfig = dataclasses.field(
         default_factory=lambda: OptimizerConfig(
             learning_rate=6.25e-5, schedule="linear", warmup_fraction=0.002

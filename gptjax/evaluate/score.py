@@ -21,6 +21,7 @@ from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples
 from gptjax.evaluate import metrics
 from gptjax.mesh import Params
+from gptjax.model import frozen as frozen_lib
 from gptjax.model.gpt import GPT, run
 from gptjax.model.losses import Sum
 from gptjax.model.objective import Losses, Objective, forward
@@ -55,12 +56,15 @@ class Evaluator:
       objective: the losses that are computed, and their weights.
       check_stop: a function that is called before each batch. It raises `StopRequested` if the
         evaluation must end.
+      frozen: the number of frozen blocks (see `gptjax.model.frozen`). If it is not 0, the examples
+        have `Examples.hidden`.
     """
 
     model: GPT
     mesh: Mesh
     objective: Objective = dataclasses.field(default_factory=Objective)
     check_stop: Callable[[], None] = never_stop
+    frozen: int = 0
 
     def stoppable(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields the batches, and calls `check_stop` before each batch."""
@@ -97,7 +101,7 @@ class Evaluator:
 
         The outputs are in the order of the examples.
         """
-        step = jit_eval_step(self.mesh, self.model, self.objective)
+        step = jit_eval_step(self.mesh, self.model, self.objective, self.frozen)
         local = functools.partial(mesh_lib.local_rows, self.mesh)
         sums: list[Losses] = []
         waiting: list[Any] = []
@@ -173,11 +177,21 @@ def _mean(parts: list[Sum]) -> float:
 
 @functools.cache
 def jit_eval_step(
-    mesh: Mesh, model: GPT, objective: Objective
+    mesh: Mesh, model: GPT, objective: Objective, frozen: int = 0
 ) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:
     """Returns the jitted function `forward` without dropout.
 
     The sums of losses and the logits that it returns are replicated over the devices.
+
+    Args:
+      mesh: the devices.
+      model: the whole model.
+      objective: the losses to compute.
+      frozen: the number of frozen blocks. If it is not 0, the batches have `Batch.hidden`.
     """
-    step = functools.partial(forward, model, objective)
+    upper = frozen_lib.upper_model(model, frozen)
+
+    def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
+        return forward(upper, objective, frozen_lib.upper_params(params, frozen), batch)
+
     return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

@@ -270,6 +270,10 @@ def _build_stages(experiment: Experiment, setup: Setup, data: dict[str, Any]) ->
         stages.append(stage)
         if experiment.finetune.compare_from_scratch:
             name = schema.Stage.FINETUNE_FROM_SCRATCH
+            if experiment.finetune.freeze:
+                # Frozen random blocks would be no fair comparison.
+                config = dataclasses.replace(experiment.finetune, freeze=0)
+                stage = stages_lib.finetune(config, data["finetune"], setup)
             stages.append(dataclasses.replace(stage, name=name, notes=()))
     return stages
 
@@ -329,6 +333,8 @@ def _train_stage(
         finished = old if start == stage.total_steps else None
         if not finished:
             context.log.rewind(stage.name, start)
+        if not (finished and checkpoints.metrics(start)):
+            stage = _with_states(context, stage, state.params)
         trainer = Trainer(context, stage, checkpoints, meta, state)
         speed = trainer.train()
         # These variables hold the buffers of the training state. Without them the memory is free.
@@ -339,6 +345,28 @@ def _train_stage(
     measured = speed or old or {}
     speed = {name: measured.get(name, 0.0) for name in ("tokens_per_second", "input_wait")}
     return params, finished or _summarise_stage(context, stage, params, scores, speed)
+
+
+def _with_states(context: RunContext, stage: Stage, params: Params) -> Stage:
+    """Returns the stage with the hidden states of its frozen blocks, if it has frozen blocks.
+
+    Raises:
+      Preempted: the run was asked to stop.
+    """
+    if stage.read_states is None:
+        return stage
+    say, experiment = context.options.reporter.say, context.experiment
+    pretrained = (experiment.pretrain or experiment.init_from) and stage.transfer != "none"
+    if not pretrained or (stage.transfer.isdecimal() and int(stage.transfer) < stage.frozen):
+        say(
+            f"{stage.name}: the frozen blocks have random weights and are not trained; set "
+            "`init_from`, or `finetune.freeze`=0"
+        )
+    try:
+        return stage.read_states(params, say)
+    except StopRequested:
+        text = "asked to stop before the first step; the same command starts again"
+        raise Preempted(f"{stage.name}: {text}") from None
 
 
 def _open_checkpoints(context: RunContext, stage: Stage) -> Store:
