@@ -130,7 +130,18 @@ class Evaluator:
         spec: TaskSpec,
         metric_names: tuple[str, ...],
     ) -> dict[str, float]:
-        """Scores the model on labelled examples.
+        """Scores the model on labelled examples. These are the scores of `task_with_answers`."""
+        return self.task_with_answers(params, examples, packer, spec, metric_names)[0]
+
+    def task_with_answers(
+        self,
+        params: Params,
+        examples: Examples,
+        packer: Packer,
+        spec: TaskSpec,
+        metric_names: tuple[str, ...],
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """Scores the model on labelled examples, and returns its answers too.
 
         Args:
           params: the parameters of the model.
@@ -140,8 +151,9 @@ class Evaluator:
           metric_names: names from `metrics.parse`.
 
         Returns:
-          "loss" (the joint loss, which is the weighted sum of both losses), "task_loss", "lm_loss"
-          and the metrics.
+          The scores and the answers. The scores are "loss" (the joint loss, which is the weighted
+          sum of both losses), "task_loss", "lm_loss" and the metrics. The answers are those of
+          `predictions`.
         """
         outputs = self.outputs(params, examples, packer)
         assert examples.labels is not None
@@ -152,7 +164,8 @@ class Evaluator:
             "task_loss": outputs.task_loss,
             "lm_loss": outputs.lm_loss,
         }
-        return losses | metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
+        found = metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
+        return losses | found, answers
 
 
 def lm_logits(

@@ -33,6 +33,8 @@ Scores = dict[str, float]
 Scorer = Callable[[Params], Scores]
 """A function that returns the losses and metrics of the given parameters on one split. It raises
 `StopRequested` if the run was asked to stop."""
+AnswerScorer = Callable[[Params], tuple[Scores, np.ndarray]]
+"""A scorer of a fine-tuning that also returns the answers, as `score.predictions` returns them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,8 +48,9 @@ class Stage:
     batches: loader.Batches
     validate: Scorer
     """The function that scores the validation split."""
-    test: Scorer | None = None
-    """The function that scores the test split. None means that the stage has no test split."""
+    final: dict[str, AnswerScorer] = dataclasses.field(default_factory=dict)
+    """Name of a split (validation, and test if there is one) -> the function that scores it at the
+    end. A pretraining has none."""
     metric: str
     """The name of the validation score that selects the best checkpoint."""
     eval_every: int
@@ -64,6 +67,11 @@ class Stage:
     baselines: dict[str, Scores] = dataclasses.field(default_factory=dict)
     """Name of a split -> the scores of the majority-class baseline, which always gives the most
     frequent answer (the mean in a regression)."""
+    labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Name of a split -> its labels, as `tasks.label_ids` returns them."""
+    tables: dict[str, LabelledTable] = dataclasses.field(default_factory=dict)
+    """Name of a split -> the rows that the linear model reads. It is empty if there is to be no
+    linear model."""
     notes: tuple[str, ...] = ()
     """The lines for the user about the data and the steps."""
     validation_tokens: int = 0
@@ -188,7 +196,7 @@ def pretrain(
     )
 
 
-def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
+def with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
     """Returns the task with its label names, which are all labels of the training file.
 
     If the validation split was held out of the training file, the labels of the validation split
@@ -283,7 +291,7 @@ def _task_spec(config: FinetuneConfig, setup: Setup, data: dict[str, LabelledTab
     If the task head reads the states of all tokens of a sequence (`Head.FLATTEN`), the task also
     gets the length to which all sequences are padded.
     """
-    spec = _with_labels(splits.task_spec(config), data)
+    spec = with_labels(splits.task_spec(config), data)
     if config.head != schema.Head.FLATTEN:
         return spec
     length = tasks.padded_length(spec, data["train"], setup.tokenizer, setup.model.context_length)
@@ -327,23 +335,24 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     evaluator = Evaluator(model, mesh, objective, setup.check_stop, config.freeze)
 
-    def scorer(split: Examples) -> Scorer:
+    def scorer(split: Examples) -> AnswerScorer:
         """Returns the function that scores a split.
 
         The scores are "loss" (the joint loss), "task_loss", "lm_loss" and the metrics.
         """
         rows = Packer(split.lengths, size, packer.row_length, devices, sequence_means)
-        return lambda params: evaluator.task(params, split, rows, spec, metric_names)
+        return lambda params: evaluator.task_with_answers(params, split, rows, spec, metric_names)
 
     local = functools.partial(mesh_lib.local_rows, mesh)
     kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
 
     def readers(splits: Splits) -> dict[str, Any]:
         """Returns the fields of the stage that read the examples."""
+        scorers = {name: scorer(split) for name, split in splits.items() if name != "train"}
         return {
             "batches": kind(splits["train"], packer, size, setup.seed, local),
-            "validate": scorer(splits["validation"]),
-            "test": scorer(splits["test"]) if "test" in splits else None,
+            "validate": lambda params: scorers["validation"](params)[0],
+            "final": scorers,
         }
 
     notes = [
@@ -368,6 +377,8 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         spec=spec,
         transfer=config.transfer,
         baselines=baselines,
+        labels={name: split.labels for name, split in examples.items() if name != "train"},
+        tables=data if config.baseline == schema.Baseline.LINEAR else {},
         notes=tuple(notes),
         validation_tokens=tokens["validation"],
         test_tokens=tokens.get("test", 0),
