@@ -39,7 +39,7 @@ class TokenType(enum.IntEnum):
 
 @flax.struct.dataclass
 class Batch:
-    """Packed rows. The last four fields are None in pretraining.
+    """Packed rows. The last five fields are None in pretraining.
 
     The row below holds three sequences, which are three examples of a classification (C = 1). Token
     1 is the start token. Token 2 is the extract token, which ends a sequence and whose hidden state
@@ -95,3 +95,6 @@ class Batch:
     """float32 [B, E]: 1 for an example, 0 for an empty slot."""
     labels: Array = None
     """int32 [B, E], the class or the right answer. In a regression: float32 [B, E], the target."""
+    hidden: Array = None
+    """[B, T, D] in the compute dtype: the hidden states after the frozen blocks, 0 at padding. None
+    means that no block is frozen (see `gptjax.model.frozen`)."""

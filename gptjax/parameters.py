@@ -16,6 +16,9 @@ TOKEN_EMBEDDING = "token_embedding"
 POSITION_EMBEDDING = "position_embedding"
 BLOCKS = "blocks"
 """The key of the parameters of all blocks. Each array has a leading axis of size L, the layers."""
+SEGMENT_EMBEDDING = "segment_embedding"
+EMBEDDINGS = (TOKEN_EMBEDDING, POSITION_EMBEDDING, SEGMENT_EMBEDDING)
+"""The keys of the embeddings."""
 TASK_HEAD = "task_head"
 TASK_HEAD_KERNEL = "task_head/kernel"
 TASK_HEAD_BIAS = "task_head/bias"
@@ -78,7 +81,7 @@ _ROWS = (
     Parameter(POSITION_EMBEDDING, "TD", (), 0, "positions_embed.weight"),
     Parameter(TOKEN_EMBEDDING, "VD", ("tensor", "fsdp"), 1, "tokens_embed.weight"),
     # Y is the number of token types, which is `ModelConfig.segment_types`.
-    Parameter("segment_embedding", "YD"),
+    Parameter(SEGMENT_EMBEDDING, "YD"),
     # The axis of size 3 holds query, key and value.
     Parameter(
         "blocks/attention/qkv/kernel", "D3HK", ("fsdp", None, "tensor", None),

@@ -113,7 +113,7 @@ class Files:
             f"--config.finetune.validation_file={self.validation}",
             f"--config.finetune.test_file={self.test}",
             "--config.finetune.batch_size=8", "--config.finetune.steps=40",
-            "--config.finetune.compare_from_scratch=false",
+            "--config.finetune.compare_from_scratch=false", "--config.finetune.baseline=none",
             "--config.finetune.optimizer.learning_rate=0.02",
         )  # fmt: skip
 

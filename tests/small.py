@@ -125,10 +125,9 @@ def packed(
         return np.pad(x, widths, constant_values=fill)
 
     fields = {
-        field.name: pad(
-            getattr(batch, field.name), (rows, length if field.name in sizes else slots)
-        )
+        field.name: pad(value, (rows, length if field.name in sizes else slots))
         for field in dataclasses.fields(batch)
+        if (value := getattr(batch, field.name)) is not None
     }
     return Batch(**fields), pad(index, (rows, slots), -1)
 

@@ -18,6 +18,8 @@ from gptjax.io.remote import PathLike
 
 Run = dict[str, Any]
 """The entry of one fine-tuning run in ablation.json."""
+Linear = dict[str, Any]
+"""Name of a task -> the entry of its linear model in ablation.json."""
 
 
 def _shown(metric: str, value: float | None) -> str:
@@ -72,6 +74,19 @@ def _majority_baseline(runs: Sequence[Run], task: str) -> float:
     return float(np.median(scores)) if scores else 0.0
 
 
+def _linear(linear: Linear, example: Run) -> float | None:
+    """Returns the score of a task's linear model; None if the task has no linear model.
+
+    Args:
+      linear: the linear models of the ablation.
+      example: a run of the task, which names the split and the metric.
+    """
+    score: float | None = (
+        linear.get(example["task"], {}).get(example["split"], {}).get(example["metric"])
+    )
+    return score
+
+
 def _published(variant: str, task: str, metric: str) -> float | None:
     """Returns the paper's score; None if the paper has no score, or uses another metric."""
     theirs = TASKS.get(task, {}).get("metrics", "").split(",")[0]
@@ -87,11 +102,15 @@ def _average(runs: Sequence[Run], tasks: Sequence[str], variant: str) -> str:
     return f"{100 * np.mean([np.median(s) for s in scores]):.1f}" if all(scores) else "-"
 
 
-def table(runs: Sequence[Run]) -> str:
+def table(runs: Sequence[Run], linear: Linear | None = None) -> str:
     """Returns the Markdown table with a row for each variant and a column for each task.
 
     A cell has the median over the seeds, the lowest score and the highest score. Further rows have
-    the baseline and the paper's scores. With several tasks, the last column has the average.
+    the baselines and the paper's scores. With several tasks, the last column has the average.
+
+    Args:
+      runs: the runs.
+      linear: the linear models. Without any, the table has no row of them.
     """
     tasks, variants = _unique(runs, "task"), _unique(runs, "variant")
     seeds = len(_unique(runs, "seed"))
@@ -104,6 +123,9 @@ def table(runs: Sequence[Run]) -> str:
         rows.append([variant, *cells])
     baselines = [_shown(metric[task], _majority_baseline(runs, task)) for task in tasks]
     rows.append(["*constant answer*", *baselines])
+    scores = {task: _linear(linear or {}, examples[task]) for task in tasks}
+    if any(score is not None for score in scores.values()):
+        rows.append(["*linear model*", *(_shown(metric[task], scores[task]) for task in tasks)])
     for variant in variants:
         numbers = {task: _published(variant, task, metric[task]) for task in tasks}
         if any(number is not None for number in numbers.values()):
@@ -125,7 +147,7 @@ def _text(results: dict[str, Any]) -> str:
         f"# {results['name']}: {len(runs)} fine-tunings of `{results['pretrained']}`",
         f"Medians over the seeds {', '.join(map(str, seeds))} (lowest to highest). "
         f"{minutes:.0f} minutes on {results['machine']}; written {datetime.date.today()}.",
-        table(runs),
+        table(runs, results.get("linear", {})),
     ]
     if "the paper's" in lines[-1]:
         lines.append(
@@ -136,7 +158,7 @@ def _text(results: dict[str, Any]) -> str:
     return "\n\n".join(lines) + "\n"
 
 
-def _plot(runs: Sequence[Run]) -> bytes:
+def _plot(runs: Sequence[Run], linear: Linear) -> bytes:
     """Returns a PNG with one panel for each task, in which each variant has one row of points."""
     from matplotlib.figure import Figure
 
@@ -156,6 +178,8 @@ def _plot(runs: Sequence[Run]) -> bytes:
                 axis.plot(np.median(scores), row, "|", **median)
         baseline = scale * _majority_baseline(runs, task)
         axis.axvline(baseline, color="gray", linestyle=":", label="constant answer")
+        if (score := _linear(linear, first)) is not None:
+            axis.axvline(scale * score, color="gray", linestyle="--", label="linear model")
         axis.set_title(task)
         axis.set_xlabel(f"{first['split']} {first['metric']}{unit}")
         axis.set_yticks(range(len(variants)), variants)
@@ -163,14 +187,14 @@ def _plot(runs: Sequence[Run]) -> bytes:
     axes[0].set_ylim(len(variants) - 0.5, -0.5)
     handles, labels = axes[0].get_legend_handles_labels()
     marks = dict(zip(labels, handles, strict=True))
-    figure.legend(marks.values(), marks, loc="outside lower center", ncols=3, markerscale=0.5)
+    figure.legend(marks.values(), marks, loc="outside lower center", ncols=4, markerscale=0.5)
     return png(figure)
 
 
 def write(workdir: PathLike) -> str:
     """Writes ablation.md and ablation.png from ablation.json. Returns the text of ablation.md."""
     results = read_json(os.path.join(workdir, "ablation.json"))
-    text = _text(results)
+    text, plot = _text(results), _plot(results["runs"], results.get("linear", {}))
     write_atomically(os.path.join(workdir, "ablation.md"), text.encode())
-    write_atomically(os.path.join(workdir, "ablation.png"), _plot(results["runs"]))
+    write_atomically(os.path.join(workdir, "ablation.png"), plot)
     return text

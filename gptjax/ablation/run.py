@@ -2,8 +2,8 @@
 
 A variant changes one thing in the fine-tuning of a task. All variants of all tasks start from one
 pretrained model, and each of them is trained with N seeds. The table has the median, the lowest and
-the highest score, the score of the majority-class baseline (for regression, of the mean), and the
-paper's score if the paper has the same variant of the same task.
+the highest score, the score of the majority-class baseline (for regression, of the mean), the score
+of a linear model, and the paper's score if the paper has the same variant of the same task.
 """
 
 import collections
@@ -32,6 +32,7 @@ from gptjax.evaluate import metrics
 from gptjax.evaluate.formatting import format_score
 from gptjax.io import files
 from gptjax.io.remote import exists
+from gptjax.train import final, stages
 from gptjax.train import run as run_lib
 from gptjax.train.progress import Reporter, TerminalReporter
 
@@ -84,14 +85,18 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
       UserError: there is no such variant.
     """
     known: dict[str, dict[str, Any]] = {
-        "full": {}, "no_pretraining": {"transfer": "none"}, "no_lm": {"lm_weight": 0.0},
-    }  # fmt: skip
+        "full": {},
+        # Layers that are not pretrained are not frozen.
+        "no_pretraining": {"transfer": "none", "freeze": 0},
+        "no_lm": {"lm_weight": 0.0},
+    }
     if name in known:
         return dataclasses.replace(config, **known[name])
     kind, _, value = name.partition("=")
     try:
         if kind == "layers" and value.isdecimal():
-            return dataclasses.replace(config, transfer=value)
+            frozen = min(config.freeze, int(value))
+            return dataclasses.replace(config, transfer=value, freeze=frozen)
         if kind == "lambda" and float(value) >= 0:
             return dataclasses.replace(config, lm_weight=float(value))
     except ValueError:
@@ -221,6 +226,8 @@ class _Runner:
         self._seconds_before, self._began = old.get("seconds", 0.0), time.monotonic()
         # Results of variants and seeds that this command leaves out stay in the file.
         self._records = {Job(r["task"], r["variant"], r["seed"]): r for r in old.get("runs", ())}
+        # Name of a task -> the entry of its linear model, as in the summary of a run.
+        self._linear: dict[str, Any] = old.get("linear", {})
 
     def run(self, meshes: list[Mesh]) -> None:
         """Runs the fine-tuning runs. Each mesh has one of them at a time.
@@ -258,12 +265,30 @@ class _Runner:
         for error in errors:
             if not isinstance(error, Preempted | StopRequested):
                 raise error
-        if errors:
+        try:
+            if errors:
+                raise StopRequested
+            self._fit_linear_models()
+        except StopRequested:
             done = sum(job in self._records for job in jobs)
             raise Preempted(
                 f"ablate: asked to stop after {done} of {len(jobs)} fine-tunings; the "
                 "same command goes on"
-            )
+            ) from None
+
+    def _fit_linear_models(self) -> None:
+        """Fits the linear model of each task that has none yet, on the rows of the first seed."""
+        for task, config in self.ablation.tasks.items():
+            if task in self._linear or config.baseline == schema.Baseline.NONE:
+                continue
+            data = splits.labelled_splits(config, self.ablation.experiment.seed)
+            spec = stages.with_labels(splits.task_spec(config), data)
+            names = metrics.parse(config.metrics, config.task)
+            seconds = [r["seconds"] for job, r in self._records.items() if job.task == task]
+            limit = final.linear_seconds(sum(seconds))
+            self._linear[task] = final.linear_entry(spec, data, names, limit, self.check_stop)
+            self.reporter.say(f"{task}: {final.describe(self._linear[task])}")
+            self._write_results()
 
     def _check_stop_or_failure(self) -> None:
         """Raises `StopRequested` if the process was asked to stop or another job has failed."""
@@ -322,6 +347,7 @@ class _Runner:
             # because several of them run at the same time.
             "seconds": self._seconds_before + time.monotonic() - self._began,
             "runs": list(self._records.values()),
+            "linear": self._linear,
         }
         files.write_json(self._path, results)
 

@@ -150,11 +150,15 @@ def synthetic_batch(spec: StepSpec) -> Batch:
     mask = np.tile(np.arange(slots) < examples, (rows, 1)).astype(np.float32)
     extract = (np.arange(slots * candidates).reshape(slots, candidates) + 1) * part - 1
     labels = rng.integers(max(spec.model.num_outputs, candidates), size=(rows, slots))
+    hidden = spec.batch.hidden
+    if hidden is not None:
+        hidden = rng.standard_normal(hidden.shape, np.float32).astype(hidden.dtype)
     return batch.replace(  # type: ignore[attr-defined]
         extract=(extract * mask[..., None]).astype(np.int32),
         candidate_mask=np.repeat(mask[..., None], candidates, axis=2),
         example_mask=mask,
         labels=labels.astype(spec.batch.labels.dtype),
+        hidden=hidden,
     )
 
 
@@ -164,11 +168,10 @@ def model_flops_per_token(spec: StepSpec) -> float:
     The operations of the task head are few and are not counted. The operations of the LM head are
     not counted if the weight of the LM loss is 0.
     """
-    config = spec.model.config
-    counted = flops.train_flops_per_token(config, sequence_length(spec))
-    if not spec.objective.lm_weight:
-        counted -= 3 * 2 * config.width * config.vocab_size
-    return counted
+    return flops.train_flops_per_token(
+        spec.model.config, sequence_length(spec), spec.optimizer.frozen,
+        lm_head=bool(spec.objective.lm_weight),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -232,7 +232,9 @@ def _costs(
 ) -> dict[str, Any]:
     """Returns the part of the report that depends on the compiled program."""
     rows, length = spec.batch.tokens.shape
-    model_flops = flops.train_flops_per_token(spec.model.config, length) * rows * length / mesh.size
+    frozen = spec.optimizer.frozen
+    per_token = flops.train_flops_per_token(spec.model.config, length, frozen)
+    model_flops = per_token * rows * length / mesh.size
     largest = result.peak_buffers or {"bytes": None, "largest": None}
     costs = {"model_flops_per_device": model_flops, "largest_buffers": largest["largest"]}
     if result.compiled is None:

@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -105,15 +106,16 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
         size, assumed["vocab_size"] = vocabulary(experiment)
         model = dataclasses.replace(model, vocab_size=size)
     if stage == Stage.PRETRAIN:
-        task, objective = None, Objective()
+        task, objective, frozen = None, Objective(), 0
         batch = _abstract_batch(stages.pretrain_shape(config, model, mesh), mesh)
     else:
         task, batch = _task_and_batch(config, model, mesh, assumed)
         objective = Objective(task.kind, config.lm_weight, config.task_weight)
+        frozen = config.freeze
     # The number of updates is only a constant in the learning rate schedule. Every number above the
     # warm-up compiles to the same program.
     steps = config.steps or 2 * config.optimizer.warmup_steps + 1000
-    optimizer = Optimizer(config.optimizer, steps, f"{stage}.optimizer")
+    optimizer = Optimizer(config.optimizer, steps, f"{stage}.optimizer", frozen)
     return StepSpec(gpt.make_model(model, task, mesh), objective, optimizer, batch, assumed)
 
 
@@ -124,6 +126,11 @@ def _task_and_batch(
 
     Adds the assumptions about labels and batch to `assumed`.
     """
+    require(
+        config.freeze <= model.num_layers,
+        f"`finetune.freeze`={config.freeze}: the model has {model.num_layers} layers; give at most "
+        "that number",
+    )
     task = splits.task_spec(config)
     if task.kind.has_classes:
         task = dataclasses.replace(task, labels=("no", "yes"))
@@ -141,7 +148,12 @@ def _task_and_batch(
     # This is the shape of the batches that `packing.Packer` makes if each example fills a row.
     examples = (rows, min(config.batch_size, 4), candidates)
     labels = np.float32 if task.kind is TaskKind.REGRESSION else np.int32
-    return task, _abstract_batch((rows, length), mesh, examples, labels)
+    batch = _abstract_batch((rows, length), mesh, examples, labels)
+    if config.freeze:
+        place, shape = mesh_lib.batch_sharding(mesh), (rows, length, model.width)
+        hidden = jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype), sharding=place)
+        batch = batch.replace(hidden=hidden)  # type: ignore[attr-defined]
+    return task, batch
 
 
 def _abstract_batch(

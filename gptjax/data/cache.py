@@ -38,8 +38,18 @@ def folder() -> str:
     return os.path.expanduser(os.environ.get("GPTJAX_CACHE", os.path.join("~", ".cache", "gptjax")))
 
 
+def entries_folder() -> str:
+    """Returns the folder of the entries. "" means no cache."""
+    return os.path.join(folder(), "data") if folder() else ""
+
+
 def get_or_make(
-    name: str, ending: str, write: Writer, read: Callable[[str], T], make: Callable[[], T]
+    name: str,
+    ending: str,
+    write: Writer,
+    read: Callable[[str], T],
+    make: Callable[[], T],
+    required: bool = False,
 ) -> T:
     """Returns the entry `name`, and writes it first if it is missing or damaged.
 
@@ -52,15 +62,16 @@ def get_or_make(
       read: a function that opens the file at a path. The object that it returns can stay mapped to
         the file.
       make: a function that returns the same object as `read`, without a file.
+      required: whether a cache that cannot be written raises `OSError`. This is for objects that
+        may be larger than memory.
 
     Returns:
       The result of `read`. If there is no cache, or if it cannot be written (for lack of space or
       permission, with a warning), the result of `make`.
     """
-    root = folder()
-    if not root or not name:
+    directory = entries_folder()
+    if not directory or not name:
         return make()
-    directory = os.path.join(root, "data")
     path = _find(directory, name, ending)
     if path is not None:
         with contextlib.suppress(OSError):  # another process has just deleted the file
@@ -68,6 +79,8 @@ def get_or_make(
     try:
         return read(_written(directory, name, ending, write))
     except OSError as error:
+        if required:
+            raise
         _warn(directory, error.strerror or str(error))
     return make()
 
@@ -80,12 +93,22 @@ def _warn(directory: str, reason: str) -> None:
     )
 
 
+def has(name: str, ending: str) -> bool:
+    """Returns whether there is a file of this entry. Its contents are not checked."""
+    directory = entries_folder()
+    return bool(directory and glob.glob(_pattern(directory, name, ending)))
+
+
+def _pattern(directory: str, name: str, ending: str) -> str:
+    return os.path.join(glob.escape(directory), f"{name}-*{ending}")
+
+
 def _find(directory: str, name: str, ending: str) -> str | None:
     """Returns the path of an entry; None if it is missing.
 
     Files of this entry whose contents do not match their FINGERPRINT are deleted.
     """
-    for path in glob.glob(os.path.join(glob.escape(directory), f"{name}-*{ending}")):
+    for path in glob.glob(_pattern(directory, name, ending)):
         with contextlib.suppress(OSError):
             if path.endswith(f"-{fingerprints.of_file(path)}{ending}"):
                 return path

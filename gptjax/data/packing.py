@@ -189,6 +189,7 @@ class Packer:
         """Writes the examples with the indices `row` into row `b` of the batch."""
         start = segment = 0
         for e, i in enumerate(row):
+            first = start
             for c in range(examples.num_candidates):
                 sequence = i * examples.num_candidates + c
                 tokens = examples.tokens[sequence]
@@ -208,6 +209,9 @@ class Packer:
                 batch.candidate_mask[b, e, c] = 1.0
                 start = stop
             batch.example_mask[b, e] = 1.0
+            if examples.hidden is not None:
+                place = int(examples.starts[i])
+                batch.hidden[b, first:start] = examples.hidden[place : place + start - first]
             if examples.labels is not None:
                 batch.labels[b, e] = examples.labels[i]
 
@@ -268,7 +272,7 @@ def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
     """Returns a batch that contains only padding, with the types of these examples."""
     tokens = np.zeros((height, length), np.int32)
     extract = np.zeros((height, slots, examples.num_candidates), np.int32)
-    labels = examples.labels
+    labels, hidden = examples.labels, examples.hidden
     return Batch(
         tokens=tokens,
         segment_ids=np.zeros_like(tokens),
@@ -279,4 +283,5 @@ def _empty(height: int, length: int, slots: int, examples: Examples) -> Batch:
         candidate_mask=np.zeros_like(extract, np.float32),
         example_mask=np.zeros((height, slots), np.float32),
         labels=None if labels is None else np.zeros((height, slots), labels.dtype),
+        hidden=None if hidden is None else np.zeros((*tokens.shape, hidden.shape[1]), hidden.dtype),
     )

@@ -59,6 +59,10 @@ class Examples:
     padding_start: np.ndarray | None = None
     """int32 [n * C]: the index of the first padding token in each sequence. None means that the
     sequences are not padded, because the task head is not flattened."""
+    hidden: np.ndarray | None = None
+    """[total number of tokens, D]: the hidden states of all sequences after the frozen blocks, one
+    sequence after the other. None means that no block is frozen. The array is usually a file that
+    is mapped into memory (`gptjax.data.states`)."""
 
     def __len__(self) -> int:
         return len(self.tokens) // self.num_candidates
@@ -74,6 +78,11 @@ class Examples:
         """The hash of the tokens, lengths and labels. A checkpoint stores it for the training
         examples."""
         return fingerprints.of_arrays(np.concatenate(self.tokens), self.lengths, self.labels)
+
+    @functools.cached_property
+    def starts(self) -> np.ndarray:
+        """int64 [n]: the index in `hidden` of the first token of each example."""
+        return np.cumsum(self.lengths, dtype=np.int64) - self.lengths
 
     @property
     def max_sequence_length(self) -> int:

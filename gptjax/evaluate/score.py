@@ -21,6 +21,7 @@ from gptjax.data.packing import Packer
 from gptjax.data.tasks import Examples
 from gptjax.evaluate import metrics
 from gptjax.mesh import Params
+from gptjax.model import frozen as frozen_lib
 from gptjax.model.gpt import GPT, run
 from gptjax.model.losses import Sum
 from gptjax.model.objective import Losses, Objective, forward
@@ -55,12 +56,15 @@ class Evaluator:
       objective: the losses that are computed, and their weights.
       check_stop: a function that is called before each batch. It raises `StopRequested` if the
         evaluation must end.
+      frozen: the number of frozen blocks (see `gptjax.model.frozen`). If it is not 0, the examples
+        have `Examples.hidden`.
     """
 
     model: GPT
     mesh: Mesh
     objective: Objective = dataclasses.field(default_factory=Objective)
     check_stop: Callable[[], None] = never_stop
+    frozen: int = 0
 
     def stoppable(self, batches: Iterable[T]) -> Iterator[T]:
         """Yields the batches, and calls `check_stop` before each batch."""
@@ -97,7 +101,7 @@ class Evaluator:
 
         The outputs are in the order of the examples.
         """
-        step = jit_eval_step(self.mesh, self.model, self.objective)
+        step = jit_eval_step(self.mesh, self.model, self.objective, self.frozen)
         local = functools.partial(mesh_lib.local_rows, self.mesh)
         sums: list[Losses] = []
         waiting: list[Any] = []
@@ -126,7 +130,18 @@ class Evaluator:
         spec: TaskSpec,
         metric_names: tuple[str, ...],
     ) -> dict[str, float]:
-        """Scores the model on labelled examples.
+        """Scores the model on labelled examples. These are the scores of `task_with_answers`."""
+        return self.task_with_answers(params, examples, packer, spec, metric_names)[0]
+
+    def task_with_answers(
+        self,
+        params: Params,
+        examples: Examples,
+        packer: Packer,
+        spec: TaskSpec,
+        metric_names: tuple[str, ...],
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """Scores the model on labelled examples, and returns its answers too.
 
         Args:
           params: the parameters of the model.
@@ -136,8 +151,9 @@ class Evaluator:
           metric_names: names from `metrics.parse`.
 
         Returns:
-          "loss" (the joint loss, which is the weighted sum of both losses), "task_loss", "lm_loss"
-          and the metrics.
+          The scores and the answers. The scores are "loss" (the joint loss, which is the weighted
+          sum of both losses), "task_loss", "lm_loss" and the metrics. The answers are those of
+          `predictions`.
         """
         outputs = self.outputs(params, examples, packer)
         assert examples.labels is not None
@@ -148,7 +164,8 @@ class Evaluator:
             "task_loss": outputs.task_loss,
             "lm_loss": outputs.lm_loss,
         }
-        return losses | metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
+        found = metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
+        return losses | found, answers
 
 
 def lm_logits(
@@ -173,11 +190,21 @@ def _mean(parts: list[Sum]) -> float:
 
 @functools.cache
 def jit_eval_step(
-    mesh: Mesh, model: GPT, objective: Objective
+    mesh: Mesh, model: GPT, objective: Objective, frozen: int = 0
 ) -> Callable[[Params, Batch], tuple[Losses, jax.Array | None]]:
     """Returns the jitted function `forward` without dropout.
 
     The sums of losses and the logits that it returns are replicated over the devices.
+
+    Args:
+      mesh: the devices.
+      model: the whole model.
+      objective: the losses to compute.
+      frozen: the number of frozen blocks. If it is not 0, the batches have `Batch.hidden`.
     """
-    step = functools.partial(forward, model, objective)
+    upper = frozen_lib.upper_model(model, frozen)
+
+    def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
+        return forward(upper, objective, frozen_lib.upper_params(params, frozen), batch)
+
     return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from gptjax.config.schema import ModelConfig
 
 
-def train_flops_per_token(config: ModelConfig, length: int) -> float:
+def train_flops_per_token(
+    config: ModelConfig, length: int, frozen: int = 0, lm_head: bool = True
+) -> float:
     """Returns the number of floating-point operations in training for one token.
 
     The number is the sum for the forward and the backward pass. Only matrix products are counted,
@@ -20,12 +22,20 @@ def train_flops_per_token(config: ModelConfig, length: int) -> float:
     Args:
       config: the configuration of the model.
       length: the number of tokens in the sequence.
+      frozen: the number of frozen blocks. They are not computed in a step, and a tied LM head needs
+        no gradient of its table (see `gptjax.model.frozen`).
+      lm_head: whether the product of the LM head is counted.
     """
     width = config.width
     projections = 4 * width * width + 2 * width * config.hidden_ffn_width
     attention = 2 * width * (length + 1) / 2
-    per_token = config.num_layers * (projections + attention) + width * config.vocab_size
-    return 3 * 2 * per_token
+    layers = config.num_layers - frozen
+    # The products of the LM head are the logits, the gradient of the states and that of the table.
+    products = 3 if not (frozen and config.tied) else 2
+    if not layers:
+        products -= 1
+    head = products * width * config.vocab_size if lm_head else 0
+    return 2 * (3 * layers * (projections + attention) + head)
 
 
 @functools.cache

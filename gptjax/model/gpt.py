@@ -290,14 +290,15 @@ class GPT(nn.Module):
         # keep the first values in memory instead.
         unroll_all = self.ops.platform == "cpu" and config.remat == Remat.NONE
         unroll = config.unroll or (config.num_layers if unroll_all else 1)
-        self.blocks = nn.scan(
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(nn.broadcast, nn.broadcast),
-            length=config.num_layers,
-            unroll=min(unroll, config.num_layers),
-        )(config, self.ops, self.max_sequence_length)
+        if config.num_layers:
+            self.blocks = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True, "dropout": True},
+                in_axes=(nn.broadcast, nn.broadcast),
+                length=config.num_layers,
+                unroll=min(unroll, config.num_layers),
+            )(config, self.ops, self.max_sequence_length)
         if self.num_outputs:
             self.head_dropout = Dropout(config.head_dropout)
             inputs = 1 if self.head_length is None else 2
@@ -381,6 +382,24 @@ class GPT(nn.Module):
         x_BTD = self._embed(
             tokens_BT, positions_BT, token_types_BT, deterministic, replicated_table
         )
+        return self.apply_blocks(x_BTD, segment_ids_BT, token_types_BT, deterministic)
+
+    def apply_blocks(
+        self,
+        x_BTD: Array,
+        segment_ids_BT: Array,
+        token_types_BT: Array | None = None,
+        deterministic: bool = True,
+    ) -> Array:
+        """Returns the hidden states after the last block, [B, T, D] in the compute dtype.
+
+        Args:
+          x_BTD: the input of the first block, in the compute dtype.
+          segment_ids_BT, token_types_BT: fields of a `gptjax.batch.Batch`.
+          deterministic: True means no dropout. False needs the rng "dropout".
+        """
+        if not self.config.num_layers:
+            return x_BTD
         key_ids_BT = segment_ids_BT
         if self.config.segment_types > TokenType.PADDING and token_types_BT is not None:
             # Padding inside a sequence sees the tokens before it, but no query sees this padding.

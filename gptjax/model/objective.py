@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from gptjax.batch import Batch
 from gptjax.config.schema import TaskKind
 from gptjax.mesh import Params
+from gptjax.model import frozen as frozen_lib
 from gptjax.model import losses
 from gptjax.model.gpt import GPT, run
 from gptjax.model.losses import Sum
@@ -88,7 +89,8 @@ def forward(
     """Runs the model on a batch.
 
     Args:
-      model: the model.
+      model: the model. If the batch has `Batch.hidden`, it is the upper model (see
+        `gptjax.model.frozen`), and starts from these states.
       objective: the losses to compute. If `lm_weight` is 0, the LM loss is not computed.
       params: the parameters of the model.
       batch: the packed rows.
@@ -99,17 +101,26 @@ def forward(
       [B, E, C]. The logits are None without a task.
     """
     deterministic, table = key is None, None
-    if model.config.tied and model.ops.is_sharded:
-        # The embedding and the LM head use the same table, so that its gradient is summed over the
-        # devices only once.
-        table = run(model, params, deterministic, method="replicated_table", key=key)
-    x_BTD = run(
-        model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
-        deterministic, table, method="hidden", key=key,
-    )  # fmt: skip
+    starts_above = batch.hidden is not None
+    if starts_above:
+        x_BTD = run(
+            model, params, batch.hidden, batch.segment_ids, batch.token_types, deterministic,
+            method="apply_blocks", key=key,
+        )  # fmt: skip
+    else:
+        if model.config.tied and model.ops.is_sharded:
+            # The embedding and the LM head use the same table, so that its gradient is summed over
+            # the devices only once.
+            table = run(model, params, deterministic, method="replicated_table", key=key)
+        x_BTD = run(
+            model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
+            deterministic, table, method="hidden", key=key,
+        )  # fmt: skip
     sums = weights(batch)
     if objective.lm_weight:
-        head = run(model, params, deterministic, table, method="lm_projection", key=key)
+        # With `one_matrix` the table has dropout, but not if it is frozen.
+        plain = deterministic or starts_above
+        head = run(model, params, plain, table, method="lm_projection", key=key)
         sums = Losses(losses.lm_loss(x_BTD, head, batch, model.ops), sums.task)
     if not objective.kind:
         return sums, None
@@ -132,7 +143,13 @@ def _micro_batches(batch: Batch, count: int) -> Batch:
 
 
 def gradients(
-    model: GPT, objective: Objective, params: Params, batch: Batch, key: jax.Array, micro: int
+    model: GPT,
+    objective: Objective,
+    params: Params,
+    batch: Batch,
+    key: jax.Array,
+    micro: int,
+    frozen: int = 0,
 ) -> tuple[Params, Losses]:
     """Computes the gradient of the objective, for one micro-batch after the other.
 
@@ -147,14 +164,18 @@ def gradients(
       batch: the packed rows.
       key: the random key of the dropout masks.
       micro: the number of micro-batches. It must divide B.
+      frozen: the number of frozen blocks. If it is not 0, the batch has `Batch.hidden`.
 
     Returns:
-      The gradient, and the sums of the losses of the whole batch.
+      The gradient of `frozen.trained_part(params)`, and the sums of the losses of the whole batch.
     """
     whole = weights(batch)
+    upper = frozen_lib.upper_model(model, frozen)
+    others = frozen_lib.upper_params(params, frozen)
+    params = frozen_lib.trained_part(params, frozen)
 
     def loss(params: Params, part: Batch, key: jax.Array) -> tuple[jax.Array, Losses]:
-        sums, _ = forward(model, objective, params, part, key)
+        sums, _ = forward(upper, objective, others | params, part, key)
         return joint(objective, sums, whole), sums
 
     grad = jax.grad(loss, has_aux=True)

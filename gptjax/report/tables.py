@@ -7,14 +7,17 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gptjax.config.schema import Stage, TaskKind
+from gptjax.config.schema import Stage, TaskKind, higher_is_better
 from gptjax.evaluate.formatting import aligned_table, format_score
 from gptjax.evaluate.metrics import FITTING
 from gptjax.io import remote
+from gptjax.io.files import json_ready
 from gptjax.io.remote import PathLike
 
 WIDTH = 100
 """The largest number of characters in a line of the text."""
+
+_MARGIN_LINE = "+- is half the width of the 95 % interval, from a bootstrap of the rows."
 
 _PRETRAIN_FACTS = {
     "steps": "{:,} steps",
@@ -33,6 +36,7 @@ def results_table(
     """Returns the text that a run prints at its end.
 
     It has a table of scores beside their baselines, the losses, the files of the run, and commands.
+    If the linear model has the better score, one line says so.
 
     Args:
       summary: the contents of summary.json. Stages and splits can be missing.
@@ -49,7 +53,7 @@ def results_table(
         files = remote.listing(workdir)
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="  ").wrap
     blocks = [
-        _score_table(summary, baselines),
+        _score_table(summary, baselines) + _linear_lines(summary),
         ["Pretraining: " + ", ".join(facts)] if facts else [],
         [f"Saved in {os.fspath(workdir)}", *wrap("  ".join(files))],
         ["Try next:", *map(_break_command, next_commands)] if next_commands else [],
@@ -60,19 +64,64 @@ def results_table(
 def _score_table(summary: Mapping[str, Any], baselines: Mapping[str, Any]) -> list[str]:
     """Returns the lines of the table of fine-tuning scores; [] if there are no scores."""
     stages = [s for s in Stage if s != Stage.PRETRAIN and summary.get(s)]
+    linear = _linear(summary)
     rows = []
     for split in ("validation", "test") if stages else ():
         first, *others = [summary[s].get(split) or {} for s in stages]
+        intervals = (summary[stages[0]].get("intervals") or {}).get(split) or {}
+        compared = [baselines, linear] if linear else [baselines]
         for name in first:
-            scores = (first, baselines.get(split) or {}, *others)
+            scores = [*(each.get(split) or {} for each in compared), *others]
             cells = [format_score(name, each.get(name)) for each in scores]
-            rows.append([stages[0], split, name, *cells])
+            score = format_score(name, first[name]) + _margin(name, intervals.get(name))
+            rows.append([stages[0], split, name, score, *cells])
     if not rows:
         return []
     is_regression = any(row[2] in FITTING[TaskKind.REGRESSION] for row in rows)
-    constant = "mean" if is_regression else "majority class"
-    header = ["stage", "split", "metric", "score", constant, "no pretraining"][: len(rows[0])]
-    return aligned_table(header, rows, left=3)
+    header = ["stage", "split", "metric", "score", "mean" if is_regression else "majority class"]
+    header += ["linear model"] if linear else []
+    header += ["no pretraining"] if len(stages) > 1 else []
+    return aligned_table(header, rows, left=3) + [_MARGIN_LINE] * any("+-" in r[3] for r in rows)
+
+
+def _linear(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the entry of the linear model in the summary; {} if it has no scores."""
+    entry = ((summary.get(Stage.FINETUNE) or {}).get("baselines") or {}).get("linear") or {}
+    return {} if "left_out" in entry else entry
+
+
+def _margin(metric: str, interval: Sequence[float] | None) -> str:
+    """Returns half the width of an interval as text, with "+-" before it; "" if there is none."""
+    if interval is None or None in json_ready(list(interval)):
+        return ""
+    low, high = interval
+    return f" +- {format_score(metric, (high - low) / 2, percent_sign='')}"
+
+
+def _linear_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Returns lines that say that the linear model has the better score, or nothing.
+
+    The score is the first metric of the test split. Without a test, it is that of the validation
+    split.
+    """
+    differences = _linear(summary).get("difference") or {}
+    split = "test" if "test" in differences else "validation"
+    name, values = next(iter((differences.get(split) or {}).items()), ("", ()))
+    if not values or None in (values := json_ready(list(values))):
+        return []
+    sign = 1 if higher_is_better(name) else -1
+    difference, *bounds = [sign * value for value in values]
+    if difference >= 0:
+        return []
+    may_be_chance = "; this may be chance" if max(bounds) >= 0 else ""
+    ours = format_score(name, summary[Stage.FINETUNE][split][name])
+    theirs = format_score(name, _linear(summary)[split][name])
+    weights = "" if summary.get(Stage.PRETRAIN) else "pretrained weights (--config.init_from), "
+    text = (
+        f"The linear model is better: {split} {name} {theirs} against {ours}{may_be_chance}. "
+        f"Try {weights}more pretraining text, more labelled rows or more epochs."
+    )
+    return ["", *textwrap.wrap(text, WIDTH)]
 
 
 def _break_command(command: str) -> str:

@@ -19,7 +19,7 @@ from gptjax.state import TrainState
 from gptjax.train import ledger
 from gptjax.train import step as step_lib
 from gptjax.train.context import RunContext
-from gptjax.train.progress import Progress
+from gptjax.train.progress import Progress, Scorings
 from gptjax.train.stages import Scores, Stage
 
 # metrics.jsonl gets a record of at least this many training steps of a stage, and of about twice as
@@ -64,13 +64,23 @@ class Trainer:
         self._seed = jax.make_array_from_callback((), replicated, lambda _: seed)
         self._train_step = _jit_train_step(mesh, stage.model, stage.objective, stage.optimizer)
         self._reporter = context.options.reporter
-        self._progress = Progress(stage.name, stage.total_steps, start, self._reporter)
+        self._progress = Progress(
+            stage.name, stage.total_steps, start, self._reporter, self._scorings()
+        )
         left = stage.total_steps - start
         count = min(context.options.profile, left)
         first = start + 1 + min(_UNTRACED_STEPS, left - count)
         self._traced_steps = range(first, first + count)
         self._trace_folder = os.path.join(context.workdir, "profile", stage.name)
         self._trace = contextlib.ExitStack()  # closing it ends the trace, if one has begun
+
+    def _scorings(self) -> Scorings:
+        """Returns the evaluations that are left, for the estimate of the time."""
+        stage = self._stage
+        steps = {*range(stage.eval_every, stage.total_steps, stage.eval_every), stage.total_steps}
+        due = sum(step > self._done and _validation_is_due(stage, step) for step in steps)
+        tokens = max(stage.step_tokens, 1.0)
+        return Scorings(due, stage.validation_tokens / tokens, stage.test_tokens / tokens)
 
     def train(self) -> dict[str, float]:
         """Trains to the end of the stage.
@@ -112,7 +122,7 @@ class Trainer:
         for batch in self._progress.waiting(batches):
             self._context.setup.check_stop()
             self._profiled_step(batch)
-            if self._done % stage.save_every == 0 or self._validation_is_due():
+            if self._done % stage.save_every == 0 or _validation_is_due(stage, self._done):
                 self._read_pending()
                 with self._progress.paused():
                     self._validate_if_due()
@@ -182,21 +192,12 @@ class Trainer:
                 "try a smaller learning rate"
             )
 
-    def _validation_is_due(self) -> bool:
-        """Returns whether the stage has to validate now.
-
-        It validates at the end and at each multiple of `eval_every`. A multiple is left out if
-        fewer than `eval_every` / 2 steps remain after it.
-        """
-        every, left = self._stage.eval_every, self._stage.total_steps - self._done
-        return left == 0 or (self._done > 0 and self._done % every == 0 and 2 * left >= every)
-
     def _validate_if_due(self) -> None:
         """Validates and saves the state if a validation is due.
 
         If the checkpoint of this step has scores already, only their record is written if missing.
         """
-        if not self._validation_is_due():
+        if not _validation_is_due(self._stage, self._done):
             return
         step, name, checkpoints = self._done, self._stage.name, self._checkpoints
         saved = step in checkpoints.steps()
@@ -226,6 +227,16 @@ class Trainer:
             f"{self._stage.name}: asked to stop; saved at step {self._done:,} of "
             f"{self._stage.total_steps:,}; the same command continues there"
         ) from None
+
+
+def _validation_is_due(stage: Stage, step: int) -> bool:
+    """Returns whether the stage validates after `step` steps.
+
+    It validates at the end and at each multiple of `eval_every`. A multiple is left out if fewer
+    than `eval_every` / 2 steps remain after it.
+    """
+    every, left = stage.eval_every, stage.total_steps - step
+    return left == 0 or (step > 0 and step % every == 0 and 2 * left >= every)
 
 
 def _mean_losses(stage: Stage, output: step_lib.StepOutput) -> Scores:

@@ -20,7 +20,8 @@ from gptjax.parameters import PARAMETERS
 class Optimizer:
     """The optimizer of one stage.
 
-    Two optimizers are equal if they have the same configuration and the same number of steps.
+    Two optimizers are equal if they have the same configuration and the same numbers of steps and
+    of frozen blocks.
 
     Raises:
       UserError: the warm-up is not shorter than the stage.
@@ -30,6 +31,9 @@ class Optimizer:
     total_steps: int
     section: str = dataclasses.field(default="optimizer", compare=False)
     """The name of the configuration in error messages, such as "pretrain.optimizer"."""
+    frozen: int = 0
+    """The number of frozen blocks. If it is not 0, `transformation` gets only the trained part of
+    the parameters and gradients (see `gptjax.model.frozen`)."""
 
     def __post_init__(self) -> None:
         warmup = self.config.warmup_steps

@@ -3,12 +3,19 @@
 import contextlib
 import dataclasses
 import math
+import statistics
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 _PLAIN_LINE_SECONDS = 10.0
+# The time of a step is known after this number of measured steps, or after one measured step if
+# that took this many seconds.
+_MEASURED_STEPS = 3
+_MEASURED_SECONDS = 10.0
+# An evaluation needs only the forward pass, which has a third of the operations of a step.
+_FORWARD = 1 / 3
 
 T = TypeVar("T")
 
@@ -36,6 +43,51 @@ class Status:
         minutes, seconds = divmod(self.seconds_left, 60)
         left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
         return f"{text}, {self.tokens_per_second:,.0f} tokens/s, {left} left"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scorings:
+    """The validations that a stage has left, and its test, for the estimate of its time."""
+
+    validations: int = 0
+    """The number of validations that are left."""
+    validation: float = 0.0
+    """The number of tokens of a validation, as a multiple of the tokens of a step."""
+    test: float = 0.0
+    """The number of tokens of the test, as a multiple of the tokens of a step. 0 means that the
+    stage has no test."""
+
+
+def describe_time(step_seconds: float, steps: int, scorings: Scorings) -> str:
+    """Returns an estimate of the time of a stage, with the parts that it includes.
+
+    >>> describe_time(0.21, 1000, Scorings(2, 30.0))
+    'about 4 min (0.21 s a step, 2 validations)'
+
+    Args:
+      step_seconds: the time of a step.
+      steps: the number of steps that are left.
+      scorings: the evaluations that are left.
+    """
+    evaluated = scorings.validations * scorings.validation + scorings.test
+    seconds = step_seconds * (steps + _FORWARD * evaluated)
+    several = "" if scorings.validations == 1 else "s"
+    shown = f"{step_seconds:.2g}" if step_seconds < 10 else f"{step_seconds:.0f}"
+    parts = [f"{shown} s a step", f"{scorings.validations} validation{several}"]
+    parts += ["1 test"] if scorings.test else []
+    return f"about {_readable(seconds)} ({', '.join(parts)})"
+
+
+def _readable(seconds: float) -> str:
+    """Returns a duration for people.
+
+    >>> _readable(0.2), _readable(89), _readable(91), _readable(7300)
+    ('1 s', '89 s', '2 min', '2 h 2 min')
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    hours, minutes = divmod(max(1, round(seconds / 60)), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
 
 
 class Reporter:
@@ -75,8 +127,12 @@ class TerminalReporter(Reporter):
         self._last_line = -math.inf
 
     def say(self, text: str) -> None:
-        """Prints a line on stdout."""
+        """Prints a line on stdout, above the bar if there is a bar."""
+        if self._bar is not None:
+            self._bar.clear()
         print(text, flush=True)
+        if self._bar is not None:
+            self._bar.refresh()
 
     def begin(self, stage: str, total_steps: int, start_step: int) -> None:
         """Opens the bar if stderr is a terminal."""
@@ -118,11 +174,21 @@ class Progress:
       total_steps: the number of steps of the whole stage.
       start_step: the number of steps that earlier runs have done.
       reporter: the receiver of the progress.
+      scorings: the evaluations that are left. After a few steps the reporter gets a line with the
+        time that the stage will take. None means that it gets no such line.
     """
 
-    def __init__(self, stage: str, total_steps: int, start_step: int, reporter: Reporter):
+    def __init__(
+        self,
+        stage: str,
+        total_steps: int,
+        start_step: int,
+        reporter: Reporter,
+        scorings: Scorings | None = None,
+    ):
         self._stage, self._total, self._start = stage, total_steps, start_step
-        self._reporter = reporter
+        self._reporter, self._scorings = reporter, scorings
+        self._durations: list[float] = []
         self._tokens, self._seconds, self._waited = 0, 0.0, 0.0
         self._first_step: int | None = None
         self._last_time = -math.inf
@@ -166,6 +232,7 @@ class Progress:
         else:
             self._tokens += tokens
             self._seconds += now - self._last_time
+            self._measure(now - self._last_time, self._total - step)
         self._last_time = now
         seconds_left = None
         if self._seconds:
@@ -173,6 +240,24 @@ class Progress:
             seconds_left = max(round(left), 0)
         speed = self.tokens_per_second
         self._reporter.update(Status(self._stage, step, self._total, loss, speed, seconds_left))
+
+    def _measure(self, duration: float, left: int) -> None:
+        """Reports once how long the stage will take, as soon as enough steps are measured.
+
+        Args:
+          duration: the seconds of the last step.
+          left: the number of steps that are left.
+        """
+        if self._scorings is None:
+            return
+        self._durations.append(duration)
+        if len(self._durations) < _MEASURED_STEPS and self._seconds < _MEASURED_SECONDS:
+            return
+        if left > 0:
+            # The median, because a batch of another shape compiles the step once more.
+            step = statistics.median(self._durations)
+            self._reporter.say(f"{self._stage}: {describe_time(step, left, self._scorings)}")
+        self._scorings = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

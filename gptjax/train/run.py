@@ -5,6 +5,7 @@
 
 import dataclasses
 import os
+import time
 from typing import Any
 
 import jax
@@ -22,12 +23,13 @@ from gptjax.config import schema, validation
 from gptjax.config.schema import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.errors import Preempted, StopRequested, require
+from gptjax.errors import Preempted, require
 from gptjax.evaluate import probes
 from gptjax.io import files, remote
 from gptjax.mesh import Params
 from gptjax.model import flops
 from gptjax.parameters import TASK_HEAD
+from gptjax.train import final
 from gptjax.train import stages as stages_lib
 from gptjax.train.context import Options, RunContext, Setup
 from gptjax.train.log import MetricsLog
@@ -270,7 +272,12 @@ def _build_stages(experiment: Experiment, setup: Setup, data: dict[str, Any]) ->
         stages.append(stage)
         if experiment.finetune.compare_from_scratch:
             name = schema.Stage.FINETUNE_FROM_SCRATCH
-            stages.append(dataclasses.replace(stage, name=name, notes=()))
+            if experiment.finetune.freeze:
+                # Frozen random blocks would be no fair comparison.
+                config = dataclasses.replace(experiment.finetune, freeze=0)
+                stage = stages_lib.finetune(config, data["finetune"], setup)
+            # The linear model of the same rows is that of the first stage.
+            stages.append(dataclasses.replace(stage, name=name, notes=(), tables={}))
     return stages
 
 
@@ -312,7 +319,7 @@ def _train_stage(
     Returns:
       The best parameters, and the entry of the stage in the summary.
     """
-    meta = _make_meta(context, stage)
+    meta, began = _make_meta(context, stage), time.monotonic()
     with _open_checkpoints(context, stage) as checkpoints:
         make, mesh = initial_state(stage.model, stage.optimizer), context.setup.mesh
         key = jax.random.key(context.setup.seed)
@@ -329,6 +336,8 @@ def _train_stage(
         finished = old if start == stage.total_steps else None
         if not finished:
             context.log.rewind(stage.name, start)
+        if not (finished and checkpoints.metrics(start)):
+            stage = _with_states(context, stage, state.params)
         trainer = Trainer(context, stage, checkpoints, meta, state)
         speed = trainer.train()
         # These variables hold the buffers of the training state. Without them the memory is free.
@@ -338,7 +347,37 @@ def _train_stage(
     # If earlier runs did all steps, this run measured no speed, and the earlier summary has it.
     measured = speed or old or {}
     speed = {name: measured.get(name, 0.0) for name in ("tokens_per_second", "input_wait")}
-    return params, finished or _summarise_stage(context, stage, params, scores, speed)
+    if finished and final.is_complete(stage, finished):
+        return params, finished
+    if stage.spec is None:
+        return params, _summarise_pretraining(context, stage, scores, speed)
+    seconds = time.monotonic() - began
+    summary = final.summarise(context, stage, params, scores, seconds) | speed
+    if finished:  # its numbers stay, and what it lacks is added
+        summary |= finished | {"baselines": summary["baselines"]}
+    return params, summary
+
+
+def _with_states(context: RunContext, stage: Stage, params: Params) -> Stage:
+    """Returns the stage with the hidden states of its frozen blocks, if it has frozen blocks.
+
+    Raises:
+      Preempted: the run was asked to stop.
+    """
+    if stage.read_states is None:
+        return stage
+    say, experiment = context.options.reporter.say, context.experiment
+    pretrained = (experiment.pretrain or experiment.init_from) and stage.transfer != "none"
+    if not pretrained or (stage.transfer.isdecimal() and int(stage.transfer) < stage.frozen):
+        say(
+            f"{stage.name}: the frozen blocks have random weights and are not trained; set "
+            "`init_from`, or `finetune.freeze`=0"
+        )
+    try:
+        return stage.read_states(params, say)
+    except StopRequested:
+        text = "asked to stop before the first step; the same command starts again"
+        raise Preempted(f"{stage.name}: {text}") from None
 
 
 def _open_checkpoints(context: RunContext, stage: Stage) -> Store:
@@ -408,34 +447,6 @@ def _require_same_run(ours: Meta, other: Meta) -> None:
             f"`workdir`: its {ours.stage} checkpoint was made with another {text}; "
             "restore what it was, or choose another `workdir`",
         )
-
-
-def _summarise_stage(
-    context: RunContext, stage: Stage, params: Params, scores: Scores, speed: dict[str, float]
-) -> dict[str, Any]:
-    """Scores the test split if the stage has one, and returns the stage's entry in the summary.
-
-    Args:
-      context: the run.
-      stage: the stage.
-      params: the best parameters of the stage.
-      scores: the validation scores of these parameters.
-      speed: "tokens_per_second" and "input_wait", as `Trainer.train` measures them.
-
-    Raises:
-      Preempted: the run was asked to stop.
-    """
-    if stage.spec is None:
-        return _summarise_pretraining(context, stage, scores, speed)
-    summary: dict[str, Any] = {"steps": stage.total_steps, "validation": scores}
-    if stage.test is not None:
-        try:
-            summary["test"] = stage.test(params)
-        except StopRequested:
-            text = f"{stage.name}: asked to stop; saved; the same command tests it"
-            raise Preempted(text) from None
-        context.log.write(stage.name, "test", stage.total_steps, summary["test"])
-    return summary | {"floor": stage.baselines, **speed}
 
 
 def _summarise_pretraining(

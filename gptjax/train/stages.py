@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -26,11 +27,14 @@ from gptjax.model.gpt import GPT, make_model
 from gptjax.model.objective import Objective
 from gptjax.train.context import Setup
 from gptjax.train.optimizer import Optimizer
+from gptjax.train.states import Frozen, Splits
 
 Scores = dict[str, float]
 Scorer = Callable[[Params], Scores]
 """A function that returns the losses and metrics of the given parameters on one split. It raises
 `StopRequested` if the run was asked to stop."""
+AnswerScorer = Callable[[Params], tuple[Scores, np.ndarray]]
+"""A scorer of a fine-tuning that also returns the answers, as `score.predictions` returns them."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,8 +48,9 @@ class Stage:
     batches: loader.Batches
     validate: Scorer
     """The function that scores the validation split."""
-    test: Scorer | None = None
-    """The function that scores the test split. None means that the stage has no test split."""
+    final: dict[str, AnswerScorer] = dataclasses.field(default_factory=dict)
+    """Name of a split (validation, and test if there is one) -> the function that scores it at the
+    end. A pretraining has none."""
     metric: str
     """The name of the validation score that selects the best checkpoint."""
     eval_every: int
@@ -62,13 +67,33 @@ class Stage:
     baselines: dict[str, Scores] = dataclasses.field(default_factory=dict)
     """Name of a split -> the scores of the majority-class baseline, which always gives the most
     frequent answer (the mean in a regression)."""
+    labels: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    """Name of a split -> its labels, as `tasks.label_ids` returns them."""
+    tables: dict[str, LabelledTable] = dataclasses.field(default_factory=dict)
+    """Name of a split -> the rows that the linear model reads. It is empty if there is to be no
+    linear model."""
     notes: tuple[str, ...] = ()
     """The lines for the user about the data and the steps."""
+    validation_tokens: int = 0
+    """The number of tokens that a validation reads."""
+    test_tokens: int = 0
+    """The number of tokens of the test split. 0 means that there is no test split."""
+    step_tokens: float = 0.0
+    """The mean number of tokens that a step reads."""
+    read_states: Callable[[Params, Callable[[str], None]], "Stage"] | None = None
+    """A function that returns this stage with batches and scorers that start above the frozen
+    blocks. Its arguments are the parameters of the whole model and a function that gets lines for
+    the user. None means that no block is frozen."""
 
     @property
     def total_steps(self) -> int:
         """The number of steps of the whole stage."""
         return self.optimizer.total_steps
+
+    @property
+    def frozen(self) -> int:
+        """The number of frozen blocks."""
+        return self.optimizer.frozen
 
 
 def finetune_texts(data: dict[str, LabelledTable], config: FinetuneConfig) -> Iterator[str]:
@@ -123,6 +148,9 @@ def pretrain(
         len(stream["validation"]) > 1,
         "`pretrain`: the validation text is empty; give validation_files or more text",
     )
+    tokens = len(stream["validation"])
+    if config.eval_batches:
+        tokens = min(tokens, config.eval_batches * rows * window)
     local = functools.partial(mesh_lib.local_rows, mesh)
     batches = loader.TextBatches(stream["train"], window, rows, setup.seed, local)
     total = config.steps or math.ceil(config.epochs * batches.windows / rows)
@@ -163,10 +191,12 @@ def pretrain(
         save_every=config.save_every,
         fingerprint=statistics.fingerprint,
         notes=notes,
+        validation_tokens=tokens,
+        step_tokens=rows * window,
     )
 
 
-def _with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
+def with_labels(spec: TaskSpec, data: dict[str, LabelledTable]) -> TaskSpec:
     """Returns the task with its label names, which are all labels of the training file.
 
     If the validation split was held out of the training file, the labels of the validation split
@@ -261,7 +291,7 @@ def _task_spec(config: FinetuneConfig, setup: Setup, data: dict[str, LabelledTab
     If the task head reads the states of all tokens of a sequence (`Head.FLATTEN`), the task also
     gets the length to which all sequences are padded.
     """
-    spec = _with_labels(splits.task_spec(config), data)
+    spec = with_labels(splits.task_spec(config), data)
     if config.head != schema.Head.FLATTEN:
         return spec
     length = tasks.padded_length(spec, data["train"], setup.tokenizer, setup.model.context_length)
@@ -281,6 +311,11 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         not config.transfer.isdecimal() or int(config.transfer) <= setup.model.num_layers,
         f"`finetune.transfer`={config.transfer}: the model has {setup.model.num_layers} layers",
     )
+    require(
+        config.freeze <= setup.model.num_layers,
+        f"`finetune.freeze`={config.freeze}: the model has {setup.model.num_layers} layers; give "
+        "at most that number",
+    )
     metric_names = metrics.parse(config.metrics, config.task)
     spec = _task_spec(config, setup, data)
     examples = {
@@ -298,19 +333,28 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     longest = max(split.max_sequence_length for split in examples.values())
     model = make_model(setup.model, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
-    evaluator = Evaluator(model, mesh, objective, setup.check_stop)
+    evaluator = Evaluator(model, mesh, objective, setup.check_stop, config.freeze)
 
-    def scorer(split: Examples) -> Scorer:
+    def scorer(split: Examples) -> AnswerScorer:
         """Returns the function that scores a split.
 
         The scores are "loss" (the joint loss), "task_loss", "lm_loss" and the metrics.
         """
         rows = Packer(split.lengths, size, packer.row_length, devices, sequence_means)
-        return lambda params: evaluator.task(params, split, rows, spec, metric_names)
+        return lambda params: evaluator.task_with_answers(params, split, rows, spec, metric_names)
 
-    scorers = {name: scorer(split) for name, split in examples.items() if name != "train"}
     local = functools.partial(mesh_lib.local_rows, mesh)
     kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
+
+    def readers(splits: Splits) -> dict[str, Any]:
+        """Returns the fields of the stage that read the examples."""
+        scorers = {name: scorer(split) for name, split in splits.items() if name != "train"}
+        return {
+            "batches": kind(splits["train"], packer, size, setup.seed, local),
+            "validate": lambda params: scorers["validation"](params)[0],
+            "final": scorers,
+        }
+
     notes = [
         line
         for name, split in examples.items()
@@ -319,14 +363,13 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     notes.append(_describe_stage(config, total, packer))
     if "f1" in metric_names:
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
-    return Stage(
+    tokens = {name: int(split.lengths.sum()) for name, split in examples.items()}
+    stage = Stage(
         name=schema.Stage.FINETUNE,
         model=model,
         objective=objective,
-        optimizer=Optimizer(config.optimizer, total, "finetune.optimizer"),
-        batches=kind(train, packer, size, setup.seed, local),
-        validate=scorers["validation"],
-        test=scorers.get("test"),
+        optimizer=Optimizer(config.optimizer, total, "finetune.optimizer", config.freeze),
+        **readers(examples),
         metric=metric_names[0],
         eval_every=max(1, round(epoch / config.evals_per_epoch)),
         save_every=config.save_every,
@@ -334,5 +377,20 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         spec=spec,
         transfer=config.transfer,
         baselines=baselines,
+        labels={name: split.labels for name, split in examples.items() if name != "train"},
+        tables=data if config.baseline == schema.Baseline.LINEAR else {},
         notes=tuple(notes),
+        validation_tokens=tokens["validation"],
+        test_tokens=tokens.get("test", 0),
+        step_tokens=tokens["train"] / len(train) * size,
     )
+    if not config.freeze:
+        return stage
+    frozen = Frozen(model, config.freeze, mesh, setup.check_stop)
+
+    def read_states(params: Params, say: Callable[[str], None]) -> Stage:
+        return dataclasses.replace(
+            stage, **readers(frozen.with_states(params, examples, say)), read_states=None
+        )
+
+    return dataclasses.replace(stage, read_states=read_states)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax import state as state_lib
 from gptjax.batch import Batch
-from gptjax.model import gpt
+from gptjax.model import frozen, gpt
 from gptjax.model.gpt import GPT
 from gptjax.model.objective import Losses, Objective, gradients
 from gptjax.state import TrainState
@@ -46,7 +46,8 @@ def initial_state(
 
     def make(key: jax.Array) -> TrainState:
         first = gpt.init_params(model, key) if params is None else params
-        return state_lib.create(first, optimizer.transformation)
+        trained = frozen.trained_part(first, optimizer.frozen)
+        return state_lib.create(first, optimizer.transformation, trained)
 
     return make
 
@@ -63,22 +64,26 @@ def train_step(
 
     Args:
       state: the parameters, the optimizer state and the step.
-      batch: the packed rows.
+      batch: the packed rows. It has `Batch.hidden` if blocks are frozen.
       seed: the seed of the dropout masks, which are a function of the seed and the step.
-      model: the model.
+      model: the whole model.
       objective: the loss that is minimised.
       optimizer: the optimizer of the stage. Its configuration has the number of micro-batches that
-        the batch is divided into. Their gradients are summed.
+        the batch is divided into. Their gradients are summed. `Optimizer.frozen` is the number of
+        frozen blocks.
 
     Returns:
       The next state and the `StepOutput`. The losses and the gradient norm belong to the parameters
-      before the update.
+      before the update. The gradient norm is that of the trained parameters.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     micro, update = optimizer.config.accumulation, optimizer.transformation.update
-    grads, sums = gradients(model, objective, state.params, batch, key, micro)
-    updates, opt_state = update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    count = optimizer.frozen
+    grads, sums = gradients(model, objective, state.params, batch, key, micro, count)
+    trained = frozen.trained_part(state.params, count)
+    updates, opt_state = update(grads, state.opt_state, trained)
+    trained = optax.apply_updates(trained, updates)
+    params = frozen.with_trained_part(state.params, trained, count)
     checksum = ledger.of_batch(batch)
     output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count, checksum)
     return TrainState(state.step + 1, params, opt_state), output

@@ -34,6 +34,7 @@ def command(workdir, *more: str) -> tuple[str, ...]:
         "--mode=ablate", f"--config={EXPERIMENT}", *TINY,
         f"--config.init_from={runs.trained()}/checkpoints/pretrain",
         *flags, *(flag.replace("tasks.one", "tasks.two") for flag in flags),
+        "--config.ablation.tasks.one.baseline=linear",
         f"--workdir={workdir}", "--config.ablation.parallel=1", *more,
     )  # fmt: skip
 
@@ -101,6 +102,7 @@ def test_the_same_command_runs_nothing_again_and_a_new_variant_only(done):
     again = runs.main(*command(workdir), "--seeds=2")
     assert again.code == 0
     assert "seed" not in again.out.split("#")[0]
+    assert "linear model with" not in again.out
     variants = "--config.ablation.variants=full,layers=0,layers=1,lambda=2"
     more = runs.main(*command(workdir, "--config.ablation.only=one"), "--seeds=1", variants)
     assert more.code == 0, more.err
@@ -205,6 +207,10 @@ def test_the_table_holds_the_medians_and_the_paper_s_numbers_apart():
     assert cells[3][:3] == ["*constant answer*", "50.0", "0.500"]
     paper = f"{100 * paper_tasks.PUBLISHED['full']['sst2']:.1f}"
     assert cells[4][:3] == ["*the paper's full*", paper, "-"]
+    linear = {"sst2": {"test": {"accuracy": 0.8}}, "mine": {"left_out": "no words"}}
+    assert report.table(found, linear).splitlines()[4].split("|")[1:4] == [
+        " *linear model* ", " 80.0 ", " - "
+    ]  # fmt: skip
     # The paper's score is left out where ours is another metric.
     assert "paper" not in report.table([run("sst2", "full", 0, 0.9, "macro_f1")])
 
@@ -225,6 +231,16 @@ def test_what_is_written_is_a_table_and_a_picture(done):
     assert "| variant | one, test accuracy | two, test accuracy | average |" in text
     assert "Medians over the seeds 0, 1" in out
     assert (workdir / "ablation.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_each_task_has_one_linear_model_unless_it_wants_none(done):
+    workdir, out = done
+    assert out.count("linear model with C=") == 1
+    found = json.loads((workdir / "ablation.json").read_text())["linear"]
+    assert list(found) == ["one"]
+    assert found["one"].keys() == {"validation", "test", "C", "seconds", "reduced"}
+    score = f"{100 * found['one']['test']['accuracy']:.1f}"
+    assert f"| *linear model* | {score} | - |  |" in (workdir / "ablation.md").read_text()
 
 
 @pytest.mark.parametrize(

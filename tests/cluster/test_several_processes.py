@@ -14,7 +14,8 @@ LOST = 1
 def start_all(count: int, workdir, *flags, **kwargs) -> list:
     """Starts a tiny run of both stages in several processes of this machine."""
     files = runs.files()
-    command = (*runs.TINY, *files.pretrain, *files.finetune, f"--workdir={workdir}", *flags)
+    linear = "--config.finetune.baseline=linear"
+    command = (*runs.TINY, *files.pretrain, *files.finetune, linear, f"--workdir={workdir}", *flags)
     return runs.start_several(count, *command, **kwargs)
 
 
@@ -63,6 +64,13 @@ def test_several_processes_train_as_one_and_one_continues_them(count, alone, tmp
         test = json.loads((workdir / "summary.json").read_text())["finetune"]["test"]
         expected = json.loads((alone / "summary.json").read_text())["finetune"]["test"]
         assert test == pytest.approx(expected, rel=2e-4, abs=1e-5)
+    # Process 0 alone fits the linear model, and the result is that of one process.
+    ours, theirs = (
+        json.loads((each / "summary.json").read_text())["finetune"]["baselines"]["linear"]
+        for each in (workdir, alone)
+    )
+    for name in ("validation", "test", "C"):
+        assert ours[name] == theirs[name]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Packing loses nothing, wastes little, and changes nothing."""
 
+import dataclasses
 import doctest
 
 import jax
@@ -90,6 +91,28 @@ def test_a_batch_holds_every_sequence_whole_and_its_shapes_are_few(seed):
         assert batch.lm_weights[padding].sum() == 0
     # These batches are not balanced, and so some need more rows: in steps of a quarter.
     assert len(shapes) <= 6
+
+
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
+def test_a_batch_has_the_hidden_states_of_its_examples(kind):
+    """The states here are the indices of the tokens, so that each is seen to be in its place."""
+    _, data = small.examples(kind, count=30)
+    total = int(data.lengths.sum())
+    numbers = np.arange(1, total + 1, dtype=np.float32)
+    data = dataclasses.replace(data, hidden=np.stack([numbers, -numbers], axis=1))
+    batch, index = Packer(data.lengths, 30).pack(data, np.arange(30))
+    assert batch.hidden.shape == (*batch.tokens.shape, 2)
+    assert not batch.hidden[batch.segment_ids == 0].any()
+    tokens = np.concatenate(data.tokens)
+    filled = batch.segment_ids > 0
+    places = batch.hidden[filled][:, 0].astype(int) - 1
+    assert sorted(places) == list(range(total))
+    np.testing.assert_array_equal(batch.tokens[filled], tokens[places])
+    np.testing.assert_array_equal(batch.hidden[..., 1], -batch.hidden[..., 0])
+    ends = np.cumsum(data.lengths)
+    for b, e in zip(*np.nonzero(index >= 0), strict=True):
+        last = batch.extract[b, e, -1]
+        assert batch.hidden[b, last, 0] == ends[index[b, e]]
 
 
 LENGTHS = {

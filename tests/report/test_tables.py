@@ -103,6 +103,61 @@ def test_table_puts_baseline_and_no_pretraining_beside_each_score():
     assert lines[-1].strip() == "python launch.py --mode=explain"
 
 
+def with_linear(score, difference, **more):
+    """Returns a summary with intervals and a linear model, for the metric accuracy of the test."""
+    linear = {"test": {"accuracy": score}, "difference": {"test": {"accuracy": difference}}}
+    finetune = {
+        "steps": 300, "validation": split_scores(0.8125), "test": split_scores(0.75),
+        "intervals": {"test": {"accuracy": [0.72, 0.79], "matthews": [0.4, float("nan")]}},
+        "baselines": {"linear": linear},
+    }  # fmt: skip
+    return {"finetune": finetune, **more}
+
+
+def test_table_puts_the_linear_model_and_half_an_interval_beside_the_score():
+    text = tables.results_table(with_linear(0.7, [0.05, 0.01, 0.09]), BASELINES, "x", [])
+    lines = text.splitlines()
+    assert re.search(r"score +majority class +linear model$", lines[0])
+    row = next(line for line in lines if line.split()[1:3] == ["test", "accuracy"])
+    assert row.split()[3:] == ["75.0%", "+-", "3.5", "-", "70.0%"]
+    (row,) = [line for line in lines if line.split()[1:3] == ["test", "matthews"]]
+    assert row.split()[3:] == ["0.500", "-", "-"]  # half an interval is none
+    assert "+- is half the width of the 95 % interval" in text
+    assert "linear model is better" not in text
+
+
+@pytest.mark.parametrize(
+    ("difference", "chance"), [([-0.05, -0.09, -0.01], False), ([-0.05, -0.11, 0.01], True)]
+)
+def test_a_better_linear_model_is_told_with_what_to_try(difference, chance):
+    text = tables.results_table(with_linear(0.8, difference), BASELINES, "x", [])
+    told = " ".join(text.split("The linear model is better: ")[1].split("\n\n")[0].split())
+    assert told.startswith("test accuracy 80.0% against 75.0%")
+    assert ("this may be chance" in told) == chance
+    assert "--config.init_from" in told
+    pretrained = with_linear(0.8, difference, pretrain=SUMMARY["pretrain"])
+    text = tables.results_table(pretrained, BASELINES, "x", [])
+    assert "linear model is better" in text
+    assert "--config.init_from" not in text
+    # The lines fit the terminal.
+    assert max(map(len, text.splitlines())) <= tables.WIDTH
+
+
+def test_of_an_error_less_is_better():
+    summary = {"finetune": {"validation": {"mse": 0.5}, "baselines": {"linear": {}}}}
+    linear = summary["finetune"]["baselines"]["linear"]
+    linear |= {"validation": {"mse": 0.7}, "difference": {"validation": {"mse": [-0.2, -0.3, 0]}}}
+    assert "is better" not in tables.results_table(summary, {}, "x", [])
+    linear |= {"validation": {"mse": 0.3}, "difference": {"validation": {"mse": [0.2, 0.1, 0.3]}}}
+    assert "validation mse 0.300 against 0.500. Try" in tables.results_table(summary, {}, "x", [])
+
+
+def test_a_linear_model_that_was_left_out_has_no_column():
+    summary = with_linear(0.7, [0.05, 0.01, 0.09])
+    summary["finetune"]["baselines"]["linear"] = {"left_out": "no words"}
+    assert "linear" not in tables.results_table(summary, BASELINES, "x", [])
+
+
 @pytest.mark.parametrize("stages", [[], ["pretrain"], ["finetune"], ["finetune_from_scratch"]])
 def test_table_works_without_any_stage_or_split(stages, tmp_path):
     write_run(tmp_path)

@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from memory_runs import Recorder
 from tensorboardX.proto import event_pb2
 
 from gptjax import mesh
@@ -19,7 +20,7 @@ from gptjax.errors import UserError
 from gptjax.io import console, files
 from gptjax.train import log as log_lib
 from gptjax.train import progress as progress_lib
-from gptjax.train.progress import Progress, Reporter, TerminalReporter
+from gptjax.train.progress import Progress, Reporter, Scorings, TerminalReporter
 
 
 def strict_json(text):
@@ -268,6 +269,38 @@ def test_plain_lines_are_rare_and_the_last_step_is_shown(clock, capsys):
         assert int(speed) == 500
         left = int(hours) * 3600 + int(minutes) * 60 + int(seconds)
         assert left == pytest.approx((1000 - step) * 0.1, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        # 56 steps are left. A validation reads as many tokens as 30 steps, and the test as many as
+        # 15. A forward pass takes a third of a step. So all together take as long as 81 steps.
+        (2.0, "finetune: about 3 min (2 s a step, 2 validations, 1 test)"),
+        (0.1, "finetune: about 8 s (0.1 s a step, 2 validations, 1 test)"),
+        # A long step is measured once: 58 steps are left.
+        (400.0, "finetune: about 9 h 13 min (400 s a step, 2 validations, 1 test)"),
+    ],
+)
+def test_the_time_of_a_stage_is_said_once(clock, step, expected):
+    recorder = Recorder()
+    with Progress("finetune", 100, 40, recorder, Scorings(2, 30.0, 15.0)) as progress:
+        clock.now += 60.0  # compiles
+        progress.update(41, 3.0, 1000)
+        for number in range(42, 60):
+            # A batch of another shape compiles once more.
+            clock.now += 7.0 if number == 43 and step < 10 else step
+            progress.update(number, 3.0, 1000)
+            assert recorder.lines == ([expected] if number >= 44 or step > 10 else [])
+
+
+def test_a_stage_of_few_steps_says_no_time(clock):
+    recorder = Recorder()
+    with Progress("finetune", 3, 0, recorder, Scorings(1)) as progress:
+        for number in (1, 2, 3):
+            clock.now += 1.0
+            progress.update(number, 3.0, 1000)
+    assert not recorder.lines
 
 
 def test_a_terminal_gets_a_bar(monkeypatch, capsys):

@@ -82,7 +82,7 @@ def test_pretraining_counts(tokenizer):
     stream = [i for text in TEXT for i in tokenizer.encode(text)]
     assert (stage.name, stage.metric, stage.total_steps) == ("pretrain", "loss", 10)
     assert (stage.eval_every, stage.save_every) == (10, 1000)
-    assert stage.test is None
+    assert not stage.final
     assert stage.spec is None
     assert f"{len(stream):,} training tokens" in stage.notes[0]
     batch = next(iter(stage.batches.iterate(0, 1)))
@@ -130,14 +130,14 @@ def test_finetuning_counts(tokenizer):
     assert stage.spec.labels == ("maybe", "no", "yes")
     assert stage.model.num_outputs == 3
     assert (stage.objective.kind, stage.objective.lm_weight) == ("classification", 0.5)
-    assert stage.test is not None
+    assert list(stage.final) == ["validation", "test"]
     assert "20 train examples" in stage.notes[0]
     labels = collections.Counter()
     for batch in stage.batches.iterate(0, 5):
         assert batch.example_mask.sum() == 4
         labels.update(batch.labels[batch.example_mask > 0].tolist())
     assert labels == {1: 7, 2: 7, 0: 6}  # one epoch of 20 rows, whose labels take turns
-    assert finetune(tokenizer).test is None
+    assert list(finetune(tokenizer).final) == ["validation"]
     assert finetune(tokenizer, steps=3).total_steps == 3
     assert finetune(tokenizer, evals_per_epoch=2.0).eval_every == 2
     assert finetune(tokenizer, evals_per_epoch=100.0).eval_every == 1

@@ -1,0 +1,502 @@
+"""The linear model that is shown beside a fine-tuned GPT: the score that a simple method reaches.
+
+It reads the texts and labels of the same rows as GPT, and nothing of GPT. Its features are words
+and pairs of neighbouring words with TF-IDF weights. The vectors of texts have length 1.
+
+classification     the vector of the text
+entailment         both vectors, their absolute difference, their product, and the word overlap
+similarity         the sum of both vectors, their absolute difference, their product, and the word
+                   overlap; none of these changes if the texts change places
+regression         the features of similarity
+multiple choice    for each answer: its vector, the absolute difference from the text's vector, the
+                   product with it, and the word overlap
+
+Classes are fitted by (multinomial) logistic regression, and numbers by ridge regression. A multiple
+choice is fitted by conditional logistic regression (McFadden 1974): the probability of an answer is
+the softmax of the scores of the answers of its row. This is the question that is asked, whereas a
+logistic regression on single answers would also have to explain how likely an answer is by itself.
+What all answers of a row share, such as the vector of the text, cancels in the softmax.
+
+The strength of the regularisation is chosen by cross-validation on the training rows. The
+validation rows choose nothing, so that their score is as honest as that of the test rows.
+
+The result depends on the rows, not on their order. It does not depend on the clock either, unless
+the time does not suffice. `LinearModel.reduced` then says what was left out.
+"""
+
+import dataclasses
+import hashlib
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from gptjax.config.schema import TaskKind, TaskSpec, higher_is_better
+from gptjax.data import tasks
+from gptjax.data.tables.labelled import LabelledTable, as_text
+from gptjax.evaluate import metrics
+from gptjax.evaluate.score import never_stop
+
+# A word is a run of letters and digits. Chinese and Japanese are written without spaces, so each of
+# their characters is a word, as in most of their classifiers.
+_CHARACTER = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = rf"[{_CHARACTER}]|[^\W{_CHARACTER}]+"
+
+# The values of C from which cross-validation chooses. Ridge regression has alpha = 1 / C.
+_STRENGTHS = (0.0625, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
+# The indices of the value that is tried first, and used if there is no time for more.
+_FIRST = dict.fromkeys(TaskKind, 3) | {TaskKind.REGRESSION: 1}
+_FOLDS = (5, 3)
+_ITERATIONS = 100
+
+# Limits of the memory. The optimiser keeps about 25 arrays as large as the coefficients, and the
+# dictionary of words and word pairs takes up to 30 bytes for each character of the training texts.
+_COEFFICIENTS = 2**21
+_CHARACTERS = 2**25
+# The number of rows on which the speed is measured.
+_SAMPLE = 512
+
+Columns = Sequence[Sequence[str]]
+"""The texts of the rows, one sequence for each of `TaskSpec.text_columns`."""
+
+
+class LeftOut(Exception):
+    """There is no linear model for these rows. The message says why."""
+
+
+class Budget:
+    """The time that the linear model may take.
+
+    Args:
+      seconds: the time from now on.
+      clock: a function that returns the time in seconds.
+    """
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.seconds, self._clock = seconds, clock
+        self._start = clock()
+
+    @property
+    def spent(self) -> float:
+        """The seconds since the start."""
+        return self._clock() - self._start
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left. The number is negative if the time is over."""
+        return self.seconds - self.spent
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearModel:
+    """A fitted linear model: its answers, and how it was fitted."""
+
+    answers: dict[str, np.ndarray]
+    """Name of a split -> the answer to each row, as `score.predictions` returns them: int class ids
+    or indices of answers; in a regression, float numbers."""
+    strength: float
+    """C, the inverse of the strength of the regularisation. In a ridge regression, 1 / alpha."""
+    reduced: tuple[str, ...]
+    """What was left out for lack of time or memory."""
+
+
+class _Fitted(Protocol):
+    def predict(self, features: Any) -> np.ndarray: ...
+
+
+def fit(
+    spec: TaskSpec,
+    tables: Mapping[str, LabelledTable],
+    metric: str,
+    budget: Budget,
+    check_stop: Callable[[], None] = never_stop,
+) -> LinearModel:
+    """Fits the linear model of a task on the split "train", and answers the other splits.
+
+    Args:
+      spec: the task, with the names of its labels.
+      tables: name of a split -> its rows.
+      metric: the metric by which cross-validation chooses.
+      budget: the time. If it does not suffice, there are fewer folds, fewer values of C, or fewer
+        training rows. The time is measured on a sample first, so it can be exceeded by a little.
+      check_stop: a function that is called between two fits. It raises `StopRequested` if the run
+        was asked to stop.
+
+    Raises:
+      LeftOut: the training texts have no words, or the time suffices for nothing.
+    """
+    rows = _Rows(spec, tables)
+    features = _Features(spec, rows, budget)
+    search = _Search(spec, features.train, rows.labels["train"][: features.count], metric)
+    search.run(budget, check_stop)
+    fitted = search.fit(search.best)
+    answers = {name: fitted.predict(features.split(name)) for name in tables if name != "train"}
+    reduced = (*features.reduced, *search.reduced)
+    return LinearModel(answers, _STRENGTHS[search.best], reduced)
+
+
+class _Rows:
+    """The texts and labels of all splits. The training rows stand in the order of a hash.
+
+    A part from the start of the training rows is thus a random sample. Rows of equal text stand
+    together, so a fold of cross-validation has all of them or none, except at its ends.
+    """
+
+    def __init__(self, spec: TaskSpec, tables: Mapping[str, LabelledTable]):
+        self.texts: dict[str, Columns] = {}
+        self.labels: dict[str, np.ndarray] = {}
+        for name, table in tables.items():
+            columns = table.columns(spec.text_columns)
+            self.texts[name] = [list(map(as_text, columns[each])) for each in spec.text_columns]
+            self.labels[name] = tasks.label_ids(spec, table)
+        columns, labels = self.texts["train"], self.labels["train"]
+        keys = []
+        for row, label in zip(zip(*columns, strict=True), labels, strict=True):
+            texts = sorted(row) if spec.kind.sums_candidates else row
+            text = "\x1f".join(texts).encode(errors="surrogatepass")
+            keys.append((hashlib.blake2b(text, digest_size=16).digest(), float(label)))
+        order = sorted(range(len(keys)), key=keys.__getitem__)
+        self.texts["train"] = [[column[i] for i in order] for column in columns]
+        self.labels["train"] = labels[order]
+
+
+class _Features:
+    """The features of all rows.
+
+    Attributes:
+      count: the number of training rows that are used.
+      train: their features, a sparse matrix [count, F]; in a multiple choice [count * C, F].
+      reduced: what was left out.
+    """
+
+    def __init__(self, spec: TaskSpec, rows: _Rows, budget: Budget):
+        self._spec, self._rows = spec, rows
+        self.reduced: list[str] = []
+        total = len(rows.labels["train"])
+        self.count = self._affordable_rows(budget)
+        if self.count < total:
+            self.reduced.append(f"trained on {self.count:,} of {total:,} rows")
+        texts = [column[: self.count] for column in rows.texts["train"]]
+        outputs = len(np.unique(rows.labels["train"][: self.count]))
+        outputs = outputs if spec.kind.has_classes and outputs > 2 else 1
+        blocks = 1 if spec.kind is TaskKind.CLASSIFICATION else 4
+        limit = max(1, _COEFFICIENTS // (outputs * blocks))
+        self._vectorizer = _fit_vectorizer(texts, limit)
+        if len(self._vectorizer.vocabulary_) == limit:
+            self.reduced.append(f"the {limit:,} most frequent words and word pairs")
+        self.train = _join(spec, texts, self._vectorizer)
+
+    def _affordable_rows(self, budget: Budget) -> int:
+        """Returns the number of training rows that can be read in a third of the time."""
+        texts = self._rows.texts["train"]
+        lengths = sum(np.array(list(map(len, column))) for column in texts)
+        total = len(lengths)
+        in_memory = int(np.searchsorted(np.cumsum(lengths), _CHARACTERS, side="right"))
+        count = min(total, max(in_memory, min(total, _SAMPLE)))
+        if total <= _SAMPLE:
+            return count
+        start = budget.spent
+        sample = [column[:_SAMPLE] for column in texts]
+        _join(self._spec, sample, _fit_vectorizer(sample, _COEFFICIENTS))
+        seconds = (budget.spent - start) / _SAMPLE
+        others = sum(len(self._rows.labels[name]) for name in self._rows.labels) - total
+        affordable = int(budget.seconds / 3 / max(seconds, 1e-9)) - others
+        if affordable < min(count, _SAMPLE):
+            raise LeftOut(
+                f"{others:,} validation and test rows would take {others * seconds:,.0f} s of "
+                f"{budget.seconds:,.0f} s"
+            )
+        return min(count, affordable)
+
+    def split(self, name: str) -> Any:
+        """Returns the features of a split, a sparse matrix like `train`."""
+        return _join(self._spec, self._rows.texts[name], self._vectorizer)
+
+
+def _fit_vectorizer(texts: Columns, limit: int) -> Any:
+    """Returns the TF-IDF weights of the words and word pairs of all texts.
+
+    The columns share one vocabulary. Each cell is a document.
+
+    Args:
+      texts: the texts.
+      limit: the largest number of words and word pairs. The most frequent ones are kept.
+
+    Raises:
+      LeftOut: no text has a word.
+    """
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectorizer = TfidfVectorizer(
+        token_pattern=_WORD, ngram_range=(1, 2), sublinear_tf=True, max_features=limit
+    )
+    try:
+        return vectorizer.fit([text for column in texts for text in column])
+    except ValueError as error:
+        if "empty vocabulary" in str(error):
+            raise LeftOut("the training texts have no words") from None
+        raise
+
+
+def _join(spec: TaskSpec, texts: Columns, vectorizer: Any) -> Any:
+    """Returns the features of rows as a sparse matrix [N, F]; in a multiple choice [N * C, F]."""
+    from scipy import sparse
+
+    vectors = [vectorizer.transform(column) for column in texts]
+    if spec.kind is TaskKind.CLASSIFICATION:
+        return vectors[0]
+    words = [_word_sets(column) for column in texts]
+    parts = [
+        _pair_features(spec.kind, vectors[0], vectors[i], _overlap(spec.kind, words[0], words[i]))
+        for i in range(1, len(texts))
+    ]
+    features = sparse.vstack(parts, format="csr")
+    # The rows of one answer stand together. Afterwards the answers of one row do.
+    return features[np.arange(features.shape[0]).reshape(len(parts), -1).T.ravel()]
+
+
+def _pair_features(kind: TaskKind, u: Any, v: Any, overlap: np.ndarray) -> Any:
+    """Returns the features of pairs of texts from their vectors u and v, a sparse matrix [N, F].
+
+    Args:
+      kind: the kind of the task.
+      u, v: sparse matrices [N, V].
+      overlap: float64 [N, 4], from `_overlap`.
+    """
+    from scipy import sparse
+
+    product = u.multiply(v)
+    cosine = np.asarray(product.sum(axis=1)).reshape(-1, 1)
+    if kind is TaskKind.MULTIPLE_CHOICE:
+        vectors = [v]
+    else:
+        vectors = [u + v] if kind.sums_candidates else [u, v]
+    parts = [*vectors, abs(u - v), product, sparse.csr_matrix(np.hstack([cosine, overlap]))]
+    return sparse.hstack(parts, format="csr")
+
+
+def _word_sets(texts: Sequence[str]) -> list[set[str]]:
+    find = re.compile(_WORD).findall
+    return [set(find(text.lower())) for text in texts]
+
+
+def _overlap(kind: TaskKind, firsts: Sequence[set[str]], seconds: Sequence[set[str]]) -> np.ndarray:
+    """Returns how many words two texts share, float64 [N, 4].
+
+    The features are Jaccard's index, the parts of the first and of the second text that the other
+    one contains, and the difference of the numbers of words, divided by the larger number. All are
+    0 if a text has no words. If the order of the texts means nothing, the two parts are sorted, and
+    the difference is absolute.
+
+    Args:
+      kind: the kind of the task.
+      firsts, seconds: the distinct words of the texts.
+    """
+    a, b = (np.array([len(words) for words in each], np.float64) for each in (firsts, seconds))
+    shared = np.array([len(x & y) for x, y in zip(firsts, seconds, strict=True)], np.float64)
+    jaccard = shared / np.maximum(a + b - shared, 1)
+    parts = np.stack([shared / np.maximum(a, 1), shared / np.maximum(b, 1)], axis=1)
+    difference = (a - b) / np.maximum(np.maximum(a, b), 1)
+    if kind.sums_candidates:
+        parts, difference = np.sort(parts, axis=1), np.abs(difference)
+    return np.column_stack([jaccard, parts, difference])
+
+
+class _Search:
+    """The fits, and the choice of C by cross-validation.
+
+    Attributes:
+      best: the index of the chosen value in `_STRENGTHS`.
+      reduced: what was left out.
+    """
+
+    def __init__(self, spec: TaskSpec, features: Any, labels: np.ndarray, metric: str):
+        self._spec, self._metric = spec, metric
+        self._features, self._labels = features, labels
+        self.best = _FIRST[spec.kind]
+        self.reduced: list[str] = []
+
+    def run(self, budget: Budget, check_stop: Callable[[], None]) -> None:
+        """Chooses C, with as many folds, values and rows as the time allows.
+
+        Raises:
+          LeftOut: the time does not suffice for one fit.
+        """
+        total = len(self._labels)
+        seconds = self._limit_rows(budget)
+        count = len(self._labels)
+        if count < total:
+            self.reduced.append(f"fitted on {count:,} of {total:,} rows")
+        # The search tries three values or more, unless the time is over.
+        rounds = [n for n in _FOLDS if 2 * n <= count and seconds * (3 * n + 1) < budget.left]
+        if not rounds:
+            self.reduced.append("no cross-validation")
+            return
+        if rounds[0] < _FOLDS[0]:
+            self.reduced.append(f"{rounds[0]} folds")
+        self._climb(rounds[0], seconds, budget, check_stop)
+
+    def _limit_rows(self, budget: Budget) -> float:
+        """Leaves out training rows until one fit takes a third of the time that is left.
+
+        Returns:
+          The estimated seconds of one fit.
+        """
+        sample = min(len(self._labels), _SAMPLE)
+        start = budget.spent
+        self.fit(self.best, np.arange(sample))
+        measured = budget.spent - start
+
+        def seconds(count: int) -> float:
+            # A fit takes time for each row and each output.
+            outputs = self._num_outputs(count) / self._num_outputs(sample)
+            return measured * count / sample * outputs
+
+        count = len(self._labels)
+        while seconds(count) > budget.left / 3 and count > sample:
+            count = max(count // 2, sample)
+        if seconds(count) > budget.left:
+            raise LeftOut(
+                f"one fit of {count:,} rows takes {seconds(count):,.0f} s of "
+                f"{budget.seconds:,.0f} s"
+            )
+        self._features, self._labels = self._part(np.arange(count)), self._labels[:count]
+        return seconds(count)
+
+    def _num_outputs(self, count: int) -> int:
+        return len(np.unique(self._labels[:count])) if self._spec.kind.has_classes else 1
+
+    def _climb(
+        self, folds: int, seconds: float, budget: Budget, check_stop: Callable[[], None]
+    ) -> None:
+        """Goes from the first value of C to larger ones, or else to smaller ones, while it helps.
+
+        Args:
+          folds: the number of parts of the training rows, each of which is answered once.
+          seconds: the estimated seconds of the last fit, on all rows.
+          budget: the time.
+          check_stop: a function that is called between two fits.
+        """
+        sign = 1 if higher_is_better(self._metric) else -1
+        longest = 0.0
+
+        def score(index: int) -> float:
+            nonlocal longest
+            start = budget.spent
+            found = sign * self._cross_validate(index, folds, check_stop)
+            longest = max(longest, budget.spent - start)
+            return found
+
+        first = self.best
+        highest = score(first)
+        for step in (1, -1):
+            index = first + step
+            while 0 <= index < len(_STRENGTHS):
+                # A fit with a larger C takes longer.
+                if 1.5 * longest + 2 * seconds > budget.left:
+                    self.reduced.append("fewer values of C")
+                    return
+                if (found := score(index)) <= highest:
+                    break
+                self.best, highest = index, found
+                index += step
+            if self.best != first:
+                return
+
+    def _cross_validate(self, index: int, folds: int, check_stop: Callable[[], None]) -> float:
+        """Returns the score of the training rows, each answered by a fit on the other folds."""
+        from sklearn.model_selection import KFold
+
+        answers = np.zeros_like(self._labels)
+        for others, held_out in KFold(folds).split(self._labels):
+            check_stop()
+            answers[held_out] = self.fit(index, others).predict(self._part(held_out))
+        names, classes = (self._metric,), len(self._spec.labels)
+        return metrics.compute(names, self._labels, answers, classes)[self._metric]
+
+    def _part(self, rows: np.ndarray) -> Any:
+        """Returns the features of some training rows."""
+        if self._spec.kind is TaskKind.MULTIPLE_CHOICE:
+            count = self._spec.num_candidates
+            rows = (rows[:, None] * count + np.arange(count)).ravel()
+        return self._features[rows]
+
+    def fit(self, index: int, rows: np.ndarray | None = None) -> _Fitted:
+        """Returns the model with a value of C, fitted on some training rows; None means all.
+
+        Args:
+          index: the index of C in `_STRENGTHS`.
+          rows: the indices of the rows.
+        """
+        from sklearn.dummy import DummyClassifier
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression, Ridge
+
+        rows = np.arange(len(self._labels)) if rows is None else rows
+        strength, labels = _STRENGTHS[index], self._labels[rows]
+        model: Any
+        if self._spec.kind is TaskKind.REGRESSION:
+            model = Ridge(alpha=1 / strength)
+        elif self._spec.kind is TaskKind.MULTIPLE_CHOICE:
+            model = ConditionalLogit(strength, self._spec.num_candidates)
+        elif len(np.unique(labels)) == 1:  # logistic regression needs two classes
+            model = DummyClassifier(strategy="most_frequent")
+        else:
+            model = LogisticRegression(C=strength, max_iter=_ITERATIONS)
+        with warnings.catch_warnings():
+            # A fit with a large C may need more iterations to its end. They change few answers.
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            fitted: _Fitted = model.fit(self._part(rows), labels)
+        return fitted
+
+
+class ConditionalLogit:
+    """Conditional logistic regression (McFadden 1974): one answer of each row is right.
+
+    The probability of answer c of row i is the softmax over c of w . x_ic. The fit minimises the
+    sum of w . w / 2 and C times the negative log-likelihood. With two answers, this is logistic
+    regression without intercept on the differences of the features of the two answers.
+
+    Args:
+      strength: C.
+      num_answers: the number of answers of each row.
+    """
+
+    def __init__(self, strength: float, num_answers: int):
+        self._strength, self._num_answers = strength, num_answers
+        self.weights = np.zeros(0)
+
+    def fit(self, features: Any, labels: np.ndarray) -> "ConditionalLogit":
+        """Fits the weights.
+
+        Args:
+          features: a sparse matrix [N * A, F]. Row i * A + c has the features of answer c of row i.
+          labels: int [N], the index of the right answer.
+        """
+        from scipy import optimize, special
+
+        right = np.arange(len(labels)) * self._num_answers + labels
+
+        def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+            log_NA = special.log_softmax(self._scores(features, weights), axis=1)
+            slope = np.exp(log_NA).ravel()
+            slope[right] -= 1
+            value = weights @ weights / 2 - self._strength * log_NA.ravel()[right].sum()
+            return value, weights + self._strength * (features.T @ slope)
+
+        start = np.zeros(features.shape[1])
+        options = {"maxiter": _ITERATIONS}
+        found = optimize.minimize(loss, start, jac=True, method="L-BFGS-B", options=options)
+        self.weights = found.x
+        return self
+
+    def predict(self, features: Any) -> np.ndarray:
+        """Returns int [N], the index of the best answer of each row."""
+        return self._scores(features, self.weights).argmax(axis=1)
+
+    def _scores(self, features: Any, weights: np.ndarray) -> np.ndarray:
+        scores_NA: np.ndarray = (features @ weights).reshape(-1, self._num_answers)
+        return scores_NA
