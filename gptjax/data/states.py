@@ -94,7 +94,7 @@ def load(entry: Entry) -> np.ndarray:
 
     def write(file: BinaryIO) -> None:
         header = {"descr": stored.str, "fortran_order": False, "shape": entry.shape}
-        np.lib.format.write_array_header_1_0(file, header)  # type: ignore[no-untyped-call]
+        np.lib.format.write_array_header_1_0(file, header)
         start = file.tell()
         for row, states in entry.compute():
             file.seek(start + row * entry.shape[1] * stored.itemsize)

@@ -204,7 +204,8 @@ def jit_eval_step(
     """
     upper = frozen_lib.upper_model(model, frozen)
 
-    def step(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
+    def forward_above(params: Params, batch: Batch) -> tuple[Losses, jax.Array | None]:
         return forward(upper, objective, frozen_lib.upper_params(params, frozen), batch)
 
+    step = forward_above if frozen else functools.partial(forward, model, objective)
     return jax.jit(step, out_shardings=mesh_lib.replicated(mesh))

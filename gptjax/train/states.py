@@ -13,6 +13,7 @@ in its own cache. So no process waits for the cache of another process.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,7 @@ _VERSION = 1  # raise it when equal weights and sequences give other states or o
 # with it the rounding, depends only on the texts.
 _BATCH_SIZE = 32
 # The fields of the model that change only the training, the heads, or the speed.
-_IRRELEVANT = {
+_IRRELEVANT: dict[str, Any] = {
     "embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0,
     "head_dropout": 0.0, "head_dropout_shared": False, "remat": "none", "one_matrix": False,
 }  # fmt: skip

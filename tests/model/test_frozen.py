@@ -72,7 +72,7 @@ def with_hidden(model, params, batch, count):
 def test_gradients_are_those_of_the_whole_model(kind, count, micro):
     """The truth is the gradient of the whole model, from which the frozen part is left out."""
     task = small.task(kind)
-    batch = mesh_lib.to_devices(small.packed(task.examples, 0, task.shape)[0], small.mesh())
+    batch = mesh_lib.to_devices(small.packed(task.examples, 96, task.shape)[0], small.mesh())
     expected = task.measure(task.params, batch)
 
     @small.fast_jit
@@ -82,8 +82,14 @@ def test_gradients_are_those_of_the_whole_model(kind, count, micro):
         return objective.gradients(task.model, task.objective, params, batch, key, micro, count)
 
     grads, sums = run(task.params, batch)
+    truth = frozen.trained_part(expected["gradients"], count)
+    if kind == "multiple_choice":
+        # A number that is added to the scores of all answers changes nothing, so this gradient is 0
+        # but for rounding.
+        for tree in (grads, truth):
+            tree["task_head"] = {"kernel": tree["task_head"]["kernel"]}
     small.assert_trees_close(sums, expected["sums"], EPS)
-    small.assert_trees_close(grads, frozen.trained_part(expected["gradients"], count), EPS)
+    small.assert_trees_close(grads, truth, EPS)
 
 
 def test_the_optimizer_has_no_moments_of_the_frozen_part():

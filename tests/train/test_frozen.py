@@ -4,7 +4,6 @@ import dataclasses
 import errno
 import os
 
-import datasets
 import jax
 import numpy as np
 import optax
@@ -185,8 +184,8 @@ def test_the_saved_model_predicts_what_the_training_scored(whole):
     answers = loaded.predict([{"text": row["text"]} for row in rows])
     right = np.mean([a == row["label"] for a, row in zip(answers.labels, rows, strict=True)])
     assert right == pytest.approx(summary["finetune"]["test"]["accuracy"])
-    index = [loaded.spec.labels.index(row["label"]) for row in rows]
-    nats = -np.log(np.asarray(answers.probabilities)[np.arange(len(rows)), index]).mean()
+    index = [answers.label_names.index(row["label"]) for row in rows]
+    nats = -np.log(answers.probabilities[np.arange(len(rows)), index]).mean()
     assert nats == pytest.approx(summary["finetune"]["test"]["task_loss"], rel=1e-5)
 
 
@@ -222,59 +221,65 @@ def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "new"))
     _, lines = train(tmp_path / "run", plan)
     assert any("continuing at step 3 of 6" in line for line in lines)
-    ours, theirs = (
-        runs.arrays(str(each), "finetune", STEPS) for each in (tmp_path / "run", workdir)
-    )
-    assert ours == theirs
+    ours, theirs = str(tmp_path / "run"), str(workdir)
+    assert runs.arrays(ours, "finetune", STEPS) == runs.arrays(theirs, "finetune", STEPS)
     assert runs.records(ours) == runs.records(theirs)
 
 
-@pytest.fixture
-def computed(monkeypatch):
-    """Counts the batches that the frozen blocks compute."""
-    found, original = [], states._jit_states
-
-    def counting(model):
-        run = original(model)
-        return lambda *args: found.append(1) or run(*args)
-
-    monkeypatch.setattr(states, "_jit_states", counting)
-    return found
-
-
-def test_the_cache_is_used_again_until_something_changes(whole, tmp_path, computed):
-    plan, *_ = whole
+def test_another_run_reads_the_states(whole, tmp_path, monkeypatch):
+    plan, workdir, *_ = whole
+    monkeypatch.setattr(states.Frozen, "_compute", lambda *_: pytest.fail("computed again"))
     _, lines = train(tmp_path / "again", plan)
-    assert not computed
     assert any("are read from" in line for line in lines)
-    # The optimizer, the dropout and the batch size do not change the states.
-    other = planned(freeze=1, dropout=0.0, batch_size=4, steps=2)
-    train(tmp_path / "other", other)
-    assert not computed
-    changes = {
-        "weights": (planned(freeze=1, steps=2, seed=1), None),
-        "blocks": (planned(freeze=2, steps=2), None),
-        "dtype": (planned(freeze=1, steps=2, dtype="bfloat16"), None),
-        "tokenizer": (planned(freeze=1, steps=2, tokens=60), None),
-        "data": (planned(freeze=1, steps=2), changed_tables()),
-    }
-    for name, (plan, rows) in changes.items():
+    assert runs.records(str(tmp_path / "again")) == runs.records(str(workdir))
+
+
+def test_the_states_are_computed_again_if_something_changes_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path))
+    computed = []
+
+    def compute(self, lower, examples):
+        computed.append(self)
+        yield 0, np.zeros((int(examples.lengths.sum()), self.model.config.width), np.float32)
+
+    monkeypatch.setattr(states.Frozen, "_compute", compute)
+    spec, data = small.examples("entailment", count=6)
+
+    def computations(data=data, seed=0, count=1, mesh=None, changed_block=None, **changes):
+        """Returns the number of computations of a run."""
         computed.clear()
-        train(tmp_path / name, plan, rows)
-        assert computed, name
+        model = gpt.make_model(small.config(**changes), spec)
+        params = small.params(model, seed)
+        if changed_block is not None:
+            blocks = params["blocks"]
+            scale = blocks["norm1"]["scale"].at[changed_block, 0].add(1e-6)
+            norm = blocks["norm1"] | {"scale": scale}
+            params = params | {"blocks": blocks | {"norm1": norm}}
+        frozen = states.Frozen(model, count, mesh or small.mesh())
+        frozen.with_states(params, {"train": data}, str)
+        return len(computed)
+
+    assert computations() == 1
+    assert computations() == 0
+    # These change only what lies above the frozen block, or the training.
+    assert computations(changed_block=1) == 0
+    assert computations(embedding_dropout=0.1, residual_dropout=0.1, remat="full") == 0
+    assert computations(data=dataclasses.replace(data, labels=data.labels[::-1])) == 0
+    tokens = [*data.tokens[:-1], data.tokens[-1][::-1]]
+    later = data.second_start + np.arange(len(data.tokens), dtype=np.int32)
+    for changes in (
+        {"seed": 1}, {"count": 2}, {"changed_block": 0}, {"layer_norm_epsilon": 1e-6},
+        {"activation": "relu"}, {"num_heads": 2}, {"attention": "plain"},
+        {"data": dataclasses.replace(data, tokens=tokens)},
+        {"data": dataclasses.replace(data, second_start=later)},
+    ):  # fmt: skip
+        assert computations(**changes) == 1, changes
+    with monkeypatch.context() as patch:
+        patch.setattr(jax, "__version__", "99")
+        assert computations() == 1
 
 
-def changed_tables():
-    """The rows, with one word of the test split changed."""
-    rows = tables()
-    test = rows["finetune"]["test"].to_list()
-    test[0]["text"] += " cat"
-    rows["finetune"]["test"] = datasets.Dataset.from_list(test)
-    return rows
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("lm_weight", [0.0, 0.5])
+@pytest.mark.parametrize(("dtype", "lm_weight"), [("float32", 0.5), ("bfloat16", 0.0)])
 def test_only_the_head_is_trained_above_all_blocks(tmp_path, dtype, lm_weight):
     plan = planned(freeze=LAYERS, dtype=dtype, lm_weight=lm_weight, steps=3)
     summary, _ = train(tmp_path / "run", plan)
@@ -367,20 +372,14 @@ def test_more_blocks_than_there_are(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_comparison_from_scratch_trains_everything(tmp_path):
-    """The run starts from a checkpoint with one layer, so its only block is frozen."""
-    pretrained = f"{runs.trained()}/checkpoints/pretrain"
-    config = finetuning(freeze=1, steps=4, compare_from_scratch=True)
-    plan = experiment(finetune=config, init_from=pretrained)
-    _, lines = train(tmp_path / "run", plan)
-    assert not any("random weights" in line for line in lines)
-    assert sum("are frozen" in line for line in lines) == 1
-    moments = {
-        stage: {name for name in runs.arrays(str(tmp_path / "run"), stage, 4) if "mu" in name}
-        for stage in ("finetune", "finetune_from_scratch")
-    }
-    assert not any("blocks" in name for name in moments["finetune"])
-    assert any("blocks" in name for name in moments["finetune_from_scratch"])
+def test_the_comparison_from_scratch_trains_everything():
+    """Random blocks that are frozen would be no fair comparison."""
+    plan = planned(freeze=1, compare_from_scratch=True)
+    options = run_lib.Options(tables=tables())
+    _, stages = run_lib.prepare(plan, "nowhere", small.mesh(), options)
+    assert [stage.frozen for stage in stages] == [1, 0]
+    assert [stage.read_states is None for stage in stages] == [False, True]
+    assert [stage.name for stage in stages] == ["finetune", "finetune_from_scratch"]
 
 
 @pytest.mark.slow
