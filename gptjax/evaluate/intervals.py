@@ -149,7 +149,8 @@ def weighted_scores(
       name -> scores, float64 [R].
     """
     if set(names) & set(metrics.FITTING[metrics.TaskKind.REGRESSION]):
-        return {name: _regression_score(name, w_RM, labels, predictions) for name in names}
+        x, y = labels.astype(np.float64), predictions.astype(np.float64)
+        return {name: _regression_score(name, w_RM, x, y) for name in names}
     classes, answers = labels.astype(np.int64), predictions.astype(np.int64)
     right = classes == answers
     true_RK = _class_weights(w_RM, classes, num_labels)

@@ -128,12 +128,17 @@ def fit(
     Raises:
       LeftOut: the training texts have no words, or the time suffices for nothing.
     """
-    rows = _Rows(spec, tables)
-    features = _Features(spec, rows, budget)
-    search = _Search(spec, features.train, rows.labels["train"][: features.count], metric)
-    search.run(budget, check_stop)
-    fitted = search.fit(search.best)
-    answers = {name: fitted.predict(features.split(name)) for name in tables if name != "train"}
+    from threadpoolctl import threadpool_limits
+
+    # The vectors are short for BLAS: its threads would wait for each other most of the time. One
+    # thread also adds in one order, so the result is the same on each machine of a kind.
+    with threadpool_limits(limits=1):
+        rows = _Rows(spec, tables)
+        features = _Features(spec, rows, budget)
+        search = _Search(spec, features.train, rows.labels["train"][: features.count], metric)
+        search.run(budget, check_stop)
+        fitted = search.fit(search.best)
+        answers = {name: fitted.predict(features.split(name)) for name in tables if name != "train"}
     reduced = (*features.reduced, *search.reduced)
     return LinearModel(answers, _STRENGTHS[search.best], reduced)
 
@@ -345,6 +350,8 @@ class _Search:
         Returns:
           The estimated seconds of one fit.
         """
+        # The first fit of a process imports libraries, which must not count.
+        self.fit(self.best, np.arange(min(len(self._labels), 2)))
         sample = min(len(self._labels), _SAMPLE)
         start = budget.spent
         self.fit(self.best, np.arange(sample))
@@ -357,7 +364,7 @@ class _Search:
 
         count = len(self._labels)
         while seconds(count) > budget.left / 3 and count > sample:
-            count = max(count // 2, sample)
+            count = max(int(0.8 * count), sample)
         if seconds(count) > budget.left:
             raise LeftOut(
                 f"one fit of {count:,} rows takes {seconds(count):,.0f} s of "
@@ -432,7 +439,6 @@ class _Search:
           rows: the indices of the rows.
         """
         from sklearn.dummy import DummyClassifier
-        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression, Ridge
 
         rows = np.arange(len(self._labels)) if rows is None else rows
@@ -447,8 +453,9 @@ class _Search:
         else:
             model = LogisticRegression(C=strength, max_iter=_ITERATIONS)
         with warnings.catch_warnings():
-            # A fit with a large C may need more iterations to its end. They change few answers.
-            warnings.simplefilter("ignore", ConvergenceWarning)
+            # scikit-learn warns if a fit has not come to its end, which changes few answers, and if
+            # there are nearly as many classes as rows.
+            warnings.simplefilter("ignore", UserWarning)
             fitted: _Fitted = model.fit(self._part(rows), labels)
         return fitted
 
