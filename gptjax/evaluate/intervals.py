@@ -229,8 +229,10 @@ def _correlation(w_RM: np.ndarray, x_RM: np.ndarray, y_RM: np.ndarray) -> np.nda
       x_RM, y_RM: the values, [R, M] or [1, M].
     """
 
+    rows_R1 = w_RM.sum(axis=1, keepdims=True)
+
     def mean(values: np.ndarray) -> np.ndarray:
-        return (w_RM * values).sum(axis=1, keepdims=True) / w_RM.sum(axis=1, keepdims=True)
+        return np.einsum("rm,rm->r", w_RM, np.broadcast_to(values, w_RM.shape))[:, None] / rows_R1
 
     x_RM, y_RM = x_RM - mean(x_RM), y_RM - mean(y_RM)
     spread = [np.sqrt(mean(each**2))[:, 0] for each in (x_RM, y_RM)]
