@@ -27,6 +27,7 @@ the time does not suffice. `LinearModel.reduced` then says what was left out.
 import dataclasses
 import hashlib
 import importlib
+import itertools
 import re
 import time
 import warnings
@@ -50,7 +51,9 @@ _WORD = rf"[{_CHARACTER}]|[^\W{_CHARACTER}]+"
 _STRENGTHS = (0.0625, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 # The indices of the value that is tried first, and used if there is no time for more.
 _FIRST = dict.fromkeys(TaskKind, 3) | {TaskKind.REGRESSION: 1}
-_FOLDS = (5, 3)
+# The number of folds of cross-validation, and how many of them are answered as the time allows.
+_FOLDS = 5
+_ANSWERED = (5, 2, 1)
 _ITERATIONS = 100
 
 # Limits of the memory. The optimiser keeps about 25 arrays as large as the coefficients, and the
@@ -358,13 +361,13 @@ class _Search:
         self.final()
         seconds = budget.spent - start
         # The search tries three values or more, unless the time is over.
-        rounds = [n for n in _FOLDS if 2 * n <= count and seconds * (3 * n + 1) < budget.left]
-        if not rounds:
+        answered = [n for n in _ANSWERED if seconds * (3 * n + 1) < budget.left]
+        if not answered or count < 2 * _FOLDS:
             self.reduced.append("no cross-validation")
             return
-        if rounds[0] < _FOLDS[0]:
-            self.reduced.append(f"{rounds[0]} folds")
-        self._climb(rounds[0], seconds, budget, check_stop)
+        if answered[0] < _FOLDS:
+            self.reduced.append(f"{answered[0]} of {_FOLDS} folds of the cross-validation")
+        self._climb(answered[0], seconds, budget, check_stop)
 
     def final(self) -> _Fit:
         """Returns the fit on all rows with the chosen value of C."""
@@ -406,7 +409,7 @@ class _Search:
         """Goes from the first value of C to larger ones, or else to smaller ones, while it helps.
 
         Args:
-          folds: the number of parts of the training rows, each of which is answered once.
+          folds: the number of folds that are answered.
           seconds: the time of one fit on all rows.
           budget: the time.
           check_stop: a function that is called between two fits.
@@ -438,15 +441,16 @@ class _Search:
                 return
 
     def _cross_validate(self, index: int, folds: int, check_stop: Callable[[], None]) -> float:
-        """Returns the score of the training rows, each answered by a fit on the other folds."""
+        """Returns the score of the rows of some folds. A fit on the other folds answers each."""
         from sklearn.model_selection import KFold
 
-        answers = np.zeros_like(self._labels)
-        for others, held_out in KFold(folds).split(self._labels):
+        labels, answers = [], []
+        for others, held_out in itertools.islice(KFold(_FOLDS).split(self._labels), folds):
             check_stop()
-            answers[held_out] = self.fit(index, others).predict(self._part(held_out))
-        names, classes = (self._metric,), len(self._spec.labels)
-        return metrics.compute(names, self._labels, answers, classes)[self._metric]
+            labels.append(self._labels[held_out])
+            answers.append(self.fit(index, others).predict(self._part(held_out)))
+        arrays = np.concatenate(labels), np.concatenate(answers)
+        return metrics.compute((self._metric,), *arrays, len(self._spec.labels))[self._metric]
 
     def _part(self, rows: np.ndarray) -> Any:
         """Returns the features of some training rows."""

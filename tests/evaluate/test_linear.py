@@ -202,8 +202,9 @@ class Work:
     [
         (0.0, 1e-4, ""),
         (0.0, 6e-4, "fewer values of C"),
-        (0.0, 9e-4, "3 folds"),
-        (0.0, 2e-3, "no cross-validation"),
+        (0.0, 9e-4, "2 of 5 folds"),
+        (0.0, 2e-3, "1 of 5 folds"),
+        (0.0, 25e-4, "no cross-validation"),
         (0.0, 7e-3, "fitted on 736 of 1,800 rows; no cross-validation"),
         (1e-3, 0.0, ""),
         (6e-3, 0.0, "trained on 1,061 of 1,800 rows"),
