@@ -149,7 +149,8 @@ def weighted_scores(
       name -> scores, float64 [R].
     """
     if set(names) & set(metrics.FITTING[metrics.TaskKind.REGRESSION]):
-        return {name: _regression_score(name, w_RM, labels, predictions) for name in names}
+        x, y = labels.astype(np.float64), predictions.astype(np.float64)
+        return {name: _regression_score(name, w_RM, x, y) for name in names}
     classes, answers = labels.astype(np.int64), predictions.astype(np.int64)
     right = classes == answers
     true_RK = _class_weights(w_RM, classes, num_labels)
@@ -228,8 +229,10 @@ def _correlation(w_RM: np.ndarray, x_RM: np.ndarray, y_RM: np.ndarray) -> np.nda
       x_RM, y_RM: the values, [R, M] or [1, M].
     """
 
+    rows_R1 = w_RM.sum(axis=1, keepdims=True)
+
     def mean(values: np.ndarray) -> np.ndarray:
-        return (w_RM * values).sum(axis=1, keepdims=True) / w_RM.sum(axis=1, keepdims=True)
+        return np.einsum("rm,rm->r", w_RM, np.broadcast_to(values, w_RM.shape))[:, None] / rows_R1
 
     x_RM, y_RM = x_RM - mean(x_RM), y_RM - mean(y_RM)
     spread = [np.sqrt(mean(each**2))[:, 0] for each in (x_RM, y_RM)]

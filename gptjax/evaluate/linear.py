@@ -26,6 +26,8 @@ the time does not suffice. `LinearModel.reduced` then says what was left out.
 
 import dataclasses
 import hashlib
+import importlib
+import itertools
 import re
 import time
 import warnings
@@ -49,13 +51,19 @@ _WORD = rf"[{_CHARACTER}]|[^\W{_CHARACTER}]+"
 _STRENGTHS = (0.0625, 0.25, 1.0, 4.0, 16.0, 64.0, 256.0)
 # The indices of the value that is tried first, and used if there is no time for more.
 _FIRST = dict.fromkeys(TaskKind, 3) | {TaskKind.REGRESSION: 1}
-_FOLDS = (5, 3)
+# The number of folds of cross-validation, and how many of them are answered as the time allows.
+_FOLDS = 5
+_ANSWERED = (5, 2, 1)
 _ITERATIONS = 100
 
 # Limits of the memory. The optimiser keeps about 25 arrays as large as the coefficients, and the
 # dictionary of words and word pairs takes up to 30 bytes for each character of the training texts.
 _COEFFICIENTS = 2**21
 _CHARACTERS = 2**25
+_LIBRARIES = (
+    "scipy.optimize", "scipy.sparse", "sklearn.dummy", "sklearn.feature_extraction.text",
+    "sklearn.linear_model", "sklearn.model_selection",
+)  # fmt: skip
 # The number of rows on which the speed is measured.
 _SAMPLE = 512
 
@@ -103,8 +111,20 @@ class LinearModel:
     """What was left out for lack of time or memory."""
 
 
-class _Fitted(Protocol):
+class _Model(Protocol):
     def predict(self, features: Any) -> np.ndarray: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fit:
+    """A fitted model of some of the features."""
+
+    model: _Model
+    columns: np.ndarray
+
+    def predict(self, features: Any) -> np.ndarray:
+        """Returns the answers to rows with all features."""
+        return self.model.predict(features[:, self.columns])
 
 
 def fit(
@@ -128,12 +148,21 @@ def fit(
     Raises:
       LeftOut: the training texts have no words, or the time suffices for nothing.
     """
-    rows = _Rows(spec, tables)
-    features = _Features(spec, rows, budget)
-    search = _Search(spec, features.train, rows.labels["train"][: features.count], metric)
-    search.run(budget, check_stop)
-    fitted = search.fit(search.best)
-    answers = {name: fitted.predict(features.split(name)) for name in tables if name != "train"}
+    from threadpoolctl import threadpool_limits
+
+    # The libraries are imported before the time of anything is measured, and before their threads
+    # are limited, because the limit holds for libraries that are loaded.
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+    # The vectors are short for BLAS: its threads would wait for each other most of the time. One
+    # thread also adds in one order, so the result is the same on each machine of a kind.
+    with threadpool_limits(limits=1):
+        rows = _Rows(spec, tables)
+        features = _Features(spec, rows, budget)
+        search = _Search(spec, features.train, rows.labels["train"][: features.count], metric)
+        search.run(budget, check_stop)
+        fitted = search.final()
+        answers = {name: fitted.predict(features.split(name)) for name in tables if name != "train"}
     reduced = (*features.reduced, *search.reduced)
     return LinearModel(answers, _STRENGTHS[search.best], reduced)
 
@@ -318,6 +347,8 @@ class _Search:
         self._features, self._labels = features, labels
         self.best = _FIRST[spec.kind]
         self.reduced: list[str] = []
+        # The index of a value of C -> the fit on all rows.
+        self._fitted: dict[int, _Fit] = {}
 
     def run(self, budget: Budget, check_stop: Callable[[], None]) -> None:
         """Chooses C, with as many folds, values and rows as the time allows.
@@ -325,46 +356,49 @@ class _Search:
         Raises:
           LeftOut: the time does not suffice for one fit.
         """
-        total = len(self._labels)
-        seconds = self._limit_rows(budget)
-        count = len(self._labels)
-        if count < total:
-            self.reduced.append(f"fitted on {count:,} of {total:,} rows")
+        self._limit_rows(budget)
+        count, start = len(self._labels), budget.spent
+        self.final()
+        seconds = budget.spent - start
         # The search tries three values or more, unless the time is over.
-        rounds = [n for n in _FOLDS if 2 * n <= count and seconds * (3 * n + 1) < budget.left]
-        if not rounds:
+        answered = [n for n in _ANSWERED if seconds * (3 * n + 1) < budget.left]
+        if not answered or count < 2 * _FOLDS:
             self.reduced.append("no cross-validation")
             return
-        if rounds[0] < _FOLDS[0]:
-            self.reduced.append(f"{rounds[0]} folds")
-        self._climb(rounds[0], seconds, budget, check_stop)
+        if answered[0] < _FOLDS:
+            self.reduced.append(f"{answered[0]} of {_FOLDS} folds of the cross-validation")
+        self._climb(answered[0], seconds, budget, check_stop)
 
-    def _limit_rows(self, budget: Budget) -> float:
-        """Leaves out training rows until one fit takes a third of the time that is left.
+    def final(self) -> _Fit:
+        """Returns the fit on all rows with the chosen value of C."""
+        if self.best not in self._fitted:
+            self._fitted[self.best] = self.fit(self.best)
+        return self._fitted[self.best]
 
-        Returns:
-          The estimated seconds of one fit.
-        """
+    def _limit_rows(self, budget: Budget) -> None:
+        """Leaves out training rows until one fit seems to take a third of the time that is left."""
         sample = min(len(self._labels), _SAMPLE)
         start = budget.spent
         self.fit(self.best, np.arange(sample))
         measured = budget.spent - start
 
         def seconds(count: int) -> float:
-            # A fit takes time for each row and each output.
+            # A fit takes time for each row, feature and output. More rows have more features, but
+            # not in proportion, so this is rather more than the time will be.
             outputs = self._num_outputs(count) / self._num_outputs(sample)
             return measured * count / sample * outputs
 
-        count = len(self._labels)
+        count = total = len(self._labels)
         while seconds(count) > budget.left / 3 and count > sample:
-            count = max(count // 2, sample)
+            count = max(int(0.8 * count), sample)
         if seconds(count) > budget.left:
             raise LeftOut(
                 f"one fit of {count:,} rows takes {seconds(count):,.0f} s of "
                 f"{budget.seconds:,.0f} s"
             )
-        self._features, self._labels = self._part(np.arange(count)), self._labels[:count]
-        return seconds(count)
+        if count < total:
+            self.reduced.append(f"fitted on {count:,} of {total:,} rows")
+            self._features, self._labels = self._part(np.arange(count)), self._labels[:count]
 
     def _num_outputs(self, count: int) -> int:
         return len(np.unique(self._labels[:count])) if self._spec.kind.has_classes else 1
@@ -375,8 +409,8 @@ class _Search:
         """Goes from the first value of C to larger ones, or else to smaller ones, while it helps.
 
         Args:
-          folds: the number of parts of the training rows, each of which is answered once.
-          seconds: the estimated seconds of the last fit, on all rows.
+          folds: the number of folds that are answered.
+          seconds: the time of one fit on all rows.
           budget: the time.
           check_stop: a function that is called between two fits.
         """
@@ -407,15 +441,16 @@ class _Search:
                 return
 
     def _cross_validate(self, index: int, folds: int, check_stop: Callable[[], None]) -> float:
-        """Returns the score of the training rows, each answered by a fit on the other folds."""
+        """Returns the score of the rows of some folds. A fit on the other folds answers each."""
         from sklearn.model_selection import KFold
 
-        answers = np.zeros_like(self._labels)
-        for others, held_out in KFold(folds).split(self._labels):
+        labels, answers = [], []
+        for others, held_out in itertools.islice(KFold(_FOLDS).split(self._labels), folds):
             check_stop()
-            answers[held_out] = self.fit(index, others).predict(self._part(held_out))
-        names, classes = (self._metric,), len(self._spec.labels)
-        return metrics.compute(names, self._labels, answers, classes)[self._metric]
+            labels.append(self._labels[held_out])
+            answers.append(self.fit(index, others).predict(self._part(held_out)))
+        arrays = np.concatenate(labels), np.concatenate(answers)
+        return metrics.compute((self._metric,), *arrays, len(self._spec.labels))[self._metric]
 
     def _part(self, rows: np.ndarray) -> Any:
         """Returns the features of some training rows."""
@@ -424,7 +459,7 @@ class _Search:
             rows = (rows[:, None] * count + np.arange(count)).ravel()
         return self._features[rows]
 
-    def fit(self, index: int, rows: np.ndarray | None = None) -> _Fitted:
+    def fit(self, index: int, rows: np.ndarray | None = None) -> _Fit:
         """Returns the model with a value of C, fitted on some training rows; None means all.
 
         Args:
@@ -432,11 +467,12 @@ class _Search:
           rows: the indices of the rows.
         """
         from sklearn.dummy import DummyClassifier
-        from sklearn.exceptions import ConvergenceWarning
         from sklearn.linear_model import LogisticRegression, Ridge
 
         rows = np.arange(len(self._labels)) if rows is None else rows
-        strength, labels = _STRENGTHS[index], self._labels[rows]
+        strength, labels, features = _STRENGTHS[index], self._labels[rows], self._part(rows)
+        # A feature that none of the rows has would get no weight, and would cost time.
+        columns = np.flatnonzero(features.getnnz(axis=0))
         model: Any
         if self._spec.kind is TaskKind.REGRESSION:
             model = Ridge(alpha=1 / strength)
@@ -447,10 +483,10 @@ class _Search:
         else:
             model = LogisticRegression(C=strength, max_iter=_ITERATIONS)
         with warnings.catch_warnings():
-            # A fit with a large C may need more iterations to its end. They change few answers.
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted: _Fitted = model.fit(self._part(rows), labels)
-        return fitted
+            # scikit-learn warns if a fit has not come to its end, which changes few answers, and if
+            # there are nearly as many classes as rows.
+            warnings.simplefilter("ignore", UserWarning)
+            return _Fit(model.fit(features[:, columns], labels), columns)
 
 
 class ConditionalLogit:

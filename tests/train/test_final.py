@@ -1,5 +1,6 @@
 """What stands beside the final scores: intervals and baselines, in runs of the command line."""
 
+import csv
 import json
 import pathlib
 
@@ -11,7 +12,7 @@ from gptjax.config.schema import TaskSpec
 from gptjax.data import tasks
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import StopRequested
-from gptjax.evaluate import linear, metrics
+from gptjax.evaluate import intervals, linear, metrics
 from gptjax.train import final
 
 LINEAR = "--config.finetune.baseline=linear"
@@ -50,20 +51,21 @@ def test_every_score_has_an_interval_and_two_baselines(done):
     assert linear_model["test"]["accuracy"] == 1.0
 
 
-def test_the_answers_are_those_of_the_best_checkpoint(done):
-    """The accuracy of `predict` on the test is the score that the interval is about."""
+def test_the_intervals_are_those_of_the_best_checkpoint(done):
+    """The answers of `predict` on the test have the score and the interval of the summary."""
     output = done[0] / "predictions.csv"
     predicted = runs.main(
         "--mode=predict", f"--checkpoint={done[0]}", f"--input={runs.files().test}",
         f"--output={output}",
     )  # fmt: skip
     assert predicted.code == 0, predicted.err
-    given = [line.split(",")[0] for line in output.read_text().splitlines()[1:]]
-    test = pathlib.Path(runs.files().test).read_text().splitlines()[1:]
-    labels = [line.split(",")[1] for line in test]
-    right = np.array(given) == np.array(labels)
+    columns = []
+    for path, name in ((runs.files().test, "label"), (output, "prediction")):
+        rows = csv.DictReader(pathlib.Path(path).read_text().splitlines())
+        columns.append(np.array([row[name] == "yes" for row in rows], int))
     entry = runs.summary(done[0])["finetune"]
-    assert right.mean() == pytest.approx(entry["test"]["accuracy"])
+    assert np.mean(columns[0] == columns[1]) == pytest.approx(entry["test"]["accuracy"])
+    assert intervals.intervals(["accuracy"], *columns, 2) == entry["intervals"]["test"]
 
 
 def test_the_table_has_a_column_of_the_linear_model(done):
@@ -74,7 +76,7 @@ def test_the_table_has_a_column_of_the_linear_model(done):
 def test_the_linear_model_changes_no_number_and_can_be_added_later(done, tmp_path):
     without = runs.main(*flags(tmp_path))
     assert without.code == 0, without.err
-    assert "linear" not in without.out
+    assert "linear model" not in without.out
     assert runs.records(str(tmp_path)) == runs.records(str(done[0]))
     first = runs.summary(tmp_path)["finetune"]
     assert first["baselines"].keys() == {"majority"}
