@@ -25,11 +25,37 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
+import small
+
+from gptjax.data.tokens import tokenizer as tokenizer_lib
 
 GPT1 = "openai-community/openai-gpt"
 TOKEN = "hf_of_a_member"
 STRANGER = "hf_of_a_stranger"
 _LARGE = (".safetensors", ".bin", ".h5")
+
+
+def save_gpt1(folder: pathlib.Path, seed: int = 0, **sizes: int) -> pathlib.Path:
+    """Writes what the hub has of GPT-1, with random weights and the vocabulary of a few words.
+
+    transformers writes the weights. The other files of the folder must never be asked for.
+    """
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    tokenizer = small.small_tokenizer()
+    torch.manual_seed(seed)
+    sizes = {"n_positions": 32, "n_embd": 24, "n_layer": 2, "n_head": 3} | sizes
+    config = transformers.OpenAIGPTConfig(
+        vocab_size=len(tokenizer) - len(tokenizer_lib.SPECIALS), initializer_range=0.3, **sizes
+    )
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(folder)
+    pair = tokenizer_lib.pair_texts(tokenizer)
+    assert pair is not None
+    for name, text in zip(("vocab.json", "merges.txt"), pair, strict=True):
+        (folder / name).write_text(text, encoding="utf-8")
+    for name in ("pytorch_model.bin", "tf_model.h5", "modeling.py", "README.md"):
+        (folder / name).write_bytes(b"never read")
+    return folder
 
 
 def git_hash(data: bytes) -> str:
@@ -62,6 +88,8 @@ class Fault:
     """Headers of a refusal."""
     cut: int | None = None
     """The connection ends after this number of bytes of the body."""
+    stall: bool = False
+    """The connection does not end after `cut` bytes, but nothing more is sent."""
     shorter: int = 0
     """The file lacks this number of bytes, and the headers say so too."""
     damage: bool = False
@@ -85,6 +113,7 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[Request] = []
         self.faults: list[Fault] = []
+        self.ended = threading.Event()
         self._lock = threading.Lock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -101,6 +130,7 @@ class Hub:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.ended.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -310,6 +340,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.damage:
             body[len(body) // 2] ^= 1
         self._send(status, headers, bytes(body), fault.cut)
+        if fault.stall:
+            self.hub.ended.wait()
 
     def _send(
         self, status: int, headers: Mapping[str, str], body: bytes, cut: int | None = None
@@ -323,4 +355,3 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
             self.request_seen.sent = len(body)
         self.close_connection = self.close_connection or cut is not None
-

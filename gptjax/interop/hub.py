@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import tqdm
 from jax.sharding import Mesh
 
 from gptjax import __version__, state
@@ -252,7 +253,8 @@ def _list(source: _Source, revision: str) -> tuple[str, dict[str, Any]]:
         info = HfApi(library_name="gptjax", library_version=__version__).model_info(
             source.repository, revision=revision, files_metadata=True, timeout=_TIMEOUT_SECONDS
         )
-        require(_COMMIT.fullmatch(info.sha or ""), f"no commit in the answer, but {info.sha}")
+        if not _COMMIT.fullmatch(info.sha or ""):
+            raise ValueError("the answer has no commit")
         return str(info.sha), {sibling.rfilename: sibling for sibling in info.siblings or ()}
     except (HTTPError, OSError):
         raise
@@ -382,28 +384,20 @@ def _shown(size: int) -> str:
     return f"{size / 1e6:,.1f} MB" if size < 1e8 else f"{size / 1e6:,.0f} MB"
 
 
-class _Progress:
-    """Says every ten seconds how much of a file has arrived.
-
-    `huggingface_hub` uses it like a progress bar of tqdm.
-    """
+class _Progress(tqdm.tqdm):
+    """A progress bar that is not drawn, but says every ten seconds how much of a file is there."""
 
     def __init__(self, say: Say, name: str, total: int | None = None, initial: int = 0, **_: Any):
-        self._say, self._name, self._total, self._done = say, name, total, initial
+        super().__init__(total=total, initial=initial, disable=True)
+        self._say, self._name, self._size, self._done = say, name, total, initial
         self._said = time.monotonic()
 
-    def __enter__(self) -> "_Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def update(self, size: int) -> None:
-        """Receives the size of the bytes that have arrived."""
-        self._done += size
+    def update(self, n: float | None = 1) -> None:
+        """Receives the number of bytes that have arrived."""
+        self._done += int(n or 0)
         if time.monotonic() - self._said >= _LINE_SECONDS:
             self._said = time.monotonic()
-            of = f" of {_shown(self._total)}" if self._total else ""
+            of = f" of {_shown(self._size)}" if self._size else ""
             self._say(f"{self._name}: {_shown(self._done)}{of}")
 
 
@@ -472,8 +466,9 @@ def _has_hash(path: pathlib.Path, digest: str) -> bool:
 
 def _remove(place: pathlib.Path) -> None:
     """Removes a file of a snapshot, and its blob."""
-    (place.parent / os.readlink(place)).unlink(missing_ok=True)
-    place.unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError):  # another process has removed it too
+        (place.parent / os.readlink(place)).unlink(missing_ok=True)
+        place.unlink()
 
 
 @contextlib.contextmanager

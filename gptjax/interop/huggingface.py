@@ -155,9 +155,12 @@ def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     if name == INDEX:
         index = files_lib.read_json(folder / INDEX)
         try:
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
+            names = sorted(set(index["weight_map"].values()))
+            plain = all(name == pathlib.PurePath(name).name for name in names)
         except (KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / INDEX}: has no weight_map") from error
+        require(plain, f"{folder / INDEX}: weight_map must name files of the same folder")
+        return [folder / name for name in names]
     return [folder / name]
 
 

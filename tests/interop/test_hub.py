@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -18,8 +17,7 @@ from hub import GPT1, Hub
 from huggingface_hub import constants, snapshot_download
 from refusals import fails
 
-from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.interop import arrays, convert, huggingface, hub
+from gptjax.interop import arrays, convert, hub, huggingface
 
 MINE = "me/mine"
 ADDRESS = f"hf://{MINE}"
@@ -27,29 +25,9 @@ SMALL = ["config.json", "merges.txt", "vocab.json"]
 WEIGHTS = "model.safetensors"
 
 
-def save(folder: pathlib.Path, seed: int = 0) -> pathlib.Path:
-    """Writes what the hub has of GPT-1, with random weights and the vocabulary of a few words."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    tokenizer = small.small_tokenizer()
-    torch.manual_seed(seed)
-    config = transformers.OpenAIGPTConfig(
-        vocab_size=len(tokenizer) - len(tokenizer_lib.SPECIALS), n_positions=32, n_embd=24,
-        n_layer=2, n_head=3, initializer_range=0.3,
-    )  # fmt: skip
-    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(folder)
-    pair = tokenizer_lib.pair_texts(tokenizer)
-    for name, text in zip(("vocab.json", "merges.txt"), pair, strict=True):
-        (folder / name).write_text(text, encoding="utf-8")
-    # Files that must not be asked for.
-    for name in ("pytorch_model.bin", "tf_model.h5", "modeling.py", "README.md"):
-        (folder / name).write_bytes(b"never read")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> pathlib.Path:
-    return save(tmp_path_factory.mktemp("gpt1"))
+    return hub_lib.save_gpt1(tmp_path_factory.mktemp("gpt1"))
 
 
 @pytest.fixture
@@ -142,7 +120,7 @@ def test_several_files_and_the_tokens_of_an_exported_model(server, home, tmp_pat
         task.model.config, arrays.flatten(task.params), small.small_tokenizer(), task.spec
     )
     huggingface.write(weights, written)
-    server.add(ADDRESS.removeprefix("hf://"), written, "exported")
+    server.add(MINE, written, "exported")
     assert_is(hub.open_checkpoint(f"{ADDRESS}@exported"), written)
     parts = tmp_path / "parts"
     model = transformers.OpenAIGPTLMHeadModel.from_pretrained(written)
@@ -244,7 +222,7 @@ def test_two_at_once_download_once(server, home, folder):
 
 
 def test_without_the_network_the_cache_is_read(server, home, folder, monkeypatch, tmp_path):
-    other = save(tmp_path / "other", seed=1)
+    other = hub_lib.save_gpt1(tmp_path / "other", seed=1)
     hub.open_checkpoint(ADDRESS)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     server.requests.clear()
@@ -322,10 +300,9 @@ ACCESS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "token", "first", "second"), ACCESS)
-def test_a_model_that_is_not_for_everybody(
-    server, home, folder, monkeypatch, kind, token, first, second
-):
+@pytest.mark.parametrize("case", ACCESS, ids=lambda case: f"{case[0]} {case[1]}")
+def test_a_model_that_is_not_for_everybody(server, home, folder, monkeypatch, case):
+    kind, token, first, second = case
     setattr(server.repositories[MINE], kind, True)
     monkeypatch.setenv("HF_TOKEN", token)
     if not first:
@@ -486,8 +463,5 @@ def test_a_configuration_names_a_commit_only_with_a_model_of_the_hub(tmp_path):
         ((f"--config.init_from_commit={commit}",), "is for a model of the hub"),
         (("--config.init_from=gpt1", "--config.init_from_commit=main"), "40 hexadecimal digits"),
     ):
-        result = runs.main(
-            *runs.TINY, *runs.files().finetune, *flags, f"--workdir={tmp_path}/w"
-        )  # fmt: skip
+        result = runs.main(*runs.TINY, *runs.files().finetune, *flags, f"--workdir={tmp_path}/w")
         assert message in result.error
-    assert json.loads("{}") == {}
