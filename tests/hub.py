@@ -226,7 +226,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
+    request_seen: Request | None = None
+
     def do_GET(self) -> None:
+        if self.path == "/api/agent-harnesses":  # the client wants to know what started it
+            self._send(404, {}, b"")
+            return
         request = Request(self.command, self.path, dict(self.headers.items()))
         self.request_seen = request
         self.hub.requests.append(request)
@@ -353,5 +358,6 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "GET":
             body = body[:cut]
             self.wfile.write(body)
-            self.request_seen.sent = len(body)
+            if self.request_seen:
+                self.request_seen.sent = len(body)
         self.close_connection = self.close_connection or cut is not None

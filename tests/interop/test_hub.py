@@ -17,6 +17,7 @@ from hub import GPT1, Hub
 from huggingface_hub import constants, snapshot_download
 from refusals import fails
 
+from gptjax.infer import predictor
 from gptjax.interop import arrays, convert, hub, huggingface
 
 MINE = "me/mine"
@@ -139,14 +140,14 @@ def test_several_files_and_the_tokens_of_an_exported_model(server, home, tmp_pat
 def test_logits_are_those_of_transformers(server, home, folder):
     import torch
     import transformers
-    from test_convert import logits
 
-    found = hub.open_checkpoint(ADDRESS).weights
-    ids = np.random.default_rng(0).integers(0, found.num_ordinary_tokens, (3, 12))
+    found = hub.open_checkpoint(ADDRESS)
+    ordinary = found.weights.num_ordinary_tokens
+    ids = np.random.default_rng(0).integers(0, ordinary, (3, 12))
     model = transformers.OpenAIGPTLMHeadModel.from_pretrained(folder).eval()
     with torch.no_grad():
         theirs = model(torch.tensor(ids)).logits.numpy()
-    ours = logits(found, ids)[0][..., : found.num_ordinary_tokens]
+    ours = predictor.from_checkpoint(found).lm_logits(ids)[..., :ordinary]
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
 
 
@@ -407,7 +408,7 @@ def test_a_server_that_is_no_hub_is_one_line(server, home, monkeypatch):
 
 def test_a_full_disk_and_a_cache_that_cannot_be_written(server, home, folder, monkeypatch):
     class Usage:
-        free = 10
+        free = 30_000
 
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: Usage)

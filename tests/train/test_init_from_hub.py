@@ -1,7 +1,6 @@
 """Runs that start from a model of the hub, with the command line and from Python."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
@@ -37,7 +36,7 @@ def flags(workdir: pathlib.Path, init_from: str = "gpt1") -> tuple[str, ...]:
     return (
         "--config=finetune_file", f"--config.init_from={init_from}", f"--workdir={workdir}",
         *(flag for flag in runs.TINY if "dropout" in flag or "unroll" in flag),
-        *runs.files().finetune, "--config.finetune.epochs=0", "--config.finetune.eval_every=8",
+        *runs.files().finetune,
     )  # fmt: skip
 
 
@@ -78,10 +77,12 @@ def test_one_command_fine_tunes_from_gpt1_as_from_the_imported_folder(server, fo
     error = runs.main(*flags(tmp_path / "u"), "--config.tokenizer.vocab_size=9").error
     assert "--config.tokenizer.vocab_size: the tokenizer is that of" in error
     assert not (tmp_path / "u").exists()
-    rows = runs.rows(24)
-    gpt = gptjax.finetune(
-        rows, init_from="gpt1", progress=False, overrides={"tokenizer.words": "fast"}
-    )
+    dropouts = ("embedding", "attention", "residual", "head")
+    overrides = {
+        **{f"model.{name}_dropout": 0.0 for name in dropouts}, "model.unroll": 1,
+        "finetune.batch_size": 8, "finetune.steps": 2, "tokenizer.words": "fast",
+    }  # fmt: skip
+    gpt = gptjax.finetune(runs.rows(64), init_from="gpt1", progress=False, overrides=overrides)
     assert gpt.experiment.init_from_commit == other
     assert gpt.experiment.tokenizer.words == "fast"
     assert not gpt.tokenizer.exact
@@ -113,7 +114,7 @@ def test_the_modes_read_a_model_of_the_hub(server, folder, tmp_path):
 
 @pytest.mark.slow
 def test_an_ablation_starts_from_the_hub(server, tmp_path):
-    variants = ("--config.ablation.variants=full", "--seeds=1")
+    variants = ("--config.ablation=build", "--config.ablation.variants=full", "--seeds=1")
     result = runs.main("ablate", *flags(tmp_path / "w"), *variants)
     assert result.code == 0, result.err
     assert len(server.bodies()) == 4
@@ -146,8 +147,8 @@ def test_a_killed_download_goes_on(server, tmp_path, monkeypatch):
     while not any(p.stat().st_size for p in (tmp_path / "home").rglob("*.incomplete")):
         assert time.monotonic() < end
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    assert runs.finish(process).code == -signal.SIGKILL
     (partial,) = (tmp_path / "home").rglob("*.incomplete")
     arrived = partial.stat().st_size
     assert arrived in (10 * 2**20, 20 * 2**20)
