@@ -15,6 +15,7 @@ import runs
 import small
 from hub import GPT1, Hub
 from huggingface_hub import constants, snapshot_download
+from huggingface_hub.utils import get_session
 from refusals import fails
 
 from gptjax.infer import predictor
@@ -60,7 +61,10 @@ def assert_whole(home: pathlib.Path, server: Hub) -> None:
         if not digest.endswith(".incomplete"):
             assert digest in (hashlib.sha256(data).hexdigest(), hub_lib.git_hash(data))
     server.faults.clear()
-    hub.open_checkpoint(ADDRESS)
+    commit = hub.pin(ADDRESS)
+    place = home / "hub" / "models--me--mine" / "snapshots" / commit
+    for name in (*SMALL, WEIGHTS):
+        assert (place / name).read_bytes() == server.repositories[MINE].commits[commit][name]
 
 
 def assert_is(found: hub.HubModel, folder: pathlib.Path) -> None:
@@ -208,6 +212,7 @@ def test_a_damaged_part_of_an_earlier_download_is_not_used(server, home, folder,
 
 def test_two_at_once_download_once(server, home, folder):
     found: list[hub.HubModel] = []
+    get_session()  # older versions of the library let each thread make one
     threads = [
         threading.Thread(target=lambda: found.append(hub.open_checkpoint(ADDRESS)))
         for _ in range(4)
