@@ -6,7 +6,8 @@
 A tenth of the rows is held out for validation unless `--config.finetune.validation_file` names a
 file. By default the model starts from random weights, which gives a first result in minutes. With
 `--config.init_from=WORKDIR` it starts from a pretrained model, which is the purpose of GPT. The
-experiment `pretrain_file` pretrains such a model.
+experiment `pretrain_file` pretrains such a model. `--config.init_from=gpt1` starts from GPT-1's own
+weights, which are downloaded once (`docs/pretrained.md`).
 
 Results from random weights on public data sets, on 2 cores of an Intel Xeon (2026-11-23, Python
 3.11, jax 0.10.2). The seed is 0 if the line names no seeds. The number in brackets is the score of

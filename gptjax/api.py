@@ -117,9 +117,9 @@ def finetune(  # noqa: PLR0913 (keywords)
       choices: the columns of the answers, in multiple_choice.
       label: the column of the label.
       metrics: names of metrics. The first metric chooses the best checkpoint.
-      init_from: a workdir, a checkpoint or a `GPT`. The run starts from its weights, tokenizer and
-        sizes. None means the `init_from` of the experiment, which is empty by default, that is,
-        random weights.
+      init_from: a workdir, a checkpoint, a `GPT`, or a model of the Hugging Face hub: "gpt1" or
+        "hf://OWNER/NAME@REVISION". The run starts from its weights, tokenizer and sizes. None means
+        the `init_from` of the experiment, which is empty by default, that is, random weights.
       workdir: the folder for checkpoints, metrics.jsonl and summary.json, as on the command line.
         If the folder holds an interrupted run, the run continues. If the run is complete, the model
         is only loaded. None means a temporary folder. It is deleted together with the returned

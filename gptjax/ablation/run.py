@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
 from gptjax.ablation import report
-from gptjax.checkpoint import load
 from gptjax.cluster import stop as stop_lib
 from gptjax.cluster.stop import StopRequest
 from gptjax.config import paper_tasks, schema, validation
@@ -132,13 +131,16 @@ def run(experiment: Experiment, workdir: str, seeds: int, given: Collection[str]
     require(jax.process_count() == 1, "`mode`=ablate: runs in one process, on its devices")
     experiment = validation.validate(experiment)
     reporter = TerminalReporter()
+    _plan(experiment, workdir, seeds)  # wrong fields are found before the download
+    options = run_lib.Options(given=given, reporter=reporter)
+    experiment = run_lib.pin_hub_model(experiment, workdir, _RESULTS, options)
     ablation = _plan(experiment, workdir, seeds)
-    _check(ablation)
+    _check(ablation, options)
     meshes = _meshes(experiment)
     run_lib.check_workdir(experiment, workdir, _RESULTS)
     with StopRequest() as stop:
         check_stop = stop_lib.make_check(stop)
-        options = run_lib.Options(given=given, reporter=reporter, check_stop=check_stop)
+        options = dataclasses.replace(options, check_stop=check_stop)
         pretrained = _pretrain(ablation, options)
         # The flags are compared with a checkpoint that the user named, but not with the model that
         # was pretrained here, because the flags have set its fields.
@@ -170,12 +172,12 @@ def _plan(experiment: Experiment, workdir: str, seeds: int) -> Ablation:
     return Ablation(experiment, workdir, tasks, variants, range(seed, seed + seeds))
 
 
-def _check(ablation: Ablation) -> None:
+def _check(ablation: Ablation, options: run_lib.Options) -> None:
     """Raises `UserError` for a wrong variant, metric, file or column, before the long training."""
     experiment = ablation.experiment
     layers = experiment.model.num_layers
     if not experiment.pretrain:
-        layers = load.open_checkpoint(experiment.init_from, "init_from").meta.model.num_layers
+        layers = run_lib.open_init_from(experiment, options).meta.model.num_layers
     for config in ablation.tasks.values():
         metrics.parse(config.metrics, config.task)
         for name in ablation.variants:
@@ -310,6 +312,8 @@ class _Runner:
             init_from=self.pretrained,
             finetune=config,
         )
+        if ablation.experiment.pretrain:  # then the model is in a folder, and not on the hub
+            experiment.init_from_commit, experiment.tokenizer = "", schema.TokenizerConfig()
         folder = os.path.join(ablation.workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
         options = run_lib.Options(
             given=self.given, reporter=Reporter(), trial=True,

@@ -51,6 +51,10 @@ _CHECKPOINT = (
     "WORKDIR/checkpoints/STAGE (another stage at its best step) or WORKDIR/checkpoints/STAGE/STEP "
     "(another step)."
 )
+_OR_HUB = (
+    f"{_CHECKPOINT} Or a model of the Hugging Face hub: hf://OWNER/NAME, "
+    "hf://OWNER/NAME@REVISION or gpt1."
+)
 _WORKDIR = (
     "The folder that the run writes to: a path, or gs://BUCKET/FOLDER. Default: runs/NAME, where "
     "NAME is --config.name."
@@ -85,7 +89,7 @@ MODES: dict[str, Mode] = {
         "Computes the losses and metrics of a trained model.",
         "--checkpoint=runs/finetune_file --split=test",
         {
-            "checkpoint=DIR": _CHECKPOINT,
+            "checkpoint=DIR": _OR_HUB,
             "input=FILE": "Labelled rows to score, with the columns that the model was fine-tuned "
             "on. For a language model: text files, as comma-separated globs. Default: the data "
             "that the model was trained with.",
@@ -102,7 +106,7 @@ MODES: dict[str, Mode] = {
         "Writes a label and its probabilities for every row of a file.",
         "--checkpoint=runs/finetune_file --input=new.csv --output=predictions.csv",
         {
-            "checkpoint=DIR": _CHECKPOINT,
+            "checkpoint=DIR": _OR_HUB,
             "input=FILE": "The rows: .csv, .tsv, .jsonl or .parquet, with the text columns that "
             "the model was fine-tuned on.",
             "output=FILE": "The file to write: .csv, .tsv or .jsonl, with one line for each row, "
@@ -117,7 +121,7 @@ MODES: dict[str, Mode] = {
         "Continues a text.",
         "--checkpoint=runs/quickstart --prompt='Returns' --temperature=0.8",
         {
-            "checkpoint=DIR": _CHECKPOINT,
+            "checkpoint=DIR": _OR_HUB,
             "prompt=TEXT": "The beginning of the text. It may be empty.",
             "max_new_tokens=N": "The number of tokens to add.",
             "temperature=T": "Divides the logits: lower values make likely tokens more likely. 0 "

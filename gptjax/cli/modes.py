@@ -90,8 +90,14 @@ def _warn_of_unknown(unknown: float, source: str) -> None:
 
 
 def _load() -> GPT:
-    require(flags.CHECKPOINT.value, "--checkpoint: give the --workdir of a finished training")
-    return predictor.load(flags.CHECKPOINT.value, argument="checkpoint")
+    """Returns the model of `--checkpoint`: a folder, or a model of the hub."""
+    path = flags.CHECKPOINT.value
+    require(path, "--checkpoint: give the --workdir of a finished training")
+    if schema.hub_address(path):
+        from gptjax.interop import hub
+
+        return predictor.from_checkpoint(hub.open_checkpoint(path, "checkpoint", say=console.say))
+    return predictor.load(path, argument="checkpoint")
 
 
 def _finetune_config(gpt: GPT) -> FinetuneConfig:

@@ -15,6 +15,7 @@ finetune-transformer-lm, and the hub is the Hugging Face hub.
 import dataclasses
 import enum
 import json
+import re
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -560,7 +561,17 @@ class Experiment(_Config):
     """Name of a probe -> the probe. Each validation of a pretraining runs the probes, and so does
     the mode `evaluate` with `--probes`."""
     init_from: str = ""
-    """A workdir or checkpoint of gptjax. The run starts from its tokenizer, sizes and weights."""
+    """The model whose tokenizer, sizes and weights the run starts from: a workdir or checkpoint of
+    gptjax, a model of the hub, written hf://OWNER/NAME or hf://OWNER/NAME@REVISION, or gpt1
+    (OpenAI's GPT-1, hf://openai-community/openai-gpt). For a model of the hub, `tokenizer.words` is
+    exact by default."""
+    init_from_commit: str = limited(
+        "",
+        lambda commit: not commit or re.fullmatch("[0-9a-f]{40}", commit) is not None,
+        "must be a commit of 40 hexadecimal digits, or empty",
+    )
+    """The commit of the hub's repository in `init_from`. Empty means that the run finds it at its
+    start. `config.json` holds it, so that a continued run reads the same weights."""
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
@@ -573,7 +584,20 @@ _RESUMABLE = (
     "ablation.variants", "ablation.only", "ablation.parallel",
 )  # fmt: skip
 
+# Name of a model in `init_from` -> its address on the hub.
+_HUB_NAMES = {"gpt1": "hf://openai-community/openai-gpt"}
+_HUB = "hf://"
+
 T = TypeVar("T")
+
+
+def hub_address(path: str) -> str:
+    """Returns the address on the hub that a path means; "" if it is not a model of the hub.
+
+    >>> hub_address("gpt1"), hub_address("hf://me/mine@v2"), hub_address("runs/gpt1")
+    ('hf://openai-community/openai-gpt', 'hf://me/mine@v2', '')
+    """
+    return _HUB_NAMES.get(path, path if path.startswith(_HUB) else "")
 
 
 def split_names(text: str) -> tuple[str, ...]:

@@ -44,10 +44,19 @@ def validate_model(model: ModelConfig) -> None:
         raise UserError("`model.one_matrix`: its rows are the LM head; needs `model.tied`=true")
 
 
-def validate_tokenizer(tokenizer: schema.TokenizerConfig) -> None:
-    """Checks kind and size of the tokenizer. Raises `UserError` for a wrong field."""
+def validate_tokenizer(tokenizer: schema.TokenizerConfig, from_hub: bool = False) -> None:
+    """Checks kind and size of the tokenizer.
+
+    Args:
+      tokenizer: the configuration.
+      from_hub: whether the tokenizer comes from a model of the hub. `kind` is not used then.
+
+    Raises:
+      UserError: a field is wrong.
+    """
     _check_fields(tokenizer, "tokenizer")
-    if tokenizer.words == schema.Words.EXACT and tokenizer.kind != schema.TokenizerKind.GPT1:
+    gpt1 = from_hub or tokenizer.kind == schema.TokenizerKind.GPT1
+    if tokenizer.words == schema.Words.EXACT and not gpt1:
         raise UserError("`tokenizer.words`=exact: is for `tokenizer.kind`=gpt1")
 
 
@@ -175,7 +184,13 @@ def validate(experiment: Experiment, in_memory: Collection[str] = ()) -> Experim
     model, pretrain, finetune = experiment.model, experiment.pretrain, experiment.finetune
     _check_fields(experiment, "")
     validate_model(model)
-    validate_tokenizer(experiment.tokenizer)
+    from_hub = bool(schema.hub_address(experiment.init_from))
+    validate_tokenizer(experiment.tokenizer, from_hub)
+    require(
+        from_hub or not experiment.init_from_commit,
+        f"`init_from_commit`={experiment.init_from_commit}: is for a model of the hub, and "
+        f"`init_from` is {experiment.init_from or 'empty'}; leave it out",
+    )
     require(
         pretrain or finetune or experiment.ablation,
         "`config`: the experiment has no stage; give it a pretrain or a finetune part",

@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax import state
 from gptjax.batch import Batch
-from gptjax.checkpoint import load
 from gptjax.config import schema, validation
 from gptjax.config.schema import Experiment, ModelConfig, Stage, TaskKind, TokenizerKind
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer
 from gptjax.errors import require
+from gptjax.interop import hub
 from gptjax.model import gpt
 from gptjax.model.objective import Objective
 from gptjax.train import stages
@@ -100,7 +100,9 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
     """
     config, model, assumed = getattr(experiment, stage), experiment.model, {}
     if experiment.init_from:
-        model = load.open_checkpoint(experiment.init_from, "init_from").meta.with_sizes(model)
+        commit, words = experiment.init_from_commit, experiment.tokenizer.words
+        start = hub.open_checkpoint(experiment.init_from, "init_from", commit, words)
+        model = start.meta.with_sizes(model)
         assumed["vocab_size"] = "init_from"
     else:
         size, assumed["vocab_size"] = vocabulary(experiment)

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -394,12 +394,41 @@ def load(
     Raises:
       UserError: there is no checkpoint, or it is damaged.
     """
-    mesh = mesh_lib.make_mesh(mesh_config or MeshConfig())
     checkpoint = open_checkpoint(os.fspath(path), argument)
+    gpt = from_checkpoint(checkpoint, mesh_config)
+    return dataclasses.replace(gpt, summary=_summary(checkpoint.path))
+
+
+class AnyCheckpoint(Protocol):
+    """What a `Checkpoint` has, and also a model that lies elsewhere."""
+
+    @property
+    def path(self) -> str:
+        """The name of the model in messages."""
+
+    @property
+    def meta(self) -> Meta:
+        """The metadata of the model."""
+
+    def load_params(self, mesh: Mesh) -> Params:
+        """Returns the parameters, sharded over the devices of a mesh."""
+
+
+def from_checkpoint(checkpoint: AnyCheckpoint, mesh_config: MeshConfig | None = None) -> GPT:
+    """Returns the model of a checkpoint, without a summary.
+
+    Args:
+      checkpoint: the checkpoint.
+      mesh_config: the devices, as in `load`.
+
+    Raises:
+      UserError: the checkpoint is damaged.
+    """
+    mesh = mesh_lib.make_mesh(mesh_config or MeshConfig())
     meta, path = checkpoint.meta, checkpoint.path
     params = checkpoint.load_params(mesh)
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, path)
-    return GPT(meta.model, params, tokenizer, meta.task, meta, mesh, path, _summary(path))
+    return GPT(meta.model, params, tokenizer, meta.task, meta, mesh, path)
 
 
 def _summary(path: str) -> dict[str, Any]:

@@ -35,7 +35,8 @@ from gptjax.parameters import POSITION_EMBEDDING, TASK_HEAD_BIAS, TASK_HEAD_KERN
 
 Arrays = dict[str, np.ndarray]
 
-_SIDE_FILE, _SIDE_ARRAYS_FILE = "gptjax.json", "gptjax.safetensors"
+SIDE_FILES = _SIDE_FILE, _SIDE_ARRAYS_FILE = "gptjax.json", "gptjax.safetensors"
+"""The names of the side files: the description of the model, and its further arrays."""
 
 BLOCK_PARAMETERS = parameters.in_openai_order(stacked=True)
 

@@ -22,7 +22,7 @@ from gptjax.errors import UserError, brief, require
 from gptjax.interop import arrays, huggingface, openai
 from gptjax.interop.arrays import Weights
 from gptjax.io import files, remote
-from gptjax.mesh import make_mesh
+from gptjax.mesh import Params, make_mesh
 from gptjax.model import gpt
 
 FORMATS: dict[str, Any] = {WeightFormat.OPENAI: openai, WeightFormat.HUGGINGFACE: huggingface}
@@ -81,8 +81,8 @@ def import_weights(input: str, output: str, format: str, words: str = Words.EXAC
     require(input, "`input`: give the folder with the weights")
     require(os.path.isdir(input), f"`input`={input}: no such folder")
     with _new_folder(output) as place:
-        found = _read(pathlib.Path(input), format, words)
-        _save(found, place, input)
+        found = read(pathlib.Path(input), format, words, f"`input`={input}")
+        _save(found, place, f"`input`={input}")
     what = f" and the head of a {found.task.kind} task" if found.task else ""
     count = sum(array.size for array in found.arrays.values())
     lines = [f"{count:,} parameters{what} -> {output}"]
@@ -91,17 +91,58 @@ def import_weights(input: str, output: str, format: str, words: str = Words.EXAC
     return lines
 
 
-def _read(folder: pathlib.Path, format: str, words: str) -> Weights:
-    """Reads a folder; every error is a `UserError`."""
+def read(folder: pathlib.Path, format: str, words: str, where: str) -> Weights:
+    """Reads a folder with weights in another format.
+
+    Args:
+      folder: the folder.
+      format: one of `FORMATS`.
+      words: as in `TokenizerConfig.words`.
+      where: the name of the folder in error messages.
+
+    Raises:
+      UserError: the model cannot be read.
+    """
     try:
         found = FORMATS[format].read(folder, words == Words.EXACT)
         validation.validate_model(found.model)
         return found
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # There are too many possible errors in files of other programs to check each of them.
-        raise UserError(
-            f"`input`={folder}: cannot be read as `format`={format} ({brief(error)})"
-        ) from error
+        raise UserError(f"{where}: cannot be read as {format} ({brief(error)})") from error
+
+
+def parameters_of(found: Weights, where: str) -> Params:
+    """Returns the parameter tree of a model, with NumPy arrays.
+
+    Args:
+      found: the model.
+      where: the name of the model in error messages.
+
+    Raises:
+      UserError: an array is missing, extra or of another shape.
+    """
+    model = gpt.make_model(found.model, found.task)
+    like = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
+    try:
+        return state.merge_params(arrays.unflatten(found.arrays), like)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def meta_of(found: Weights) -> Meta:
+    """Returns the metadata of a checkpoint with the model."""
+    stage = Stage.FINETUNE if found.task else Stage.PRETRAIN
+    experiment = Experiment(name="imported", model=found.model, pretrain=schema.PretrainConfig())
+    if task := found.task:
+        experiment.finetune = FinetuneConfig(
+            task=task.kind, text=task.text, text_pair=task.text_pair,
+            choices=",".join(task.choices), label=task.label,
+        )  # fmt: skip
+    return Meta(
+        stage, found.model, found.tokenizer.to_json(), found.tokenizer.hash, found.task, "loss",
+        schema.to_dict(experiment), data_fingerprint="",
+    )  # fmt: skip
 
 
 def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
@@ -110,27 +151,11 @@ def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
     Args:
       found: the model.
       workdir: the folder to write to.
-      where: the name of the input in error messages.
+      where: the name of the model in error messages.
     """
-    model = gpt.make_model(found.model, found.task)
-    like = jax.eval_shape(lambda key: gpt.init_params(model, key), jax.random.key(0))
-    try:
-        params = state.merge_params(arrays.unflatten(found.arrays), like)
-    except ValueError as error:
-        raise UserError(f"`input`={where}: {error}") from error
-    stage = Stage.FINETUNE if found.task else Stage.PRETRAIN
-    experiment = Experiment(name="imported", model=found.model, pretrain=schema.PretrainConfig())
-    if task := found.task:
-        experiment.finetune = FinetuneConfig(
-            task=task.kind, text=task.text, text_pair=task.text_pair,
-            choices=",".join(task.choices), label=task.label,
-        )  # fmt: skip
-    meta = Meta(
-        stage, found.model, found.tokenizer.to_json(), found.tokenizer.hash, found.task, "loss",
-        schema.to_dict(experiment), data_fingerprint="",
-    )  # fmt: skip
+    params, meta = parameters_of(found, where), meta_of(found)
     start = state.TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {})
-    with closing(CheckpointStore(str(workdir), stage)) as checkpoints:
+    with closing(CheckpointStore(str(workdir), meta.stage)) as checkpoints:
         checkpoints.save(0, start, meta)
 
 

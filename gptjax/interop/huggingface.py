@@ -14,6 +14,7 @@ import dataclasses
 import json
 import pathlib
 import re
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,12 @@ _SIZES = {
 }  # fmt: skip
 # Their names of activation functions -> our names.
 _ACTIVATIONS = {"gelu": Activation.GELU_TANH, "relu": Activation.RELU}
-_FILE, _INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+_FILE, INDEX, _PICKLE = "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"
+SMALL_FILES = (
+    "config.json", "vocab.json", "merges.txt", "added_tokens.json", "tokenizer.json",
+    *arrays_lib.SIDE_FILES,
+)  # fmt: skip
+"""The files that `read` reads if they are there, without the weights."""
 # Arrays that are not read: masks and position ids, which older versions of `transformers` saved
 # with the parameters.
 _CONSTANTS = re.compile(r"(h\.\d+\.attn\.bias|position_ids)$")
@@ -87,7 +93,7 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
         differs from the token embedding.
     """
     values = files_lib.read_json(folder / "config.json")
-    files = _files(folder)
+    files = weight_files(folder)
     arrays = {
         our_name(name.removeprefix(_PREFIX)): array
         for path in files
@@ -117,22 +123,50 @@ def read(folder: pathlib.Path, exact: bool = True) -> Weights:
     return Weights(model, stacked | head, tokenizer, task)
 
 
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the files with the arrays. There is one file, or an index that lists several."""
-    if (folder / _FILE).exists():
-        return [folder / _FILE]
-    if (folder / _INDEX).exists():
-        index = files_lib.read_json(folder / _INDEX)
-        try:
-            return [folder / name for name in sorted(set(index["weight_map"].values()))]
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder / _INDEX}: has no weight_map") from error
+def require_weights(names: Collection[str], where: str) -> str:
+    """Returns which of the files of a folder holds the weights, or lists the files that do.
+
+    Args:
+      names: the names of all files in the folder.
+      where: the name of the folder in error messages.
+
+    Raises:
+      UserError: the folder has no weights, or has them only in a pickle.
+    """
+    for name in (_FILE, INDEX):
+        if name in names:
+            return name
     require(
-        not (folder / _PICKLE).exists(),
-        f"{folder}: has its weights in {_PICKLE} only, a pickle, which can run any code; write "
+        _PICKLE not in names,
+        f"{where}: has its weights in {_PICKLE} only, a pickle, which can run any code; write "
         "them anew with transformers: AutoModel.from_pretrained(FOLDER).save_pretrained(OTHER)",
     )
-    raise UserError(f"{folder}: has no {_FILE}; give a folder that save_pretrained wrote")
+    raise UserError(f"{where}: has no {_FILE}; give a folder that save_pretrained wrote")
+
+
+def weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the files with the arrays. There is one file, or an index that lists several.
+
+    Raises:
+      UserError: the folder has no weights, has them only in a pickle, or the index is damaged.
+    """
+    names = [path.name for path in folder.iterdir()]
+    name = require_weights(names, str(folder))
+    if name == INDEX:
+        index = files_lib.read_json(folder / INDEX)
+        try:
+            names = sorted(set(index["weight_map"].values()))
+            plain = all(name == pathlib.PurePath(name).name for name in names)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder / INDEX}: has no weight_map") from error
+        require(plain, f"{folder / INDEX}: weight_map must name files of the same folder")
+        return [folder / name for name in names]
+    return [folder / name]
+
+
+def require_architecture(folder: pathlib.Path) -> None:
+    """Checks config.json of a folder. Raises `UserError` if the model is not an `openai-gpt`."""
+    _model_config(files_lib.read_json(folder / "config.json"), folder)
 
 
 def _untie(arrays: Arrays, folder: pathlib.Path) -> None:
@@ -159,10 +193,8 @@ def _model_config(values: Any, folder: pathlib.Path) -> ModelConfig:
     The vocabulary size is taken from the arrays later.
     """
     where = folder / "config.json"
-    require(
-        isinstance(values, dict) and values.get("model_type") == "openai-gpt",
-        f"{where}: model_type must be openai-gpt",
-    )
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    require(kind == "openai-gpt", f"{where}: model_type must be openai-gpt, not {kind}")
     activation = values.get("afn", "gelu")
     require(
         activation in _ACTIVATIONS,

@@ -3,6 +3,7 @@
 "The summary" is the dictionary in WORKDIR/summary.json, which has one entry for each stage.
 """
 
+import contextlib
 import dataclasses
 import os
 import time
@@ -14,6 +15,7 @@ from jax.sharding import Mesh
 from gptjax import mesh as mesh_lib
 from gptjax import state as state_lib
 from gptjax.checkpoint import load
+from gptjax.checkpoint.load import Checkpoint
 from gptjax.checkpoint.memory import MemoryStore, Store
 from gptjax.checkpoint.meta import Meta
 from gptjax.checkpoint.store import CheckpointStore
@@ -23,8 +25,10 @@ from gptjax.config import schema, validation
 from gptjax.config.schema import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.errors import Preempted, require
+from gptjax.errors import Preempted, StopRequested, UserError, require
 from gptjax.evaluate import probes
+from gptjax.interop import hub
+from gptjax.interop.hub import HubModel
 from gptjax.io import files, remote
 from gptjax.mesh import Params
 from gptjax.model import flops
@@ -78,6 +82,7 @@ def run(experiment: Experiment, workdir: str, options: Options | None = None) ->
     # The processes compare their configurations before they make the mesh, because making it could
     # fail in only some of the processes if their meshes differed.
     processes.require_same({"config": schema.to_dict(experiment)})
+    experiment = pin_hub_model(experiment, workdir, "checkpoints", options)
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
         check_stop = make_check(processes.synchronised_stop(stop))
@@ -183,6 +188,54 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     )
 
 
+def pin_hub_model(
+    experiment: Experiment, workdir: str, product: str, options: Options
+) -> Experiment:
+    """Returns the experiment with the commit of the model of the hub in `init_from`.
+
+    The processes of a run get the same commit. A run that is continued gets the commit with which
+    it began, also if the branch has a newer one. If `init_from` is not a model of the hub, the
+    experiment is not changed.
+
+    Args:
+      experiment: the configuration, from `validation.validate`.
+      workdir: the folder of the run.
+      product: the name of the results in the workdir, as in `check_workdir`.
+      options: the options of the run. If `options.given` lacks `tokenizer.words`, it becomes exact.
+
+    Raises:
+      UserError: the model cannot be downloaded.
+    """
+    address, commit = schema.hub_address(experiment.init_from), experiment.init_from_commit
+    if not address:
+        return experiment
+    tokenizer = experiment.tokenizer
+    if not commit and "tokenizer.words" not in options.given:
+        tokenizer = dataclasses.replace(tokenizer, words=schema.Words.EXACT.value)
+    # Process 0 downloads the model before the other processes, which may share its disk.
+    commit = commit or processes.broadcast(
+        "the model of `init_from`",
+        lambda: (
+            _commit_of_workdir(address, workdir, product)
+            or hub.pin(experiment.init_from, "init_from", options.reporter.say)
+        ),
+    )
+    pinned = dataclasses.replace(
+        experiment, init_from=address, init_from_commit=commit, tokenizer=tokenizer
+    )
+    return validation.validate(pinned, options.tables)
+
+
+def _commit_of_workdir(address: str, workdir: str, product: str) -> str:
+    """Returns the commit with which a run began; "" if the workdir holds no run of this model."""
+    remote.require_workdir(workdir)
+    path = os.path.join(workdir, "config.json")
+    if not (remote.exists(path) and remote.exists(os.path.join(workdir, product))):
+        return ""
+    old = schema.from_dict(Experiment, files.read_json(path), path)
+    return old.init_from_commit if old.init_from == address else ""
+
+
 def _choose_tokenizer_and_sizes(
     experiment: Experiment, workdir: str, data: dict[str, Any], options: Options
 ) -> tuple[tokenizer_lib.Tokenizer, ModelConfig]:
@@ -194,7 +247,8 @@ def _choose_tokenizer_and_sizes(
     """
     model = experiment.model
     if experiment.init_from:
-        meta = load.open_checkpoint(experiment.init_from, "init_from").meta
+        own = _meta_of_workdir(workdir) if experiment.init_from_commit else None
+        meta = own or open_init_from(experiment, options).meta
         _refuse_overruled(experiment, meta, options)
         model = meta.with_sizes(model)
         # The fields of the model are checked again, because the sizes of the checkpoint might not
@@ -222,6 +276,28 @@ def _choose_tokenizer_and_sizes(
     return tokenizer, dataclasses.replace(model, vocab_size=size)
 
 
+def _meta_of_workdir(workdir: str) -> Meta | None:
+    """Returns the metadata of a checkpoint of the workdir; None if there is none.
+
+    It has the tokenizer and the sizes of `init_from`. So a run goes on if the hub cannot be reached
+    and its cache is gone.
+    """
+    with contextlib.suppress(UserError):  # damaged checkpoints are dealt with later
+        return load.open_checkpoint(workdir).meta
+    return None
+
+
+def open_init_from(experiment: Experiment, options: Options) -> Checkpoint | HubModel:
+    """Opens the model in `init_from` of an experiment.
+
+    Raises:
+      UserError: there is no such model, or it is damaged.
+    """
+    words = experiment.tokenizer.words
+    commit, say = experiment.init_from_commit, options.reporter.say
+    return hub.open_checkpoint(experiment.init_from, "init_from", commit, words, say)
+
+
 def _refuse_overruled(experiment: Experiment, meta: Meta, options: Options) -> None:
     """Requires that no field set by flag contradicts the checkpoint in `init_from`.
 
@@ -237,7 +313,9 @@ def _refuse_overruled(experiment: Experiment, meta: Meta, options: Options) -> N
     own = f"is that of `init_from`={experiment.init_from}"
     for name in sorted(options.given):
         part, _, field = name.partition(".")
-        require(part != "tokenizer", f"`{name}`: the tokenizer {own}; leave this flag out")
+        # A model of the hub can have GPT-1's tokenizer, which divides text in two ways.
+        taken = part == "tokenizer" and not (experiment.init_from_commit and field == "words")
+        require(not taken, f"`{name}`: the tokenizer {own}; leave this flag out")
         if part != "model" or field not in schema.INHERITED_SIZES:
             continue
         ours, theirs = getattr(experiment.model, field), getattr(meta.model, field)
@@ -405,7 +483,8 @@ def _first_params(
     if from_scratch or (pretrained is None and not path):
         return fresh
     if pretrained is None:
-        pretrained = load.open_checkpoint(path, "init_from").load_params(context.setup.mesh)
+        start = open_init_from(context.experiment, context.options)
+        pretrained = start.load_params(context.setup.mesh)
     params = state_lib.merge_params(pretrained, fresh, (TASK_HEAD,))
     if stage.transfer != "all":
         params = state_lib.transfer_layers(params, fresh, int(stage.transfer))

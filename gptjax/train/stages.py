@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
