@@ -338,7 +338,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         spec=spec,
         transfer=config.transfer,
         baselines=baselines,
-        labels={name: examples[name].labels for name in scorers},
+        labels={name: tasks.label_ids(spec, data[name]) for name in scorers},
         tables=data if config.baseline == schema.Baseline.LINEAR else {},
         notes=tuple(notes),
     )
