@@ -178,8 +178,8 @@ class _Rows:
         self.texts: dict[str, Columns] = {}
         self.labels: dict[str, np.ndarray] = {}
         for name, table in tables.items():
-            columns = table.columns(spec.text_columns)
-            self.texts[name] = [list(map(as_text, columns[each])) for each in spec.text_columns]
+            cells = table.columns(spec.text_columns)
+            self.texts[name] = [list(map(as_text, cells[each])) for each in spec.text_columns]
             self.labels[name] = tasks.label_ids(spec, table)
         columns, labels = self.texts["train"], self.labels["train"]
         keys = []
@@ -221,7 +221,7 @@ class _Features:
     def _affordable_rows(self, budget: Budget) -> int:
         """Returns the number of training rows that can be read in a third of the time."""
         texts = self._rows.texts["train"]
-        lengths = sum(np.array(list(map(len, column))) for column in texts)
+        lengths = np.sum([list(map(len, column)) for column in texts], axis=0)
         total = len(lengths)
         in_memory = int(np.searchsorted(np.cumsum(lengths), _CHARACTERS, side="right"))
         count = min(total, max(in_memory, min(total, _SAMPLE)))

@@ -378,7 +378,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         spec=spec,
         transfer=config.transfer,
         baselines=baselines,
-        labels={name: split.labels for name, split in examples.items() if name != "train"},
+        labels={name: tasks.label_ids(spec, data[name]) for name in examples if name != "train"},
         tables=data if config.baseline == schema.Baseline.LINEAR else {},
         notes=tuple(notes),
         validation_tokens=tokens["validation"],
