@@ -193,6 +193,8 @@ class Packer:
             for c in range(examples.num_candidates):
                 sequence = i * examples.num_candidates + c
                 tokens = examples.tokens[sequence]
+                if not len(tokens):  # the example does not have this candidate
+                    continue
                 stop, segment = start + len(tokens), segment + 1
                 second = start + int(examples.second_start[sequence])
                 padding = stop  # the start of the padding inside the sequence

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
@@ -251,8 +252,9 @@ def _describe_split(
     """Returns the lines for the user about a split.
 
     The first line has the number of examples, the fraction of unknown tokens, the number of
-    examples that were cut to fit the context, the number of examples with an empty text, and the
-    number of rows that were left out because of their label. The second line warns if many tokens
+    examples that are read in windows or were cut to fit the context, the fraction of the tokens
+    that are read, the number of examples with an empty text, and the number of rows that were left
+    out because of their label. The second line warns if many tokens
     are unknown.
 
     Args:
@@ -263,8 +265,8 @@ def _describe_split(
       model: the configuration of the model, which has the context length.
     """
     text = f"finetune: {len(examples):,} {name} examples, {examples.unknown:.2%} unknown tokens"
-    if examples.cut:
-        text += f", {examples.cut:,} cut to fit {model.context_length} tokens"
+    for part in examples.reading.describe(examples.cut, model.context_length):
+        text += f", {part}"
     if examples.empty:
         text += f", {examples.empty:,} with an empty text"
     if config.ignore_label:
