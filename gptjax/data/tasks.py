@@ -124,6 +124,15 @@ class Examples:
         lengths = np.array([len(sequence) for sequence in self.tokens], np.int32)
         return lengths.reshape(-1, self.num_candidates).sum(axis=1, dtype=np.int32)
 
+    @property
+    def row_limit(self) -> int:
+        """The largest row length that a packer should choose, in tokens; 0 means no limit.
+
+        Examples in windows make a row of many sequences. On accelerators the cost of attention
+        grows with the row length, so a row holds at most two of the longest examples.
+        """
+        return 2 * int(self.lengths.max()) if self.reading.most_windows > 1 else 0
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """The hash of the tokens, lengths and labels. A checkpoint stores it for the training
@@ -294,7 +303,7 @@ class _Builder:
         self._length = spec.flatten or context_length
         # `build` runs for every example, so the properties of the task are read here, once.
         self._many_answers = spec.kind is TaskKind.MULTIPLE_CHOICE
-        self._candidates = spec.num_candidates
+        self._orders = 2 if spec.kind.sums_candidates else 1
         self._keeps_end = self._many_answers and spec.ends_in_question
         self._halves = spec.cut == Cut.HALF and not spec.flatten
         self._windows = spec.windows
@@ -305,8 +314,7 @@ class _Builder:
             return [self._join([texts[0], answer]) for answer in texts[1:]]
         if self._windows and len(texts[0]) > self._length - 2:
             return self._join_windows(texts[0])
-        orders = [texts, texts[::-1]][: self._candidates]
-        return [self._join(order) for order in orders]
+        return [self._join(order) for order in (texts, texts[::-1])[: self._orders]]
 
     def _join(self, texts: Sequence[np.ndarray]) -> _Sequence:
         """Returns the sequence of one or two texts. The sequence of a flattened head is padded."""

@@ -330,7 +330,10 @@ class GPT:
         finetune = self.experiment.finetune
         means = finetune is not None and finetune.lm_mean == schema.LmMean.SEQUENCE
         divisor = mesh_lib.batch_divisor(self.mesh)
-        wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
+        wanted = round(5 * float(examples.lengths.mean()))
+        if examples.row_limit:
+            wanted = min(wanted, examples.row_limit)
+        wanted = max(64, int(examples.lengths.max()), wanted)
         # Sizes are powers of two so that requests of similar sizes share compiled programs.
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)

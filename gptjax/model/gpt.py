@@ -499,10 +499,9 @@ class GPT(nn.Module):
             exists_BEC = jnp.ones_like(extract_BEC, jnp.float32)
             if candidate_mask_BEC is not None:
                 exists_BEC = candidate_mask_BEC
-            count_BE111 = exists_BEC.sum(axis=2)[..., None, None, None]
-            total_BE1SD = jnp.sum(x_BECSD * exists_BEC[..., None, None], axis=2, keepdims=True)
+            total_BE1D = jnp.sum(x_BECSD * exists_BEC[..., None], axis=2, keepdims=True)
             # A slot without an example has no candidate.
-            x_BECSD = total_BE1SD / jnp.maximum(count_BE111, 1.0)
+            x_BECSD = total_BE1D / jnp.maximum(exists_BEC.sum(axis=2)[..., None, None], 1.0)
         if self.config.head_dropout_shared:
             x_BECSD *= self.head_dropout(jnp.ones_like(x_BECSD[:, :, :1]), deterministic)
         else:

@@ -329,7 +329,9 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     devices, sequence_means = mesh_lib.batch_divisor(mesh), config.lm_mean == schema.LmMean.SEQUENCE
     divisor = devices * config.optimizer.accumulation
     size = config.batch_size
-    packer = Packer(train.lengths, size, config.row_length, divisor, sequence_means)
+    packer = Packer(
+        train.lengths, size, config.row_length, divisor, sequence_means, train.row_limit
+    )
     epoch = _steps_per_epoch(config, len(train))
     total = config.steps or math.ceil(config.epochs * epoch)
     longest = max(split.max_sequence_length for split in examples.values())
