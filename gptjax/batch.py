@@ -15,8 +15,9 @@ These letters are the same in the whole project:
   L  layers                               O  outputs of the task head
 
 The candidates of an example are its sequences. A multiple choice has one candidate for each answer,
-and other tasks have one or two candidates. A file that needs more letters defines them in its
-docstring.
+and other tasks have one or two candidates. If a long text is read in windows, it has one candidate
+for each window, and `candidate_mask` is 0 for the windows that a shorter text does not have. A file
+that needs more letters defines them in its docstring.
 """
 
 import enum
@@ -90,7 +91,8 @@ class Batch:
     extract: Array = None
     """int32 [B, E, C]: the index in the row of the extract token of candidate c of example e."""
     candidate_mask: Array = None
-    """float32 [B, E, C]: 1 for a candidate, 0 for an empty slot."""
+    """float32 [B, E, C]: 1 for a candidate; 0 for one that the example does not have, or for an
+    empty slot."""
     example_mask: Array = None
     """float32 [B, E]: 1 for an example, 0 for an empty slot."""
     labels: Array = None

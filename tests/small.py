@@ -95,6 +95,16 @@ def examples(
     return spec, tasks.encode(spec, LabelledTable(rows, "rows"), small_tokenizer(), context)
 
 
+def windowed_examples(
+    windows: int, context: int = 8, longest: int = 9, count: int = 6
+) -> tuple[TaskSpec, Examples]:
+    """Random labelled texts, read in at most `windows` windows of `context` tokens (0: cut)."""
+    rows = {"text": texts(count, seed=1, longest=longest), "label": (np.arange(count) % 3).tolist()}
+    spec = TaskSpec("classification", "text", windows=windows)
+    spec = tasks.find_labels(spec, LabelledTable(rows, "rows"))
+    return spec, tasks.encode(spec, LabelledTable(rows, "rows"), small_tokenizer(), context)
+
+
 def packed(
     examples: Examples, row_length: int = 0, shape: tuple[int, int, int] | None = None, one=False
 ) -> tuple[Batch, np.ndarray]:

@@ -214,7 +214,7 @@ def run_predict(_: Command) -> None:
     found = gpt.predict(table)
     records = _submission(glue, task, table, found.labels) if glue else _records(found)
     files.write_atomically(output_path, _table(records, delimiter).encode())
-    notes = [f"{found.cut:,} cut to fit {gpt.config.context_length} tokens"] if found.cut else []
+    notes = found.reading.describe(found.cut, gpt.config.context_length)
     notes += [f"{found.empty:,} with an empty text"] if found.empty else []
     notes += [f"{found.unknown:.2%} unknown tokens"]
     print(f"{len(records):,} rows -> {output_path}" + "".join(f", {note}" for note in notes))

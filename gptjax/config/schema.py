@@ -37,7 +37,8 @@ class TaskKind(enum.StrEnum):
     """The kinds of labelled tasks.
 
     The candidates of an example are the token sequences that the model reads for the example: one
-    for each answer of a multiple choice, and one or two in the other tasks.
+    for each answer of a multiple choice, and one or two in the other tasks. A long text can have
+    more (`Long.WINDOWS`).
     """
 
     CLASSIFICATION = "classification"
@@ -183,6 +184,16 @@ class Cut(enum.StrEnum):
     """If the texts do not fit into the context together, the longer text loses tokens first."""
     HALF = "half"
     """Each text is cut to (context length / 2) - 2 tokens, even if the other text is short."""
+
+
+class Long(enum.StrEnum):
+    """The ways to read a text that is longer than the context."""
+
+    CUT = "cut"
+    """The text loses tokens at its end, as in the paper."""
+    WINDOWS = "windows"
+    """The text is read in several parts, the windows. The task head reads the mean of the hidden
+    states of all windows."""
 
 
 class Head(enum.StrEnum):
@@ -426,6 +437,12 @@ class FinetuneConfig(_Config):
     """The way to shorten two texts: longest (if they exceed the context, the longer text loses
     tokens first) or half (each text is cut to (context length / 2) - 2 tokens, as in OpenAI's
     code)."""
+    long: str = one_of(Long.CUT)
+    """The way to read a text that is longer than the context: cut (its end is left out) or windows
+    (it is read in parts that fit the context, and one prediction is made from all parts). windows
+    is for the task classification."""
+    max_windows: int = positive(16)
+    """For windows: parts of a text that are read at most. The rest of a longer text is left out."""
     head: str = one_of(Head.EXTRACT)
     """The input of the task head: extract (the hidden state at the last token) or flatten (the
     hidden states of all positions). With flatten, a sequence is `start text delimiter [text_pair
@@ -723,6 +740,9 @@ class TaskSpec:
     flatten: int = 0
     """The number of tokens that each sequence is padded or cut to, if the task head reads all
     positions. 0 means that the task head reads the last token alone."""
+    windows: int = 0
+    """The largest number of windows in which a long text is read (`Long.WINDOWS`). 0 means that a
+    long text is cut."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", TaskKind(self.kind))
@@ -743,9 +763,11 @@ class TaskSpec:
 
     @property
     def num_candidates(self) -> int:
-        """C, the number of token sequences of an example."""
+        """C, the largest number of token sequences of an example."""
         if self.kind is TaskKind.MULTIPLE_CHOICE:
             return len(self.choices)
+        if self.windows:
+            return self.windows
         return 2 if self.kind.sums_candidates else 1
 
     @property

@@ -81,6 +81,17 @@ def _validate_pretrain(pretrain: PretrainConfig, model: ModelConfig, in_memory: 
 def validate_head(finetune: FinetuneConfig, model: ModelConfig, where: str = "finetune") -> None:
     """Checks that the model can have the head of the task. Raises `UserError` for a wrong field."""
     flatten = finetune.head == schema.Head.FLATTEN
+    if finetune.long == schema.Long.WINDOWS:
+        if finetune.task != TaskKind.CLASSIFICATION:
+            raise UserError(
+                f"`{where}.long`=windows: is for the task classification; task {finetune.task} has "
+                "several texts; write cut"
+            )
+        if flatten:
+            raise UserError(
+                f"`{where}.long`=windows: does not go with `{where}.head`=flatten, which reads one "
+                "sequence; write cut"
+            )
     if flatten and not TaskKind(finetune.task).is_single_sequence:
         raise UserError(
             f"`{where}.head`=flatten: reads one sequence; task {finetune.task} has several"

@@ -116,6 +116,7 @@ class Packer:
         row_length: int = 0,
         divisor: int = 1,
         sequence_means: bool = False,
+        row_limit: int = 0,
     ):
         """Chooses the shape of the batches by packing a sample of these examples.
 
@@ -130,11 +131,14 @@ class Packer:
             depend on the number of devices.
           sequence_means: whether the LM weights in each sequence add up to 1. Otherwise the weight
             of each predicted token is 1.
+          row_limit: the largest T that is chosen, before it is rounded up to a multiple of 8. T is
+            never less than the length of the longest example. 0 means no limit. `row_length` is not
+            limited.
         """
         self._sequence_means, self._divisor = sequence_means, divisor
         longest, mean = int(lengths.max()), float(lengths.mean())
         sample = _sample(lengths, batch_size)
-        self.rows, self.row_length = _shape(sample, longest, mean, row_length)
+        self.rows, self.row_length = _shape(sample, longest, mean, row_length, row_limit)
         self.slots = _slots(self.row_length, mean, batch_size)
 
     def pack(
@@ -193,6 +197,8 @@ class Packer:
             for c in range(examples.num_candidates):
                 sequence = i * examples.num_candidates + c
                 tokens = examples.tokens[sequence]
+                if not len(tokens):  # the example does not have this candidate
+                    continue
                 stop, segment = start + len(tokens), segment + 1
                 second = start + int(examples.second_start[sequence])
                 padding = stop  # the start of the padding inside the sequence
@@ -234,7 +240,9 @@ def _slots(row_length: int, mean: float, batch_size: int) -> int:
     return min(batch_size, 1 << max(2, math.ceil(math.log2(2 * row_length / mean))))
 
 
-def _shape(sample: list[list[int]], longest: int, mean: float, wanted: int) -> tuple[int, int]:
+def _shape(
+    sample: list[list[int]], longest: int, mean: float, wanted: int, limit: int
+) -> tuple[int, int]:
     """Returns the number of rows and the row length of a batch.
 
     Args:
@@ -243,6 +251,7 @@ def _shape(sample: list[list[int]], longest: int, mean: float, wanted: int) -> t
       mean: the mean number of tokens of an example.
       wanted: the wanted row length, which is rounded up. 0 means that the row length is chosen (see
         `Packer.__init__`).
+      limit: the largest row length that is chosen; 0 means no limit.
     """
     batch_size = len(sample[0])
     if wanted:
@@ -257,6 +266,8 @@ def _shape(sample: list[list[int]], longest: int, mean: float, wanted: int) -> t
         slots = _slots(length, mean, batch_size)
         while any(len(first_fit(batch, length, slots)) > rows for batch in sample):
             length += _LENGTH_STEP
+        if limit and length > _round_up(limit, _LENGTH_STEP) and best[1]:
+            break  # rows become longer from here on
         if rows * length <= total / (1 - _MAX_PADDING):
             return rows, length
         best = min(best, (rows * length, rows, length))

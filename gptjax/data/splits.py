@@ -71,7 +71,10 @@ def _documents(rows: Dataset, column: str, source: str) -> Texts:
 def task_spec(config: FinetuneConfig) -> TaskSpec:
     """Returns the task that the configuration describes, still without the names of its labels."""
     kind, choices = TaskKind(config.task), schema.split_names(config.choices)
-    return TaskSpec(kind, config.text, config.text_pair, choices, config.label, cut=config.cut)
+    windows = config.max_windows if config.long == schema.Long.WINDOWS else 0
+    return TaskSpec(
+        kind, config.text, config.text_pair, choices, config.label, cut=config.cut, windows=windows
+    )
 
 
 def labelled_splits(

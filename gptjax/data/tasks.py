@@ -13,6 +13,17 @@ An example is then one sequence, which is padded to a fixed length:
 
 one text           start text delimiter
 two texts          start text delimiter text_pair delimiter
+
+A text that is longer than the context is cut, as in the paper, or is read in windows (`Long`). Each
+window is a sequence of its own, and the windows of a text are the candidates of one example:
+
+long text          start window extract (a sequence for each window)
+
+The windows of a text do not overlap, and their lengths differ by at most one token. So each token
+of the text is read once and predicted once, and in the mean over the windows every token counts
+about the same. (With full windows, a last window of a few tokens would count as much as a full
+one.) The language model predicts the first token of a window from the start token alone, as it
+predicts the first token of a text.
 """
 
 import dataclasses
@@ -35,10 +46,48 @@ _MANY_UNKNOWN = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Tokenised examples: n examples with C = num_candidates sequences each.
+class Reading:
+    """The part of the texts that the model reads."""
 
-    Sequence c of example i has the index i * C + c.
+    in_windows: int = 0
+    """The number of examples that are read in several windows."""
+    most_windows: int = 1
+    """The largest number of windows of an example."""
+    share: float = 1.0
+    """The fraction of the tokens of the texts that are read. The rest is cut."""
+
+    def describe(self, cut: int, context_length: int) -> list[str]:
+        """Returns parts of a line for the user. The list is empty if every text fits the context.
+
+        Args:
+          cut: the number of examples with a text that was shortened.
+          context_length: the number of tokens of a window.
+
+        >>> Reading(612, 9, 0.9738).describe(3, 128)[:2]
+        ['612 in windows of 128 tokens, up to 9 a text', '3 cut to fit 9 windows']
+        >>> Reading(share=0.41).describe(3, 128)
+        ['3 cut to fit 128 tokens', '41.0% of the tokens are read']
+        """
+        parts = []
+        if self.in_windows:
+            windows = f"in windows of {context_length} tokens, up to {self.most_windows} a text"
+            parts.append(f"{self.in_windows:,} {windows}")
+        if cut:
+            many = self.most_windows > 1
+            room = f"{self.most_windows} windows" if many else f"{context_length} tokens"
+            parts.append(f"{cut:,} cut to fit {room}")
+        if parts:
+            # The share is rounded down, so that it is 100% only if every token is read.
+            parts.append(f"{math.floor(self.share * 1000) / 10:.1f}% of the tokens are read")
+        return parts
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Tokenised examples: n examples with at most C = num_candidates sequences each.
+
+    Sequence c of example i has the index i * C + c. If an example has fewer than C sequences, the
+    others are empty. (Texts are read in different numbers of windows.)
     """
 
     num_candidates: int
@@ -59,6 +108,8 @@ class Examples:
     padding_start: np.ndarray | None = None
     """int32 [n * C]: the index of the first padding token in each sequence. None means that the
     sequences are not padded, because the task head is not flattened."""
+    reading: Reading = Reading()
+    """The part of the texts that is read."""
     hidden: np.ndarray | None = None
     """[total number of tokens, D]: the hidden states of all sequences after the frozen blocks, one
     sequence after the other. None means that no block is frozen. The array is usually a file that
@@ -72,6 +123,15 @@ class Examples:
         """int32 [n]: the number of tokens of each example, in all its sequences together."""
         lengths = np.array([len(sequence) for sequence in self.tokens], np.int32)
         return lengths.reshape(-1, self.num_candidates).sum(axis=1, dtype=np.int32)
+
+    @property
+    def row_limit(self) -> int:
+        """The largest row length that a packer should choose, in tokens; 0 means no limit.
+
+        Examples in windows make a row of many sequences. On accelerators the cost of attention
+        grows with the row length, so a row holds at most two of the longest examples.
+        """
+        return 2 * int(self.lengths.max()) if self.reading.most_windows > 1 else 0
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -212,8 +272,14 @@ class _Sequence(NamedTuple):
     tokens without padding."""
     padding_start: int
     """The index of the first padding token; the number of tokens if there is no padding."""
-    cut: bool
-    """Whether a text was shortened."""
+    kept: int
+    """The number of tokens of the texts in this sequence."""
+    lost: int
+    """The number of tokens by which the texts were shortened."""
+
+
+_MISSING = _Sequence(np.zeros(0, np.int32), 0, 0, 0, 0)
+"""The sequence in place of a window that an example does not have."""
 
 
 class _Builder:
@@ -237,16 +303,18 @@ class _Builder:
         self._length = spec.flatten or context_length
         # `build` runs for every example, so the properties of the task are read here, once.
         self._many_answers = spec.kind is TaskKind.MULTIPLE_CHOICE
-        self._candidates = spec.num_candidates
+        self._orders = 2 if spec.kind.sums_candidates else 1
         self._keeps_end = self._many_answers and spec.ends_in_question
         self._halves = spec.cut == Cut.HALF and not spec.flatten
+        self._windows = spec.windows
 
     def build(self, texts: Sequence[np.ndarray]) -> list[_Sequence]:
         """Returns the sequences of an example with these texts."""
         if self._many_answers:
             return [self._join([texts[0], answer]) for answer in texts[1:]]
-        orders = [texts, texts[::-1]][: self._candidates]
-        return [self._join(order) for order in orders]
+        if self._windows and len(texts[0]) > self._length - 2:
+            return self._join_windows(texts[0])
+        return [self._join(order) for order in (texts, texts[::-1])[: self._orders]]
 
     def _join(self, texts: Sequence[np.ndarray]) -> _Sequence:
         """Returns the sequence of one or two texts. The sequence of a flattened head is padded."""
@@ -264,7 +332,17 @@ class _Builder:
         else:
             parts[-1] = self._extract
         second_start = keep[0] + 2 if len(texts) > 1 else end
-        return _Sequence(np.concatenate(parts), second_start, end, kept < sum(lengths))
+        return _Sequence(np.concatenate(parts), second_start, end, kept, sum(lengths) - kept)
+
+    def _join_windows(self, text: np.ndarray) -> list[_Sequence]:
+        """Returns the sequences of the windows of a long text."""
+        room = self._length - 2
+        count = min(self._windows, -(-len(text) // room))
+        kept = min(len(text), count * room)
+        ends = [kept * (i + 1) // count for i in range(count)]
+        windows = [self._join([part]) for part in np.split(text[:kept], ends[:-1])]
+        windows[-1] = windows[-1]._replace(lost=len(text) - kept)
+        return windows
 
     def _kept(self, lengths: Sequence[int]) -> Sequence[int]:
         """Returns the numbers of tokens to keep of one or two texts with these lengths."""
@@ -293,10 +371,36 @@ def padded_length(
 
     It is the length of the longest sequence, in tokens, but at most the context length.
     """
+    lengths = sequence_lengths(spec, table, tokenizer)
+    return min(int(lengths.max(initial=0)), context_length)
+
+
+def sequence_lengths(spec: TaskSpec, table: LabelledTable, tokenizer: Tokenizer) -> np.ndarray:
+    """Returns the number of tokens of the longest sequence of each row, int32 [n].
+
+    The numbers are those of sequences that are not cut. They include the special tokens.
+    """
     columns = table.columns(spec.text_columns)
     rows = _encode_columns(spec, columns, tokenizer, use_cache=True)
-    lengths = (1 + sum(len(text) + 1 for text in texts) for texts in rows)
-    return min(max(lengths, default=0), context_length)
+    # In a multiple choice, each answer has a sequence, which begins with the text.
+    lengths = (
+        2 + len(texts[0]) + max((len(other) + 1 for other in texts[1:]), default=0)
+        for texts in rows
+    )
+    return np.fromiter(lengths, np.int32)
+
+
+def share_longer(lengths: np.ndarray, context_length: int) -> float:
+    """Returns the fraction of the rows that do not fit into the context; 0 if there are no rows.
+
+    >>> share_longer(np.array([10, 128, 129, 700]), 128)
+    0.5
+
+    Args:
+      lengths: int [n], from `sequence_lengths`.
+      context_length: the largest number of tokens in a sequence.
+    """
+    return int(np.count_nonzero(lengths > context_length)) / max(1, len(lengths))
 
 
 def encode(
@@ -314,7 +418,8 @@ def encode(
       table: the rows.
       tokenizer: the tokenizer.
       context_length: the largest number of tokens in a sequence. If a sequence would be longer, its
-        texts are shortened. `Examples.cut` counts the examples to which this happens.
+        text is read in windows (`spec.windows`), or its texts are shortened. `Examples.cut` counts
+        the examples with a text that is shortened.
       labelled: whether to read the label column.
       use_cache: whether to keep the token ids of long columns in the cache.
 
@@ -324,20 +429,41 @@ def encode(
     """
     columns = table.columns([*spec.text_columns, *([spec.label] if labelled else [])])
     builder = _Builder(spec, tokenizer, context_length)
-    sequences: list[_Sequence] = []
+    built: list[list[_Sequence]] = []
     cut = empty = 0
     for texts in _encode_columns(spec, columns, tokenizer, use_cache):
         example = builder.build(texts)
-        sequences += example
-        cut += any(sequence.cut for sequence in example)
+        built.append(example)
+        cut += any(sequence.lost for sequence in example)
         empty += any(len(text) == 0 for text in texts)
+    reading = _reading(spec, built)
+    candidates = spec.num_candidates
+    if spec.windows:
+        # A power of two, so that data of other lengths often has batches of the same shape.
+        candidates = min(candidates, 1 << (reading.most_windows - 1).bit_length())
+        for example in built:
+            example += [_MISSING] * (candidates - len(example))
+    sequences = [sequence for example in built for sequence in example]
     tokens = [sequence.tokens for sequence in sequences]
     second = np.array([sequence.second_start for sequence in sequences], np.int32)
     padding = np.array([sequence.padding_start for sequence in sequences], np.int32)
     labels = label_ids(spec, table) if labelled else None
     unknown = _unknown(tokens, tokenizer)
-    examples = Examples(spec.num_candidates, tokens, second, labels, cut, empty, unknown)
-    return dataclasses.replace(examples, padding_start=padding) if spec.flatten else examples
+    return Examples(
+        candidates, tokens, second, labels, cut, empty, unknown,
+        padding_start=padding if spec.flatten else None, reading=reading,
+    )  # fmt: skip
+
+
+def _reading(spec: TaskSpec, built: Sequence[Sequence[_Sequence]]) -> Reading:
+    """Returns the part of the texts that is in the sequences of the examples."""
+    kept = sum(sequence.kept for example in built for sequence in example)
+    lost = sum(sequence.lost for example in built for sequence in example)
+    share = kept / max(1, kept + lost)
+    if not spec.windows:
+        return Reading(share=share)
+    counts = [len(example) for example in built]
+    return Reading(sum(count > 1 for count in counts), max(counts, default=1), share)
 
 
 def _unknown(sequences: Sequence[np.ndarray], tokenizer: Tokenizer) -> float:

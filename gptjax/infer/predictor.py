@@ -54,6 +54,8 @@ class Predictions:
     """The number of rows with an empty text."""
     unknown: float = 0.0
     """The fraction of the tokens of the texts that the tokenizer does not know."""
+    reading: tasks.Reading = dataclasses.field(default_factory=tasks.Reading)
+    """The part of the texts that the model reads."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -217,7 +219,7 @@ class GPT:
         examples = self.encode(rows)
         if not len(examples):
             return Predictions([], None, task.labels, 0, 0)
-        facts = examples.cut, examples.empty, examples.unknown
+        facts = examples.cut, examples.empty, examples.unknown, examples.reading
         evaluator, packer = self._batched(examples, Objective(task.kind, lm_weight=0.0))
         outputs = evaluator.outputs(self.params, examples, packer)
         found = score_lib.predictions(task, outputs.logits)
@@ -239,8 +241,9 @@ class GPT:
         Returns:
           A dictionary with the keys "task_loss", "lm_loss" (nats), the name of each metric, and
           "floor_METRIC" for each metric, which is the score of the majority-class baseline (in a
-          regression, of the mean baseline), and "unknown_tokens", the fraction of the tokens of the
-          texts that the tokenizer does not know.
+          regression, of the mean baseline), "unknown_tokens", the fraction of the tokens of the
+          texts that the tokenizer does not know, and "read_tokens", the fraction of the tokens of
+          the texts that the model reads (the others do not fit into the context).
 
         Raises:
           UserError: the model is a language model, a column is missing, there are no rows, or a
@@ -256,7 +259,8 @@ class GPT:
         del scores["loss"]
         baseline = metrics.majority_baseline(chosen, examples.labels, len(task.labels))
         scores |= {f"floor_{name}": value for name, value in baseline.items()}
-        return scores | {"unknown_tokens": examples.unknown}
+        share = examples.reading.share
+        return scores | {"unknown_tokens": examples.unknown, "read_tokens": share}
 
     def encode(self, rows: Table, where: str = "`rows`", labelled: bool = False) -> tasks.Examples:
         """Returns rows as token sequences, in the format on which the task head was trained.
@@ -326,7 +330,10 @@ class GPT:
         finetune = self.experiment.finetune
         means = finetune is not None and finetune.lm_mean == schema.LmMean.SEQUENCE
         divisor = mesh_lib.batch_divisor(self.mesh)
-        wanted = max(64, int(examples.lengths.max()), round(5 * float(examples.lengths.mean())))
+        wanted = round(5 * float(examples.lengths.mean()))
+        if examples.row_limit:
+            wanted = min(wanted, examples.row_limit)
+        wanted = max(64, int(examples.lengths.max()), wanted)
         # Sizes are powers of two so that requests of similar sizes share compiled programs.
         packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
         packer.rows = _power(packer.rows)

@@ -182,6 +182,11 @@ def export_weights(input: str, output: str, format: str) -> list[str]:
     with _new_folder(output) as place:
         note = FORMATS[format].write(found, place)
     lines = [f"{checkpoint.path} -> {output} ({note})"]
+    if meta.task and meta.task.windows:
+        lines.append(
+            "only gptjax reads a long text in windows: give the other program texts of at most "
+            f"{meta.model.context_length - 2} tokens"
+        )
     if tokenizer.exact:
         lines.append(
             "its tokenizer there splits text into words in another way: some token ids will differ"

@@ -250,6 +250,9 @@ class GPT(nn.Module):
     sum_candidates: bool = False
     """Whether the hidden states of an example's candidates (its sequences) are added up, as for
     similarity and regression."""
+    mean_candidates: bool = False
+    """Whether the task head reads the mean of the hidden states of an example's candidates, as for
+    the windows of a long text."""
     head_length: int | None = None
     """The number of hidden states that the task head reads. They are the last states of a sequence,
     flattened to one vector. None means that the task head reads only the last state."""
@@ -459,7 +462,13 @@ class GPT(nn.Module):
         logits_BTV = self.ops.logits(x_BTD, table)
         return logits_BTV if head.bias_V is None else logits_BTV + _like(head.bias_V, logits_BTV)
 
-    def task_logits(self, x_BTD: Array, extract_BEC: Array, deterministic: bool = True) -> Array:
+    def task_logits(
+        self,
+        x_BTD: Array,
+        extract_BEC: Array,
+        deterministic: bool = True,
+        candidate_mask_BEC: Array | None = None,
+    ) -> Array:
         """Returns the outputs of the task head, float32.
 
         The task head reads the hidden states at the extract tokens, which end the sequences.
@@ -469,6 +478,8 @@ class GPT(nn.Module):
           extract_BEC: the index of the extract token of each candidate, from
             `gptjax.batch.Batch`.
           deterministic: True means no dropout. False needs the rng "dropout".
+          candidate_mask_BEC: 1 for each candidate that exists, from `gptjax.batch.Batch`. Only
+            `mean_candidates` uses it. None means that all exist.
 
         Returns:
           [B, E, O] if O is greater than 1. If O is 1, the result is [B, E, C]: the score of each
@@ -484,6 +495,13 @@ class GPT(nn.Module):
             x_BECSD = x_BECSD[:, :, :, 0]
         if self.sum_candidates:
             x_BECSD = x_BECSD.sum(axis=2, keepdims=True)
+        if self.mean_candidates:
+            exists_BEC = jnp.ones_like(extract_BEC, jnp.float32)
+            if candidate_mask_BEC is not None:
+                exists_BEC = candidate_mask_BEC
+            total_BE1D = jnp.sum(x_BECSD * exists_BEC[..., None], axis=2, keepdims=True)
+            # A slot without an example has no candidate.
+            x_BECSD = total_BE1D / jnp.maximum(exists_BEC.sum(axis=2)[..., None, None], 1.0)
         if self.config.head_dropout_shared:
             x_BECSD *= self.head_dropout(jnp.ones_like(x_BECSD[:, :, :1]), deterministic)
         else:
@@ -548,5 +566,6 @@ def make_model(
     return model.clone(
         num_outputs=spec.num_outputs,
         sum_candidates=spec.kind.sums_candidates,
+        mean_candidates=spec.windows > 0,
         head_length=spec.flatten or None,
     )

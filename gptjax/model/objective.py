@@ -124,7 +124,10 @@ def forward(
         sums = Losses(losses.lm_loss(x_BTD, head, batch, model.ops), sums.task)
     if not objective.kind:
         return sums, None
-    logits = run(model, params, x_BTD, batch.extract, deterministic, method="task_logits", key=key)
+    logits = run(
+        model, params, x_BTD, batch.extract, deterministic, batch.candidate_mask,
+        method="task_logits", key=key,
+    )  # fmt: skip
     if batch.labels is None:
         return sums, logits
     return Losses(sums.lm, losses.task_loss(objective.kind, logits, batch)), logits

@@ -252,8 +252,9 @@ def _describe_split(
     """Returns the lines for the user about a split.
 
     The first line has the number of examples, the fraction of unknown tokens, the number of
-    examples that were cut to fit the context, the number of examples with an empty text, and the
-    number of rows that were left out because of their label. The second line warns if many tokens
+    examples that are read in windows or were cut to fit the context, the fraction of the tokens
+    that are read, the number of examples with an empty text, and the number of rows that were left
+    out because of their label. The second line warns if many tokens
     are unknown.
 
     Args:
@@ -264,8 +265,8 @@ def _describe_split(
       model: the configuration of the model, which has the context length.
     """
     text = f"finetune: {len(examples):,} {name} examples, {examples.unknown:.2%} unknown tokens"
-    if examples.cut:
-        text += f", {examples.cut:,} cut to fit {model.context_length} tokens"
+    for part in examples.reading.describe(examples.cut, model.context_length):
+        text += f", {part}"
     if examples.empty:
         text += f", {examples.empty:,} with an empty text"
     if config.ignore_label:
@@ -328,7 +329,9 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     devices, sequence_means = mesh_lib.batch_divisor(mesh), config.lm_mean == schema.LmMean.SEQUENCE
     divisor = devices * config.optimizer.accumulation
     size = config.batch_size
-    packer = Packer(train.lengths, size, config.row_length, divisor, sequence_means)
+    packer = Packer(
+        train.lengths, size, config.row_length, divisor, sequence_means, train.row_limit
+    )
     epoch = _steps_per_epoch(config, len(train))
     total = config.steps or math.ceil(config.epochs * epoch)
     longest = max(split.max_sequence_length for split in examples.values())

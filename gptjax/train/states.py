@@ -135,7 +135,8 @@ class Frozen:
         """Yields the states of each example, and the index of its first token in the array."""
         step = _jit_states(self._lower_model(examples))
         divisor = mesh_lib.batch_divisor(self.mesh)
-        packer = Packer(examples.lengths, min(_BATCH_SIZE, len(examples)), divisor=divisor)
+        size, limit = min(_BATCH_SIZE, len(examples)), examples.row_limit
+        packer = Packer(examples.lengths, size, divisor=divisor, row_limit=limit)
         waiting: list[tuple[np.ndarray, jax.Array]] = []
         for batch, index in loader.every_example(examples, packer):
             self.check_stop()

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import math
 import os
 import pathlib
 import random
@@ -15,6 +16,7 @@ import pytest
 import runs
 from sklearn import metrics as sk
 
+import gptjax
 from gptjax.data.tokens import tokenizer
 
 COUNT = 1000
@@ -128,6 +130,51 @@ def test_evaluate_scores_what_predict_writes(tmp_path, split):
     kept = runs.summary(runs.trained())["finetune"][split]
     assert of_split["accuracy"] == kept["accuracy"]
     assert of_split["lm_loss"] == pytest.approx(kept["lm_loss"], rel=1e-5)
+
+
+def test_a_model_of_windows_predicts_as_it_was_validated(tmp_path):
+    """Texts of up to five windows, of which three are read; then export says what it lacks."""
+    table = [
+        {"text": " ".join([row["text"]] * (1 + i % 4) * 4), "label": row["label"]}
+        for i, row in enumerate(runs.rows(24, 3))
+    ]
+    path, workdir = runs.write(tmp_path / "long.csv", table), f"{tmp_path}/w"
+    trained = runs.main(
+        "--config=experiments/finetune_file.py", *runs.TINY,
+        f"--config.finetune.train_file={path}", f"--config.finetune.validation_file={path}",
+        "--config.finetune.long=windows", "--config.finetune.max_windows=3",
+        "--config.finetune.baseline=none", "--config.finetune.steps=4",
+        "--config.finetune.batch_size=8", f"--workdir={workdir}",
+    )  # fmt: skip
+    assert trained.code == 0, trained.err
+    # The notes, counted here from the model's own tokens: 14 tokens of a text are in a window.
+    gpt = gptjax.load(workdir)
+    lengths = [len(gpt.tokenizer.encode(row["text"])) for row in table]
+    share = sum(min(length, 3 * 14) for length in lengths) / sum(lengths)
+    several, cut = (sum(length > 14 * n for length in lengths) for n in (1, 3))
+    assert 0 < cut < several < 24
+    note = (
+        f"{several} in windows of 16 tokens, up to 3 a text, {cut} cut to fit 3 windows, "
+        f"{math.floor(1000 * share) / 10:.1f}% of the tokens are read"
+    )
+    assert f"24 train examples, 0.00% unknown tokens, {note}" in trained.out
+    common = (f"--checkpoint={workdir}", f"--input={path}")
+    predicted = runs.main("--mode=predict", *common, f"--output={tmp_path}/out.csv")
+    assert note in predicted.out
+    kept = runs.summary(workdir)["finetune"]["validation"]
+    evaluated = json.loads(runs.main("--mode=evaluate", *common).out.splitlines()[-1])
+    assert evaluated["read_tokens"] == pytest.approx(share)
+    for name in ("accuracy", "task_loss", "lm_loss"):
+        assert evaluated[name] == pytest.approx(kept[name], rel=1e-5)
+    values = probabilities(read(tmp_path / "out.csv"))
+    labels = [row["label"] for row in table]
+    loss = sk.log_loss(labels, values / values.sum(axis=1, keepdims=True))
+    assert kept["task_loss"] == pytest.approx(loss, abs=1e-4)
+    assert len(values) == 24
+    made = runs.main(
+        "--mode=export", f"--input={workdir}", f"--output={tmp_path}/x", "--format=openai"
+    )
+    assert "texts of at most 14 tokens" in made.out
 
 
 @pytest.fixture(scope="module")

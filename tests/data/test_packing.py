@@ -93,6 +93,39 @@ def test_a_batch_holds_every_sequence_whole_and_its_shapes_are_few(seed):
     assert len(shapes) <= 6
 
 
+def test_a_window_that_an_example_does_not_have_takes_no_place():
+    """Against the batch of the same sequences as examples of one candidate each."""
+    _, data = small.windowed_examples(3, longest=14)
+    whole, index = small.packed(data, 72)
+    real = [i for i, tokens in enumerate(data.tokens) if len(tokens)]
+    assert len(real) < len(data.tokens)
+    assert whole.candidate_mask.sum() == len(real)
+    found = []
+    for b, e, c in np.argwhere(whole.candidate_mask):
+        end = whole.extract[b, e, c]
+        places = np.flatnonzero(whole.segment_ids[b] == whole.segment_ids[b, end])
+        assert places[-1] == end
+        np.testing.assert_array_equal(whole.positions[b, places], np.arange(len(places)))
+        assert whole.lm_weights[b, places].tolist() == [1] * (len(places) - 1) + [0]
+        sequence = index[b, e] * data.num_candidates + c
+        np.testing.assert_array_equal(whole.tokens[b, places], data.tokens[sequence])
+        found.append(sequence)
+    assert sorted(found) == real
+    assert not whole.extract[whole.candidate_mask == 0].any()
+    assert np.count_nonzero(whole.segment_ids) == data.lengths.sum()
+
+
+def test_a_row_of_windows_is_at_most_twice_the_longest_example():
+    """Without the limit, little padding needs long rows here."""
+    _, data = small.windowed_examples(3, longest=14)
+    assert data.row_limit == 2 * data.lengths.max()
+    assert small.windowed_examples(3, context=32)[1].row_limit == 0
+    lengths = np.random.default_rng(0).integers(300, 1000, 320)
+    free, limited = Packer(lengths, 32), Packer(lengths, 32, row_limit=2 * int(lengths.max()))
+    assert free.row_length > 2 * lengths.max() >= limited.row_length >= lengths.max()
+    assert limited.rows * limited.row_length < 1.12 * 32 * lengths.mean()
+
+
 @pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
 def test_a_batch_has_the_hidden_states_of_its_examples(kind):
     """The states here are the indices of the tokens, so that each is seen to be in its place."""

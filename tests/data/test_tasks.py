@@ -124,6 +124,67 @@ def test_long_texts_are_cut_inside_their_segment(tokenizer, kind):
         assert (examples.cut, examples.empty) == (cut, empty)
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 16])
+def test_a_long_text_in_windows_has_each_token_once(tokenizer, most):
+    """Against the text itself: the windows joined are its beginning, and all are about as long."""
+    sizes = [0, 1, CONTEXT - 2, CONTEXT - 1, 20, 21, 30, 31, 26 * 4]
+    texts = [(LETTERS * 4)[:size] for size in sizes]
+    rows = LabelledTable({"text": texts, "label": list("ab" * 4 + "a")}, "rows")
+    spec = TaskSpec("classification", "text", labels=("a", "b"), windows=most)
+    examples = tasks.encode(spec, rows, tokenizer, CONTEXT)
+    room, count = CONTEXT - 2, examples.num_candidates
+    read = cut = several = 0
+    for i, text in enumerate(texts):
+        sequences = [each for each in examples.tokens[i * count : (i + 1) * count] if len(each)]
+        needed = max(1, math.ceil(len(text) / room))
+        assert len(sequences) == min(most, needed)
+        for each in sequences:
+            assert (each[0], each[-1]) == (tokenizer.start_id, tokenizer.extract_id)
+            assert len(each) <= CONTEXT
+        lengths = [len(each) for each in sequences]
+        assert max(lengths) - min(lengths) <= 1
+        joined = np.concatenate([each[1:-1] for each in sequences])
+        assert joined.tolist() == tokenizer.encode(text)[: most * room]
+        assert examples.lengths[i] == sum(lengths)
+        read, cut = read + len(joined), cut + (needed > most)
+        several += len(sequences) > 1
+    assert count == min(most, 16)
+    assert (examples.cut, examples.reading.in_windows) == (cut, several)
+    assert examples.reading.share == read / sum(sizes)
+    assert examples.reading.most_windows == min(most, math.ceil(max(sizes) / room))
+
+
+def test_one_window_is_the_cut_text(tokenizer):
+    rows = LabelledTable({"text": ["ab", LETTERS], "label": ["a", "b"]}, "rows")
+    spec = tasks.find_labels(SPECS["classification"], rows)
+    cut = tasks.encode(spec, rows, tokenizer, CONTEXT)
+    one = tasks.encode(dataclasses.replace(spec, windows=1), rows, tokenizer, CONTEXT)
+    assert (cut.fingerprint, cut.cut) == (one.fingerprint, one.cut) == (one.fingerprint, 1)
+    assert cut.reading == one.reading == tasks.Reading(share=(2 + CONTEXT - 2) / 28)
+
+
+@pytest.mark.parametrize("kind", small.KINDS)
+def test_the_share_of_longer_rows_is_that_of_cut_rows(tokenizer, kind):
+    generator = random.Random(1)
+    rows = {
+        name: ["x" * generator.choice([0, 3, 5, 9, 12]) for _ in range(50)]
+        for name in ("text", "pair", "third")
+    }
+    table = LabelledTable(rows | {"label": ["0", "1"] * 25}, "rows")
+    spec = tasks.find_labels(SPECS[kind], table)
+    lengths = tasks.sequence_lengths(spec, table, tokenizer)
+    for context in (5, 8, CONTEXT, 30):
+        examples = tasks.encode(spec, table, tokenizer, context)
+        assert tasks.share_longer(lengths, context) == examples.cut / 50
+    whole = tasks.encode(spec, table, tokenizer, 100)
+    longest = np.reshape([len(each) for each in whole.tokens], (50, -1)).max(axis=1)
+    assert lengths.tolist() == longest.tolist()
+    assert tasks.share_longer(lengths[:0], 5) == 0
+
+
 @pytest.mark.parametrize("budget", range(2, 40))
 def test_cut_pair_cuts_the_longer_first(budget):
     for first in range(45):

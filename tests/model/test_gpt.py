@@ -6,6 +6,8 @@ float32 shows how much. The first test allows the model 16 times that error, and
 value (168 eps).
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,19 +18,27 @@ import small
 from gptjax.config.schema import ModelConfig
 from gptjax.model import gpt
 from gptjax.model.gpt import GPT
+from gptjax.model.objective import Objective
 from gptjax.ops import attention
 
 TOLERANCE = 2e-5
 
 
 def unpacked(task):
-    """Returns the examples in the form that `reference.run` takes."""
-    data, count = task.examples, task.examples.num_candidates
+    """Returns the examples of a task in the form that `reference.run` takes."""
+    return as_sequences(task.examples)
+
+
+def as_sequences(data):
+    """Returns examples in the form that `reference.run` takes."""
+    count = data.num_candidates
     result = []
     for i in range(len(data)):
         sequences = []
         for c in range(count):
             tokens = data.tokens[i * count + c]
+            if not len(tokens):
+                continue  # a window that a shorter text does not have
             types = (np.arange(len(tokens)) >= data.second_start[i * count + c]).astype(int)
             sequences.append((tokens, types))
         result.append((sequences, data.labels[i]))
@@ -75,6 +85,63 @@ def test_packed_model_equals_the_reference(kind):
     assert sums.task.total / sums.task.weight == pytest.approx(l2, rel=1e-5)
     assert sums.lm.total / sums.lm.weight == pytest.approx(l1, rel=1e-5)
     assert got["loss"] == pytest.approx(l2 + 0.5 * l1, rel=1e-5)
+
+
+def with_candidates(data, count):
+    """Returns the same examples with more candidates, which no example has."""
+    none = np.zeros(0, np.int32)
+    old = data.num_candidates
+    order = [i * old + c if c < old else -1 for i in range(len(data)) for c in range(count)]
+    tokens = [data.tokens[i] if i >= 0 else none for i in order]
+    second = np.array([data.second_start[i] if i >= 0 else 0 for i in order], np.int32)
+    return dataclasses.replace(data, num_candidates=count, tokens=tokens, second_start=second)
+
+
+def test_a_long_text_in_windows_is_the_mean_of_its_windows():
+    """Logits, both losses and the gradient, packed and one example a row; and padding windows."""
+    spec, data = small.windowed_examples(3, longest=14)
+    examples = as_sequences(data)
+    assert {len(sequences) for sequences, _ in examples} == {1, 2, 3}
+    assert data.cut, "no text has more than three windows"
+    model = gpt.make_model(small.config(num_layers=1), spec)
+    params, measure = small.params(model), small.measure(model, Objective("classification", 0.5))
+    exact = reference.cast(params)
+    _, outputs, l2, l1 = reference.run(exact, "classification", examples)
+    rng = np.random.default_rng(0)
+    step = jax.tree.map(lambda x: 1e-5 * rng.normal(size=x.shape), exact)
+    up, down = (
+        reference.joint(jax.tree.map(moved, exact, step), "classification", examples, 0.5)
+        for moved in (np.add, np.subtract)
+    )
+    many = with_candidates(data, 5)
+    assert many.fingerprint == data.fingerprint
+    found = []
+    for each, one in ((data, False), (data, True), (many, False)):
+        batch, index = small.packed(each, 72, (8, 72, 6), one=one)
+        got = jax.device_get(measure(params, batch))
+        found.append(got)
+        for row, slot in np.argwhere(index >= 0):
+            assert relative(got["task_logits"][row, slot], outputs[index[row, slot]]) < TOLERANCE
+        assert got["sums"].task.total / got["sums"].task.weight == pytest.approx(l2, rel=1e-5)
+        assert got["sums"].lm.total / got["sums"].lm.weight == pytest.approx(l1, rel=1e-5)
+        products = jax.tree.map(lambda g, d: (g.astype(float) * d).sum(), got["gradients"], step)
+        assert 2 * sum(jax.tree.leaves(products)) == pytest.approx(up - down, rel=2e-4)
+    small.assert_trees_close(found[2]["gradients"], found[0]["gradients"], 1e-6)
+
+
+def test_texts_of_one_window_are_read_as_they_are_cut():
+    """Loss, gradient and logits with dropout are the same bits."""
+    found = []
+    for windows in (0, 3):
+        spec, data = small.windowed_examples(windows, context=32)
+        assert data.num_candidates == 1
+        model = gpt.make_model(small.config(num_layers=1, head_dropout=0.4), spec)
+        assert model.mean_candidates == bool(windows)
+        measure = small.measure(model, Objective("classification", 0.5))
+        batch, index = small.packed(data, 72, (8, 72, 6))
+        got = jax.device_get(measure(small.params(model), batch, jax.random.key(3)))
+        found.append((got["loss"], got["gradients"], got["task_logits"][index >= 0], batch))
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 @pytest.mark.parametrize("kind", small.KINDS)
