@@ -23,7 +23,7 @@ from gptjax.config import schema, validation
 from gptjax.config.schema import Experiment, ModelConfig
 from gptjax.data import splits
 from gptjax.data.tokens import tokenizer as tokenizer_lib
-from gptjax.errors import Preempted, require
+from gptjax.errors import Preempted, StopRequested, require
 from gptjax.evaluate import probes
 from gptjax.io import files, remote
 from gptjax.mesh import Params

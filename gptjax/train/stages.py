@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from jax.sharding import Mesh
 
 from gptjax import mesh as mesh_lib
@@ -18,7 +19,7 @@ from gptjax.data.tables.texts import Texts
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
 from gptjax.errors import require
-from gptjax.evaluate import metrics
+from gptjax.evaluate import calibration, metrics
 from gptjax.evaluate import probes as probes_lib
 from gptjax.evaluate.probes import Probe
 from gptjax.evaluate.score import Evaluator
@@ -33,8 +34,8 @@ Scores = dict[str, float]
 Scorer = Callable[[Params], Scores]
 """A function that returns the losses and metrics of the given parameters on one split. It raises
 `StopRequested` if the run was asked to stop."""
-AnswerScorer = Callable[[Params], tuple[Scores, np.ndarray]]
-"""A scorer of a fine-tuning that also returns the answers, as `score.predictions` returns them."""
+OutputScorer = Callable[[Params], tuple[Scores, np.ndarray]]
+"""A scorer of a fine-tuning that also returns the task outputs, `score.Outputs.logits`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -48,7 +49,7 @@ class Stage:
     batches: loader.Batches
     validate: Scorer
     """The function that scores the validation split."""
-    final: dict[str, AnswerScorer] = dataclasses.field(default_factory=dict)
+    final: dict[str, OutputScorer] = dataclasses.field(default_factory=dict)
     """Name of a split (validation, and test if there is one) -> the function that scores it at the
     end. A pretraining has none."""
     metric: str
@@ -334,14 +335,25 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     model = make_model(setup.model, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     evaluator = Evaluator(model, mesh, objective, setup.check_stop, config.freeze)
+    has_probabilities = calibration.is_defined(spec.kind)
 
-    def scorer(split: Examples) -> AnswerScorer:
+    def scorer(split: Examples) -> OutputScorer:
         """Returns the function that scores a split.
 
         The scores are "loss" (the joint loss), "task_loss", "lm_loss" and the metrics.
         """
         rows = Packer(split.lengths, size, packer.row_length, devices, sequence_means)
-        return lambda params: evaluator.task_with_answers(params, split, rows, spec, metric_names)
+        return lambda params: evaluator.task_with_outputs(params, split, rows, spec, metric_names)
+
+    def validate(scorer: OutputScorer, params: Params) -> Scores:
+        """Returns the validation scores.
+
+        If the task has probabilities, they have the keys of `calibration.fitted` too.
+        """
+        scores, logits = scorer(params)
+        labels = examples["validation"].labels
+        assert labels is not None
+        return scores | (calibration.fitted(logits, labels) if has_probabilities else {})
 
     local = functools.partial(mesh_lib.local_rows, mesh)
     kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
@@ -351,7 +363,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         scorers = {name: scorer(split) for name, split in splits.items() if name != "train"}
         return {
             "batches": kind(splits["train"], packer, size, setup.seed, local),
-            "validate": lambda params: scorers["validation"](params)[0],
+            "validate": functools.partial(validate, scorers["validation"]),
             "final": scorers,
         }
 
