@@ -1,4 +1,4 @@
-"""The temperature and the calibration errors, against scikit-learn, a root finder and plain loops."""
+"""Temperature and calibration errors, against scikit-learn, a root finder and plain loops."""
 
 import json
 
