@@ -193,6 +193,14 @@ class Head(enum.StrEnum):
     """The hidden states of all positions."""
 
 
+class ClassWeights(enum.StrEnum):
+    """The weights of the classes in the training loss."""
+
+    NONE = "none"
+    BALANCED = "balanced"
+    """The weight of a class is inversely proportional to its number of training rows."""
+
+
 class Baseline(enum.StrEnum):
     """The models that are trained on the rows of a fine-tuning, as a comparison."""
 
@@ -418,6 +426,14 @@ class FinetuneConfig(_Config):
     """Weight of the LM loss, which is lambda in the paper."""
     task_weight: float = not_negative(1.0)
     """Weight of the task loss."""
+    class_weights: str = one_of(ClassWeights.NONE)
+    """Weights of the classes in the training loss: none, or balanced (a class with n_c of n
+    training rows has the weight n / (number of classes * n_c), so that rare classes count as much
+    as frequent ones). Validation and test losses have no weights."""
+    label_smoothing: float = fraction(0.0)
+    """The part epsilon of the target that all classes (or answers) share: the label gets
+    1 - epsilon + epsilon / K and every other class epsilon / K, where K is the number of classes
+    (Szegedy et al. 2016). Only the training loss is smoothed."""
     lm_mean: str = one_of(LmMean.TOKEN)
     """The average of the LM loss: token (the mean over all tokens) or sequence (the mean over the
     tokens of each sequence, and then the mean of these means)."""

@@ -30,6 +30,9 @@ from gptjax.train.context import Setup
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.states import Frozen, Splits
 
+# The number of classes whose weights the user is told.
+_SHOWN_CLASSES = 10
+
 Scores = dict[str, float]
 Scorer = Callable[[Params], Scores]
 """A function that returns the losses and metrics of the given parameters on one split. It raises
@@ -286,6 +289,44 @@ def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
     )
 
 
+def _class_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
+    """Returns the balanced weight of each class, as scikit-learn's `class_weight="balanced"`.
+
+    The weight is n / (k * n_c), where n_c of the n training examples have the class, and k is the
+    number of classes that occur in training. The mean of the weights over the training examples is
+    1. A class without a training example has the weight 1, which no example uses.
+
+    Args:
+      labels: int [n], the classes of the training examples.
+      classes: the number of all classes.
+    """
+    count = np.bincount(labels, minlength=classes)
+    present = np.count_nonzero(count)
+    balanced = len(labels) / (present * np.maximum(count, 1))
+    return tuple(np.where(count > 0, balanced, 1.0).tolist())
+
+
+def _training_objective(
+    config: FinetuneConfig, objective: Objective, spec: TaskSpec, train: Examples
+) -> tuple[Objective, list[str]]:
+    """Returns the objective of the training, and lines for the user about it.
+
+    It differs from the objective of the evaluations in the class weights and the label smoothing.
+    """
+    lines: list[str] = []
+    weights: tuple[float, ...] = ()
+    if config.class_weights == schema.ClassWeights.BALANCED:
+        assert train.labels is not None
+        weights = _class_weights(train.labels, len(spec.labels))
+        shown = [f"{name} {value:.3g}" for name, value in zip(spec.labels, weights, strict=True)]
+        more = f" and {len(shown) - _SHOWN_CLASSES} more" if len(shown) > _SHOWN_CLASSES else ""
+        lines.append(f"finetune: class weights {', '.join(shown[:_SHOWN_CLASSES])}{more}")
+    changed = dataclasses.replace(
+        objective, class_weights=weights, label_smoothing=config.label_smoothing
+    )
+    return changed, lines
+
+
 def _task_spec(config: FinetuneConfig, setup: Setup, data: dict[str, LabelledTable]) -> TaskSpec:
     """Returns the task with its label names.
 
@@ -335,6 +376,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     model = make_model(setup.model, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     evaluator = Evaluator(model, mesh, objective, setup.check_stop, config.freeze)
+    training_objective, lines = _training_objective(config, objective, spec, train)
     has_probabilities = calibration.is_defined(spec.kind)
 
     def scorer(split: Examples) -> OutputScorer:
@@ -372,14 +414,14 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         for name, split in examples.items()
         for line in _describe_split(name, split, data[name], config, setup.model)
     ]
-    notes.append(_describe_stage(config, total, packer))
+    notes += [_describe_stage(config, total, packer), *lines]
     if "f1" in metric_names:
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
     tokens = {name: int(split.lengths.sum()) for name, split in examples.items()}
     stage = Stage(
         name=schema.Stage.FINETUNE,
         model=model,
-        objective=objective,
+        objective=training_objective,
         optimizer=Optimizer(config.optimizer, total, "finetune.optimizer", config.freeze),
         **readers(examples),
         metric=metric_names[0],

@@ -244,12 +244,12 @@ _FRACTIONS = (
     *("model.embedding_dropout", "model.attention_dropout", "model.residual_dropout"),
     *("model.head_dropout", "pretrain.validation_fraction", "finetune.validation_fraction"),
     *("pretrain.optimizer.beta1", "finetune.optimizer.beta2"),
-    "finetune.optimizer.warmup_fraction",
+    *("finetune.optimizer.warmup_fraction", "finetune.label_smoothing"),
 )
 _CHOICES = {
     "model.activation": "gelu", "model.dtype": "float16", "model.remat": "some",
     "tokenizer.kind": "bpee", "pretrain.line_breaks": "joined", "finetune.task": "classify",
-    "pretrain.optimizer.schedule": "cosin",
+    "pretrain.optimizer.schedule": "cosin", "finetune.class_weights": "balance",
 }  # fmt: skip
 WRONG = [
     *((name, value, "greater than 0") for name in _POSITIVE for value in (0, -1)),
@@ -294,6 +294,20 @@ def test_a_wrong_value_is_named_with_its_flag(name, value, advice):
         ({"finetune.task": "similarity"}, "finetune.text_pair", "column of the second text"),
         ({"finetune.task": "regression"}, "finetune.text_pair", "column of the second text"),
         ({"finetune.task": "multiple_choice"}, "finetune.choices", "two or more"),
+        (
+            {
+                "finetune.task": "multiple_choice", "finetune.choices": "a,b",
+                "finetune.class_weights": "balanced",
+            },
+            "finetune.class_weights", "write none",
+        ),
+        (
+            {
+                "finetune.task": "regression", "finetune.text_pair": "b",
+                "finetune.label_smoothing": 0.1,
+            },
+            "finetune.label_smoothing", "write 0",
+        ),
         (
             {"finetune.task": "multiple_choice", "finetune.choices": "a,"},
             "finetune.choices", "two or more",
