@@ -39,7 +39,12 @@ def is_complete(stage: Stage, entry: Entry) -> bool:
 
 
 def summarise(
-    context: RunContext, stage: Stage, params: Params, scores: Scores, seconds: float
+    context: RunContext,
+    stage: Stage,
+    params: Params,
+    scores: Scores,
+    steps: int,
+    seconds: float,
 ) -> Entry:
     """Scores the test split if the stage has one, and compares the scores with the baselines.
 
@@ -51,12 +56,14 @@ def summarise(
       stage: the fine-tuning.
       params: the best parameters of the stage.
       scores: the validation scores of these parameters.
+      steps: the number of steps that were taken.
       seconds: the time that the training took.
 
     Returns:
       The entry of the stage in the summary, without its speed:
 
       "steps"
+      "stopped_early"       True if `Stage.patience` has ended the training, or missing
       "validation", "test"  the scores; there may be no test
       "floor"               split -> scores of the majority-class baseline
       "intervals"           split -> metric -> [low, high]
@@ -76,8 +83,11 @@ def summarise(
     # A checkpoint of an earlier version has no temperature.
     temperature = validation.pop("temperature", 1.0)
     try:
-        found, logits = _score(context, stage, params, temperature)
-        summary = {"steps": stage.total_steps, "validation": validation, **found}
+        found, logits = _score(context, stage, params, steps, temperature)
+        summary: Entry = {"steps": steps}
+        if steps < stage.total_steps:
+            summary["stopped_early"] = True
+        summary |= {"validation": validation, **found}
         summary["floor"] = stage.baselines
         if context.options.trial:
             return summary
@@ -107,7 +117,7 @@ def summarise(
 
 
 def _score(
-    context: RunContext, stage: Stage, params: Params, temperature: float
+    context: RunContext, stage: Stage, params: Params, steps: int, temperature: float
 ) -> tuple[dict[str, Scores], dict[str, np.ndarray]]:
     """Returns the test scores as {"test": scores}, and split -> task outputs."""
     assert stage.spec is not None
@@ -122,7 +132,7 @@ def _score(
                 loss = calibration.task_loss(logits[split], stage.labels[split], temperature)
                 scores["calibrated_task_loss"] = loss
             found[split] = scores
-            context.log.write_once(stage.name, split, stage.total_steps, scores)
+            context.log.write_once(stage.name, split, steps, scores)
     return found, logits
 
 

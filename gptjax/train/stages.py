@@ -61,6 +61,9 @@ class Stage:
     """The number of steps between two validations."""
     save_every: int
     """The number of steps between two checkpoints. Each validation saves a checkpoint too."""
+    patience: int = 0
+    """The number of validations without a better score after which the stage ends. 0 means that it
+    never ends early."""
     fingerprint: str
     """The hash of the training data."""
     spec: TaskSpec | None = None
@@ -422,10 +425,13 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         name=schema.Stage.FINETUNE,
         model=model,
         objective=training_objective,
-        optimizer=Optimizer(config.optimizer, total, "finetune.optimizer", config.freeze),
+        optimizer=Optimizer(
+            config.optimizer, total, "finetune.optimizer", config.freeze, config.average
+        ),
         **readers(examples),
         metric=metric_names[0],
         eval_every=max(1, round(epoch / config.evals_per_epoch)),
+        patience=config.patience,
         save_every=config.save_every,
         fingerprint=train.fingerprint,
         spec=spec,

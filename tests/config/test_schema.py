@@ -239,12 +239,13 @@ _NOT_NEGATIVE = (
     *("pretrain.eval_every", "pretrain.eval_batches", "finetune.steps", "finetune.epochs"),
     *("finetune.row_length", "finetune.lm_weight", "pretrain.optimizer.weight_decay"),
     *("pretrain.optimizer.clip_norm", "finetune.optimizer.warmup_steps", "checkpoint.keep_best"),
+    "finetune.patience",
 )
 _FRACTIONS = (
     *("model.embedding_dropout", "model.attention_dropout", "model.residual_dropout"),
     *("model.head_dropout", "pretrain.validation_fraction", "finetune.validation_fraction"),
     *("pretrain.optimizer.beta1", "finetune.optimizer.beta2"),
-    *("finetune.optimizer.warmup_fraction", "finetune.label_smoothing"),
+    *("finetune.optimizer.warmup_fraction", "finetune.label_smoothing", "finetune.average"),
 )
 _CHOICES = {
     "model.activation": "gelu", "model.dtype": "float16", "model.remat": "some",
@@ -258,6 +259,7 @@ WRONG = [
     *((name, value, "at least 0 and below 1") for name in _FRACTIONS for value in (-0.1, 1.0)),
     *((name, value, "must be one of") for name, value in _CHOICES.items()),
     *((name, math.nan, "") for name in ("model.head_dropout", "finetune.optimizer.learning_rate")),
+    *(("finetune.optimizer.layer_decay", value, "at most 1") for value in (0.0, 1.1, math.nan)),
     ("model.num_heads", 7, "must divide `model.width`=768"),
     ("model.segment_types", 1, "0 (none), 2, or 3"),
     ("pretrain.window", 513, "2 to `model.context_length`=512"),
