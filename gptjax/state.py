@@ -1,5 +1,6 @@
 """The training state, which is created sharded on the mesh."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -21,14 +22,21 @@ class TrainState:
     step: jax.Array
     """int32 scalar: the number of batches that were used."""
     params: Params
-    """The parameters of the whole model."""
+    """The parameters of the whole model that are validated and used. With `raw_params` they are the
+    averaged ones."""
     opt_state: optax.OptState
     """The optimizer's state of the parameters that are trained. Frozen parameters (see
     `gptjax.model.frozen`) have none, and this saves two thirds of their memory."""
+    raw_params: Params | None = None
+    """The trained part of the parameters before the averaging, from which the training goes on.
+    None means that no average is made."""
 
 
 def create(
-    params: Params, optimizer: optax.GradientTransformation, trained: Params | None = None
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    trained: Params | None = None,
+    averaged: bool = False,
 ) -> TrainState:
     """Returns the state before the first step.
 
@@ -36,9 +44,28 @@ def create(
       params: the parameters of the whole model.
       optimizer: the optimizer.
       trained: the part of the parameters that the optimizer updates. None means all.
+      averaged: whether the state has `TrainState.raw_params`.
     """
-    opt_state = optimizer.init(params if trained is None else trained)
-    return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+    trained = params if trained is None else trained
+    opt_state = optimizer.init(trained)
+    # The copy has buffers of its own, because the train step donates those of the whole state.
+    raw_params = jax.tree.map(jnp.copy, trained) if averaged else None
+    return TrainState(jnp.zeros((), jnp.int32), params, opt_state, raw_params)
+
+
+def with_first_params(state: TrainState, params: Params, trained: Params) -> TrainState:
+    """Returns a state before the first step with other parameters.
+
+    Args:
+      state: the state.
+      params: the parameters of the whole model.
+      trained: the part of `params` that is trained.
+    """
+    if state.raw_params is None:
+        return dataclasses.replace(state, params=params)
+    # As in `create`, the copy has buffers of its own.
+    raw_params = jax.tree.map(jnp.copy, trained)
+    return dataclasses.replace(state, params=params, raw_params=raw_params)
 
 
 def born_sharded(make: Callable[..., Any], mesh: Mesh, *args: Any) -> Any:

@@ -42,6 +42,15 @@ def folder(tmp_path_factory) -> pathlib.Path:
     return place
 
 
+def without_calibration(scores):
+    """Removes from dictionaries of scores those that are newer than the earlier version."""
+    found = list(scores)
+    for each in found:
+        each.pop("calibrated_task_loss", None)
+        each.pop("temperature", None)
+    return found
+
+
 def assert_close(found, expected):
     """Compares two JSON values: numbers to 1e-5, all else exactly."""
     if isinstance(expected, dict):
@@ -59,7 +68,7 @@ def assert_close(found, expected):
 
 
 def test_an_interrupted_run_continues_with_the_same_batches_and_losses(folder):
-    found = runs.records(str(folder / "run"))
+    found = without_calibration(runs.records(str(folder / "run")))
     assert_close(found, EXPECTED["records"])
     assert [each["ledger"] for each in found if "ledger" in each]
     if SAME_MACHINE:
@@ -73,6 +82,8 @@ def test_its_scores_are_those_of_the_earlier_version(folder):
     for stage in (part for each in summaries for part in each.values()):
         for name in ("tokens_per_second", "input_wait", "mfu", "intervals", "baselines"):
             stage.pop(name, None)
+        stage.pop("calibration", None)
+        without_calibration(part for part in stage.values() if isinstance(part, dict))
     assert_close(*summaries)
 
 

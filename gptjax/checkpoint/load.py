@@ -30,6 +30,16 @@ class Checkpoint:
         """The folder of the checkpoint."""
         return str(self.store.directory / str(self.step))
 
+    @property
+    def temperature(self) -> float:
+        """The temperature of `gptjax.evaluate.calibration`.
+
+        It is a score of the validation that was made with these weights. It is 1.0 if the
+        validation had none: in a language model, in a regression, and in checkpoints of earlier
+        versions.
+        """
+        return float(self.store.metrics(self.step).get("temperature", 1.0))
+
     def load_params(self, mesh: Mesh) -> mesh_lib.Params:
         """Reads the parameters and shards them over the devices of a mesh.
 

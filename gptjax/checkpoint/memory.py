@@ -39,6 +39,10 @@ class MemoryStore:
         """Returns the validation scores of a step."""
         return self._scores[step]
 
+    def metrics_until(self, step: int) -> dict[int, dict[str, float]]:
+        """Returns the validation scores of all steps up to `step`, in the order of the steps."""
+        return {each: self._scores[each] for each in self.steps() if each <= step}
+
     def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Stores the validation scores of a step."""
         self._scores[step] = dict(metrics)

@@ -1,8 +1,9 @@
 """Checkpoints on disk or in a bucket: orbax writes them in the background, atomically.
 
     WORKDIR/checkpoints/STAGE/scores.json    the validation scores of all steps
-    WORKDIR/checkpoints/STAGE/STEP/params    the parameters
-                                  /optimizer the optimizer's state and the step
+    WORKDIR/checkpoints/STAGE/STEP/params    the parameters; with an average, the averaged ones
+                                  /optimizer the optimizer's state, the step, and with an average
+                                             the parameters that are not averaged
                                   /meta      configuration, tokenizer, task, checksums
 
 The arrays can be restored on a mesh that differs from the mesh on which they were saved. `meta` is
@@ -118,6 +119,14 @@ class CheckpointStore:
         """Returns the validation scores of a step, {} if it was saved without scores."""
         return dict(self._scores.get(str(step), {}))
 
+    def metrics_until(self, step: int) -> dict[int, dict[str, float]]:
+        """Returns the validation scores of all steps up to `step`, in the order of the steps.
+
+        The checkpoints of these steps may be deleted. Their scores stay.
+        """
+        steps = sorted(int(name) for name in self._scores)
+        return {each: self.metrics(each) for each in steps if each <= step}
+
     def set_metrics(self, step: int, metrics: dict[str, float]) -> None:
         """Stores the validation scores of a step."""
         self._scores[str(step)] = dict(metrics)
@@ -150,7 +159,7 @@ class CheckpointStore:
             self.set_metrics(step, metrics)
         values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
         values["digest"] = digest(values)
-        arrays = {"step": state.step, "opt_state": state.opt_state}
+        arrays = _beside_params(state)
         with self._disk_errors():
             self._saves.finish(self._manager)
             self._manager.save(
@@ -209,7 +218,7 @@ class CheckpointStore:
           ValueError: an array or the metadata does not have its saved checksum. For broken files
             orbax raises errors of other classes.
         """
-        arrays = {"step": like.step, "opt_state": like.opt_state}
+        arrays = _beside_params(like)
         restored = self._read(
             step,
             params=ocp.args.StandardRestore(_abstract(like.params)),
@@ -341,6 +350,14 @@ class CheckpointStore:
         ended_together = error is None or isinstance(error, (Preempted, TrainingDiverged))
         if ended_together or processes.count() == 1:
             self.close()
+
+
+def _beside_params(state: TrainState) -> dict[str, Any]:
+    """Returns the parts of a state that are saved in the item "optimizer"."""
+    parts = {"step": state.step, "opt_state": state.opt_state}
+    if state.raw_params is not None:
+        parts["raw_params"] = state.raw_params
+    return parts
 
 
 def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:

@@ -205,6 +205,14 @@ class Head(enum.StrEnum):
     """The hidden states of all positions."""
 
 
+class ClassWeights(enum.StrEnum):
+    """The weights of the classes in the training loss."""
+
+    NONE = "none"
+    BALANCED = "balanced"
+    """The weight of a class is inversely proportional to its number of training rows."""
+
+
 class Baseline(enum.StrEnum):
     """The models that are trained on the rows of a fine-tuning, as a comparison."""
 
@@ -343,6 +351,10 @@ class OptimizerConfig(_Config):
     """Decoupled weight decay of embeddings and weight matrices, not of biases and gains."""
     clip_norm: float = not_negative(1.0)
     """Largest global norm of the gradient. 0 means no clipping."""
+    layer_decay: float = limited(1.0, lambda decay: 0 < decay <= 1, "must be above 0 and at most 1")
+    """Factor of the learning rate from each layer to the layer below it: of L layers, layer l
+    (counted from 0) has the learning rate times layer_decay^(L - 1 - l), the embeddings times
+    layer_decay^L, and the heads have the whole rate. 1 means one rate for all."""
     accumulation: int = positive(1)
     """Micro-batches in a step, whose gradients are added. The number does not change the
     objective."""
@@ -430,6 +442,14 @@ class FinetuneConfig(_Config):
     """Weight of the LM loss, which is lambda in the paper."""
     task_weight: float = not_negative(1.0)
     """Weight of the task loss."""
+    class_weights: str = one_of(ClassWeights.NONE)
+    """Weights of the classes in the training loss: none, or balanced (a class with n_c of n
+    training rows has the weight n / (number of classes * n_c), so that rare classes count as much
+    as frequent ones). Validation and test losses have no weights."""
+    label_smoothing: float = fraction(0.0)
+    """The part epsilon of the target that all classes (or answers) share: the label gets
+    1 - epsilon + epsilon / K and every other class epsilon / K, where K is the number of classes
+    (Szegedy et al. 2016). Only the training loss is smoothed."""
     lm_mean: str = one_of(LmMean.TOKEN)
     """The average of the LM loss: token (the mean over all tokens) or sequence (the mean over the
     tokens of each sequence, and then the mean of these means)."""
@@ -461,6 +481,9 @@ class FinetuneConfig(_Config):
     examples."""
     evals_per_epoch: float = positive(1.0)
     """Validations in an epoch."""
+    patience: int = not_negative(0)
+    """Validations in a row without a better first metric that end the training. The learning rate
+    follows the schedule of the full length. 0 means that the training never ends early."""
     save_every: int = positive(1000)
     """Steps between two checkpoints. Each validation saves a checkpoint too."""
     compare_from_scratch: bool = False
@@ -476,6 +499,10 @@ class FinetuneConfig(_Config):
     )
     """The pretrained weights to start from: all, none, or a number N (the embeddings and the first
     N layers)."""
+    average: float = fraction(0.0)
+    """Decay of an exponential moving average of the weights, for example 0.99. The averaged weights
+    are validated, saved as the model and tested, while the training goes on with the weights that
+    are not averaged. 0 means no average."""
     freeze: int = not_negative(0)
     """Layers at the bottom that keep their first weights, as the embeddings then do too. Only the
     layers above them and the heads are trained. The frozen layers have no dropout, and their output

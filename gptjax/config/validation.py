@@ -136,7 +136,22 @@ def _validate_finetune(
             f"`{where}.choices`: the columns of the answers, two or more, comma-separated, "
             f"go with `{where}.task`=multiple_choice"
         )
+    _validate_task_loss(finetune, where)
     validate_head(finetune, model, where)
+
+
+def _validate_task_loss(finetune: FinetuneConfig, where: str) -> None:
+    """Checks that the task has the classes which the fields of the training loss need."""
+    kind = TaskKind(finetune.task)
+    require(
+        kind.has_classes or finetune.class_weights == schema.ClassWeights.NONE,
+        f"`{where}.class_weights`={finetune.class_weights}: task {kind} has no classes; write none",
+    )
+    require(
+        kind != TaskKind.REGRESSION or not finetune.label_smoothing,
+        f"`{where}.label_smoothing`={finetune.label_smoothing:g}: task {kind} has no classes to "
+        "share a target; write 0",
+    )
 
 
 def _validate_ablation(ablation: schema.AblationConfig, model: ModelConfig) -> None:

@@ -130,10 +130,10 @@ class Evaluator:
         spec: TaskSpec,
         metric_names: tuple[str, ...],
     ) -> dict[str, float]:
-        """Scores the model on labelled examples. These are the scores of `task_with_answers`."""
-        return self.task_with_answers(params, examples, packer, spec, metric_names)[0]
+        """Scores the model on labelled examples. These are the scores of `task_with_outputs`."""
+        return self.task_with_outputs(params, examples, packer, spec, metric_names)[0]
 
-    def task_with_answers(
+    def task_with_outputs(
         self,
         params: Params,
         examples: Examples,
@@ -141,7 +141,7 @@ class Evaluator:
         spec: TaskSpec,
         metric_names: tuple[str, ...],
     ) -> tuple[dict[str, float], np.ndarray]:
-        """Scores the model on labelled examples, and returns its answers too.
+        """Scores the model on labelled examples, and returns its task outputs too.
 
         Args:
           params: the parameters of the model.
@@ -151,9 +151,9 @@ class Evaluator:
           metric_names: names from `metrics.parse`.
 
         Returns:
-          The scores and the answers. The scores are "loss" (the joint loss, which is the weighted
-          sum of both losses), "task_loss", "lm_loss" and the metrics. The answers are those of
-          `predictions`.
+          The scores and `Outputs.logits`. The scores are "loss" (the joint loss, which is the
+          weighted sum of both losses), "task_loss", "lm_loss" and the metrics. The temperature of
+          `gptjax.evaluate.calibration` changes none of them.
         """
         outputs = self.outputs(params, examples, packer)
         assert examples.labels is not None
@@ -165,7 +165,7 @@ class Evaluator:
             "lm_loss": outputs.lm_loss,
         }
         found = metrics.compute(metric_names, examples.labels, answers, len(spec.labels))
-        return losses | found, answers
+        return losses | found, outputs.logits
 
 
 def lm_logits(

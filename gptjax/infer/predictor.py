@@ -25,7 +25,7 @@ from gptjax.data.tables.memory import Table
 from gptjax.data.tokens import store
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, brief, require
-from gptjax.evaluate import metrics, probes
+from gptjax.evaluate import calibration, metrics, probes
 from gptjax.evaluate import score as score_lib
 from gptjax.infer import generate as generate_lib
 from gptjax.io import files, remote
@@ -45,7 +45,8 @@ class Predictions:
     labels: list[Any]
     """The name of the most likely class or answer of each row; in a regression, the number."""
     probabilities: np.ndarray | None
-    """float32 [number of rows, number of labels]; None in a regression, or if there are no rows."""
+    """float32 [number of rows, number of labels]; None in a regression, or if there are no rows.
+    They are the softmax of the logits divided by `GPT.temperature`."""
     label_names: tuple[str, ...]
     """The label of each column of `probabilities`; () in a regression."""
     cut: int
@@ -76,6 +77,9 @@ class GPT:
       summary: the contents of WORKDIR/summary.json; empty if there is no such file.
       folder: an object that keeps a temporary workdir until this model is deleted. None means that
         the workdir is not temporary.
+      temperature: the number that divides the task logits, fitted on the validation split (see
+        `gptjax.evaluate.calibration`). It changes the probabilities, and no label. It is 1.0 for
+        models of earlier versions.
     """
 
     config: schema.ModelConfig
@@ -87,6 +91,7 @@ class GPT:
     path: str
     summary: dict[str, Any] = dataclasses.field(repr=False, default_factory=dict)
     folder: object = dataclasses.field(repr=False, default=None)
+    temperature: float = 1.0
 
     @functools.cached_property
     def model(self) -> gpt_lib.GPT:
@@ -225,7 +230,8 @@ class GPT:
         found = score_lib.predictions(task, outputs.logits)
         if task.kind is TaskKind.REGRESSION:
             return Predictions(found.tolist(), None, (), *facts)
-        probabilities = np.asarray(jax.nn.softmax(outputs.logits, axis=-1))
+        logits = outputs.logits / np.float32(self.temperature)
+        probabilities = np.asarray(jax.nn.softmax(logits, axis=-1))
         labels = [task.labels[i] for i in found]
         return Predictions(labels, probabilities, task.labels, *facts)
 
@@ -243,7 +249,10 @@ class GPT:
           "floor_METRIC" for each metric, which is the score of the majority-class baseline (in a
           regression, of the mean baseline), "unknown_tokens", the fraction of the tokens of the
           texts that the tokenizer does not know, and "read_tokens", the fraction of the tokens of
-          the texts that the model reads (the others do not fit into the context).
+          the texts that the model reads (the others do not fit into the context). "task_loss" is
+          the loss that was trained, without the temperature. "calibrated_task_loss" is the loss
+          with it, which is the mean of -log of the probability that `predict` gives to the label.
+          A regression lacks it.
 
         Raises:
           UserError: the model is a language model, a column is missing, there are no rows, or a
@@ -255,8 +264,12 @@ class GPT:
         require(len(examples), f"{where}: no rows")
         chosen = metrics.parse(names, task.kind)
         evaluator, packer = self._batched(examples, Objective(task.kind))
-        scores = evaluator.task(self.params, examples, packer, task, chosen)
+        scores, logits = evaluator.task_with_outputs(self.params, examples, packer, task, chosen)
         del scores["loss"]
+        if calibration.is_defined(task.kind):
+            scores["calibrated_task_loss"] = calibration.task_loss(
+                logits, examples.labels, self.temperature
+            )
         baseline = metrics.majority_baseline(chosen, examples.labels, len(task.labels))
         scores |= {f"floor_{name}": value for name, value in baseline.items()}
         share = examples.reading.share
@@ -417,6 +430,10 @@ class AnyCheckpoint(Protocol):
     def meta(self) -> Meta:
         """The metadata of the model."""
 
+    @property
+    def temperature(self) -> float:
+        """The number that the task logits are divided by."""
+
     def load_params(self, mesh: Mesh) -> Params:
         """Returns the parameters, sharded over the devices of a mesh."""
 
@@ -435,7 +452,10 @@ def from_checkpoint(checkpoint: AnyCheckpoint, mesh_config: MeshConfig | None = 
     meta, path = checkpoint.meta, checkpoint.path
     params = checkpoint.load_params(mesh)
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, path)
-    return GPT(meta.model, params, tokenizer, meta.task, meta, mesh, path)
+    return GPT(
+        meta.model, params, tokenizer, meta.task, meta, mesh, path,
+        temperature=checkpoint.temperature,
+    )  # fmt: skip
 
 
 def _summary(path: str) -> dict[str, Any]:

@@ -50,6 +50,8 @@ class Weights:
     """Path in our parameter tree (for example "blocks/norm1/scale") -> array, float32."""
     tokenizer: Tokenizer
     task: TaskSpec | None = None
+    temperature: float = 1.0
+    """The number that divides the task logits (see `gptjax.evaluate.calibration`)."""
 
     @property
     def num_ordinary_tokens(self) -> int:
@@ -244,6 +246,7 @@ def write_side_files(weights: Weights, files: Sequence[pathlib.Path], extra: Arr
     values = {
         "model": dataclasses.asdict(weights.model),
         "task": weights.task and dataclasses.asdict(weights.task),
+        "temperature": weights.temperature,
         "tokenizer": weights.tokenizer.to_json(),
         # Another program may replace the files of the format and leave the side files. This hash
         # shows a reader that they no longer belong together.
@@ -279,6 +282,10 @@ def read_side_files(files: Sequence[pathlib.Path]) -> Weights | None:
         model = schema.from_dict(ModelConfig, values["model"], str(path))
         tokenizer = tokenizer_lib.from_json(values["tokenizer"], str(path))
         task = TaskSpec.from_dict(values["task"]) if values["task"] else None
-    except (KeyError, TypeError) as error:
+        # Earlier versions wrote no temperature.
+        temperature = float(values.get("temperature", 1.0))
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is not what gptjax wrote ({error!r}); remove it") from error
-    return Weights(model, read_safetensors(folder / _SIDE_ARRAYS_FILE), tokenizer, task)
+    require(temperature > 0, f"{path}: the temperature is {temperature:g}; it must be above 0")
+    arrays = read_safetensors(folder / _SIDE_ARRAYS_FILE)
+    return Weights(model, arrays, tokenizer, task, temperature)

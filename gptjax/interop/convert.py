@@ -156,7 +156,8 @@ def _save(found: Weights, workdir: pathlib.Path, where: str) -> None:
     params, meta = parameters_of(found, where), meta_of(found)
     start = state.TrainState(jnp.int32(0), jax.tree.map(jnp.asarray, params), {})
     with closing(CheckpointStore(str(workdir), meta.stage)) as checkpoints:
-        checkpoints.save(0, start, meta)
+        # The temperature is a score of the validation, as in a checkpoint of a training.
+        checkpoints.save(0, start, meta, {"temperature": found.temperature} if found.task else None)
 
 
 def export_weights(input: str, output: str, format: str) -> list[str]:
@@ -178,7 +179,8 @@ def export_weights(input: str, output: str, format: str) -> list[str]:
     params = checkpoint.load_params(make_mesh(schema.MeshConfig()))
     meta = checkpoint.meta
     tokenizer = tokenizer_lib.from_json(meta.tokenizer_json, checkpoint.path)
-    found = Weights(meta.model, arrays.flatten(params), tokenizer, meta.task)
+    flat = arrays.flatten(params)
+    found = Weights(meta.model, flat, tokenizer, meta.task, checkpoint.temperature)
     with _new_folder(output) as place:
         note = FORMATS[format].write(found, place)
     lines = [f"{checkpoint.path} -> {output} ({note})"]

@@ -101,6 +101,11 @@ class HubModel:
         """The metadata that an imported checkpoint has."""
         return convert.meta_of(self.weights)
 
+    @property
+    def temperature(self) -> float:
+        """The number that the task logits are divided by."""
+        return self.weights.temperature
+
     def load_params(self, mesh: Mesh) -> Params:
         """Returns the parameters, sharded over the devices of a mesh.
 

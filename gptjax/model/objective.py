@@ -24,13 +24,19 @@ from gptjax.model.losses import Sum
 class Objective:
     """The loss to minimise: lm_weight * LM loss, plus task_weight * task loss if there is a task.
 
-    The LM loss is a mean over the predicted tokens. The task loss is a mean over the examples.
+    The LM loss is a mean over the predicted tokens. The task loss is a weighted mean over the
+    examples.
     """
 
     kind: TaskKind | None = None
     """The kind of the task. None means that there is no task, as in pretraining."""
     lm_weight: float = 1.0
     task_weight: float = 1.0
+    class_weights: tuple[float, ...] = ()
+    """The weight of the examples of each class in the task loss. An empty tuple means that all
+    weights are 1. The objective of an evaluation has no weights."""
+    label_smoothing: float = 0.0
+    """Epsilon of `losses.task_loss`. The objective of an evaluation has no smoothing."""
 
     def total(self, task: Any, lm: Any) -> Any:
         """Returns the objective for the given mean losses.
@@ -53,14 +59,20 @@ class Losses:
     """The task loss. None means that the batch has no labels, as in pretraining and prediction."""
 
 
-def weights(batch: Batch) -> Losses:
+def weights(batch: Batch, class_weights: tuple[float, ...] = ()) -> Losses:
     """Returns the denominators of the mean losses, for which the model is not needed.
 
     In the result each `Sum.weight` is a denominator: the sum of the batch's `lm_weights` and the
-    number of its examples. Each `Sum.total` is 0.
+    sum of the weights of its examples. Each `Sum.total` is 0.
+
+    Args:
+      batch: the batch.
+      class_weights: the weight of each class, as in `losses.example_weights`.
     """
     zero = jnp.float32(0)
-    task = None if batch.labels is None else Sum(zero, batch.example_mask.sum())
+    task = None
+    if batch.labels is not None:
+        task = Sum(zero, losses.example_weights(batch, class_weights).sum())
     return Losses(Sum(zero, batch.lm_weights.sum()), task)
 
 
@@ -116,7 +128,7 @@ def forward(
             model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
             deterministic, table, method="hidden", key=key,
         )  # fmt: skip
-    sums = weights(batch)
+    sums = weights(batch, objective.class_weights)
     if objective.lm_weight:
         # With `one_matrix` the table has dropout, but not if it is frozen.
         plain = deterministic or starts_above
@@ -130,7 +142,10 @@ def forward(
     )  # fmt: skip
     if batch.labels is None:
         return sums, logits
-    return Losses(sums.lm, losses.task_loss(objective.kind, logits, batch)), logits
+    task = losses.task_loss(
+        objective.kind, logits, batch, objective.class_weights, objective.label_smoothing
+    )
+    return Losses(sums.lm, task), logits
 
 
 def _micro_batches(batch: Batch, count: int) -> Batch:
@@ -172,7 +187,7 @@ def gradients(
     Returns:
       The gradient of `frozen.trained_part(params)`, and the sums of the losses of the whole batch.
     """
-    whole = weights(batch)
+    whole = weights(batch, objective.class_weights)
     upper = frozen_lib.upper_model(model, frozen)
     others = frozen_lib.upper_params(params, frozen)
     params = frozen_lib.trained_part(params, frozen)

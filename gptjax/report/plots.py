@@ -1,8 +1,9 @@
-"""Draws the plots of a run from the metrics.jsonl of its workdir.
+"""Draws the plots of a run from the metrics.jsonl and the summary.json of its workdir.
 
 A probe is a task on which the model is scored during pretraining, without fine-tuning (zero-shot).
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,8 +13,8 @@ import numpy as np
 from gptjax.config.schema import Stage
 from gptjax.evaluate.formatting import plot_scale, png
 from gptjax.evaluate.metrics import NAMES
-from gptjax.io.files import write_atomically
-from gptjax.io.remote import PathLike
+from gptjax.io.files import read_json, write_atomically
+from gptjax.io.remote import PathLike, exists
 from gptjax.train.log import read
 
 Records = Sequence[dict[str, Any]]
@@ -21,9 +22,10 @@ Records = Sequence[dict[str, Any]]
 
 
 def draw_plots(workdir: PathLike) -> list[str]:
-    """Draws the files ``loss.png``, ``score.png`` and ``probes.png`` in the folder ``plots``.
+    """Draws ``loss.png``, ``score.png``, ``probes.png`` and ``reliability.png`` in ``plots``.
 
-    A file is drawn only if the run has such values.
+    A file is drawn only if the run has such values. ``reliability.png`` shows the calibration of
+    the fine-tuning in summary.json.
 
     Args:
       workdir: folder of the run.
@@ -42,29 +44,85 @@ def draw_plots(workdir: PathLike) -> list[str]:
     for file, panels, draw in (*kinds, ("probes", probes, _draw_probe)):
         if panels:
             paths.append(os.path.join(workdir, "plots", f"{file}.png"))
-            write_atomically(paths[-1], _draw(panels, draw, records))
+            write_atomically(paths[-1], _draw(panels, _over_steps(draw, records)))
+    entry = _calibration(workdir)
+    if splits := [split for split in ("validation", "test") if split in entry]:
+        paths.append(os.path.join(workdir, "plots", "reliability.png"))
+        draw_split = functools.partial(_draw_reliability, entry=entry)
+        write_atomically(paths[-1], _draw(splits, draw_split))
     return paths
 
 
-def _draw(panels: Sequence[str], draw: Callable[..., None], records: Records) -> bytes:
+def _calibration(workdir: PathLike) -> dict[str, Any]:
+    """Returns the calibration of the fine-tuning in summary.json; {} if there is none."""
+    path = os.path.join(workdir, "summary.json")
+    if not exists(path):
+        return {}
+    return (read_json(path).get(Stage.FINETUNE) or {}).get("calibration") or {}
+
+
+def _draw(panels: Sequence[str], draw: Callable[[Any, str], None]) -> bytes:
     """Returns a PNG with one panel for each name in `panels`.
 
     Args:
       panels: names of the panels.
-      draw: a function that draws one panel, called as draw(axis, name, records).
-      records: the records of metrics.jsonl.
+      draw: a function that draws one panel, called as draw(axis, name).
     """
     # pyplot is not used, because it never frees its figures and might look for a display.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.5 + 5 * len(panels), 4.5), layout="constrained")
     for axis, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        draw(axis, panel, records)
-        axis.set_xlabel("step")
-        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+        draw(axis, panel)
         axis.grid(alpha=0.3)
         axis.legend()
     return png(figure)
+
+
+def _over_steps(draw: Callable[..., None], records: Records) -> Callable[[Any, str], None]:
+    """Returns a function that draws a panel whose horizontal axis is the step.
+
+    Args:
+      draw: a function that draws the values, called as draw(axis, name, records).
+      records: the records of metrics.jsonl.
+    """
+
+    def draw_panel(axis: Any, panel: str) -> None:
+        draw(axis, panel, records)
+        axis.set_xlabel("step")
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
+
+    return draw_panel
+
+
+def _draw_reliability(axis: Any, split: str, entry: dict[str, Any]) -> None:
+    """Draws the accuracy in each bin of the confidence, with the temperature and without it.
+
+    The area of a point grows with the number of examples in its bin.
+
+    Args:
+      axis: the panel.
+      split: the name of the split.
+      entry: the calibration of the fine-tuning, from summary.json.
+    """
+    axis.plot([0, 100], [0, 100], ":", color="gray", label="calibrated")
+    temperature = entry["temperature"]
+    for end, colour, name in (
+        ("_before", "C1", "without temperature"), ("", "C0", f"temperature {temperature:.2f}")
+    ):  # fmt: skip
+        bins = {key: np.array(values) for key, values in entry[split][f"bins{end}"].items()}
+        used = bins["count"] > 0
+        confidence, accuracy = (100 * bins[key][used] for key in ("confidence", "accuracy"))
+        label = f"{name}, ECE {entry[split][f'ece{end}']:.1%}"
+        axis.plot(confidence, accuracy, color=colour, linewidth=0.8)
+        sizes = 10 + 200 * bins["count"][used] / bins["count"].sum()
+        axis.scatter(confidence, accuracy, sizes, color=colour, alpha=0.6, label=label)
+    optimistic = " (the temperature was fitted on it)" if split == "validation" else ""
+    axis.set_title(f"{split}{optimistic}")
+    axis.set_xlabel("confidence (%)")
+    axis.set_ylabel("accuracy (%)")
+    axis.set_xlim(0, 102)
+    axis.set_ylim(-2, 102)
 
 
 def _series(records: Records, stage: str, split: str, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from gptjax.config.schema import TaskKind, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.errors import Preempted, StopRequested, brief
-from gptjax.evaluate import intervals, linear, metrics
+from gptjax.evaluate import calibration, intervals, linear, metrics, score
 from gptjax.evaluate.linear import Budget
 from gptjax.evaluate.score import never_stop
 from gptjax.mesh import Params
@@ -39,7 +39,12 @@ def is_complete(stage: Stage, entry: Entry) -> bool:
 
 
 def summarise(
-    context: RunContext, stage: Stage, params: Params, scores: Scores, seconds: float
+    context: RunContext,
+    stage: Stage,
+    params: Params,
+    scores: Scores,
+    steps: int,
+    seconds: float,
 ) -> Entry:
     """Scores the test split if the stage has one, and compares the scores with the baselines.
 
@@ -51,30 +56,51 @@ def summarise(
       stage: the fine-tuning.
       params: the best parameters of the stage.
       scores: the validation scores of these parameters.
+      steps: the number of steps that were taken.
       seconds: the time that the training took.
 
     Returns:
       The entry of the stage in the summary, without its speed:
 
       "steps"
+      "stopped_early"       True if `Stage.patience` has ended the training, or missing
       "validation", "test"  the scores; there may be no test
       "floor"               split -> scores of the majority-class baseline
       "intervals"           split -> metric -> [low, high]
       "baselines"           "majority" (the same as "floor") and "linear", from `linear_entry`
+      "calibration"         "temperature", and split -> `calibration.report`. The values of the
+                            validation are optimistic, because the temperature was fitted on it.
+                            A regression has no such entry.
 
-      An ablation needs neither "intervals" nor "baselines", so its runs (`Options.trial`) lack
-      them.
+      An ablation needs neither "intervals" nor "baselines" nor "calibration", so its runs
+      (`Options.trial`) lack them.
 
     Raises:
       Preempted: the run was asked to stop.
     """
+    assert stage.spec is not None
+    validation = dict(scores)
+    # A checkpoint of an earlier version has no temperature.
+    temperature = validation.pop("temperature", 1.0)
     try:
-        found, answers = _score(context, stage, params)
-        summary = {"steps": stage.total_steps, "validation": scores, **found}
+        found, logits = _score(context, stage, params, steps, temperature)
+        summary: Entry = {"steps": steps}
+        if steps < stage.total_steps:
+            summary["stopped_early"] = True
+        summary |= {"validation": validation, **found}
         summary["floor"] = stage.baselines
         if context.options.trial:
             return summary
-        assert stage.spec is not None
+        if calibration.is_defined(stage.spec.kind):
+            reports = {
+                split: calibration.report(outputs, stage.labels[split], temperature)
+                for split, outputs in logits.items()
+            }
+            summary["calibration"] = {"temperature": temperature, **reports}
+            context.options.reporter.say(f"{stage.name}: {_describe_calibration(summary)}")
+        answers = {
+            split: score.predictions(stage.spec, outputs) for split, outputs in logits.items()
+        }
         summary["intervals"] = {
             split: intervals.intervals(
                 list(baseline), stage.labels[split], answers[split], len(stage.spec.labels)
@@ -91,19 +117,34 @@ def summarise(
 
 
 def _score(
-    context: RunContext, stage: Stage, params: Params
+    context: RunContext, stage: Stage, params: Params, steps: int, temperature: float
 ) -> tuple[dict[str, Scores], dict[str, np.ndarray]]:
-    """Returns the test scores as {"test": scores}, and split -> answers."""
-    found, answers = {}, {}
+    """Returns the test scores as {"test": scores}, and split -> task outputs."""
+    assert stage.spec is not None
+    found, logits = {}, {}
     for split, scorer in stage.final.items():
-        # The validation scores are known. Its answers are needed for the intervals.
+        # The validation scores are known. Its outputs are needed for the intervals.
         if split == "validation" and context.options.trial:
             continue
-        scores, answers[split] = scorer(params)
+        scores, logits[split] = scorer(params)
         if split == "test":
+            if calibration.is_defined(stage.spec.kind):
+                loss = calibration.task_loss(logits[split], stage.labels[split], temperature)
+                scores["calibrated_task_loss"] = loss
             found[split] = scores
-            context.log.write_once(stage.name, split, stage.total_steps, scores)
-    return found, answers
+            context.log.write_once(stage.name, split, steps, scores)
+    return found, logits
+
+
+def _describe_calibration(summary: Entry) -> str:
+    """Returns a line for the user about the temperature and the expected calibration error."""
+    entry = summary["calibration"]
+    split = "test" if "test" in entry else "validation"
+    optimistic = "" if split == "test" else " (optimistic: the temperature was fitted on it)"
+    return (
+        f"temperature {entry['temperature']:.2f}; expected calibration error on {split} "
+        f"{entry[split]['ece']:.1%}, {entry[split]['ece_before']:.1%} without it{optimistic}"
+    )
 
 
 def _linear(

@@ -13,6 +13,7 @@ from gptjax import mesh as mesh_lib
 from gptjax.batch import Batch
 from gptjax.checkpoint.memory import Store
 from gptjax.checkpoint.meta import Meta
+from gptjax.checkpoint.store import rank
 from gptjax.errors import Preempted, StopRequested, TrainingDiverged
 from gptjax.io.files import disk_errors
 from gptjax.state import TrainState
@@ -67,12 +68,22 @@ class Trainer:
         self._progress = Progress(
             stage.name, stage.total_steps, start, self._reporter, self._scorings()
         )
-        left = stage.total_steps - start
+        left = 0 if self.has_ended else stage.total_steps - start
         count = min(context.options.profile, left)
         first = start + 1 + min(_UNTRACED_STEPS, left - count)
         self._traced_steps = range(first, first + count)
         self._trace_folder = os.path.join(context.workdir, "profile", stage.name)
         self._trace = contextlib.ExitStack()  # closing it ends the trace, if one has begun
+
+    @property
+    def steps(self) -> int:
+        """The number of steps that are done."""
+        return self._done
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether no step is left."""
+        return has_ended(self._stage, self._checkpoints, self._done)
 
     def _scorings(self) -> Scorings:
         """Returns the evaluations that are left, for the estimate of the time."""
@@ -83,7 +94,7 @@ class Trainer:
         return Scorings(due, stage.validation_tokens / tokens, stage.test_tokens / tokens)
 
     def train(self) -> dict[str, float]:
-        """Trains to the end of the stage.
+        """Trains to the end of the stage, or until its patience has ended.
 
         Returns:
           A dictionary with "tokens_per_second" and "input_wait", which is the fraction of the time
@@ -118,6 +129,8 @@ class Trainer:
         # If an earlier run was stopped during a validation, the checkpoint of that step has no
         # scores yet.
         self._validate_if_due()
+        if self.has_ended:
+            return
         batches = stage.batches.iterate(self._done, stage.total_steps)
         for batch in self._progress.waiting(batches):
             self._context.setup.check_stop()
@@ -127,7 +140,14 @@ class Trainer:
                 with self._progress.paused():
                     self._validate_if_due()
                     self._save()
+                if self.has_ended:
+                    break
         self._read_pending()
+        if self._done < stage.total_steps:
+            self._reporter.say(
+                f"{stage.name}: stopped at step {self._done:,} of {stage.total_steps:,}, because "
+                f"{stage.metric} has not improved for {stage.patience} validations"
+            )
 
     def _profiled_step(self, batch: Batch) -> None:
         """Takes the next step.
@@ -227,6 +247,26 @@ class Trainer:
             f"{self._stage.name}: asked to stop; saved at step {self._done:,} of "
             f"{self._stage.total_steps:,}; the same command continues there"
         ) from None
+
+
+def has_ended(stage: Stage, checkpoints: Store, step: int) -> bool:
+    """Returns whether the training of a stage has ended after `step` steps.
+
+    It has ended after its last step, or if the score that selects the best checkpoint has not
+    improved in the last `Stage.patience` validations. An equal score is no improvement. The answer
+    depends on the stored scores alone, so a continued run gives the same answer. (If the file of
+    the scores is lost, a continued run counts from its first validation on.)
+
+    Args:
+      stage: the stage.
+      checkpoints: the store with the validation scores.
+      step: a number of steps. If its validation is missing, the training has not ended early.
+    """
+    scores = checkpoints.metrics_until(step)
+    if step == stage.total_steps or not stage.patience or not scores.get(step):
+        return step == stage.total_steps
+    ranks = [rank(stage.metric, each.get(stage.metric)) for each in scores.values()]
+    return len(ranks) - 1 - ranks.index(max(ranks)) >= stage.patience
 
 
 def _validation_is_due(stage: Stage, step: int) -> bool:

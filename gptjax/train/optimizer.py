@@ -6,22 +6,24 @@
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from gptjax.config.schema import Algorithm, OptimizerConfig, Schedule
 from gptjax.errors import require
-from gptjax.parameters import PARAMETERS
+from gptjax.parameters import BLOCKS, EMBEDDINGS, PARAMETERS
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
     """The optimizer of one stage.
 
-    Two optimizers are equal if they have the same configuration and the same numbers of steps and
-    of frozen blocks.
+    Two optimizers are equal if they have the same configuration, the same numbers of steps and of
+    frozen blocks, and the same average.
 
     Raises:
       UserError: the warm-up is not shorter than the stage.
@@ -34,6 +36,8 @@ class Optimizer:
     frozen: int = 0
     """The number of frozen blocks. If it is not 0, `transformation` gets only the trained part of
     the parameters and gradients (see `gptjax.model.frozen`)."""
+    average: float = 0.0
+    """The decay of the average of the parameters. 0 means that no average is made."""
 
     def __post_init__(self) -> None:
         warmup = self.config.warmup_steps
@@ -60,6 +64,8 @@ class Optimizer:
     def transformation(self) -> optax.GradientTransformation:
         """The optax transformation: clipping, then Adam, decoupled weight decay and the schedule.
 
+        The last part are the factors of `scale_layers`, if the layers have different rates.
+
         An update that is not finite is skipped, and does not advance Adam or the schedule. The
         state is `optax.ApplyIfFiniteState`. Its `notfinite_count` is the number of skipped updates
         in a row up to now, and its `total_notfinite` is the number of all skipped updates.
@@ -73,6 +79,8 @@ class Optimizer:
                 optax.add_decayed_weights(config.weight_decay, decay_mask),
                 optax.scale_by_learning_rate(self.learning_rate),
             ]
+        if config.layer_decay < 1:
+            parts.append(scale_layers(config.layer_decay))
         if config.clip_norm:
             parts.insert(0, optax.clip_by_global_norm(config.clip_norm))
         return skip_nonfinite(optax.chain(*parts))
@@ -172,6 +180,51 @@ def openai_adam(
         return updates, optax.ScaleByAdamState(state.count + 1, m, v)
 
     return optax.GradientTransformation(init, update)
+
+
+def scale_layers(decay: float) -> optax.GradientTransformation:
+    """Returns a transformation that multiplies the updates of lower layers by smaller factors.
+
+    The factor of block l of L is decay^(L - 1 - l), counted from 0. That of the embeddings is
+    decay^L, and that of the heads is 1 (Clark et al. 2020, ELECTRA, and Bao et al. 2022, BEiT). If
+    the lowest blocks are frozen, the updates have only the blocks above them, whose factors are the
+    same. The weight decay of a parameter has the same factor as its learning rate.
+    """
+
+    def scaled(updates: optax.Updates, _: optax.Params | None) -> optax.Updates:
+        blocks = jax.tree.leaves(updates.get(BLOCKS, {}))
+        layers = blocks[0].shape[0] if blocks else 0
+        factors = decay ** np.arange(layers - 1, -1, -1.0)
+
+        def scale(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+            if path[0].key == BLOCKS:
+                return x * factors.reshape(-1, *[1] * (x.ndim - 1)).astype(np.float32)
+            return x * decay**layers if path[0].key in EMBEDDINGS else x
+
+        return jax.tree_util.tree_map_with_path(scale, updates)
+
+    return optax.stateless(scaled)
+
+
+def averaged(
+    average: optax.Params, params: optax.Params, decay: float, count: jax.Array
+) -> optax.Params:
+    """Returns the exponential moving average of the parameters, with the bias correction of Adam.
+
+    With the decay d, the average after t updates is the weighted mean of p_1, ..., p_t, in which
+    p_i has the weight d^(t - i). So the first parameters p_0 have no weight. The new average is
+    a_t = a_(t-1) + (1 - d) / (1 - d^t) * (p_t - a_(t-1)). This is the corrected average, and not
+    the sum that Adam corrects, so that no second copy is needed.
+
+    Args:
+      average: a_(t-1). If t is 1, its values do not matter.
+      params: p_t.
+      decay: d, above 0 and below 1.
+      count: t, int32.
+    """
+    # 1 - d^t is computed with expm1, as in `openai_adam`.
+    share = (1 - decay) / -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
+    return optax.incremental_update(params, average, jnp.minimum(share, 1.0))
 
 
 def decay_mask(params: optax.Params) -> optax.Params:

@@ -31,13 +31,13 @@ from gptjax.interop import hub
 from gptjax.interop.hub import HubModel
 from gptjax.io import files, remote
 from gptjax.mesh import Params
-from gptjax.model import flops
+from gptjax.model import flops, frozen
 from gptjax.parameters import TASK_HEAD
 from gptjax.train import final
 from gptjax.train import stages as stages_lib
 from gptjax.train.context import Options, RunContext, Setup
 from gptjax.train.log import MetricsLog
-from gptjax.train.loop import Trainer
+from gptjax.train.loop import Trainer, has_ended
 from gptjax.train.progress import Reporter
 from gptjax.train.stages import Scores, Stage
 from gptjax.train.step import initial_state
@@ -405,19 +405,23 @@ def _train_stage(
         restored = checkpoints.restore_newest(like, lambda other: _require_same_run(meta, other))
         if restored is None:
             state, start = state_lib.born_sharded(make, mesh, key), 0
-            state = state.replace(params=_first_params(context, stage, pretrained, state.params))
+            first = _first_params(context, stage, pretrained, state.params)
+            state = state_lib.with_first_params(
+                state, first, frozen.trained_part(first, stage.frozen)
+            )
         else:
             state, start = restored
             context.options.reporter.say(
                 f"{stage.name}: continuing at step {start:,} of {stage.total_steps:,}"
             )
-        finished = old if start == stage.total_steps else None
+        finished = old if has_ended(stage, checkpoints, start) else None
         if not finished:
             context.log.rewind(stage.name, start)
         if not (finished and checkpoints.metrics(start)):
             stage = _with_states(context, stage, state.params)
         trainer = Trainer(context, stage, checkpoints, meta, state)
         speed = trainer.train()
+        steps = trainer.steps
         # These variables hold the buffers of the training state. Without them the memory is free.
         del state, restored, trainer
         best, params = checkpoints.restore_best_params(like.params)
@@ -430,7 +434,7 @@ def _train_stage(
     if stage.spec is None:
         return params, _summarise_pretraining(context, stage, scores, speed)
     seconds = time.monotonic() - began
-    summary = final.summarise(context, stage, params, scores, seconds) | speed
+    summary = final.summarise(context, stage, params, scores, steps, seconds) | speed
     if finished:  # its numbers stay, and what it lacks is added
         summary |= finished | {"baselines": summary["baselines"]}
     return params, summary

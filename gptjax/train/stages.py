@@ -19,7 +19,7 @@ from gptjax.data.tables.texts import Texts
 from gptjax.data.tasks import Examples
 from gptjax.data.tokens import store
 from gptjax.errors import require
-from gptjax.evaluate import metrics
+from gptjax.evaluate import calibration, metrics
 from gptjax.evaluate import probes as probes_lib
 from gptjax.evaluate.probes import Probe
 from gptjax.evaluate.score import Evaluator
@@ -30,12 +30,15 @@ from gptjax.train.context import Setup
 from gptjax.train.optimizer import Optimizer
 from gptjax.train.states import Frozen, Splits
 
+# The number of classes whose weights the user is told.
+_SHOWN_CLASSES = 10
+
 Scores = dict[str, float]
 Scorer = Callable[[Params], Scores]
 """A function that returns the losses and metrics of the given parameters on one split. It raises
 `StopRequested` if the run was asked to stop."""
-AnswerScorer = Callable[[Params], tuple[Scores, np.ndarray]]
-"""A scorer of a fine-tuning that also returns the answers, as `score.predictions` returns them."""
+OutputScorer = Callable[[Params], tuple[Scores, np.ndarray]]
+"""A scorer of a fine-tuning that also returns the task outputs, `score.Outputs.logits`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,7 +52,7 @@ class Stage:
     batches: loader.Batches
     validate: Scorer
     """The function that scores the validation split."""
-    final: dict[str, AnswerScorer] = dataclasses.field(default_factory=dict)
+    final: dict[str, OutputScorer] = dataclasses.field(default_factory=dict)
     """Name of a split (validation, and test if there is one) -> the function that scores it at the
     end. A pretraining has none."""
     metric: str
@@ -58,6 +61,9 @@ class Stage:
     """The number of steps between two validations."""
     save_every: int
     """The number of steps between two checkpoints. Each validation saves a checkpoint too."""
+    patience: int = 0
+    """The number of validations without a better score after which the stage ends. 0 means that it
+    never ends early."""
     fingerprint: str
     """The hash of the training data."""
     spec: TaskSpec | None = None
@@ -287,6 +293,44 @@ def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
     )
 
 
+def _class_weights(labels: np.ndarray, classes: int) -> tuple[float, ...]:
+    """Returns the balanced weight of each class, as scikit-learn's `class_weight="balanced"`.
+
+    The weight is n / (k * n_c), where n_c of the n training examples have the class, and k is the
+    number of classes that occur in training. The mean of the weights over the training examples is
+    1. A class without a training example has the weight 1, which no example uses.
+
+    Args:
+      labels: int [n], the classes of the training examples.
+      classes: the number of all classes.
+    """
+    count = np.bincount(labels, minlength=classes)
+    present = np.count_nonzero(count)
+    balanced = len(labels) / (present * np.maximum(count, 1))
+    return tuple(np.where(count > 0, balanced, 1.0).tolist())
+
+
+def _training_objective(
+    config: FinetuneConfig, objective: Objective, spec: TaskSpec, train: Examples
+) -> tuple[Objective, list[str]]:
+    """Returns the objective of the training, and lines for the user about it.
+
+    It differs from the objective of the evaluations in the class weights and the label smoothing.
+    """
+    lines: list[str] = []
+    weights: tuple[float, ...] = ()
+    if config.class_weights == schema.ClassWeights.BALANCED:
+        assert train.labels is not None
+        weights = _class_weights(train.labels, len(spec.labels))
+        shown = [f"{name} {value:.3g}" for name, value in zip(spec.labels, weights, strict=True)]
+        more = f" and {len(shown) - _SHOWN_CLASSES} more" if len(shown) > _SHOWN_CLASSES else ""
+        lines.append(f"finetune: class weights {', '.join(shown[:_SHOWN_CLASSES])}{more}")
+    changed = dataclasses.replace(
+        objective, class_weights=weights, label_smoothing=config.label_smoothing
+    )
+    return changed, lines
+
+
 def _task_spec(config: FinetuneConfig, setup: Setup, data: dict[str, LabelledTable]) -> TaskSpec:
     """Returns the task with its label names.
 
@@ -338,14 +382,26 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
     model = make_model(setup.model, spec, mesh, max_sequence_length=longest)
     objective = Objective(spec.kind, config.lm_weight, config.task_weight)
     evaluator = Evaluator(model, mesh, objective, setup.check_stop, config.freeze)
+    training_objective, lines = _training_objective(config, objective, spec, train)
+    has_probabilities = calibration.is_defined(spec.kind)
 
-    def scorer(split: Examples) -> AnswerScorer:
+    def scorer(split: Examples) -> OutputScorer:
         """Returns the function that scores a split.
 
         The scores are "loss" (the joint loss), "task_loss", "lm_loss" and the metrics.
         """
         rows = Packer(split.lengths, size, packer.row_length, devices, sequence_means)
-        return lambda params: evaluator.task_with_answers(params, split, rows, spec, metric_names)
+        return lambda params: evaluator.task_with_outputs(params, split, rows, spec, metric_names)
+
+    def validate(scorer: OutputScorer, params: Params) -> Scores:
+        """Returns the validation scores.
+
+        If the task has probabilities, they have the keys of `calibration.fitted` too.
+        """
+        scores, logits = scorer(params)
+        labels = examples["validation"].labels
+        assert labels is not None
+        return scores | (calibration.fitted(logits, labels) if has_probabilities else {})
 
     local = functools.partial(mesh_lib.local_rows, mesh)
     kind = loader.WholeEpochBatches if config.drop_last else loader.BalancedBatches
@@ -355,7 +411,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         scorers = {name: scorer(split) for name, split in splits.items() if name != "train"}
         return {
             "batches": kind(splits["train"], packer, size, setup.seed, local),
-            "validate": lambda params: scorers["validation"](params)[0],
+            "validate": functools.partial(validate, scorers["validation"]),
             "final": scorers,
         }
 
@@ -364,18 +420,21 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         for name, split in examples.items()
         for line in _describe_split(name, split, data[name], config, setup.model)
     ]
-    notes.append(_describe_stage(config, total, packer))
+    notes += [_describe_stage(config, total, packer), *lines]
     if "f1" in metric_names:
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
     tokens = {name: int(split.lengths.sum()) for name, split in examples.items()}
     stage = Stage(
         name=schema.Stage.FINETUNE,
         model=model,
-        objective=objective,
-        optimizer=Optimizer(config.optimizer, total, "finetune.optimizer", config.freeze),
+        objective=training_objective,
+        optimizer=Optimizer(
+            config.optimizer, total, "finetune.optimizer", config.freeze, config.average
+        ),
         **readers(examples),
         metric=metric_names[0],
         eval_every=max(1, round(epoch / config.evals_per_epoch)),
+        patience=config.patience,
         save_every=config.save_every,
         fingerprint=train.fingerprint,
         spec=spec,

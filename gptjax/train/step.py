@@ -16,7 +16,7 @@ from gptjax.model.gpt import GPT
 from gptjax.model.objective import Losses, Objective, gradients
 from gptjax.state import TrainState
 from gptjax.train import ledger
-from gptjax.train.optimizer import Optimizer
+from gptjax.train.optimizer import Optimizer, averaged
 
 
 @flax.struct.dataclass
@@ -47,7 +47,7 @@ def initial_state(
     def make(key: jax.Array) -> TrainState:
         first = gpt.init_params(model, key) if params is None else params
         trained = frozen.trained_part(first, optimizer.frozen)
-        return state_lib.create(first, optimizer.transformation, trained)
+        return state_lib.create(first, optimizer.transformation, trained, optimizer.average > 0)
 
     return make
 
@@ -74,19 +74,26 @@ def train_step(
 
     Returns:
       The next state and the `StepOutput`. The losses and the gradient norm belong to the parameters
-      before the update. The gradient norm is that of the trained parameters.
+      before the update, and not to their average. The gradient norm is that of the trained
+      parameters.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     micro, update = optimizer.config.accumulation, optimizer.transformation.update
     count = optimizer.frozen
-    grads, sums = gradients(model, objective, state.params, batch, key, micro, count)
-    trained = frozen.trained_part(state.params, count)
+    params, raw_params = state.params, None
+    if state.raw_params is not None:
+        params = frozen.with_trained_part(params, state.raw_params, count)
+    grads, sums = gradients(model, objective, params, batch, key, micro, count)
+    trained = frozen.trained_part(params, count)
     updates, opt_state = update(grads, state.opt_state, trained)
     trained = optax.apply_updates(trained, updates)
+    if state.raw_params is not None:
+        raw_params, before = trained, frozen.trained_part(state.params, count)
+        trained = averaged(before, raw_params, optimizer.average, state.step + 1)
     params = frozen.with_trained_part(state.params, trained, count)
     checksum = ledger.of_batch(batch)
     output = StepOutput(sums, optax.tree.norm(grads), opt_state.notfinite_count, checksum)
-    return TrainState(state.step + 1, params, opt_state), output
+    return TrainState(state.step + 1, params, opt_state, raw_params), output
 
 
 def jit_train_step(

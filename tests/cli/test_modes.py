@@ -123,13 +123,14 @@ def test_evaluate_scores_what_predict_writes(tmp_path, split):
         max(labels.count("no"), labels.count("yes")) / len(labels)
     )
     values = probabilities(read(tmp_path / "out.csv"))
-    assert of_split["task_loss"] == pytest.approx(
+    assert of_split["calibrated_task_loss"] == pytest.approx(
         sk.log_loss(labels, values / values.sum(axis=1, keepdims=True)), abs=1e-4
     )
     assert {of_split["data"], of_file["data"]} == {path}
     kept = runs.summary(runs.trained())["finetune"][split]
     assert of_split["accuracy"] == kept["accuracy"]
-    assert of_split["lm_loss"] == pytest.approx(kept["lm_loss"], rel=1e-5)
+    for name in ("lm_loss", "task_loss", "calibrated_task_loss"):
+        assert of_split[name] == pytest.approx(kept[name], rel=1e-5)
 
 
 def test_a_model_of_windows_predicts_as_it_was_validated(tmp_path):

@@ -196,7 +196,7 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
 def test_a_signal_during_the_test(tmp_path, monkeypatch):
     """The run stops during the test as well. The same command then tests and reports."""
     flags = [*runs.TINY, *runs.files().finetune, "--config.pretrain=none", f"--workdir={tmp_path}"]
-    evaluated = Evaluator.task_with_answers
+    evaluated = Evaluator.task_with_outputs
     asked = []
 
     def terminated(*args, **kwargs):
@@ -205,7 +205,7 @@ def test_a_signal_during_the_test(tmp_path, monkeypatch):
         return evaluated(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Evaluator, "task_with_answers", terminated)
+        patch.setattr(Evaluator, "task_with_outputs", terminated)
         stopped = runs.main(*flags)
     assert (stopped.code, len(asked)) == (75, 1)
     last = stopped.err.splitlines()[-1]

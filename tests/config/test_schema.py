@@ -239,17 +239,18 @@ _NOT_NEGATIVE = (
     *("pretrain.eval_every", "pretrain.eval_batches", "finetune.steps", "finetune.epochs"),
     *("finetune.row_length", "finetune.lm_weight", "pretrain.optimizer.weight_decay"),
     *("pretrain.optimizer.clip_norm", "finetune.optimizer.warmup_steps", "checkpoint.keep_best"),
+    "finetune.patience",
 )
 _FRACTIONS = (
     *("model.embedding_dropout", "model.attention_dropout", "model.residual_dropout"),
     *("model.head_dropout", "pretrain.validation_fraction", "finetune.validation_fraction"),
     *("pretrain.optimizer.beta1", "finetune.optimizer.beta2"),
-    "finetune.optimizer.warmup_fraction",
+    *("finetune.optimizer.warmup_fraction", "finetune.label_smoothing", "finetune.average"),
 )
 _CHOICES = {
     "model.activation": "gelu", "model.dtype": "float16", "model.remat": "some",
     "tokenizer.kind": "bpee", "pretrain.line_breaks": "joined", "finetune.task": "classify",
-    "pretrain.optimizer.schedule": "cosin",
+    "pretrain.optimizer.schedule": "cosin", "finetune.class_weights": "balance",
 }  # fmt: skip
 WRONG = [
     *((name, value, "greater than 0") for name in _POSITIVE for value in (0, -1)),
@@ -258,6 +259,7 @@ WRONG = [
     *((name, value, "at least 0 and below 1") for name in _FRACTIONS for value in (-0.1, 1.0)),
     *((name, value, "must be one of") for name, value in _CHOICES.items()),
     *((name, math.nan, "") for name in ("model.head_dropout", "finetune.optimizer.learning_rate")),
+    *(("finetune.optimizer.layer_decay", value, "at most 1") for value in (0.0, 1.1, math.nan)),
     ("model.num_heads", 7, "must divide `model.width`=768"),
     ("model.segment_types", 1, "0 (none), 2, or 3"),
     ("pretrain.window", 513, "2 to `model.context_length`=512"),
@@ -294,6 +296,20 @@ def test_a_wrong_value_is_named_with_its_flag(name, value, advice):
         ({"finetune.task": "similarity"}, "finetune.text_pair", "column of the second text"),
         ({"finetune.task": "regression"}, "finetune.text_pair", "column of the second text"),
         ({"finetune.task": "multiple_choice"}, "finetune.choices", "two or more"),
+        (
+            {
+                "finetune.task": "multiple_choice", "finetune.choices": "a,b",
+                "finetune.class_weights": "balanced",
+            },
+            "finetune.class_weights", "write none",
+        ),
+        (
+            {
+                "finetune.task": "regression", "finetune.text_pair": "b",
+                "finetune.label_smoothing": 0.1,
+            },
+            "finetune.label_smoothing", "write 0",
+        ),
         (
             {"finetune.task": "multiple_choice", "finetune.choices": "a,"},
             "finetune.choices", "two or more",

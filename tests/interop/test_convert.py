@@ -334,6 +334,43 @@ def test_a_bias_that_cannot_be_folded_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", convert.FORMATS)
+def test_the_temperature_goes_along(tmp_path, form):
+    """It is a score of the checkpoint, divides the logits, and survives an export and an import."""
+    workdir = runs.copy(tmp_path)
+    plain = gptjax.load(workdir)
+    path = pathlib.Path(workdir, "checkpoints", "finetune", "scores.json")
+    scores = json.loads(path.read_text())
+    scores[pathlib.Path(plain.path).name]["temperature"] = 2.5
+    path.write_text(json.dumps(scores))
+    export = ("--mode=export", f"--input={workdir}", f"--format={form}", f"--output={tmp_path}/out")
+    assert runs.main(*export).code == 0
+    back = ("--mode=import", f"--input={tmp_path}/out", f"--format={form}")
+    assert runs.main(*back, f"--output={tmp_path}/back").code == 0
+    rows = [{"text": "good the cat", "label": "no"}, {"text": "bad a dog", "label": "no"}]
+    before = plain.predict(rows)
+    # softmax(z / T) is proportional to softmax(z)^(1 / T), for the old temperature and the new one.
+    power = before.probabilities.astype(np.float64) ** (plain.temperature / 2.5)
+    expected = power / power.sum(axis=1, keepdims=True)
+    for folder in (workdir, f"{tmp_path}/back"):
+        loaded = gptjax.load(folder)
+        assert loaded.temperature == 2.5
+        found = loaded.predict(rows)
+        assert found.labels == before.labels
+        np.testing.assert_allclose(found.probabilities, expected, rtol=1e-4)
+        score = loaded.score(rows)
+        assert score["calibrated_task_loss"] == pytest.approx(
+            -np.log(found.probabilities[:, 0]).mean(), rel=1e-5
+        )
+        assert score["task_loss"] == pytest.approx(plain.score(rows)["task_loss"], rel=1e-5)
+    side = pathlib.Path(tmp_path, "out", "gptjax.json")
+    values = json.loads(side.read_text())
+    del values["temperature"]  # as earlier versions wrote it
+    side.write_text(json.dumps(values))
+    assert runs.main(*back, f"--output={tmp_path}/old").code == 0
+    assert gptjax.load(f"{tmp_path}/old").temperature == 1.0
+
+
+@pytest.mark.parametrize("form", convert.FORMATS)
 def test_through_the_command_line(tmp_path, form):
     """An exported and imported model predicts the same, and a training can start from it."""
     flags = ("--mode=export", f"--input={runs.trained()}", f"--format={form}")

@@ -94,6 +94,38 @@ def test_task_loss_is_its_formula(kind):
     assert float(total(wild)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["classification", "multiple_choice"])
+def test_smoothing_and_class_weights_are_their_formulas(kind):
+    """The cross-entropy with the target (1 - e) * one-hot + e / K, where K counts what is there."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(size=(2, 3, 4)).astype(np.float32)
+    mask, labels = np.array([[1, 1, 0], [0, 1, 1]]), rng.integers(2, size=(2, 3)).astype(np.int32)
+    there = np.repeat(mask[..., None], 4, axis=-1)
+    weights = ()
+    if kind == "multiple_choice":
+        there[0, 1, 3] = there[1, 1, 2:] = 0
+    else:
+        weights = (0.5, 3.0, 1.0, 1.0)
+    total = weight = 0.0
+    for b, e in zip(*np.nonzero(mask), strict=True):
+        values = logits[b, e][there[b, e] > 0].astype(np.float64)
+        target = 0.7 * np.eye(len(values))[labels[b, e]] + 0.3 / len(values)
+        loss = -(target * (values - np.log(np.exp(values).sum()))).sum()
+        factor = weights[labels[b, e]] if weights else 1.0
+        total, weight = total + factor * loss, weight + factor
+    batch = task_batch(labels, mask, there)
+
+    def measure(logits):
+        found = losses.task_loss(kind, logits, batch, weights, 0.3)
+        return found.total, found.weight
+
+    (got, got_weight), gradient = jax.value_and_grad(measure, has_aux=True)(logits)
+    assert float(got) == pytest.approx(total, rel=1e-5)
+    assert float(got_weight) == pytest.approx(weight)
+    assert np.isfinite(gradient).all()
+    assert not np.asarray(gradient)[mask == 0].any()
+
+
 def test_an_answer_that_is_not_there_has_no_probability():
     logits = np.array([[[1.0, 2.0, 30.0]]], np.float32)
     batch = task_batch(np.array([[1]], np.int32), [[1]], [[[1, 1, 0]]])

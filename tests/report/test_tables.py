@@ -9,6 +9,8 @@ import pytest
 from matplotlib.image import imread
 
 from gptjax.config import schema
+from gptjax.evaluate import calibration
+from gptjax.io.files import write_json
 from gptjax.report import plots, tables
 from gptjax.train import log as log_lib
 
@@ -64,6 +66,21 @@ def test_plots_of_a_diverged_or_an_empty_run_do_not_fail(tmp_path):
             log.write("pretrain", "train", step, {"loss": 3.0 if step < 30 else float("nan")})
             log.write("finetune", "train", step, {"loss": float("inf")})
     assert len(plots.draw_plots(tmp_path)) == 1
+
+
+def test_the_reliability_plot_shows_each_split(tmp_path):
+    rng = np.random.default_rng(0)
+    logits, entry = rng.normal(size=(2, 300, 2)), {"temperature": 2.0}
+    labels = (logits[0, :, 0] + rng.logistic(size=300) < logits[0, :, 1]).astype(int)
+    for split, values in zip(("validation", "test"), logits, strict=True):
+        entry[split] = calibration.report(2 * values, labels, 2.0)
+    write_json(tmp_path / "summary.json", {"finetune": {"calibration": entry}})
+    (path,) = plots.draw_plots(tmp_path)
+    assert os.path.relpath(path, tmp_path) == os.path.join("plots", "reliability.png")
+    for part in np.array_split(imread(path), 2, axis=1):
+        assert np.sum(np.ptp(part[..., :3], axis=-1) > 0.2) > 100
+    write_json(tmp_path / "summary.json", {"finetune": {"steps": 3}, "pretrain": {}})
+    assert plots.draw_plots(tmp_path) == []
 
 
 def split_scores(accuracy):

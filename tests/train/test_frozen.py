@@ -186,7 +186,7 @@ def test_the_saved_model_predicts_what_the_training_scored(whole):
     assert right == pytest.approx(summary["finetune"]["test"]["accuracy"])
     index = [answers.label_names.index(row["label"]) for row in rows]
     nats = -np.log(answers.probabilities[np.arange(len(rows)), index]).mean()
-    assert nats == pytest.approx(summary["finetune"]["test"]["task_loss"], rel=1e-5)
+    assert nats == pytest.approx(summary["finetune"]["test"]["calibrated_task_loss"], rel=1e-5)
 
 
 def test_the_user_is_told(whole):

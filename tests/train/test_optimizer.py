@@ -173,6 +173,62 @@ def test_twenty_steps_are_those_of_numpy_in_float64(name, changes):
     assert int(state.total_notfinite) == 0
 
 
+@pytest.mark.parametrize("layers", [3, 2])
+@pytest.mark.parametrize("algorithm", ["adamw", "openai"])
+def test_each_layer_has_its_own_learning_rate(layers, algorithm):
+    """The truth trains each block, the embeddings and the head alone, with their own rates.
+
+    Two of the three blocks, without embeddings, are what is trained above one frozen block.
+    """
+    rng = np.random.default_rng(0)
+    shapes = {
+        "blocks": {"norm1": {"scale": (layers, 4)}, "ffn_in": {"kernel": (layers, 4, 5)}},
+        "task_head": {"kernel": (4, 2)}, "lm_head": {"bias": (7,)},
+    }  # fmt: skip
+    factors = {"task_head": 1.0, "lm_head": 1.0}
+    if layers == 3:
+        shapes |= {"token_embedding": (7, 4), "position_embedding": (5, 4)}
+        factors |= dict.fromkeys(("token_embedding", "position_embedding"), 0.5**3)
+    draw = [
+        jax.tree.map(
+            lambda shape: rng.normal(size=shape).astype(np.float32),
+            shapes,
+            is_leaf=lambda x: isinstance(x, tuple),
+        )
+        for _ in range(6)
+    ]
+    values = {"algorithm": algorithm, "schedule": "constant", "clip_norm": 0.0}
+    values |= {"weight_decay": 0.3, "epsilon": 1e-3}
+
+    def trained(part, rate, **changes):
+        config = OptimizerConfig(learning_rate=rate, **values | changes)
+        init, run = stepper(config, 25)
+        params, *gradients = map(part, draw)
+        return run(params, gradients, init(params))[0]
+
+    found = trained(lambda tree: tree, 0.1, layer_decay=0.5)
+    for name, factor in factors.items():
+        alone = trained(lambda tree, name=name: {name: tree[name]}, 0.1 * factor)
+        small.assert_trees_close(found[name], alone[name], 1e-6)
+    for layer in range(layers):
+
+        def block(tree, layer=layer):
+            return {"blocks": jax.tree.map(lambda x: x[layer : layer + 1], tree["blocks"])}
+
+        alone = trained(block, 0.1 * 0.5 ** (layers - 1 - layer))
+        small.assert_trees_close(block(found), alone, 1e-6)
+
+
+def test_equal_rates_change_no_program():
+    params, (gradient,) = problem(1)
+
+    def program(**changes):
+        update = Optimizer(OptimizerConfig(**changes), 10).transformation
+        return str(jax.make_jaxpr(update.update)(gradient, update.init(params), params))
+
+    assert program() == program(layer_decay=1.0)
+
+
 def openai_rate(step, config, total):
     """Returns the rate of the authors' `opt.py`, which computes x before it counts the step."""
     x = step / total

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import runs
 
+import gptjax
 from gptjax.checkpoint import load
 from gptjax.cluster.stop import StopRequest
 from gptjax.data import loader
@@ -42,7 +43,15 @@ def test_what_a_run_leaves_behind():
     for part in (pretrain, finetune):
         assert 0 <= part["input_wait"] < 1
     for split in ("validation", "test"):
-        assert {"loss", "task_loss", "lm_loss", "accuracy"} == set(finetune[split])
+        names = {"loss", "task_loss", "lm_loss", "accuracy", "calibrated_task_loss"}
+        assert names == set(finetune[split])
+    entry = finetune["calibration"]
+    loaded = gptjax.load(workdir)
+    assert loaded.temperature == entry["temperature"] > 0
+    for split, rows in (("validation", 21), ("test", 19)):
+        assert sum(entry[split]["bins"]["count"]) == rows
+        losses = finetune[split]["calibrated_task_loss"], finetune[split]["task_loss"]
+        assert split == "test" or losses[0] <= losses[1] + 1e-6
 
 
 def test_the_wait_for_a_slow_loader_is_reported(tmp_path, monkeypatch):

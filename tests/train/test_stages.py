@@ -1,18 +1,22 @@
 """Stages: their numbers of steps, shapes and labels, counted by hand."""
 
 import collections
+import dataclasses
 import math
 
 import datasets
+import numpy as np
 import pytest
 import small
 from refusals import fails
+from sklearn.utils.class_weight import compute_class_weight
 
 from gptjax.config.schema import FinetuneConfig, OptimizerConfig, PretrainConfig, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tables.texts import Texts
 from gptjax.model import gpt
+from gptjax.model.objective import Objective
 from gptjax.train import stages
 from gptjax.train.context import Setup
 
@@ -141,6 +145,34 @@ def test_finetuning_counts(tokenizer):
     assert finetune(tokenizer, steps=3).total_steps == 3
     assert finetune(tokenizer, evals_per_epoch=2.0).eval_every == 2
     assert finetune(tokenizer, evals_per_epoch=100.0).eval_every == 1
+
+
+def test_balanced_class_weights_are_those_of_scikit_learn(tokenizer):
+    """Only the training has them, and their mean over the training examples is 1."""
+    data = label_data(labels=("no", "no", "no", "yes", "maybe", "no"))
+    stage = finetune(tokenizer, data=data, class_weights="balanced", label_smoothing=0.25)
+    labels = [stage.spec.labels.index(name) for name in data["train"].columns(["label"])["label"]]
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=labels)
+    assert stage.objective.class_weights == pytest.approx(expected)
+    assert np.array(stage.objective.class_weights)[labels].mean() == pytest.approx(1)
+    assert stage.objective.label_smoothing == 0.25
+    assert any("class weights maybe 2.22, no 0.476, yes 2.22" in note for note in stage.notes)
+    plain = finetune(tokenizer, data=data)
+    assert plain.objective == Objective("classification", 0.5)
+    params = small.params(stage.model)
+    assert stage.validate(params) == plain.validate(params)
+
+
+def test_a_class_that_only_the_held_out_rows_have_changes_no_weight(tokenizer):
+    data = label_data(labels=("no", "no", "yes"))
+    parts = label_data(labels=("no", "maybe"))
+    data["validation"] = dataclasses.replace(parts["validation"], part_of=data["train"].source)
+    stage = finetune(tokenizer, data=data, class_weights="balanced")
+    assert stage.spec.labels == ("maybe", "no", "yes")
+    two = compute_class_weight(
+        "balanced", classes=np.array(["no", "yes"]), y=data["train"].columns(["label"])["label"]
+    )
+    assert stage.objective.class_weights == pytest.approx((1, *two))
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])
