@@ -260,8 +260,7 @@ def _describe_split(
     The first line has the number of examples, the fraction of unknown tokens, the number of
     examples that are read in windows or were cut to fit the context, the fraction of the tokens
     that are read, the number of examples with an empty text, and the number of rows that were left
-    out because of their label. The second line warns if many tokens
-    are unknown.
+    out because of their label. The second line warns if many tokens are unknown.
 
     Args:
       name: the name of the split.

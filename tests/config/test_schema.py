@@ -318,6 +318,14 @@ def test_a_wrong_value_is_named_with_its_flag(name, value, advice):
             {"pretrain": None, "finetune.compare_from_scratch": True},
             "finetune.compare_from_scratch", "`init_from`",
         ),
+        (
+            {"finetune.task": "entailment", "finetune.text_pair": "b", "finetune.long": "windows"},
+            "finetune.long", "write cut",
+        ),
+        (
+            {"finetune.head": "flatten", "finetune.long": "windows"},
+            "finetune.long", "`finetune.head`=flatten",
+        ),
         ({"pretrain.validation_files": "v.txt"}, "pretrain.validation_files", "of its own"),
         ({"finetune.test_file": "t.csv"}, "finetune.validation_file", "with train_file"),
         ({"model.context_length": 1}, "model.context_length", "another one to follow"),

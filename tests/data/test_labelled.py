@@ -146,7 +146,9 @@ def test_bytes_are_text_or_an_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "cell", [["a", "b"], ("a",), [], np.array(["a"]), {"key": "a"}, {"a", "b"}], ids=repr
+    "cell",
+    [["a", "b"], ("a",), [], np.array(["a"]), {"key": "a"}, {"a", "b"}],
+    ids=["list", "tuple", "empty", "array", "dict", "set"],
 )
 def test_a_list_or_a_structure_is_no_text(cell):
     table = LabelledTable({"a": ["x", cell], "b": ["y", "z"], "c": [["p"], [cell]]}, "rows")
