@@ -140,7 +140,7 @@ class Trainer:
                 with self._progress.paused():
                     self._validate_if_due()
                     self._save()
-                if self.has_ended:
+                if self._done < stage.total_steps and self.has_ended:
                     break
         self._read_pending()
         if self._done < stage.total_steps:

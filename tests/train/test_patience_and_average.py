@@ -8,15 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import small
 from memory_runs import Recorder, experiment, finetuning, tables
 
 import gptjax
+from gptjax import state as state_lib
 from gptjax.checkpoint.memory import MemoryStore
 from gptjax.config.schema import CheckpointConfig, OptimizerConfig
 from gptjax.errors import Preempted, StopRequested
+from gptjax.model import gpt
 from gptjax.train import run as run_lib
+from gptjax.train import step as step_lib
 from gptjax.train.loop import has_ended
-from gptjax.train.optimizer import averaged
+from gptjax.train.optimizer import Optimizer, averaged
 
 DECAY = 0.8
 STEPS = 6
@@ -192,3 +196,17 @@ def test_a_run_without_progress_ends_early_and_is_continued_as_one_that_has_ende
         found, _ = interrupted(tmp_path / str(n), plan, after, monkeypatch)
         assert found["steps"] == 8
         assert_same(tmp_path / str(n), tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("eight_devices")
+def test_the_second_copy_is_sharded_like_the_parameters():
+    model = gpt.make_model(small.config(), None)
+    optimizer = Optimizer(OptimizerConfig(), 10, average=DECAY)
+    make = step_lib.initial_state(model, optimizer)
+    state = state_lib.abstract(make, small.mesh(2, 2, 2), jax.random.key(0))
+    places = [
+        jax.tree.map(lambda x: (x.shape, x.sharding), tree)
+        for tree in (state.params, state.raw_params)
+    ]
+    assert places[0] == places[1]
+    assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(state.raw_params))
