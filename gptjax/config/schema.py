@@ -606,9 +606,9 @@ class Experiment(_Config):
     the mode `evaluate` with `--probes`."""
     init_from: str = ""
     """The model whose tokenizer, sizes and weights the run starts from: a workdir or checkpoint of
-    gptjax, a model of the hub, written hf://OWNER/NAME or hf://OWNER/NAME@REVISION, or gpt1
-    (OpenAI's GPT-1, hf://openai-community/openai-gpt). For a model of the hub, `tokenizer.words` is
-    exact by default."""
+    gptjax, hf://OWNER/NAME@REVISION for a model of the hub (REVISION may be left out), or gpt1,
+    which is OpenAI's GPT-1 on the hub. For a model of the hub, `tokenizer.words` is exact by
+    default."""
     init_from_commit: str = limited(
         "",
         lambda commit: not commit or re.fullmatch("[0-9a-f]{40}", commit) is not None,
