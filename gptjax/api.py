@@ -93,7 +93,7 @@ def finetune(  # noqa: PLR0913 (keywords)
     >>> gpt.predict([{"text": "a good film 7"}, {"text": "a bad film 7"}]).labels
     ['yes', 'no']
     >>> sorted(gpt.summary["finetune"]["validation"])
-    ['accuracy', 'lm_loss', 'loss', 'task_loss']
+    ['accuracy', 'calibrated_task_loss', 'lm_loss', 'loss', 'task_loss']
 
     Rows are read from a file (CSV, TSV, JSON lines, Parquet) or from a table in memory: a mapping
     of column names to lists, a list of mappings, a pandas DataFrame, a pyarrow Table or a

@@ -452,7 +452,7 @@ def _with_states(context: RunContext, stage: Stage, params: Params) -> Stage:
     pretrained = (experiment.pretrain or experiment.init_from) and stage.transfer != "none"
     if not pretrained or (stage.transfer.isdecimal() and int(stage.transfer) < stage.frozen):
         say(
-            f"{stage.name}: the frozen blocks have random weights and are not trained; set "
+            f"{stage.name}: the frozen layers have random weights and are not trained; set "
             "`init_from`, or `finetune.freeze`=0"
         )
     try:

@@ -35,9 +35,9 @@ from gptjax.model import frozen as frozen_lib
 from gptjax.model.gpt import GPT, run
 
 _VERSION = 1  # raise it when equal weights and sequences give other states or other files
-# The number of examples that share a batch. It is a constant, so that the shape of the batches, and
-# with it the rounding, depends only on the texts.
-_BATCH_SIZE = 32
+# The number of tokens in a batch, about. It is a constant, so that the shape of the batches, and
+# with it the rounding, depends only on the texts. Each batch casts all weights to the compute dtype.
+_BATCH_TOKENS = 4096
 # The fields of the model that change only the training, the heads, or the speed.
 _IRRELEVANT: dict[str, Any] = {
     "embedding_dropout": 0.0, "attention_dropout": 0.0, "residual_dropout": 0.0,
@@ -101,7 +101,7 @@ class Frozen:
         found = all(entry.stored for entry in entries.values())
         source = "are read from" if found else "are computed once and kept in"
         say(
-            f"finetune: the first {self.count} of {layers} blocks are frozen; their states "
+            f"finetune: the first {self.count} of {layers} layers are frozen; their states "
             f"({size}) {source} {place}"
         )
         store.require_space(list(entries.values()))
@@ -135,7 +135,8 @@ class Frozen:
         """Yields the states of each example, and the index of its first token in the array."""
         step = _jit_states(self._lower_model(examples))
         divisor = mesh_lib.batch_divisor(self.mesh)
-        size, limit = min(_BATCH_SIZE, len(examples)), examples.row_limit
+        wanted = max(1, round(_BATCH_TOKENS / float(examples.lengths.mean())))
+        size, limit = min(wanted, len(examples)), examples.row_limit
         packer = Packer(examples.lengths, size, divisor=divisor, row_limit=limit)
         waiting: list[tuple[np.ndarray, jax.Array]] = []
         for batch, index in loader.every_example(examples, packer):

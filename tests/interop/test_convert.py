@@ -385,7 +385,7 @@ def test_through_the_command_line(tmp_path, form):
     for x, y in zip(jax.tree.leaves(before.params), jax.tree.leaves(after.params), strict=True):
         assert np.array_equal(x, y)
     evaluate = ("--mode=evaluate", f"--checkpoint={tmp_path}/back")
-    assert "was imported, without data; give --input" in runs.main(*evaluate).error
+    assert "so it names no data; give --input" in runs.main(*evaluate).error
     assert runs.main(*evaluate, f"--input={runs.files().test}").code == 0
     rows = [{"text": "good the cat"}, {"text": "bad a dog"}, {"text": ""}]
     ours, theirs = before.predict(rows), after.predict(rows)

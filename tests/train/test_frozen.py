@@ -172,7 +172,7 @@ def test_the_batches_are_those_of_a_run_without_freezing(whole):
     stage, _ = first_params(plan)
     assert stage.batches[0].hidden is None
     frozen = runs.records(str(workdir))[0]["ledger"]
-    checksum = int(step.ledger.of_batch(jax.tree.map(jax.numpy.asarray, stage.batches[0])))
+    checksum = int(small.fast_jit(step.ledger.of_batch)(stage.batches[0]))
     assert step.ledger.entry("", checksum) == frozen
 
 
@@ -191,9 +191,9 @@ def test_the_saved_model_predicts_what_the_training_scored(whole):
 
 def test_the_user_is_told(whole):
     lines = whole[-1]
-    assert any("the frozen blocks have random weights" in line for line in lines)
+    assert any("the frozen layers have random weights" in line for line in lines)
     (line,) = (line for line in lines if "are frozen" in line)
-    assert "the first 1 of 3 blocks are frozen; their states (1 MB) are computed once" in line
+    assert "the first 1 of 3 layers are frozen; their states (1 MB) are computed once" in line
 
 
 def test_a_resumed_run_is_the_uninterrupted_one(whole, tmp_path, monkeypatch):
