@@ -147,7 +147,7 @@ def test_differences_lists_what_may_not_change():
     assert line.endswith("-> null")
     free = (
         "mesh.", "checkpoint.", "model.remat", "model.unroll", "ablation.variants",
-        "ablation.only", "ablation.parallel",
+        "ablation.only", "ablation.parallel", "finetune.baseline",
     )  # fmt: skip
     for name, value in leaves(to_dict(old)):
         new = whole()

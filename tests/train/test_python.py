@@ -33,7 +33,7 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     capsys.readouterr()
     recorder, workdir = Recorder(), str(tmp_path / "tables")
     summary = run.run(
-        experiment(finetune=finetuning(), init_from=pretrained),
+        experiment(finetune=finetuning(baseline="none"), init_from=pretrained),
         workdir,
         run.Options(tables=tables(), profile=3, reporter=recorder),
     )
@@ -57,7 +57,7 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     assert gptjax.load(workdir).predict([{"text": "good the cat a wall"}]).labels == ["yes"]
     again = Recorder()
     run.run(
-        experiment(finetune=finetuning(), init_from=pretrained),
+        experiment(finetune=finetuning(baseline="none"), init_from=pretrained),
         workdir,
         run.Options(tables=tables(), reporter=again),
     )
