@@ -133,6 +133,7 @@ def test_evaluate_scores_what_predict_writes(tmp_path, split):
         assert of_split[name] == pytest.approx(kept[name], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_of_windows_predicts_as_it_was_validated(tmp_path):
     """Three windows are read, some texts have more; then export says what it lacks."""
     table = [
