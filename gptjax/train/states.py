@@ -36,7 +36,7 @@ from gptjax.model.gpt import GPT, run
 
 _VERSION = 1  # raise it when equal weights and sequences give other states or other files
 # The number of tokens in a batch, about. It is a constant, so that the shape of the batches, and
-# with it the rounding, depends only on the texts. Each batch casts all weights to the compute dtype.
+# with it the rounding, depends only on the texts. Each batch casts all weights again.
 _BATCH_TOKENS = 4096
 # The fields of the model that change only the training, the heads, or the speed.
 _IRRELEVANT: dict[str, Any] = {
