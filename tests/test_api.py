@@ -40,6 +40,7 @@ def fields(flags):
 TINY = fields(runs.TINY)
 FINETUNE = {
     "finetune.batch_size": 8, "finetune.steps": 8, "finetune.optimizer.learning_rate": 0.02,
+    "finetune.baseline": "none",
 }  # fmt: skip
 PRETRAIN = {
     "pretrain.batch_size": 8, "pretrain.steps": 6, "pretrain.eval_every": 3,

@@ -171,7 +171,7 @@ def test_a_model_of_windows_predicts_as_it_was_validated(tmp_path):
     values = probabilities(read(tmp_path / "out.csv"))
     labels = [row["label"] for row in table]
     loss = sk.log_loss(labels, values / values.sum(axis=1, keepdims=True))
-    assert kept["task_loss"] == pytest.approx(loss, abs=1e-4)
+    assert kept["calibrated_task_loss"] == pytest.approx(loss, abs=1e-4)
     assert len(values) == 24
     made = runs.main(
         "--mode=export", f"--input={workdir}", f"--output={tmp_path}/x", "--format=openai"
