@@ -101,6 +101,7 @@ class Evaluator:
 
         The outputs are in the order of the examples.
         """
+        assert bool(self.frozen) == (examples.hidden is not None)
         step = jit_eval_step(self.mesh, self.model, self.objective, self.frozen)
         local = functools.partial(mesh_lib.local_rows, self.mesh)
         sums: list[Losses] = []

@@ -417,7 +417,8 @@ def _train_stage(
         finished = old if has_ended(stage, checkpoints, start) else None
         if not finished:
             context.log.rewind(stage.name, start)
-        if not (finished and checkpoints.metrics(start)):
+        complete = finished and final.is_complete(stage, finished)
+        if not (complete and checkpoints.metrics(start)):
             stage = _with_states(context, stage, state.params)
         trainer = Trainer(context, stage, checkpoints, meta, state)
         speed = trainer.train()
@@ -429,7 +430,7 @@ def _train_stage(
     # If earlier runs did all steps, this run measured no speed, and the earlier summary has it.
     measured = speed or old or {}
     speed = {name: measured.get(name, 0.0) for name in ("tokens_per_second", "input_wait")}
-    if finished and final.is_complete(stage, finished):
+    if finished and complete:
         return params, finished
     if stage.spec is None:
         return params, _summarise_pretraining(context, stage, scores, speed)

@@ -94,6 +94,19 @@ def test_the_linear_model_changes_no_number_and_can_be_added_later(done, tmp_pat
     assert runs.records(str(tmp_path)) == runs.records(str(done[0]))
 
 
+def test_it_can_be_added_to_a_run_with_frozen_layers(tmp_path):
+    """The answers that are compared come from the whole model, although no step is left."""
+    freeze = "--config.finetune.freeze=1"
+    assert runs.main(*flags(tmp_path), freeze).code == 0
+    added = runs.main(*flags(tmp_path), freeze, LINEAR)
+    assert added.code == 0, added.err
+    entry = runs.summary(tmp_path)["finetune"]
+    found = entry["baselines"]["linear"]
+    for split, (difference, *_) in ((s, d["accuracy"]) for s, d in found["difference"].items()):
+        expected = entry[split]["accuracy"] - found[split]["accuracy"]
+        assert difference == pytest.approx(expected)
+
+
 def test_a_finished_run_does_not_fit_it_again(done, monkeypatch):
     before = (done[0] / "summary.json").read_bytes()
     monkeypatch.setattr(linear, "fit", None)
