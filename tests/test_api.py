@@ -126,6 +126,7 @@ def test_a_held_out_part_is_that_of_the_command_line(tmp_path):
     assert results(tmp_path / "python") == results(tmp_path / "command")
 
 
+@pytest.mark.slow
 def test_text_in_any_form_gives_what_the_command_line_gives(tmp_path, capfd):
     text = runs.files().text
     result = runs.main(
@@ -163,6 +164,7 @@ def test_a_model_to_start_from_and_other_columns(tmp_path):
     assert gpt.predict(frame).labels[0] in ("no", "yes")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "columns"),
     [
@@ -231,6 +233,7 @@ print(gpt.summary["finetune"]["steps"])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "error"), [("SIGINT", "KeyboardInterrupt"), ("SIGTERM", "Preempted")]
 )

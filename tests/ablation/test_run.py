@@ -61,6 +61,7 @@ def done(tmp_path_factory):
     return workdir, result.out
 
 
+@pytest.mark.slow
 def test_every_variant_of_every_task_is_run_with_every_seed(done):
     workdir, out = done
     wanted = itertools.product(("one", "two"), ("full", "no_pretraining", "no_lm"), (0, 1))
@@ -69,6 +70,7 @@ def test_every_variant_of_every_task_is_run_with_every_seed(done):
     assert not list(workdir.rglob("checkpoints")), "an ablation would fill the disk"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "flags"),
     [
@@ -89,6 +91,7 @@ def test_a_job_scores_what_the_same_training_alone_scores(done, tmp_path, name, 
     assert ours == {split: summary[split] for split in ("validation", "test")}
 
 
+@pytest.mark.slow
 def test_two_at_a_time_score_what_one_at_a_time_scores(done, tmp_path):
     one = command(tmp_path, "--config.ablation.only=one", "--config.ablation.variants=full")
     result = runs.main(*one, "--config.ablation.parallel=2", "--seeds=2")
@@ -96,6 +99,7 @@ def test_two_at_a_time_score_what_one_at_a_time_scores(done, tmp_path):
     assert_equal_to_rounding(tmp_path, done[0])
 
 
+@pytest.mark.slow
 def test_the_same_command_runs_nothing_again_and_a_new_variant_only(done):
     workdir, _ = done
     before = results(workdir)
@@ -116,6 +120,7 @@ def test_the_same_command_runs_nothing_again_and_a_new_variant_only(done):
     assert after["one", "layers=0", 0]["scores"] != before["one", "full", 0]["scores"]
 
 
+@pytest.mark.slow
 def test_asked_to_stop_it_keeps_what_is_done_and_goes_on_there(done, tmp_path, monkeypatch):
     class StopsAfterAWhile:
         def __init__(self):
@@ -225,6 +230,7 @@ def test_a_published_average_is_that_of_its_tasks():
         assert 100 * np.mean(list(scores.values())) == pytest.approx(average, abs=0.5)
 
 
+@pytest.mark.slow
 def test_what_is_written_is_a_table_and_a_picture(done):
     workdir, out = done
     text = (workdir / "ablation.md").read_text()
@@ -233,6 +239,7 @@ def test_what_is_written_is_a_table_and_a_picture(done):
     assert (workdir / "ablation.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_each_task_has_one_linear_model_unless_it_wants_none(done):
     workdir, out = done
     assert out.count("linear model with C=") == 1
@@ -286,11 +293,13 @@ def test_wrong_use_is_one_line(tmp_path, flag, words):
     assert not list(tmp_path.rglob("ablation.md"))
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_s_own_is_for_one_at_a_time(tmp_path):
     flags = ("--config.mesh.fsdp=8", "--config.ablation.parallel=2")
     assert "each would have one device" in runs.main(*command(tmp_path), *flags).error
 
 
+@pytest.mark.slow
 def test_a_seed_that_diverges_is_a_result_and_not_the_end(tmp_path):
     one = command(tmp_path, "--config.ablation.only=one")
     result = runs.main(
@@ -306,6 +315,7 @@ def test_a_seed_that_diverges_is_a_result_and_not_the_end(tmp_path):
     assert "| full | - |" in result.out
 
 
+@pytest.mark.slow
 def test_the_paper_s_tasks_are_known_by_their_experiment(tmp_path):
     result = runs.main(
         "--mode=ablate", "--config=experiments/gpt1_task.py:sst2", *TINY,
@@ -319,6 +329,7 @@ def test_the_paper_s_tasks_are_known_by_their_experiment(tmp_path):
     assert "| *the paper's full* | 91.3 |" in result.out
 
 
+@pytest.mark.slow
 def test_two_on_one_device_score_what_one_scores(done, tmp_path):
     """The process has a single CPU device, as on a laptop, which two fine-tunings share."""
     one = command(tmp_path, "--config.ablation.only=one", "--config.ablation.variants=full")
@@ -330,6 +341,7 @@ def test_two_on_one_device_score_what_one_scores(done, tmp_path):
     assert_equal_to_rounding(tmp_path, done[0])
 
 
+@pytest.mark.slow
 def test_another_experiment_is_not_mixed_into_a_table(done):
     workdir, _ = done
     changed = runs.main(*command(workdir), "--config.ablation.tasks.one.batch_size=4")

@@ -318,6 +318,7 @@ def test_a_full_disk_is_one_line_and_the_run_continues_after(small_disk):
     assert runs.arrays(str(workdir), "pretrain", 20) == expected
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_nothing_but_one_line(small_disk):
     (small_disk / "filler").write_bytes(b"x" * 150_000)
     process = runs.start(
@@ -348,6 +349,7 @@ ODD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ODD)
 def test_odd_input_trains(tmp_path, case):
     path = runs.write(tmp_path / "train.csv", ODD[case])

@@ -86,6 +86,7 @@ def test_a_process_0_that_ends_is_named():
     assert result.out.startswith("process 0 of 3 at `coordinator_address`=localhost:")
 
 
+@pytest.mark.slow
 def test_process_0_may_come_up_last_and_wait_for_others():
     """The others then wait as long as process 0 waits, not only as long as they planned."""
     before = (
@@ -96,6 +97,7 @@ def test_process_0_may_come_up_last_and_wait_for_others():
         assert (result.code, result.out) == (0, "['host0', 'host1', 'host2']\n"), result
 
 
+@pytest.mark.slow
 def test_one_that_is_started_again_takes_its_place():
     """Process 1 ends during the rendezvous and starts again: `life` counts its starts."""
     before = (

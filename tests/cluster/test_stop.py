@@ -149,6 +149,7 @@ def test_a_signal_while_modules_load(tmp_path):
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="needs setsid of util-linux")
 @pytest.mark.parametrize("output", ["terminal", "pipe"])
 def test_output_that_nobody_reads_any_more_changes_nothing(tmp_path, output):
@@ -193,6 +194,7 @@ def test_a_signal_during_an_evaluation(tmp_path, monkeypatch):
     assert_continues_as_if_nothing_had_happened(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_test(tmp_path, monkeypatch):
     """The run stops during the test as well. The same command then tests and reports."""
     flags = [*runs.TINY, *runs.files().finetune, "--config.pretrain=none", f"--workdir={tmp_path}"]

@@ -303,6 +303,7 @@ def test_a_recipe_fine_tunes_pretrained_weights_and_predicts(recipe, tmp_path):
     assert predicted.code == 0, predicted.err
 
 
+@pytest.mark.slow
 def test_the_tutorial_trains_predicts_and_generates(tmp_path):
     rows = [{"a": row["text"], "b": row["text"], "label": row["label"]} for row in runs.rows(60)]
     path = runs.write(tmp_path / "pairs.csv", rows)

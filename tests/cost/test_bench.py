@@ -48,6 +48,7 @@ def check_speed(found: dict, tokens: int) -> None:
     assert found["steps"] == 3
 
 
+@pytest.mark.slow
 def test_launch_prints_one_json_object_and_writes_it(tmp_path):
     path = tmp_path / "report.json"
     environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

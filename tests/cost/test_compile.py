@@ -46,6 +46,7 @@ def report(topology: str, *more: str) -> dict:
     return json.loads(result.out)
 
 
+@pytest.mark.slow
 def test_launch_prints_one_json_object_and_writes_it(tmp_path):
     path = tmp_path / "report.json"
     process = runs.start(

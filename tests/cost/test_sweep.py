@@ -58,6 +58,7 @@ def on(chip: hardware.Chip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "target_of", lambda topology: target)
 
 
+@pytest.mark.slow
 def test_choices_are_compiled_ranked_and_counted(monkeypatch, capsys):
     on(hardware.Chip(1e12, 2**40, 1e9, 1e9, 1.0, 4, ""), monkeypatch)
     found = sweep.run(experiment(), "v5e:1x1", "pretrain", 2)

@@ -167,6 +167,7 @@ def probe_file(path: pathlib.Path) -> str:
     return runs.write(path / "acceptability.csv", rows)
 
 
+@pytest.mark.slow
 def test_pretraining_learns_to_tell_its_sentences_from_shuffled_ones(tmp_path):
     """Validations log the scores, a plot shows them, `evaluate --probes` gives the same."""
     flags = [

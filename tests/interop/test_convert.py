@@ -370,6 +370,7 @@ def test_the_temperature_goes_along(tmp_path, form):
     assert gptjax.load(f"{tmp_path}/old").temperature == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", convert.FORMATS)
 def test_through_the_command_line(tmp_path, form):
     """An exported and imported model predicts the same, and a training can start from it."""

@@ -44,6 +44,7 @@ def config_of(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "config.json").read_text())
 
 
+@pytest.mark.slow
 def test_one_command_fine_tunes_from_gpt1_as_from_the_imported_folder(server, folder, tmp_path):
     result = runs.main(*flags(tmp_path / "w"))
     assert result.code == 0, result.err

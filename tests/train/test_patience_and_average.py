@@ -127,6 +127,7 @@ def test_a_run_saves_scores_and_tests_the_average_and_trains_the_raw_weights(ave
     assert trial["test"] == summary["test"]
 
 
+@pytest.mark.slow
 def test_a_continued_average_is_the_uninterrupted_one(tmp_path, monkeypatch):
     """Blocks are frozen too. Only what is trained has a second copy."""
     monkeypatch.setenv("GPTJAX_CACHE", str(tmp_path / "cache"))
@@ -172,6 +173,7 @@ def test_the_training_ends_after_two_validations_without_a_better_score(values, 
     assert [s for s in range(101) if has_ended(without, store(values, metric), s)] == [100]
 
 
+@pytest.mark.slow
 def test_a_run_without_progress_ends_early_and_is_continued_as_one_that_has_ended(
     tmp_path, monkeypatch
 ):

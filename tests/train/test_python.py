@@ -64,6 +64,7 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     assert again.lines[-1] == "finetune: continuing at step 40 of 40"
 
 
+@pytest.mark.slow
 def test_texts_in_memory(tmp_path):
     optimizer = OptimizerConfig(learning_rate=0.01)
     config = PretrainConfig(batch_size=8, steps=2, validation_fraction=0.2, optimizer=optimizer)
