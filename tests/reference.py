@@ -94,7 +94,7 @@ def lm_nats(params, x_TD, tokens):
 
 
 def task_outputs(params, kind, extract_states):
-    """The head's outputs for one example, given the state at the extract token of each sequence."""
+    """The head's outputs for one example, given the state that it reads of each sequence."""
     p = params["task_head"]
     if kind == "multiple_choice":
         return np.array([(x @ p["kernel"] + p["bias"])[0] for x in extract_states])
@@ -110,7 +110,7 @@ def task_loss(kind, outputs, label):
     return (outputs[0] - label) ** 2 if kind == "regression" else -log_softmax(outputs)[label]
 
 
-def run(params, kind, examples, activation="gelu_tanh"):
+def run(params, kind, examples, activation="gelu_tanh", mean=False):
     """Everything about labelled examples.
 
     Args:
@@ -118,6 +118,7 @@ def run(params, kind, examples, activation="gelu_tanh"):
       kind: of the task.
       examples: [(sequences, label)], sequences = [(tokens, token_types)].
       activation: gelu_tanh or relu.
+      mean: whether the head reads the mean state of a sequence, and not the state at its end.
 
     Returns:
       states: one [T, D] for each sequence of each example; outputs: one array for each example;
@@ -127,13 +128,14 @@ def run(params, kind, examples, activation="gelu_tanh"):
     for sequences, label in examples:
         xs = [hidden(params, tokens, types, activation) for tokens, types in sequences]
         states.append(xs)
-        outputs.append(task_outputs(params, kind, [x[-1] for x in xs]))
+        read = [x.mean(axis=0) if mean else x[-1] for x in xs]
+        outputs.append(task_outputs(params, kind, read))
         task.append(task_loss(kind, outputs[-1], label))
         lm += [lm_nats(params, x, tokens) for x, (tokens, _) in zip(xs, sequences, strict=True)]
     return states, outputs, np.mean(task), np.mean(np.concatenate(lm))
 
 
-def joint(params, kind, examples, lm_weight, activation="gelu_tanh"):
+def joint(params, kind, examples, lm_weight, activation="gelu_tanh", mean=False):
     """L3 = L2 + lambda L1."""
-    _, _, task, lm = run(params, kind, examples, activation)
+    _, _, task, lm = run(params, kind, examples, activation, mean)
     return task + lm_weight * lm

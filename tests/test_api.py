@@ -113,6 +113,7 @@ def test_a_path_and_a_table_together(finetuned, tmp_path):
     assert results(tmp_path) == finetuned
 
 
+@pytest.mark.slow
 def test_a_held_out_part_is_that_of_the_command_line(tmp_path):
     train = runs.files().train
     result = runs.main(
@@ -149,6 +150,7 @@ def test_text_in_any_form_gives_what_the_command_line_gives(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_a_model_to_start_from_and_other_columns(tmp_path):
     start = gptjax.pretrain(
         {"words": runs.sentences(60)}, text="words", overrides=TINY | PRETRAIN, progress=False
@@ -342,6 +344,7 @@ def test_errors_of_a_pretraining_name_the_argument(arguments, message):
     assert str(error.value).startswith(message)
 
 
+@pytest.mark.slow
 def test_an_experiment_is_the_starting_point_and_is_not_changed():
     experiment = Experiment(
         seed=3, finetune=schema.FinetuneConfig(text="review", train_file="of another run.csv")

@@ -201,6 +201,8 @@ class Head(enum.StrEnum):
 
     EXTRACT = "extract"
     """The hidden state at the extract token, which is the last token of the sequence."""
+    MEAN = "mean"
+    """The mean of the hidden states at all tokens of the sequence."""
     FLATTEN = "flatten"
     """The hidden states of all positions."""
 
@@ -464,9 +466,10 @@ class FinetuneConfig(_Config):
     max_windows: int = positive(16)
     """For windows: parts of a text that are read at most. The rest of a longer text is left out."""
     head: str = one_of(Head.EXTRACT)
-    """The input of the task head: extract (the hidden state at the last token) or flatten (the
-    hidden states of all positions). With flatten, a sequence is `start text delimiter [text_pair
-    delimiter]`, padded to the length of the longest sequence."""
+    """The input of the task head: extract (the hidden state at the last token), mean (the mean of
+    the hidden states at all tokens) or flatten (the hidden states of all positions, side by side).
+    With flatten, a sequence is `start text delimiter [text_pair delimiter]`, padded to the length
+    of the longest sequence."""
     drop_last: bool = False
     """Whether the last, smaller batch of each epoch is dropped. Otherwise such a batch is filled
     with examples of the next epoch."""
@@ -770,6 +773,9 @@ class TaskSpec:
     windows: int = 0
     """The largest number of windows in which a long text is read (`Long.WINDOWS`). 0 means that a
     long text is cut."""
+    mean: bool = False
+    """Whether the task head reads the mean over all tokens of a sequence (`Head.MEAN`), instead of
+    the state at its last token."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "kind", TaskKind(self.kind))

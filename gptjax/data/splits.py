@@ -73,8 +73,9 @@ def task_spec(config: FinetuneConfig) -> TaskSpec:
     kind, choices = TaskKind(config.task), schema.split_names(config.choices)
     windows = config.max_windows if config.long == schema.Long.WINDOWS else 0
     return TaskSpec(
-        kind, config.text, config.text_pair, choices, config.label, cut=config.cut, windows=windows
-    )
+        kind, config.text, config.text_pair, choices, config.label,
+        cut=config.cut, windows=windows, mean=config.head == schema.Head.MEAN,
+    )  # fmt: skip
 
 
 def labelled_splits(

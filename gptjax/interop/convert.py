@@ -189,6 +189,11 @@ def export_weights(input: str, output: str, format: str) -> list[str]:
             "only gptjax reads a long text in windows: give the other program texts of at most "
             f"{meta.model.context_length - 2} tokens"
         )
+    if meta.task and meta.task.mean:
+        lines.append(
+            "only gptjax has a task head that reads the mean state: the other program reads the "
+            "language model alone"
+        )
     if tokenizer.exact:
         lines.append(
             "its tokenizer there splits text into words in another way: some token ids will differ"

@@ -270,7 +270,8 @@ def write(weights: Weights, folder: pathlib.Path) -> str:
     arrays_lib.require_plain(weights.model)
     arrays = {_their_name(name): array for name, array in arrays_lib.split_layers(weights).items()}
     head = weights.task_head
-    kind = weights.task.kind if weights.task else None
+    # Their task heads read the last state. A head that reads the mean state is in the side files.
+    kind = weights.task.kind if weights.task and not weights.task.mean else None
     architecture = "OpenAIGPTLMHeadModel"
     if kind == TaskKind.MULTIPLE_CHOICE:
         architecture = "OpenAIGPTDoubleHeadsModel"

@@ -253,6 +253,9 @@ class GPT(nn.Module):
     mean_candidates: bool = False
     """Whether the task head reads the mean of the hidden states of an example's candidates, as for
     the windows of a long text."""
+    head_mean: bool = False
+    """Whether the task head reads the mean of the hidden states at all tokens of a sequence,
+    instead of the state at its last token."""
     head_length: int | None = None
     """The number of hidden states that the task head reads. They are the last states of a sequence,
     flattened to one vector. None means that the task head reads only the last state."""
@@ -465,16 +468,19 @@ class GPT(nn.Module):
     def task_logits(
         self,
         x_BTD: Array,
+        segment_ids_BT: Array,
         extract_BEC: Array,
         deterministic: bool = True,
         candidate_mask_BEC: Array | None = None,
     ) -> Array:
         """Returns the outputs of the task head, float32.
 
-        The task head reads the hidden states at the extract tokens, which end the sequences.
+        The task head reads the hidden states at the extract tokens, which end the sequences, or
+        the mean state of each sequence (`head_mean`).
 
         Args:
           x_BTD: the hidden states, from `hidden`.
+          segment_ids_BT: the sequence of each token, from `gptjax.batch.Batch`.
           extract_BEC: the index of the extract token of each candidate, from
             `gptjax.batch.Batch`.
           deterministic: True means no dropout. False needs the rng "dropout".
@@ -485,14 +491,10 @@ class GPT(nn.Module):
           [B, E, O] if O is greater than 1. If O is 1, the result is [B, E, C]: the score of each
           candidate of a multiple choice, or the number that a regression predicts (with C = 1).
         """
-        steps = jnp.arange(1 - (self.head_length or 1), 1).reshape(1, 1, 1, -1)
-        index_BECS = extract_BEC[..., None] + steps
-        # In a slot without an example `extract` is 0, so the indices before it would be negative.
-        index = jnp.maximum(index_BECS, 0).reshape(x_BTD.shape[0], -1, 1)
-        x_BECSD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
-        x_BECSD = x_BECSD.reshape(*index_BECS.shape, -1)
-        if self.head_length is None:
-            x_BECSD = x_BECSD[:, :, :, 0]
+        if self.head_mean:
+            x_BECSD = self._mean_states(x_BTD, segment_ids_BT, extract_BEC)
+        else:
+            x_BECSD = self._last_states(x_BTD, extract_BEC)
         if self.sum_candidates:
             x_BECSD = x_BECSD.sum(axis=2, keepdims=True)
         if self.mean_candidates:
@@ -509,13 +511,42 @@ class GPT(nn.Module):
         y_BECO = self.task_head(x_BECSD)
         return y_BECO[..., 0] if self.num_outputs == 1 else y_BECO[:, :, 0]
 
+    def _last_states(self, x_BTD: Array, extract_BEC: Array) -> Array:
+        """Returns the states that end each sequence, float32 [B, E, C, D].
+
+        If there is a `head_length`, the result is [B, E, C, head_length, D].
+        """
+        steps = jnp.arange(1 - (self.head_length or 1), 1).reshape(1, 1, 1, -1)
+        index_BECS = extract_BEC[..., None] + steps
+        # In a slot without an example `extract` is 0, so the indices before it would be negative.
+        index = jnp.maximum(index_BECS, 0).reshape(x_BTD.shape[0], -1, 1)
+        x_BECSD = jnp.take_along_axis(x_BTD, index, axis=1).astype(jnp.float32)
+        x_BECSD = x_BECSD.reshape(*index_BECS.shape, -1)
+        return x_BECSD[:, :, :, 0] if self.head_length is None else x_BECSD
+
+    def _mean_states(self, x_BTD: Array, segment_ids_BT: Array, extract_BEC: Array) -> Array:
+        """Returns the mean state over all tokens of each sequence, float32 [B, E, C, D].
+
+        In a slot without an example the result is that of the sequence at the start of the row.
+        """
+        batch, slots, candidates = extract_BEC.shape
+        # N = E * C: the sequences of a row.
+        index_BN = extract_BEC.reshape(batch, slots * candidates)
+        own_BN1 = jnp.take_along_axis(segment_ids_BT, index_BN, axis=1)[:, :, None]
+        is_own_BNT = (own_BN1 == segment_ids_BT[:, None, :]).astype(jnp.float32)
+        weights_BNT = is_own_BNT / is_own_BNT.sum(axis=2, keepdims=True)
+        x_BTD = x_BTD.astype(jnp.float32)
+        x_BND = jnp.einsum("bnt,btd->bnd", weights_BNT, x_BTD, precision="highest")
+        return x_BND.reshape(batch, slots, candidates, -1)
+
     def __call__(self, tokens_BT: Array) -> Array:
         """Uses every parameter, so that `init` creates it. Returns the hidden states [B, T, D]."""
         self.lm_projection()
         ones = jnp.ones_like(tokens_BT)
         x_BTD = self.hidden(tokens_BT, ones, jnp.zeros_like(tokens_BT), jnp.zeros_like(tokens_BT))
         if self.num_outputs:
-            self.task_logits(x_BTD, jnp.zeros((tokens_BT.shape[0], 1, 1), jnp.int32))
+            extract_BEC = jnp.zeros((tokens_BT.shape[0], 1, 1), jnp.int32)
+            self.task_logits(x_BTD, ones, extract_BEC)
         return x_BTD
 
 
@@ -567,5 +598,6 @@ def make_model(
         num_outputs=spec.num_outputs,
         sum_candidates=spec.kind.sums_candidates,
         mean_candidates=spec.windows > 0,
+        head_mean=spec.mean,
         head_length=spec.flatten or None,
     )

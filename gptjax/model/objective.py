@@ -137,8 +137,8 @@ def forward(
     if not objective.kind:
         return sums, None
     logits = run(
-        model, params, x_BTD, batch.extract, deterministic, batch.candidate_mask,
-        method="task_logits", key=key,
+        model, params, x_BTD, batch.segment_ids, batch.extract, deterministic,
+        batch.candidate_mask, method="task_logits", key=key,
     )  # fmt: skip
     if batch.labels is None:
         return sums, logits

@@ -365,6 +365,7 @@ def test_odd_input_trains(tmp_path, case):
     assert not any("\ufeff" in token or "\r" in token for token in tokens)
 
 
+@pytest.mark.slow
 def test_one_step_with_a_batch_larger_than_the_data(tmp_path):
     path = runs.write(tmp_path / "train.csv", ROWS[:6])
     more = (f"--config.finetune.validation_file={path}", "--config.finetune.steps=1")

@@ -145,6 +145,7 @@ def test_a_model_of_windows_predicts_as_it_was_validated(tmp_path):
         "--config=experiments/finetune_file.py", *runs.TINY,
         f"--config.finetune.train_file={path}", f"--config.finetune.validation_file={path}",
         "--config.finetune.long=windows", "--config.finetune.max_windows=3",
+        "--config.finetune.head=mean",
         "--config.finetune.baseline=none", "--config.finetune.steps=4",
         "--config.finetune.batch_size=8", f"--workdir={workdir}",
     )  # fmt: skip
@@ -177,6 +178,7 @@ def test_a_model_of_windows_predicts_as_it_was_validated(tmp_path):
         "--mode=export", f"--input={workdir}", f"--output={tmp_path}/x", "--format=openai"
     )
     assert "texts of at most 14 tokens" in made.out
+    assert "only gptjax has a task head that reads the mean state" in made.out
 
 
 @pytest.fixture(scope="module")

@@ -107,9 +107,8 @@ def test_original_drops_the_matrix_once_for_the_embedding_and_the_lm_head():
 def test_the_candidates_of_an_example_share_one_mask(shared):
     _, _, model, params, batch, _ = original(head_dropout=0.5, head_dropout_shared=shared)
     alike = jnp.ones((*batch.tokens.shape, model.config.width))
-    logits = np.asarray(
-        gpt.run(model, params, alike, batch.extract, False, method="task_logits", key=KEY)
-    )
+    rows = (alike, batch.segment_ids, batch.extract)
+    logits = np.asarray(gpt.run(model, params, *rows, False, method="task_logits", key=KEY))
     assert (np.ptp(logits, axis=2).max() < 1e-5) == shared
     assert np.ptp(logits[:, :, 0]) > 0, "examples must not share it"
 
@@ -285,6 +284,7 @@ def test_an_unknown_recipe_is_named():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["original", "modern"])
 def test_a_recipe_fine_tunes_pretrained_weights_and_predicts(recipe, tmp_path):
     tiny = [flag for flag in runs.TINY if "tokenizer" not in flag]

@@ -76,6 +76,7 @@ def test_choices_are_compiled_ranked_and_counted(monkeypatch, capsys):
     assert "7 choices not compiled" in printed.err
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_not_tried_with_more(monkeypatch, capsys):
     on(hardware.Chip(1e12, 1000, 1e9, 1e9, 1.0, 4, ""), monkeypatch)
     found = sweep.run(experiment(), "v5e:1x1", "pretrain", 1)

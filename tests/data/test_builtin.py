@@ -179,6 +179,7 @@ def test_words_in_common_tell_more_than_chance_but_not_all():
     assert 0.5 < right / len(rows) < 0.95
 
 
+@pytest.mark.slow
 def test_the_same_in_another_process_and_without_a_cache(cache, tmp_path):
     code = (
         "from gptjax.data.builtin.tasks import *;"

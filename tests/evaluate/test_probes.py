@@ -94,7 +94,7 @@ def test_a_pronoun_is_a_word(tmp_path):
     assert [first] == encoded(("random cat and the dog", "mat"))
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (8, 1)], ids=str)
+@pytest.mark.parametrize("mesh", [(1, 1), pytest.param((8, 1), marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_log_probabilities_are_those_of_a_plain_softmax(tmp_path, kind, mesh):
     probe = built(tmp_path, kind)

@@ -260,6 +260,7 @@ def test_what_is_no_table_of_the_task_is_one_line(gpt, rows, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_loading_and_using_a_model_prints_nothing(tmp_path):
     """Neither Python code nor the libraries that it calls."""
     code = (

@@ -27,6 +27,7 @@ TASKS = {
     "similarity": TaskSpec("similarity", "a", "b", labels=("0", "1")),
     "multiple_choice": TaskSpec("multiple_choice", "a", choices=("b", "c"), labels=("1", "2")),
     "regression": TaskSpec("regression", "a", "b"),
+    "mean": TaskSpec("classification", "words", labels=("x", "y"), mean=True),
 }
 
 
@@ -58,7 +59,8 @@ def logits(found: Weights, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | No
     if found.task is None:
         return lm, None
     last = jnp.full((len(ids), 1, 1), ids.shape[1] - 1)
-    return lm, np.asarray(gpt.run(model, params, x, last, method="task_logits")).squeeze(1)
+    head = gpt.run(model, params, x, jnp.ones_like(ids), last, method="task_logits")
+    return lm, np.asarray(head).squeeze(1)
 
 
 @pytest.mark.parametrize("form", convert.FORMATS)

@@ -129,6 +129,33 @@ def test_a_long_text_in_windows_is_the_mean_of_its_windows():
     small.assert_trees_close(found[2]["gradients"], found[0]["gradients"], 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["classification", "similarity", "multiple_choice"])
+def test_the_head_reads_the_mean_state_of_each_sequence(kind):
+    """Logits, loss and gradient against the reference, packed and one example a row."""
+    spec, data = small.examples(kind, count=6)
+    spec = dataclasses.replace(spec, mean=True)
+    model = gpt.make_model(small.config(num_layers=1), spec)
+    params, measure = small.params(model), small.measure(model, Objective(kind, 0.5))
+    exact, examples = reference.cast(params), as_sequences(data)
+    _, outputs, l2, _ = reference.run(exact, kind, examples, mean=True)
+    _, others, _, _ = reference.run(exact, kind, examples)
+    assert relative(np.array(others), np.array(outputs)) > 0.01
+    rng = np.random.default_rng(0)
+    step = jax.tree.map(lambda x: 1e-5 * rng.normal(size=x.shape), exact)
+    up, down = (
+        reference.joint(jax.tree.map(moved, exact, step), kind, examples, 0.5, mean=True)
+        for moved in (np.add, np.subtract)
+    )
+    for one in (False, True):
+        batch, index = small.packed(data, 128, (8, 128, 6), one=one)
+        got = jax.device_get(measure(params, batch))
+        for row, slot in np.argwhere(index >= 0):
+            assert relative(got["task_logits"][row, slot], outputs[index[row, slot]]) < TOLERANCE
+        assert got["sums"].task.total / got["sums"].task.weight == pytest.approx(l2, rel=1e-5)
+        products = jax.tree.map(lambda g, d: (g.astype(float) * d).sum(), got["gradients"], step)
+        assert 2 * sum(jax.tree.leaves(products)) == pytest.approx(up - down, rel=2e-4)
+
+
 def test_texts_of_one_window_are_read_as_they_are_cut():
     """Loss, gradient and logits with dropout are the same bits."""
     found = []
@@ -307,7 +334,7 @@ def test_mean_over_keys_of_the_dropped_embedding_is_the_embedding():
     ("remat", "unroll"),
     [
         ("dots", 2),
-        ("full", 1),
+        pytest.param("full", 1, marks=pytest.mark.slow),
         pytest.param("full", 2, marks=pytest.mark.slow),
         pytest.param("none", 2, marks=pytest.mark.slow),
     ],

@@ -242,6 +242,7 @@ def test_blocked_in_bfloat16_is_as_near_to_float64_as_plain():
         assert errors[1] <= 1.6 * errors[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("length", "longest"), [(130, None), (260, 40)])
 def test_blocked_on_a_mesh_equals_one_device(length, longest):
     qkvg, ids, key_ids = cases(4, length, 2, 16, "float32")

@@ -130,6 +130,7 @@ def collectives(data: int, fsdp: int, tensor: int, *more: str) -> dict[str, int]
 TINY = 200  # bytes of the losses, the gradient norm, and whether the gradients are finite
 
 
+@pytest.mark.slow
 def test_fsdp_gathers_weights_and_scatters_gradients_and_nothing_else():
     found = collectives(1, 8, 1)
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
@@ -140,6 +141,7 @@ def test_fsdp_gathers_weights_and_scatters_gradients_and_nothing_else():
     assert 0 <= found["all-reduce"] - 4 * VECTORS < TINY
 
 
+@pytest.mark.slow
 def test_data_and_fsdp_sum_what_fsdp_has_cut():
     found = collectives(4, 2, 1)
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
@@ -148,6 +150,7 @@ def test_data_and_fsdp_sum_what_fsdp_has_cut():
     assert 0 <= found["all-reduce"] - 4 * ((BLOCKS + TABLE) / 2 + VECTORS) < TINY
 
 
+@pytest.mark.slow
 def test_tensor_sums_the_activations_four_times_a_layer():
     """Besides these sums there are one for look-ups, one for d_x of the loss, and the softmax."""
     found = collectives(1, 1, 2)

@@ -94,6 +94,7 @@ def test_the_linear_model_changes_no_number_and_can_be_added_later(done, tmp_pat
     assert runs.records(str(tmp_path)) == runs.records(str(done[0]))
 
 
+@pytest.mark.slow
 def test_it_can_be_added_to_a_run_with_frozen_layers(tmp_path):
     """The answers that are compared come from the whole model, although no step is left."""
     freeze = "--config.finetune.freeze=1"

@@ -90,6 +90,7 @@ def whole(tmp_path_factory):
     return plan, workdir, *train(workdir, plan)
 
 
+@pytest.mark.slow
 def test_it_equals_training_with_stopped_gradients_and_no_cache(whole):
     """The truth computes the frozen part in each step, in a tree of which nothing is cut off.
 

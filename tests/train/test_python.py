@@ -19,6 +19,7 @@ def without_speed(summary):
     return {name: value for name, value in summary.items() if name not in speeds}
 
 
+@pytest.mark.slow
 def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsys):
     pretrained = f"{runs.trained()}/checkpoints/pretrain"
     # The tokenizer is that of the checkpoint.

@@ -51,6 +51,7 @@ def gradients(task, micro):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("eight_devices")
 def test_class_weights_and_smoothing_do_not_depend_on_micro_batches_or_devices(tasked):
     task, batch = tasked
