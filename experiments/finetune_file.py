@@ -42,6 +42,7 @@ def get_config() -> Experiment:
     """Returns the experiment. It needs `--config.finetune.train_file` and names of columns."""
     return Experiment(
         name="finetune_file",
+        choose="model.context_length,finetune.long",
         model=ModelConfig(
             context_length=128,
             # A larger model, or a model with less dropout, memorises a few thousand rows if it

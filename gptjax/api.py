@@ -232,7 +232,8 @@ def _experiment(stage: Stage, fields: Mapping[str, Any], call: _Call) -> Experim
         config = experiments.load(config or f"{stage}_file")
     parts: dict[str, Any] = dict.fromkeys(("pretrain", "finetune", "ablation"))
     parts[stage] = getattr(config, stage) or schema.part_class(Experiment.__annotations__[stage])()
-    experiment = dataclasses.replace(config, **parts)
+    choose = config.not_set(call.overrides) if stage == Stage.FINETUNE else ""
+    experiment = dataclasses.replace(config, choose=choose, **parts)
     start = call.init_from.path if isinstance(call.init_from, GPT) else call.init_from
     given = {"init_from": start, **{f"{stage}.{name}": fields[name] for name in fields}}
     given = {name: value for name, value in given.items() if value is not None}

@@ -83,6 +83,11 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
     Raises:
       UserError: there is no such variant.
     """
+    return dataclasses.replace(config, **_changes(config, name))
+
+
+def _changes(config: FinetuneConfig, name: str) -> dict[str, Any]:
+    """Returns name of a field of the fine-tuning -> its value in a variant."""
     known: dict[str, dict[str, Any]] = {
         "full": {},
         # Layers that are not pretrained are not frozen.
@@ -90,14 +95,14 @@ def variant(config: FinetuneConfig, name: str) -> FinetuneConfig:
         "no_lm": {"lm_weight": 0.0},
     }
     if name in known:
-        return dataclasses.replace(config, **known[name])
+        return known[name]
     kind, _, value = name.partition("=")
     try:
         if kind == "layers" and value.isdecimal():
             frozen = min(config.freeze, int(value))
-            return dataclasses.replace(config, transfer=value, freeze=frozen)
+            return {"transfer": value, "freeze": frozen}
         if kind == "lambda" and float(value) >= 0:
-            return dataclasses.replace(config, lm_weight=float(value))
+            return {"lm_weight": float(value)}
     except ValueError:
         pass
     raise UserError(
@@ -303,6 +308,7 @@ class _Runner:
         ablation = self.ablation
         config = variant(ablation.tasks[job.task], job.variant)
         config = dataclasses.replace(config, compare_from_scratch=False)
+        changed = _changes(config, job.variant)
         experiment = dataclasses.replace(
             ablation.experiment,
             name=str(job),
@@ -311,6 +317,8 @@ class _Runner:
             ablation=None,
             init_from=self.pretrained,
             finetune=config,
+            # A variant sets its fields, so the data does not choose them.
+            choose=ablation.experiment.not_set(f"finetune.{name}" for name in changed),
         )
         if ablation.experiment.pretrain:  # then the model is in a folder, and not on the hub
             experiment.init_from_commit, experiment.tokenizer = "", schema.TokenizerConfig()

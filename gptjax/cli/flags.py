@@ -355,7 +355,9 @@ def parse(argv: Sequence[str]) -> Command | HelpRequest:
             f"{argument}: unexpected argument; the mode comes first, and flags begin with --"
         )
     overrides = config_flags.get_override_values(FLAGS["config"])
-    return Command(MODE.value, schema.frozen(CONFIG.value), overrides, bool(configs))
+    experiment = CONFIG.value
+    experiment.choose = experiment.not_set(overrides)
+    return Command(MODE.value, schema.frozen(experiment), overrides, bool(configs))
 
 
 def _joined(arguments: Sequence[str]) -> list[str]:

@@ -17,7 +17,7 @@ import enum
 import json
 import re
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from gptjax.config.constraints import fraction, limited, not_negative, one_of, positive
@@ -604,6 +604,10 @@ class Experiment(_Config):
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig | None = None
     ablation: AblationConfig | None = None
+    choose: str = ""
+    """Names of fields, comma-separated, whose values are chosen by the training data of the
+    fine-tuning (`gptjax.train.choices`). A field that was set keeps its value. `config.json` has
+    the chosen values, and there this field is empty."""
     probes: dict[str, ProbeConfig] = dataclasses.field(default_factory=dict, hash=False)
     """Name of a probe -> the probe. Each validation of a pretraining runs the probes, and so does
     the mode `evaluate` with `--probes`."""
@@ -622,6 +626,29 @@ class Experiment(_Config):
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
+    def __post_init__(self) -> None:
+        # The first values of the fields in `choose`. A field that has another value later was set.
+        first = {name: value_at(self, name) for name in split_names(self.choose)}
+        object.__setattr__(self, "_first", first)
+
+    def not_set(self, given: Iterable[str] = ()) -> str:
+        """Returns `choose` without the fields that were set after the experiment was made.
+
+        Args:
+          given: names of fields that were set, perhaps to the value that they had.
+        """
+        first: dict[str, Any] = self.__dict__["_first"]
+        names = split_names(self.choose)
+        set_later = {name for name in first if value_at(self, name) != first[name]}
+        return ",".join(name for name in names if name not in set_later.union(given))
+
+
+CHOOSABLE = (
+    "model.context_length", "model.embedding_dropout", "model.residual_dropout",
+    "model.head_dropout", "finetune.long", "finetune.head", "finetune.lm_weight",
+    "finetune.batch_size", "finetune.epochs", "finetune.optimizer.learning_rate",
+)  # fmt: skip
+"""The fields that `Experiment.choose` can name."""
 
 # The fields that can differ when a run is continued in its workdir. The fields of `ablation` decide
 # which results are added, and so does `finetune.baseline`. The other fields change where and how
@@ -695,6 +722,18 @@ def value_at(config: Any, path: str) -> Any:
         is_table = isinstance(config, Mapping)
         config = config.get(name) if is_table else getattr(config, name, None)
     return config
+
+
+def with_value(config: T, path: str, value: Any) -> T:
+    """Returns a copy of a configuration with another value at a dotted path.
+
+    >>> with_value(Experiment(), "model.width", 128).model.width
+    128
+    """
+    name, _, rest = path.partition(".")
+    if rest:
+        value = with_value(getattr(config, name), rest, value)
+    return dataclasses.replace(config, **{name: value})  # type: ignore[type-var]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

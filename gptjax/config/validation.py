@@ -107,8 +107,8 @@ def _validate_finetune(
 ) -> None:
     if finetune.dataset == "builtin":
         raise UserError(
-            f"`{where}.dataset`=builtin: write builtin:classification, builtin:entailment, "
-            "builtin:similarity or builtin:multiple_choice"
+            f"`{where}.dataset`=builtin: write builtin:word_order, builtin:classification, "
+            "builtin:entailment, builtin:similarity or builtin:multiple_choice"
         )
     if not (finetune.steps or finetune.epochs):
         raise UserError(f"`{where}.epochs`={finetune.epochs}: must be greater than 0")
@@ -188,6 +188,18 @@ def validate_probe(name: str, probe: schema.ProbeConfig) -> None:
         )
 
 
+def _validate_choose(experiment: Experiment) -> None:
+    names = schema.split_names(experiment.choose)
+    for name in names:
+        if name not in schema.CHOOSABLE:
+            raise UserError(
+                f"`choose`: the data cannot choose {name!r}{nearest(name, schema.CHOOSABLE)}; the "
+                f"fields are {', '.join(schema.CHOOSABLE)}"
+            )
+    if names and (experiment.pretrain or not experiment.finetune):
+        raise UserError("`choose`: is for an experiment with a finetune part alone; leave it empty")
+
+
 def _validate_mesh(mesh: schema.MeshConfig) -> None:
     sizes = (mesh.data, mesh.fsdp, mesh.tensor)
     require(
@@ -230,6 +242,8 @@ def validate(experiment: Experiment, in_memory: Collection[str] = ()) -> Experim
             raise UserError("`finetune.compare_from_scratch`: needs pretraining or `init_from`")
         if finetune.transfer.isdecimal():
             raise UserError("`finetune.transfer`: needs pretraining or `init_from`")
+    experiment = dataclasses.replace(experiment, choose=experiment.not_set())
+    _validate_choose(experiment)
     if experiment.ablation:
         _validate_ablation(experiment.ablation, model)
     for name, probe in experiment.probes.items():

@@ -369,7 +369,7 @@ def _input(experiment: Experiment, request: Request) -> dict[str, Any]:
     mesh = mesh_lib.make_mesh(experiment.mesh)
     console.say(f"{request.stage}: loading the data")
     start = time.perf_counter()
-    setup, stages = run_lib.prepare(experiment, _NO_WORKDIR, mesh, run_lib.Options())
+    _, setup, stages = run_lib.prepare(experiment, _NO_WORKDIR, mesh, run_lib.Options())
     stage = next(each for each in stages if each.name == request.stage)
     load_seconds = time.perf_counter() - start
     console.say(f"loaded in {load_seconds:.1f} s; timing {request.timed} batches")

@@ -33,7 +33,7 @@ from gptjax.io import files, remote
 from gptjax.mesh import Params
 from gptjax.model import flops, frozen
 from gptjax.parameters import TASK_HEAD
-from gptjax.train import final
+from gptjax.train import choices, final
 from gptjax.train import stages as stages_lib
 from gptjax.train.context import Options, RunContext, Setup
 from gptjax.train.log import MetricsLog
@@ -83,6 +83,7 @@ def run(experiment: Experiment, workdir: str, options: Options | None = None) ->
     # fail in only some of the processes if their meshes differed.
     processes.require_same({"config": schema.to_dict(experiment)})
     experiment = pin_hub_model(experiment, workdir, "checkpoints", options)
+    experiment = choices.keep_earlier(experiment, workdir, "checkpoints")
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
         check_stop = make_check(processes.synchronised_stop(stop))
@@ -109,19 +110,22 @@ def train(experiment: Experiment, workdir: str, mesh: Mesh, options: Options) ->
       TrainingDiverged: several updates in a row were not finite.
     """
     check_workdir(experiment, workdir, "checkpoints")
-    setup, stages = prepare(experiment, workdir, mesh, options)
+    experiment, setup, stages = prepare(experiment, workdir, mesh, options)
     # The run writes nothing before it knows that the data is valid and equal in all processes.
     facts = {
         stage.name: {"data": stage.fingerprint, "steps": stage.total_steps} for stage in stages
     }
     devices = jax.local_device_count()
-    processes.require_same({"tokenizer": setup.tokenizer.hash, "devices": devices, **facts})
+    config = schema.to_dict(experiment)
+    processes.require_same(
+        {"config": config, "tokenizer": setup.tokenizer.hash, "devices": devices, **facts}
+    )
     is_main = jax.process_index() == 0
     if not is_main:
         options = dataclasses.replace(options, reporter=Reporter(), profile=0)
     with MetricsLog(workdir, enabled=is_main) as log:
         if is_main:
-            files.write_json(os.path.join(workdir, "config.json"), schema.to_dict(experiment))
+            files.write_json(os.path.join(workdir, "config.json"), config)
             tokenizer_path = os.path.join(workdir, "tokenizer.json")
             files.write_atomically(tokenizer_path, setup.tokenizer.to_json().encode())
         if not options.trial:
@@ -131,7 +135,7 @@ def train(experiment: Experiment, workdir: str, mesh: Mesh, options: Options) ->
 
 def prepare(
     experiment: Experiment, workdir: str, mesh: Mesh, options: Options
-) -> tuple[Setup, list[Stage]]:
+) -> tuple[Experiment, Setup, list[Stage]]:
     """Loads the data of a validated experiment and builds its stages.
 
     It writes nothing to `workdir`.
@@ -144,7 +148,8 @@ def prepare(
       options: the other options of the run.
 
     Returns:
-      The values that all stages share, and the stages in the order of their training.
+      The experiment with the values that the data has chosen (`Experiment.choose`), the values
+      that all stages share, and the stages in the order of their training.
 
     Raises:
       UserError: the data is wrong, or a field contradicts the checkpoint in `init_from`.
@@ -156,8 +161,13 @@ def prepare(
         rows = options.tables.get("finetune")
         data["finetune"] = splits.labelled_splits(experiment.finetune, experiment.seed, rows)
     tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, options)
+    lines: tuple[str, ...] = ()
+    if experiment.choose:
+        experiment, model, lines = choices.choose(experiment, model, tokenizer, data["finetune"])
     setup = Setup(model, tokenizer, mesh, experiment.seed, options.check_stop)
-    return setup, _build_stages(experiment, setup, data)
+    first, *others = _build_stages(experiment, setup, data)
+    first = dataclasses.replace(first, notes=(*lines, *first.notes))
+    return experiment, setup, [first, *others]
 
 
 def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:

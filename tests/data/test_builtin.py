@@ -103,10 +103,10 @@ def test_no_text_of_a_task_is_in_two_splits(task):
     assert not validation & test
 
 
-@pytest.mark.parametrize("task", ["classification", "similarity", "entailment"])
+@pytest.mark.parametrize("task", ["classification", "similarity", "entailment", "word_order"])
 def test_texts_of_test_are_not_in_the_pretraining_text(task):
     train = plain(corpus("train"))
-    column = "text" if task == "classification" else "text_pair"
+    column = "text" if task in ("classification", "word_order") else "text_pair"
     long = [plain(text) for text in builtin_task(task, "test")[column] if len(text) > 120]
     assert len(long) > 50
     # A few sentences of the licence kind are repeated from module to module inside longer texts.
@@ -121,6 +121,30 @@ def test_classification_has_every_class_in_every_split():
         assert set(counts) == set(rows["train"])
         assert min(counts.values()) >= 5
         assert max(counts.values()) < 0.4 * counts.total()
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_shuffled_sentences_have_the_words_and_ends_of_a_docstring(split):
+    docs = [entry for entry in read_entries() if entry.split == split]
+    by_words = defaultdict(set)  # the sorted words of a sentence -> its orders
+    for entry in docs:
+        for sentence in re.split(r"(?<=[.!?:;])\s+", " ".join(entry.doc.split())):
+            by_words[tuple(sorted(sentence.split()))].add(sentence)
+    rows = builtin_task("word_order", split)
+    assert len(rows) > 1000
+    counts = Counter(rows["label"])
+    assert abs(counts["original"] - counts["shuffled"]) <= 1
+    assert len({tuple(sorted(plain(text).split())) for text in rows["text"]}) > 0.99 * len(rows)
+    found = 0
+    for row in rows:
+        words = row["text"].split()
+        orders = by_words.get(tuple(sorted(words)), ())
+        found += bool(orders)
+        assert not orders or (row["text"] in orders) == (row["label"] == "original"), row
+        for order in orders:
+            assert (words[0], words[-1]) == (order.split()[0], order.split()[-1])
+    # Other sentences have a bracket or a quotation mark after the full stop.
+    assert found > 0.8 * len(rows)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -77,7 +77,7 @@ def first_params(plan):
     plain = dataclasses.replace(plan, finetune=dataclasses.replace(plan.finetune, freeze=0))
     mesh = mesh_lib.make_mesh(plain.mesh)
     options = run_lib.Options(tables=tables())
-    setup, (stage,) = run_lib.prepare(plain, "nowhere", mesh, options)
+    _, setup, (stage,) = run_lib.prepare(plain, "nowhere", mesh, options)
     make = step.initial_state(stage.model, stage.optimizer)
     state = state_lib.born_sharded(make, mesh, jax.random.key(setup.seed))
     return stage, jax.device_get(state.params)
@@ -377,7 +377,7 @@ def test_the_comparison_from_scratch_trains_everything():
     """Random blocks that are frozen would be no fair comparison."""
     plan = planned(freeze=1, compare_from_scratch=True)
     options = run_lib.Options(tables=tables())
-    _, stages = run_lib.prepare(plan, "nowhere", small.mesh(), options)
+    *_, stages = run_lib.prepare(plan, "nowhere", small.mesh(), options)
     assert [stage.frozen for stage in stages] == [1, 0]
     assert [stage.read_states is None for stage in stages] == [False, True]
     assert [stage.name for stage in stages] == ["finetune", "finetune_from_scratch"]

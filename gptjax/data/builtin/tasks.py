@@ -1,4 +1,4 @@
-"""Built-in data, which needs no download: running text and four labelled tasks.
+"""Built-in data, which needs no download: running text and five labelled tasks.
 
 The texts are the docstrings that `corpus.py` collects from the Python standard library. All data is
 divided into the same splits, and all docstrings of a module are in one split. No text is in two
@@ -12,6 +12,7 @@ and is mostly from the same or a neighbouring module. A docstring can contain th
 function. But a signature at the start of a docstring ("find(sub) -> int") is removed.
 """
 
+import itertools
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,15 +28,21 @@ from gptjax.data.tables.texts import Texts, pieces
 from gptjax.errors import require
 
 SPLITS = ("train", "validation", "test")
+WORD_ORDER = "word_order"
 TASKS = (
-    TaskKind.CLASSIFICATION, TaskKind.ENTAILMENT, TaskKind.SIMILARITY, TaskKind.MULTIPLE_CHOICE,
+    WORD_ORDER, TaskKind.CLASSIFICATION.value, TaskKind.ENTAILMENT.value,
+    TaskKind.SIMILARITY.value, TaskKind.MULTIPLE_CHOICE.value,
 )  # fmt: skip
+"""The names of the labelled tasks. Each is a kind of task, except for `word_order`, which is a
+classification."""
 
 _TASK_CHARACTERS = 400
 _MIN_TASK_CHARACTERS = 20
 _CLASSES = 10
 _PARTNER_BLOCK = 48
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*\s+(?=\S)")
+_SENTENCES = 3
+_SENTENCE_WORDS = range(6, 26)
 
 
 def builtin_text(split: str) -> Texts:
@@ -64,6 +71,8 @@ def builtin_text(split: str) -> Texts:
 def builtin_task(name: str, split: str) -> Dataset:
     """Returns the labelled rows of one task.
 
+    * `word_order`: `text` is a sentence of a docstring. `label` is "original", or "shuffled" if the
+      words between the first and the last word are in a random order.
     * `classification`: `text` is a docstring. `label` is the name of its package.
     * `entailment`: `text` is a signature, and `text_pair` is a docstring. `label` is 1 if the
       docstring belongs to the signature, else 0.
@@ -80,7 +89,9 @@ def builtin_task(name: str, split: str) -> Dataset:
       UserError: there is no such task or split, or the Python installation has no sources.
     """
     require(name in TASKS, f"built-in task {name!r}: write one of {', '.join(TASKS)}")
-    if name == TaskKind.CLASSIFICATION:
+    if name == WORD_ORDER:
+        rows = _word_order(read_entries(), split)
+    elif name == TaskKind.CLASSIFICATION:
         rows = _classification(read_entries(), split)
     else:
         pairs = _halves if name == TaskKind.SIMILARITY else _described
@@ -130,6 +141,48 @@ def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]
             rows[entry.package].append({"text": text, "label": entry.package})
     most = int(2 * median(map(len, rows.values())))
     return [row for of_package in rows.values() for row in of_package[:most]]
+
+
+def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
+    """Returns the first sentences of the docstrings, half of them with shuffled words.
+
+    Each sentence occurs once in all splits. The first and the last word stay in their places, so
+    neither a capital letter nor the full stop reveals the label.
+    """
+    seen: set[str] = set()
+    sentences = []
+    for entry in entries:
+        text = " ".join(without_signature(entry.doc).split())
+        ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+        for start, end in list(itertools.pairwise(ends))[:_SENTENCES]:
+            sentence = text[start:end].strip()
+            is_new = plain(sentence) not in seen
+            seen.add(plain(sentence))
+            words = sentence.split()
+            # A sentence with only one order of its inner words cannot be shuffled.
+            can_be_shuffled = len(set(words[1:-1])) > 1
+            if is_new and can_be_shuffled and len(words) in _SENTENCE_WORDS:
+                sentences.append((entry.split, sentence))
+    own = [sentence for of, sentence in sentences if of == split]
+    own.sort(key=name_hash)
+    return [
+        {"text": _shuffled(sentence), "label": "shuffled"}
+        if i % 2
+        else {"text": sentence, "label": "original"}
+        for i, sentence in enumerate(own)
+    ]
+
+
+def _shuffled(sentence: str) -> str:
+    """Returns a sentence whose inner words are in another order, which is equal on all machines."""
+    first, *inner, last = sentence.split()
+    for attempt in itertools.count():
+        keys = [name_hash(f"{attempt} {i} {sentence}") for i in range(len(inner))]
+        order = sorted(range(len(inner)), key=keys.__getitem__)
+        words = [inner[i] for i in order]
+        if words != inner:
+            return " ".join([first, *words, last])
+    raise AssertionError("unreachable")
 
 
 def _described(entries: Sequence[Entry]) -> list[Entry]:

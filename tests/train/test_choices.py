@@ -1,0 +1,175 @@
+"""Values that the data chooses: which fields, what the user has set, and what a run goes on with."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import runs
+
+import gptjax
+from gptjax.config import experiments, schema, validation
+from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, TaskKind
+from gptjax.errors import UserError
+from gptjax.io import files
+from gptjax.train import choices
+from gptjax.train.choices import Facts
+
+ALL = ",".join(schema.CHOOSABLE)
+
+
+def facts(lengths, kind="classification", **changes):
+    model = ModelConfig(context_length=128, width=128, num_heads=4)
+    values = {"pretrained": False, "model": model} | changes
+    return Facts(TaskKind(kind), len(lengths), np.array(lengths), **values)
+
+
+def test_each_field_that_can_be_chosen_has_a_rule():
+    assert set(choices.RULES) == set(schema.CHOOSABLE)
+    assert set(schema.CHOOSABLE) <= set(schema.field_names(Experiment))
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("longest", [3, 60, 200, 600, 5000])
+@pytest.mark.parametrize("rows", [2, 200, 5000, 500_000])
+def test_every_choice_is_a_valid_configuration(kind, pretrained, longest, rows):
+    lengths = np.linspace(1, longest, rows).astype(int)
+    seen = facts(lengths, kind, pretrained=pretrained)
+    columns = {"text_pair": "b"} if kind.is_pair else {}
+    if kind == TaskKind.MULTIPLE_CHOICE:
+        columns = {"choices": "b,c"}
+    config = FinetuneConfig(train_file="rows.csv", task=kind.value, **columns)
+    experiment = Experiment(model=seen.model, finetune=config)
+    for name, rule in choices.RULES.items():
+        experiment = schema.with_value(experiment, name, rule(seen))
+    checked = validation.validate(experiment)
+    again = schema.from_dict(Experiment, schema.to_dict(checked), "here")
+    assert again == checked, "a value has another type than its field"
+
+
+@pytest.mark.parametrize(
+    ("lengths", "kind", "context", "long"),
+    [
+        ([10] * 100, "classification", 64, "cut"),
+        ([10] * 99 + [100], "classification", 64, "cut"),  # 1% is cut
+        ([10] * 95 + [100] * 5, "classification", 128, "cut"),
+        ([10] * 91 + [200] * 9, "classification", 256, "cut"),
+        ([10] * 90 + [200] * 10, "classification", 128, "windows"),
+        ([200] * 100, "similarity", 256, "cut"),  # pairs are not read in windows
+        ([3000] * 100, "multiple_choice", 512, "cut"),
+    ],
+)
+def test_the_context_fits_the_lengths(lengths, kind, context, long):
+    seen = facts(lengths, kind)
+    assert choices.RULES["model.context_length"](seen) == context
+    assert choices.RULES["finetune.long"](seen) == long
+
+
+def test_a_flattened_head_reads_no_windows():
+    seen = facts([500] * 10, flattened=True)
+    assert choices.RULES["finetune.long"](seen) == "cut"
+    assert choices.RULES["model.context_length"](seen) == 512
+
+
+def experiment(choose=ALL):
+    return Experiment(choose=choose, finetune=FinetuneConfig(train_file="rows.csv"))
+
+
+def test_what_was_set_is_not_chosen():
+    """By a flag, even to the value that the field had, or by Python."""
+    names = set(schema.CHOOSABLE)
+    made = experiment()
+    assert set(made.not_set().split(",")) == names
+    made.finetune.epochs = 9.0
+    assert set(made.not_set(["finetune.long"]).split(",")) == names - {
+        "finetune.epochs", "finetune.long"
+    }  # fmt: skip
+    checked = validation.validate(made)
+    assert set(checked.choose.split(",")) == names - {"finetune.epochs"}
+    assert checked.finetune.epochs == 9.0
+    assert validation.validate(checked) == checked
+
+
+def test_wrong_names_are_one_line():
+    with pytest.raises(UserError, match="cannot choose 'finetune.epoch'; did you mean"):
+        validation.validate(experiment("finetune.epoch"))
+    both = dataclasses.replace(
+        experiment(), pretrain=schema.PretrainConfig(dataset="builtin", steps=1)
+    )
+    with pytest.raises(UserError, match="`choose`: is for an experiment with a finetune part"):
+        validation.validate(both)
+
+
+def train(path, workdir, *flags):
+    tiny = ("--config.model.width=16", "--config.tokenizer.vocab_size=120")
+    return runs.main(
+        "--config=finetune_file", *tiny, f"--config.finetune.train_file={path}",
+        "--config.finetune.baseline=none", "--config.finetune.steps=4",
+        "--config.finetune.batch_size=8", f"--workdir={workdir}", *flags,
+    )  # fmt: skip
+
+
+def test_a_run_prints_keeps_and_goes_on_with_its_choices(tmp_path):
+    """More rows of another length do not change what a started run has chosen."""
+    table = runs.rows(40, 3)
+    path, workdir = runs.write(tmp_path / "rows.csv", table), tmp_path / "w"
+    trained = train(path, workdir)
+    assert trained.code == 0, trained.err
+    [line] = [line for line in trained.out.splitlines() if "chosen for 36 rows" in line]
+    config = files.read_json(str(workdir / "config.json"))
+    assert config["choose"] == ""
+    for name in schema.split_names(experiments.load("finetune_file").choose):
+        assert f"{name}={schema.value_at(config, name)}" in line
+    assert gptjax.load(workdir).model.config.context_length == 64
+    assert config["model"]["context_length"] == 64
+    again = train(path, workdir)
+    assert again.code == 0, again.err
+    assert "chosen for" not in again.out
+    assert files.read_json(str(workdir / "config.json")) == config
+    other = train(path, workdir, "--config.model.context_length=32")
+    assert other.code == 2
+    assert "holds another experiment (model.context_length: 64 -> 32)" in other.err
+
+
+def test_a_flag_and_a_checkpoint_decide_before_the_data(tmp_path):
+    path = runs.write(tmp_path / "rows.csv", runs.rows(40, 3))
+    first = train(path, tmp_path / "a", "--config.model.context_length=32")
+    assert first.code == 0, first.err
+    assert "model.context_length=" not in first.out
+    small_one = gptjax.load(tmp_path / "a").model.config
+    assert small_one.context_length == 32
+    flags = ("--config.model.context_length=32", f"--config.init_from={tmp_path}/a")
+    tiny = ("--config.finetune.steps=2", "--config.finetune.baseline=none")
+    second = runs.main(
+        "--config=finetune_file", f"--config.finetune.train_file={path}", *tiny, *flags[1:],
+        f"--workdir={tmp_path}/b",
+    )  # fmt: skip
+    assert second.code == 0, second.err
+    assert "and pretrained weights" in second.out
+    assert gptjax.load(tmp_path / "b").model.config.context_length == 32
+    assert files.read_json(f"{tmp_path}/b/config.json")["model"]["context_length"] == 128
+
+
+def test_the_same_from_python(tmp_path):
+    """An attribute that was set on the experiment is kept."""
+    config = experiments.load("finetune_file")
+    config.model.context_length = 48
+    tiny = {"model.width": 16, "tokenizer.vocab_size": 120, "finetune.steps": 2}
+    rows = runs.rows(30, 3)
+    gpt = gptjax.finetune(
+        rows, config=config, overrides={**tiny, "finetune.baseline": "none"}, progress=False
+    )
+    assert gpt.model.config.context_length == 48
+
+
+def test_a_variant_of_an_ablation_keeps_its_change(monkeypatch):
+    from gptjax.ablation import run as ablation
+
+    made = experiment("finetune.lm_weight,finetune.epochs")
+    for name, expected in {
+        "full": "finetune.lm_weight,finetune.epochs",
+        "lambda=0.5": "finetune.epochs",
+        "no_lm": "finetune.epochs",
+    }.items():
+        changed = ablation._changes(made.finetune, name)
+        assert made.not_set(f"finetune.{field}" for field in changed) == expected
