@@ -36,13 +36,14 @@ The flags were:
 """
 
 from gptjax.config import Experiment, FinetuneConfig, ModelConfig, OptimizerConfig, TokenizerConfig
+from gptjax.config.schema import CHOOSABLE
 
 
 def get_config() -> Experiment:
     """Returns the experiment. It needs `--config.finetune.train_file` and names of columns."""
     return Experiment(
         name="finetune_file",
-        choose="model.context_length,finetune.long",
+        choose=",".join(CHOOSABLE),
         model=ModelConfig(
             context_length=128,
             # A larger model, or a model with less dropout, memorises a few thousand rows if it

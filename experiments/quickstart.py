@@ -1,20 +1,13 @@
-"""Pretrains on Python's docstrings, then fine-tunes to predict the package of a docstring.
+"""Pretrains on Python's docstrings, then fine-tunes to tell whether the words are in order.
 
     python launch.py
 
-The pretraining has about 530,000 training tokens. The fine-tuning has 2,504 labelled docstrings of
-ten packages, and no module is in two splits. At the end the same fine-tuning runs from random
-weights, to show the gain of pretraining.
+The pretraining has about 530,000 training tokens. The fine-tuning has 8,165 sentences of other
+docstrings, and no module is in two splits. The words of every second sentence are shuffled. A
+linear model counts words and pairs of words, so it sees little of their order. At the end the same
+fine-tuning runs from random weights, to show the gain of pretraining.
 
-Results on 2 cores of an Intel Xeon (Python 3.11, jax 0.10.2, 2026-11-23), as medians of the seeds
-0, 1 and 2 (in brackets: the three seeds):
-
-    test accuracy with pretraining      50.0% (48.2, 51.3, 50.0)
-    test accuracy from random weights   40.3% (38.8, 40.3, 43.1)
-    majority-class baseline             19.4%
-
-The perplexity after pretraining is 163.8. The run needs 1.7 GB of memory, and 2 minutes and 2
-seconds in all, or less if an earlier run has filled the caches.
+RESULTS
 """
 
 from gptjax.config import (
@@ -45,9 +38,11 @@ def get_config() -> Experiment:
             optimizer=OptimizerConfig(learning_rate=3e-3, warmup_fraction=0.15, beta2=0.98),
         ),
         finetune=FinetuneConfig(
-            dataset="builtin:classification",
+            dataset="builtin:word_order",
+            # A wrong order can be anywhere in the sentence, and the mean of all states shows it.
+            head="mean",
             batch_size=32,
-            epochs=3,
+            epochs=2,
             compare_from_scratch=True,
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_fraction=0.1),
         ),

@@ -6,14 +6,15 @@ pretrained. It does not see the labels of the validation or test rows.
 """
 
 import dataclasses
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
 
 from gptjax.config import schema, validation
-from gptjax.config.schema import Experiment, ModelConfig, TaskKind
+from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, TaskKind
 from gptjax.data import splits, tasks
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tokens.tokenizer import Tokenizer
@@ -26,6 +27,14 @@ _WINDOW = 128
 _MANY_LONG = 0.1
 # A context is long enough if at most this fraction of the rows is longer.
 _FEW_LONG = 0.01
+# The values of the paper, for pretrained models.
+_PAPER_DROPOUT, _PAPER_LM_WEIGHT, _PAPER_BATCH_SIZE = 0.1, 0.5, 32
+# With random weights and fewer rows than this, small batches are better, because the noise of their
+# gradients prevents that the rows are memorised.
+_FEW_ROWS, _SMALL_BATCH_SIZE = 20_000, 8
+# With more tokens than this in an epoch, the LM loss would make the epoch several times as long.
+_MANY_TOKENS = 500_000
+_MIN_STEPS, _ROWS_READ = 400, 60_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +55,11 @@ class Facts:
     """Whether the user chose a task head that reads one padded sequence."""
 
     @property
+    def tokens(self) -> int:
+        """The number of tokens of the longest sequences of all rows."""
+        return int(self.lengths.sum(dtype=np.int64))
+
+    @property
     def in_windows(self) -> bool:
         """Whether long texts are read in windows."""
         if self.kind != TaskKind.CLASSIFICATION or self.flattened:
@@ -60,7 +74,12 @@ class Facts:
         return f"{self.rows:,} rows of at most {longest:,} tokens and {weights} weights"
 
 
-def _context_length(facts: Facts) -> int:
+Rule = Callable[[Facts, FinetuneConfig], Any]
+"""A function that chooses the value of a field. Its second argument has the values that the user
+set and those that were chosen before, in the order of `RULES`."""
+
+
+def _context_length(facts: Facts, _: FinetuneConfig) -> int:
     """Returns the shortest context that nearly all rows fit into."""
     if facts.in_windows:
         return _WINDOW
@@ -70,13 +89,82 @@ def _context_length(facts: Facts) -> int:
     return context
 
 
-def _long(facts: Facts) -> str:
+def _long(facts: Facts, _: FinetuneConfig) -> str:
     return schema.Long.WINDOWS.value if facts.in_windows else schema.Long.CUT.value
 
 
-RULES: dict[str, Callable[[Facts], Any]] = {
+def _head(facts: Facts, config: FinetuneConfig) -> str:
+    """Returns the input of the task head. The mean finds what is said once in a long text."""
+    windows = config.long == schema.Long.WINDOWS
+    mean = windows and not facts.pretrained
+    return schema.Head.MEAN.value if mean else schema.Head.EXTRACT.value
+
+
+def _dropout(classification: float, other: float) -> Rule:
+    """Returns a rule for a dropout probability.
+
+    Args:
+      classification: the probability for texts that random weights classify. Such a model
+        memorises a few thousand texts, except with much dropout.
+      other: the probability for other tasks with random weights. There the model must compare
+        texts, and much dropout hides the words that they share.
+    """
+
+    def rule(facts: Facts, _: FinetuneConfig) -> float:
+        if facts.pretrained:
+            return _PAPER_DROPOUT
+        return classification if facts.kind == TaskKind.CLASSIFICATION else other
+
+    return rule
+
+
+def _lm_weight(facts: Facts, _: FinetuneConfig) -> float:
+    """Returns lambda: that of the paper, or 0 where the LM loss would take most of the time."""
+    many = facts.tokens > _MANY_TOKENS and not facts.pretrained
+    return 0.0 if many else _PAPER_LM_WEIGHT
+
+
+def _batch_size(facts: Facts, _: FinetuneConfig) -> int:
+    few = facts.rows < _FEW_ROWS and not facts.pretrained
+    return _SMALL_BATCH_SIZE if few else _PAPER_BATCH_SIZE
+
+
+def _epochs(facts: Facts, config: FinetuneConfig) -> float:
+    """Returns the number of epochs.
+
+    A small data set gets more, so that there are about 400 steps. A large data set gets fewer, so
+    that about 60,000 rows are read, but each row at least once.
+    """
+    usual, most = (3.0, 6.0) if facts.pretrained else (6.0, 30.0)
+    enough = _MIN_STEPS * config.batch_size / facts.rows
+    affordable = _ROWS_READ / facts.rows
+    return float(max(1, round(min(max(usual, enough), most, affordable))))
+
+
+def _learning_rate(facts: Facts, config: FinetuneConfig) -> float:
+    """Returns a learning rate for the width of the model and the batch size.
+
+    For a batch size of 32, two rates are known: 1e-3 for width 128, which was measured, and the
+    paper's 6.25e-5 for width 768. The line between them (on logarithmic axes) gives the rates of
+    other widths. For Adam, the rate grows with the square root of the batch size (Malladi et al.
+    2022).
+    """
+    slope = math.log(1e-3 / 6.25e-5) / math.log(768 / 128)
+    rate = 1e-3 * (128 / facts.model.width) ** slope
+    return float(f"{rate * math.sqrt(config.batch_size / _PAPER_BATCH_SIZE):.3g}")
+
+
+RULES: dict[str, Rule] = {
     "model.context_length": _context_length,
+    "model.embedding_dropout": _dropout(0.6, 0.1),
+    "model.residual_dropout": _dropout(0.3, 0.1),
+    "model.head_dropout": _dropout(0.4, 0.1),
     "finetune.long": _long,
+    "finetune.head": _head,
+    "finetune.lm_weight": _lm_weight,
+    "finetune.batch_size": _batch_size,
+    "finetune.epochs": _epochs,
+    "finetune.optimizer.learning_rate": _learning_rate,
 }
 """Name of a field -> the function that chooses its value."""
 
@@ -86,6 +174,7 @@ def choose(
     model: ModelConfig,
     tokenizer: Tokenizer,
     data: dict[str, LabelledTable],
+    in_memory: Collection[str] = (),
 ) -> tuple[Experiment, ModelConfig, tuple[str, ...]]:
     """Returns the experiment with the chosen values, the model, and lines for the user.
 
@@ -95,6 +184,7 @@ def choose(
         sizes are those of this checkpoint, and no rule changes them.
       tokenizer: the tokenizer.
       data: name of a split -> rows of the fine-tuning.
+      in_memory: the stages whose data are tables in memory.
 
     Raises:
       UserError: a chosen value contradicts a value that the user set.
@@ -113,23 +203,26 @@ def choose(
         config.head == schema.Head.FLATTEN and "finetune.head" not in names,
     )
     chosen = {}
-    for name in names:
+    for name, rule in RULES.items():
         part, _, field = name.partition(".")
-        if experiment.init_from and part == "model" and field in schema.INHERITED_SIZES:
+        inherited = bool(experiment.init_from) and field in schema.INHERITED_SIZES
+        if name not in names or (part == "model" and inherited):
             continue
-        chosen[name] = RULES[name](facts)
-    for name, value in chosen.items():
+        assert experiment.finetune is not None
+        chosen[name] = value = rule(facts, experiment.finetune)
         experiment = schema.with_value(experiment, name, value)
-        part, _, field = name.partition(".")
         if part == "model":
             model = dataclasses.replace(model, **{field: value})
-    experiment = validation.validate(dataclasses.replace(experiment, choose=""))
+    experiment = dataclasses.replace(experiment, choose="")
+    experiment = validation.validate(experiment, in_memory)
     values = ", ".join(f"{name}={value}" for name, value in chosen.items())
     line = f"finetune: chosen for {facts.describe()}: {values} (a flag sets another value)"
     return experiment, model, (line,)
 
 
-def keep_earlier(experiment: Experiment, workdir: str, product: str) -> Experiment:
+def keep_earlier(
+    experiment: Experiment, workdir: str, product: str, in_memory: Collection[str] = ()
+) -> Experiment:
     """Returns the experiment with the values that an earlier run in the workdir chose.
 
     Without an earlier run the experiment is not changed.
@@ -138,6 +231,7 @@ def keep_earlier(experiment: Experiment, workdir: str, product: str) -> Experime
       experiment: the configuration, from `validation.validate`.
       workdir: the folder of the run.
       product: the name of the results in the workdir. If they are missing, there was no run.
+      in_memory: the stages whose data are tables in memory.
     """
     path = os.path.join(workdir, "config.json")
     names = schema.split_names(experiment.choose)
@@ -147,4 +241,4 @@ def keep_earlier(experiment: Experiment, workdir: str, product: str) -> Experime
     for name in names:
         if (value := schema.value_at(old, name)) is not None:
             experiment = schema.with_value(experiment, name, value)
-    return validation.validate(dataclasses.replace(experiment, choose=""))
+    return validation.validate(dataclasses.replace(experiment, choose=""), in_memory)

@@ -83,7 +83,7 @@ def run(experiment: Experiment, workdir: str, options: Options | None = None) ->
     # fail in only some of the processes if their meshes differed.
     processes.require_same({"config": schema.to_dict(experiment)})
     experiment = pin_hub_model(experiment, workdir, "checkpoints", options)
-    experiment = choices.keep_earlier(experiment, workdir, "checkpoints")
+    experiment = choices.keep_earlier(experiment, workdir, "checkpoints", options.tables)
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
         check_stop = make_check(processes.synchronised_stop(stop))
@@ -163,7 +163,9 @@ def prepare(
     tokenizer, model = _choose_tokenizer_and_sizes(experiment, workdir, data, options)
     lines: tuple[str, ...] = ()
     if experiment.choose:
-        experiment, model, lines = choices.choose(experiment, model, tokenizer, data["finetune"])
+        experiment, model, lines = choices.choose(
+            experiment, model, tokenizer, data["finetune"], options.tables
+        )
     setup = Setup(model, tokenizer, mesh, experiment.seed, options.check_stop)
     first, *others = _build_stages(experiment, setup, data)
     first = dataclasses.replace(first, notes=(*lines, *first.notes))

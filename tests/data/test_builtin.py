@@ -107,7 +107,11 @@ def test_no_text_of_a_task_is_in_two_splits(task):
 def test_texts_of_test_are_not_in_the_pretraining_text(task):
     train = plain(corpus("train"))
     column = "text" if task in ("classification", "word_order") else "text_pair"
-    long = [plain(text) for text in builtin_task(task, "test")[column] if len(text) > 120]
+    rows = builtin_task(task, "test")
+    if task == "word_order":
+        rows = rows.filter(lambda row: row["label"] == "original", keep_in_memory=True)
+    limit = 80 if task == "word_order" else 120
+    long = [plain(text) for text in rows[column] if len(text) > limit]
     assert len(long) > 50
     # A few sentences of the licence kind are repeated from module to module inside longer texts.
     assert sum(text in train for text in long) <= 0.01 * len(long)
@@ -124,7 +128,7 @@ def test_classification_has_every_class_in_every_split():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_shuffled_sentences_have_the_words_and_ends_of_a_docstring(split):
+def test_shuffled_sentences_have_the_words_of_a_docstring(split):
     docs = [entry for entry in read_entries() if entry.split == split]
     by_words = defaultdict(set)  # the sorted words of a sentence -> its orders
     for entry in docs:
@@ -141,8 +145,6 @@ def test_shuffled_sentences_have_the_words_and_ends_of_a_docstring(split):
         orders = by_words.get(tuple(sorted(words)), ())
         found += bool(orders)
         assert not orders or (row["text"] in orders) == (row["label"] == "original"), row
-        for order in orders:
-            assert (words[0], words[-1]) == (order.split()[0], order.split()[-1])
     # Other sentences have a bracket or a quotation mark after the full stop.
     assert found > 0.8 * len(rows)
 

@@ -42,7 +42,7 @@ _CLASSES = 10
 _PARTNER_BLOCK = 48
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*\s+(?=\S)")
 _SENTENCES = 3
-_SENTENCE_WORDS = range(6, 26)
+_SENTENCE_WORDS = range(6, 17)
 
 
 def builtin_text(split: str) -> Texts:
@@ -71,8 +71,8 @@ def builtin_text(split: str) -> Texts:
 def builtin_task(name: str, split: str) -> Dataset:
     """Returns the labelled rows of one task.
 
-    * `word_order`: `text` is a sentence of a docstring. `label` is "original", or "shuffled" if the
-      words between the first and the last word are in a random order.
+    * `word_order`: `text` is a sentence of a docstring. `label` is "original", or "shuffled" if its
+      words are in a random order.
     * `classification`: `text` is a docstring. `label` is the name of its package.
     * `entailment`: `text` is a signature, and `text_pair` is a docstring. `label` is 1 if the
       docstring belongs to the signature, else 0.
@@ -146,8 +146,7 @@ def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]
 def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
     """Returns the first sentences of the docstrings, half of them with shuffled words.
 
-    Each sentence occurs once in all splits. The first and the last word stay in their places, so
-    neither a capital letter nor the full stop reveals the label.
+    Each sentence occurs once in all splits.
     """
     seen: set[str] = set()
     sentences = []
@@ -159,9 +158,8 @@ def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
             is_new = plain(sentence) not in seen
             seen.add(plain(sentence))
             words = sentence.split()
-            # A sentence with only one order of its inner words cannot be shuffled.
-            can_be_shuffled = len(set(words[1:-1])) > 1
-            if is_new and can_be_shuffled and len(words) in _SENTENCE_WORDS:
+            # Words that are all equal have no other order.
+            if is_new and len(set(words)) > 1 and len(words) in _SENTENCE_WORDS:
                 sentences.append((entry.split, sentence))
     own = [sentence for of, sentence in sentences if of == split]
     own.sort(key=name_hash)
@@ -174,14 +172,13 @@ def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
 
 
 def _shuffled(sentence: str) -> str:
-    """Returns a sentence whose inner words are in another order, which is equal on all machines."""
-    first, *inner, last = sentence.split()
+    """Returns the words of a sentence in another order, which is the same on all machines."""
+    words = sentence.split()
     for attempt in itertools.count():
-        keys = [name_hash(f"{attempt} {i} {sentence}") for i in range(len(inner))]
-        order = sorted(range(len(inner)), key=keys.__getitem__)
-        words = [inner[i] for i in order]
-        if words != inner:
-            return " ".join([first, *words, last])
+        keys = [name_hash(f"{attempt} {i} {sentence}") for i in range(len(words))]
+        shuffled = [words[i] for i in sorted(range(len(words)), key=keys.__getitem__)]
+        if shuffled != words:
+            return " ".join(shuffled)
     raise AssertionError("unreachable")
 
 
