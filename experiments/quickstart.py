@@ -42,7 +42,7 @@ def get_config() -> Experiment:
             # A wrong order can be anywhere in the sentence, and the mean of all states shows it.
             head="mean",
             batch_size=32,
-            epochs=2,
+            epochs=4,
             compare_from_scratch=True,
             optimizer=OptimizerConfig(learning_rate=1e-3, schedule="linear", warmup_fraction=0.1),
         ),

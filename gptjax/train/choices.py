@@ -31,10 +31,11 @@ _FEW_LONG = 0.01
 _PAPER_DROPOUT, _PAPER_LM_WEIGHT, _PAPER_BATCH_SIZE = 0.1, 0.5, 32
 # With random weights and fewer rows than this, small batches are better, because the noise of their
 # gradients prevents that the rows are memorised.
-_FEW_ROWS, _SMALL_BATCH_SIZE = 20_000, 8
+_FEW_ROWS, _SMALL_BATCH_SIZE = 20_000, 16
 # With more tokens than this in an epoch, the LM loss would make the epoch several times as long.
 _MANY_TOKENS = 500_000
 _MIN_STEPS, _ROWS_READ = 400, 60_000
+_HIGHEST_RATE = 3e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _learning_rate(facts: Facts, config: FinetuneConfig) -> float:
     2022).
     """
     slope = math.log(1e-3 / 6.25e-5) / math.log(768 / 128)
-    rate = 1e-3 * (128 / facts.model.width) ** slope
+    rate = min(_HIGHEST_RATE, 1e-3 * (128 / facts.model.width) ** slope)
     return float(f"{rate * math.sqrt(config.batch_size / _PAPER_BATCH_SIZE):.3g}")
 
 
@@ -206,9 +207,10 @@ def choose(
     for name, rule in RULES.items():
         part, _, field = name.partition(".")
         inherited = bool(experiment.init_from) and field in schema.INHERITED_SIZES
-        if name not in names or (part == "model" and inherited):
-            continue
         assert experiment.finetune is not None
+        not_used = name == "finetune.epochs" and experiment.finetune.steps > 0
+        if name not in names or not_used or (part == "model" and inherited):
+            continue
         chosen[name] = value = rule(facts, experiment.finetune)
         experiment = schema.with_value(experiment, name, value)
         if part == "model":

@@ -32,6 +32,8 @@ from gptjax.train.states import Frozen, Splits
 
 # The number of classes whose weights the user is told.
 _SHOWN_CLASSES = 10
+# The user is warned if there are more classes than this, and fewer than two rows for each.
+_FEW_CLASSES = 20
 
 Scores = dict[str, float]
 Scorer = Callable[[Params], Scores]
@@ -280,6 +282,17 @@ def _describe_split(
     return [text, *tasks.unknown_warning(examples.unknown, name)]
 
 
+def _warn_of_labels(spec: TaskSpec, rows: int) -> list[str]:
+    """Returns a line for the user if the labels are so many that the column may be a wrong one."""
+    classes = len(spec.labels) if spec.kind.has_classes else 0
+    if classes <= _FEW_CLASSES or 2 * classes <= rows:
+        return []
+    return [
+        f"warning: column {spec.label} has {classes:,} different labels in {rows:,} training rows; "
+        "is it the right column? A class needs several rows"
+    ]
+
+
 def _describe_stage(config: FinetuneConfig, total: int, packer: Packer) -> str:
     """Returns a line for the user with the steps, the shape of a batch and the joint loss.
 
@@ -419,7 +432,7 @@ def finetune(config: FinetuneConfig, data: dict[str, LabelledTable], setup: Setu
         for name, split in examples.items()
         for line in _describe_split(name, split, data[name], config, setup.model)
     ]
-    notes += [_describe_stage(config, total, packer), *lines]
+    notes += [*_warn_of_labels(spec, len(train)), _describe_stage(config, total, packer), *lines]
     if "f1" in metric_names:
         notes.append(f"finetune: f1 is that of the label {spec.labels[-1]!r}")
     tokens = {name: int(split.lengths.sum()) for name, split in examples.items()}

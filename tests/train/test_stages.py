@@ -147,6 +147,14 @@ def test_finetuning_counts(tokenizer):
     assert finetune(tokenizer, evals_per_epoch=100.0).eval_every == 1
 
 
+@pytest.mark.parametrize(("classes", "warned"), [(20, False), (21, True), (30, True)])
+def test_a_column_of_too_many_labels_is_warned_of(tokenizer, classes, warned):
+    data = label_data(count=40, labels=[str(i) for i in range(classes)])
+    notes = finetune(tokenizer, data=data).notes
+    text = f"warning: column label has {classes} different labels in 40 training rows"
+    assert any(note.startswith(text) for note in notes) == warned
+
+
 def test_balanced_class_weights_are_those_of_scikit_learn(tokenizer):
     """Only the training has them, and their mean over the training examples is 1."""
     data = label_data(labels=("no", "no", "no", "yes", "maybe", "no"))

@@ -42,6 +42,7 @@ _CLASSES = 10
 _PARTNER_BLOCK = 48
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*\s+(?=\S)")
 _SENTENCES = 3
+_PUNCTUATION = " .!?:;"
 _SENTENCE_WORDS = range(6, 17)
 
 
@@ -146,7 +147,8 @@ def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]
 def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
     """Returns the first sentences of the docstrings, half of them with shuffled words.
 
-    Each sentence occurs once in all splits.
+    Each sentence occurs once in all splits. It has no punctuation at its end, because a full stop
+    in the middle of a sentence would reveal the label.
     """
     seen: set[str] = set()
     sentences = []
@@ -154,7 +156,7 @@ def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
         text = " ".join(without_signature(entry.doc).split())
         ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
         for start, end in list(itertools.pairwise(ends))[:_SENTENCES]:
-            sentence = text[start:end].strip()
+            sentence = text[start:end].rstrip(_PUNCTUATION).strip()
             is_new = plain(sentence) not in seen
             seen.add(plain(sentence))
             words = sentence.split()
