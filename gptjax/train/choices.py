@@ -29,8 +29,8 @@ _MANY_LONG = 0.1
 _FEW_LONG = 0.01
 # The values of the paper, for pretrained models.
 _PAPER_DROPOUT, _PAPER_LM_WEIGHT, _PAPER_BATCH_SIZE = 0.1, 0.5, 32
-# With random weights and fewer rows than this, small batches are better, because the noise of their
-# gradients prevents that the rows are memorised.
+# With random weights and fewer texts to classify than this, small batches are better, perhaps because
+# the noise of their gradients keeps the model from memorising the texts.
 _FEW_ROWS, _SMALL_BATCH_SIZE = 20_000, 16
 # With more tokens than this in an epoch, the LM loss would make the epoch several times as long.
 _MANY_TOKENS = 500_000
@@ -101,20 +101,17 @@ def _head(facts: Facts, config: FinetuneConfig) -> str:
     return schema.Head.MEAN.value if mean else schema.Head.EXTRACT.value
 
 
-def _dropout(classification: float, other: float) -> Rule:
+def _dropout(usual: float) -> Rule:
     """Returns a rule for a dropout probability.
 
     Args:
-      classification: the probability for texts that random weights classify. Such a model
-        memorises a few thousand texts, except with much dropout.
-      other: the probability for other tasks with random weights. There the model must compare
-        texts, and much dropout hides the words that they share.
+      usual: the probability for random weights. Such a model memorises a few thousand rows, except
+        with much dropout. In a multiple choice much dropout hides what tells the answers apart.
     """
 
     def rule(facts: Facts, _: FinetuneConfig) -> float:
-        if facts.pretrained:
-            return _PAPER_DROPOUT
-        return classification if facts.kind == TaskKind.CLASSIFICATION else other
+        little = facts.pretrained or facts.kind == TaskKind.MULTIPLE_CHOICE
+        return _PAPER_DROPOUT if little else usual
 
     return rule
 
@@ -126,8 +123,8 @@ def _lm_weight(facts: Facts, _: FinetuneConfig) -> float:
 
 
 def _batch_size(facts: Facts, _: FinetuneConfig) -> int:
-    few = facts.rows < _FEW_ROWS and not facts.pretrained
-    return _SMALL_BATCH_SIZE if few else _PAPER_BATCH_SIZE
+    few = facts.rows < _FEW_ROWS and facts.kind == TaskKind.CLASSIFICATION
+    return _SMALL_BATCH_SIZE if few and not facts.pretrained else _PAPER_BATCH_SIZE
 
 
 def _epochs(facts: Facts, config: FinetuneConfig) -> float:
@@ -157,9 +154,9 @@ def _learning_rate(facts: Facts, config: FinetuneConfig) -> float:
 
 RULES: dict[str, Rule] = {
     "model.context_length": _context_length,
-    "model.embedding_dropout": _dropout(0.6, 0.1),
-    "model.residual_dropout": _dropout(0.3, 0.1),
-    "model.head_dropout": _dropout(0.4, 0.1),
+    "model.embedding_dropout": _dropout(0.6),
+    "model.residual_dropout": _dropout(0.3),
+    "model.head_dropout": _dropout(0.4),
     "finetune.long": _long,
     "finetune.head": _head,
     "finetune.lm_weight": _lm_weight,
