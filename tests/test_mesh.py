@@ -229,6 +229,7 @@ CHANGES = {
     "one matrix": {"one_matrix": True, "remat": "dots"},
     "clipped, in two": {},
     "bfloat16": {"dtype": "bfloat16"},
+    "mean of all states": {},
 }
 
 
@@ -246,6 +247,7 @@ def problem(kind, changes=""):
         batch = loader.lm_batch(windows, 32, 16)
     else:
         spec, data = small.examples(kind, count=8)
+        spec = dataclasses.replace(spec, mean=changes == "mean of all states")
         model, objective = gpt.make_model(config, spec), objective_lib.Objective(kind, 0.5)
         batch, _ = small.packed(data, 104, (16, 104, 16))
     return model, objective, small.params(model), batch
@@ -259,6 +261,7 @@ PROBLEMS = [
             ("similarity", ""), ("", "odd"), ("similarity", "odd"), ("", "not tied"),
             ("entailment", "not tied"), ("", "one matrix"), ("similarity", "one matrix"),
             ("", "clipped, in two"), ("similarity", "clipped, in two"), ("", "bfloat16"),
+            ("similarity", "mean of all states"),
         )
     ),
 ]  # fmt: skip
