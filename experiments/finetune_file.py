@@ -57,7 +57,7 @@ def get_config() -> Experiment:
             head_dropout=0.4,
             init_std=0.09,
         ),
-        tokenizer=TokenizerConfig(vocab_size=8000),
+        tokenizer=TokenizerConfig(vocab_size=14000),
         finetune=FinetuneConfig(
             batch_size=32,
             epochs=6,
