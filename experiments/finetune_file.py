@@ -35,14 +35,21 @@ The flags were:
             --config.finetune.text_pair=sentence2 --config.finetune.label=score
 """
 
-from gptjax.config import Experiment, FinetuneConfig, ModelConfig, OptimizerConfig, TokenizerConfig
-from gptjax.config.schema import CHOOSABLE
+from gptjax.config import (
+    CHOOSABLE,
+    Experiment,
+    FinetuneConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TokenizerConfig,
+)
 
 
 def get_config() -> Experiment:
     """Returns the experiment. It needs `--config.finetune.train_file` and names of columns."""
     return Experiment(
         name="finetune_file",
+        # The data chooses these fields, so that their values below are not used.
         choose=",".join(CHOOSABLE),
         model=ModelConfig(
             context_length=128,

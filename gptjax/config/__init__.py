@@ -3,6 +3,7 @@
 Experiment files import the configuration classes from this package.
 """
 
+from gptjax.config.schema import CHOOSABLE as CHOOSABLE
 from gptjax.config.schema import AblationConfig as AblationConfig
 from gptjax.config.schema import CheckpointConfig as CheckpointConfig
 from gptjax.config.schema import Experiment as Experiment

@@ -29,8 +29,8 @@ _MANY_LONG = 0.1
 _FEW_LONG = 0.01
 # The values of the paper, for pretrained models.
 _PAPER_DROPOUT, _PAPER_LM_WEIGHT, _PAPER_BATCH_SIZE = 0.1, 0.5, 32
-# With random weights and fewer texts to classify than this, small batches are better, perhaps because
-# the noise of their gradients keeps the model from memorising the texts.
+# With random weights and fewer texts to classify than this, small batches are better. Perhaps the
+# noise of their gradients keeps the model from memorising the texts.
 _FEW_ROWS, _SMALL_BATCH_SIZE = 20_000, 8
 _MIN_STEPS, _ROWS_READ = 400, 60_000
 _HIGHEST_RATE = 3e-3
@@ -112,7 +112,8 @@ def _dropout(usual: float) -> Rule:
 def _lm_weight(facts: Facts, _: FinetuneConfig) -> float:
     """Returns lambda: that of the paper, or 0 for random weights.
 
-    From random weights the LM loss takes two thirds of the time, and it made no score clearly better.
+    From random weights the LM loss takes two thirds of the time, and it made no score clearly
+    better.
     """
     return _PAPER_LM_WEIGHT if facts.pretrained else 0.0
 
