@@ -85,7 +85,7 @@ def labelled_splits(
 
     If there are no validation rows, a fraction of the training rows is held out for validation.
     Rows of equal text are then in the same split, and each class has about the same share of both
-    splits. Rows whose label is `config.ignore_label` are left out.
+    splits. Rows whose label is `config.ignore_label` are left out before.
 
     Args:
       config: the source of the rows, and the names of the columns to read.
@@ -115,6 +115,7 @@ def labelled_splits(
                 splits[split] = one_split(config.dataset, name, needed)
             elif name:
                 splits[split] = read_labelled(name, config.columns, needed)
+    splits = {name: without_label(table, config) for name, table in splits.items()}
     if "validation" not in splits:
         require(
             config.validation_fraction > 0,
@@ -122,9 +123,12 @@ def labelled_splits(
         )
         classes = spec.label if spec.kind.has_classes else ""
         fraction = config.validation_fraction
-        parts = holdout(splits["train"], spec.text_columns, fraction, seed, classes)
-        splits["train"], splits["validation"] = parts
-    return {name: without_label(table, config) for name, table in splits.items()}
+        symmetric = spec.kind.sums_candidates
+        parts = holdout(splits["train"], spec.text_columns, fraction, seed, classes, symmetric)
+        splits["train"] = parts[0]
+        # The rows that were left out are counted once, in the training split.
+        splits["validation"] = dataclasses.replace(parts[1], ignored=0)
+    return splits
 
 
 def one_split(dataset: str, split: str, needed: tuple[str, ...]) -> LabelledTable:

@@ -276,7 +276,8 @@ def _describe_split(
         text += f", {part}"
     if examples.empty:
         text += f", {examples.empty:,} with an empty text"
-    if config.ignore_label:
+    is_held_out = name != "train" and table.part_of
+    if config.ignore_label and not is_held_out:
         left_out = f"{table.ignored:,}" if table.ignored else "none"
         text += f", {left_out} left out for the label {config.ignore_label!r}"
     return [text, *tasks.unknown_warning(examples.unknown, name)]

@@ -215,6 +215,24 @@ def test_large_groups_of_equal_texts_do_not_overshoot(seed):
     assert not set(train.columns(["text"])["text"]) & set(held.columns(["text"])["text"])
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_a_pair_and_its_mirror_image_are_in_one_split(seed):
+    pairs = [(f"text {i}", f"other {i}") for i in range(30)]
+    rows = pairs + [(second, first) for first, second in pairs]
+    table = LabelledTable({"a": [a for a, _ in rows], "b": [b for _, b in rows]}, "rows")
+
+    def shared(symmetric):
+        parts = holdout(table, ["a", "b"], 0.2, seed, symmetric=symmetric)
+        sets = [
+            {frozenset(pair) for pair in zip(part.rows["a"], part.rows["b"], strict=True)}
+            for part in parts
+        ]
+        return len(sets[0] & sets[1])
+
+    assert shared(symmetric=True) == 0
+    assert shared(symmetric=False) > 0
+
+
 def test_two_large_groups_need_a_validation_file():
     rows = {"text": ["x"] * 100 + ["y"] * 100, "label": ["a", "b"] * 100}
     message = fails(holdout, LabelledTable(rows, "rows.csv"), ["text"], 0.1, 0, "label")

@@ -126,6 +126,20 @@ def test_the_real_builtin_task():
         )
 
 
+def test_rows_that_are_left_out_are_not_held_out(tmp_path):
+    """16 of 20 rows have no label; a fourth of the other four is held out."""
+    labels = ["-"] * 16 + ["a", "b", "a", "b"]
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\n" + "".join(f"text {i},{x}\n" for i, x in enumerate(labels)))
+    config = FinetuneConfig(train_file=str(path), ignore_label="-", validation_fraction=0.25)
+    for seed in range(5):
+        tables = splits.labelled_splits(config, seed)
+        found = {name: [row for (row,) in rows(table, "label")] for name, table in tables.items()}
+        assert (len(found["train"]), len(found["validation"])) == (3, 1)
+        assert "-" not in found["train"] + found["validation"]
+        assert (tables["train"].ignored, tables["validation"].ignored) == (16, 0)
+
+
 def test_builtin_names():
     message = fails(splits.labelled_splits, FinetuneConfig(dataset="builtin:sentiment"), 0)
     assert "sentiment" in message

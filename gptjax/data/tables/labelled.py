@@ -214,6 +214,7 @@ def holdout(
     fraction: float,
     seed: int,
     class_column: str = "",
+    symmetric: bool = False,
 ) -> tuple[LabelledTable, LabelledTable]:
     """Splits rows into (train, validation). No text is in both, and all machines split alike.
 
@@ -234,14 +235,22 @@ def holdout(
       seed: a number that changes the hash. Another seed holds out other rows.
       class_column: the column, or expression, of the class of a row. Validation then has about the
         same fraction of each class. An empty string means that the rows have no classes.
+      symmetric: whether the order of `columns` does not matter, so that a row (a, b) has the same
+        text as a row (b, a).
 
     Raises:
       UserError: a split would be empty, or validation would be far from the fraction.
     """
-    compared = [list(table.rows[name]) for name in table.sources(columns)]
+    # The source columns of each part, whose texts are compared in one order.
+    parts = [table.sources([each]) for each in columns] if symmetric else [table.sources(columns)]
+    compared = [[list(table.rows[name]) for name in part] for part in parts]
     groups: dict[bytes, list[int]] = {}
-    for index, row in enumerate(zip(*compared, strict=True)):
-        text = "\x1f".join(" ".join(as_text(cell).casefold().split()) for cell in row)
+    for index in range(len(compared[0][0])):
+        texts = (
+            "\x1f".join(" ".join(as_text(cells[index]).casefold().split()) for cells in part)
+            for part in compared
+        )
+        text = "\x1f".join(sorted(texts))
         data = f"{seed}\x1e{text}".encode(errors="surrogatepass")
         groups.setdefault(hashlib.blake2b(data, digest_size=16).digest(), []).append(index)
     count = sum(map(len, groups.values()))
