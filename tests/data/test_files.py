@@ -130,6 +130,28 @@ def test_a_cell_of_a_million_characters_and_many_chunks(tmp_path):
     assert csv.field_size_limit() == limit
 
 
+def test_parquet_columns_that_datasets_does_not_know(tmp_path):
+    """They do not matter if nobody asks for them. If they are asked for, one line names them."""
+    words = pa.array(["a b", "c d"])
+    unusual = {
+        "map": pa.array([[("k", 1)], None], pa.map_(pa.string(), pa.int64())),
+        "view": pa.array([[1], [2, 3]], pa.list_view(pa.int64())),
+    }
+    table = pa.table({"text": words, **unusual})
+    path = str(tmp_path / "a.parquet")
+    newer = json.dumps({"info": {"features": {"text": {"_type": "NewType"}}}})
+    for metadata in (None, {"huggingface": newer}):
+        pq.write_table(table.replace_schema_metadata(metadata), path)
+        rows = LabelledTable(read_table(path), path)
+        assert rows.columns(["text"])["text"] == ["a b", "c d"]
+        for name in unusual:
+            message = fails(rows.columns, [name])
+            assert message.startswith(f"{path}: row 1, column {name}: is a list")
+    pq.write_table(pa.Table.from_arrays([words, words], names=["text", "text"]), path)
+    message = fails(read_table, path)
+    assert message == f"{path}: column 'text' occurs more than once; give each column its own name"
+
+
 def test_json_lines_and_parquet_keep_types(tmp_path):
     rows = [
         {"t": "007", "d": "2020-01-01", "n": 1, "f": 1, "l": [1, 2]},

@@ -286,13 +286,31 @@ def _parquet(path: str) -> pa.Table:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({brief(error)})") from error
+    repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
+    require(
+        not repeated,
+        f"{path}: column {', '.join(map(repr, repeated))} occurs more than once; give each column "
+        "its own name",
+    )
+    # `datasets` writes the types of its columns there, and refuses types that it does not know.
+    table = table.replace_schema_metadata(None)
     for index, field in enumerate(table.schema):
+        if _has_no_type_in_datasets(field.type):
+            # If such a column is needed, its cells are refused later, because they are lists.
+            cells = [
+                None if cell is None else [str(cell)] for cell in table.column(index).to_pylist()
+            ]
+            table = table.set_column(index, field.name, pa.array(cells, pa.list_(pa.string())))
         # Columns of categories, which pandas writes, become plain values, because `datasets` does
         # not support them.
         if pa.types.is_dictionary(field.type):
             plain = table.column(index).cast(field.type.value_type)
             table = table.set_column(index, field.name, plain)
     return table
+
+
+def _has_no_type_in_datasets(kind: pa.DataType) -> bool:
+    return pa.types.is_map(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind)
 
 
 def load_hub(name: str, split: str) -> Dataset:
