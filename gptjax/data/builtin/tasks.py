@@ -41,7 +41,6 @@ _MIN_TASK_CHARACTERS = 20
 _CLASSES = 10
 _PARTNER_BLOCK = 48
 _SENTENCE_END = re.compile(r"[.!?:;][\"')\]]*\s+(?=\S)")
-_SENTENCES = 3
 _PUNCTUATION = " .!?:;"
 _SENTENCE_WORDS = range(6, 17)
 
@@ -72,7 +71,7 @@ def builtin_text(split: str) -> Texts:
 def builtin_task(name: str, split: str) -> Dataset:
     """Returns the labelled rows of one task.
 
-    * `word_order`: `text` is a sentence of a docstring. `label` is "original", or "shuffled" if its
+    * `word_order`: `text` is the first sentence of a docstring. `label` is "original", or "shuffled" if its
       words are in a random order.
     * `classification`: `text` is a docstring. `label` is the name of its package.
     * `entailment`: `text` is a signature, and `text_pair` is a docstring. `label` is 1 if the
@@ -145,7 +144,7 @@ def _classification(entries: Sequence[Entry], split: str) -> list[dict[str, Any]
 
 
 def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
-    """Returns the first sentences of the docstrings, half of them with shuffled words.
+    """Returns the first sentence of each docstring, half of them with shuffled words.
 
     Each sentence occurs once in all splits. It has no punctuation at its end, because a full stop
     in the middle of a sentence would reveal the label.
@@ -154,15 +153,13 @@ def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
     sentences = []
     for entry in entries:
         text = " ".join(without_signature(entry.doc).split())
-        ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-        for start, end in list(itertools.pairwise(ends))[:_SENTENCES]:
-            sentence = text[start:end].rstrip(_PUNCTUATION).strip()
-            is_new = plain(sentence) not in seen
-            seen.add(plain(sentence))
-            words = sentence.split()
-            # Words that are all equal have no other order.
-            if is_new and len(set(words)) > 1 and len(words) in _SENTENCE_WORDS:
-                sentences.append((entry.split, sentence))
+        sentence = _SENTENCE_END.split(text, maxsplit=1)[0].rstrip(_PUNCTUATION)
+        is_new = plain(sentence) not in seen
+        seen.add(plain(sentence))
+        words = sentence.split()
+        # Words that are all equal have no other order.
+        if is_new and len(set(words)) > 1 and len(words) in _SENTENCE_WORDS:
+            sentences.append((entry.split, sentence))
     own = [sentence for of, sentence in sentences if of == split]
     own.sort(key=name_hash)
     return [
