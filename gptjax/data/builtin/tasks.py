@@ -71,8 +71,8 @@ def builtin_text(split: str) -> Texts:
 def builtin_task(name: str, split: str) -> Dataset:
     """Returns the labelled rows of one task.
 
-    * `word_order`: `text` is the first sentence of a docstring. `label` is "original", or "shuffled" if its
-      words are in a random order.
+    * `word_order`: `text` is the first sentence of a docstring. `label` is "original", or
+      "shuffled" if its words are in a random order.
     * `classification`: `text` is a docstring. `label` is the name of its package.
     * `entailment`: `text` is a signature, and `text_pair` is a docstring. `label` is 1 if the
       docstring belongs to the signature, else 0.
