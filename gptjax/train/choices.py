@@ -8,6 +8,7 @@ pretrained. It does not see the labels of the validation or test rows.
 import dataclasses
 import math
 import os
+import textwrap
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -211,8 +212,9 @@ def choose(
     experiment = dataclasses.replace(experiment, choose="")
     experiment = validation.validate(experiment, in_memory)
     values = ", ".join(f"{name}={value}" for name, value in chosen.items())
-    line = f"finetune: chosen for {facts.describe()}: {values} (a flag sets another value)"
-    return experiment, model, (line,)
+    head = f"finetune: chosen for {facts.describe()} (a flag sets another value):"
+    lines = textwrap.wrap(values, 96, initial_indent="  ", subsequent_indent="  ")
+    return experiment, model, (head, *lines)
 
 
 def keep_earlier(

@@ -127,12 +127,14 @@ def test_a_run_prints_keeps_and_goes_on_with_its_choices(tmp_path):
     path, workdir = runs.write(tmp_path / "rows.csv", table), tmp_path / "w"
     trained = train(path, workdir)
     assert trained.code == 0, trained.err
-    [line] = [line for line in trained.out.splitlines() if "chosen for 36 rows" in line]
+    before, _, after = trained.out.partition("finetune: chosen for 36 rows of at most ")
+    assert before and "random weights (a flag sets another value):" in after
+    chosen = after.replace("\n", " ")
     config = files.read_json(str(workdir / "config.json"))
     assert config["choose"] == ""
     names = set(schema.split_names(experiments.load("finetune_file").choose))
     for name in names - {"finetune.epochs"}:  # the number of steps was set
-        assert f"{name}={schema.value_at(config, name)}" in line
+        assert f"{name}={schema.value_at(config, name)}" in chosen
     assert gptjax.load(workdir).model.config.context_length == 64
     assert config["model"]["context_length"] == 64
     again = train(path, workdir)
