@@ -128,7 +128,8 @@ def test_a_run_prints_keeps_and_goes_on_with_its_choices(tmp_path):
     trained = train(path, workdir)
     assert trained.code == 0, trained.err
     before, _, after = trained.out.partition("finetune: chosen for 36 rows of at most ")
-    assert before and "random weights (a flag sets another value):" in after
+    assert before
+    assert "random weights (a flag sets another value):" in after
     chosen = after.replace("\n", " ")
     config = files.read_json(str(workdir / "config.json"))
     assert config["choose"] == ""
