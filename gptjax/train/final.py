@@ -197,9 +197,9 @@ def linear_entry(
       spec: the task, with the names of its labels.
       tables: split -> rows.
       metric_names: names from `metrics.parse`. The first metric chooses C.
-      seconds: the longest time that it may take.
-      check_stop: a function that is called between two fits. It raises `StopRequested` if the run
-        was asked to stop.
+      seconds: the longest time that it may take, without the import of its libraries.
+      check_stop: a function that is called while rows are read and between two fits. It raises
+        `StopRequested` if the run was asked to stop.
       answers: split -> the answers of GPT, with which the scores are compared.
 
     Returns:
@@ -212,8 +212,9 @@ def linear_entry(
     Raises:
       StopRequested: `check_stop` raised it.
     """
-    budget = Budget(seconds)
     try:
+        linear.load_libraries()
+        budget = Budget(seconds)
         model = linear.fit(spec, tables, metric_names[0], budget, check_stop)
         entry: Entry = {}
         for split, given in model.answers.items():

@@ -146,6 +146,22 @@ def test_a_request_to_stop_is_noticed_between_two_fits():
         entry_of(check_stop=stop)
 
 
+def test_the_import_of_its_libraries_is_not_its_time(monkeypatch):
+    now = 0.0
+
+    def slow_import():
+        nonlocal now
+        now += 100.0
+        monkeypatch.setattr(linear, "load_libraries", lambda: None)
+
+    monkeypatch.setattr(linear, "load_libraries", slow_import)
+    monkeypatch.setattr(final, "Budget", lambda seconds: linear.Budget(seconds, lambda: now))
+    entry = entry_of()
+    assert now == 100.0
+    assert entry["seconds"] == 0.0
+    assert entry["reduced"] == []
+
+
 def test_a_regression_names_alpha():
     rows = {"text": ["a b", "c"] * 20, "pair": ["a", "a b"] * 20, "label": [1.0, 0.0] * 20}
     tables = {name: LabelledTable(rows, name) for name in ("train", "test")}
