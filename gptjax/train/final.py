@@ -30,12 +30,15 @@ Entry = dict[str, Any]
 def is_complete(stage: Stage, entry: Entry) -> bool:
     """Returns whether an entry of the summary has all that `summarise` puts there.
 
-    An entry lacks something if an earlier version wrote it, or a run without the linear model.
+    An entry lacks something if an earlier version wrote it, or a run without the linear model, or
+    if the linear model was left out. Then it had too little time or an error, and is tried again.
     """
     if stage.spec is None:
         return True
     baselines = entry.get("baselines", {})
-    return "intervals" in entry and bool(baselines) and ("linear" in baselines or not stage.tables)
+    model = baselines.get("linear", {"left_out": "not fitted"})
+    fitted = not stage.tables or "left_out" not in model
+    return "intervals" in entry and bool(baselines) and fitted
 
 
 def summarise(
