@@ -156,6 +156,9 @@ def test_a_better_linear_model_is_told_with_what_to_try(difference, chance):
     text = tables.results_table(pretrained, BASELINES, "x", [])
     assert "linear model is better" in text
     assert "--config.init_from" not in text
+    text = tables.results_table(with_linear(0.8, difference), BASELINES, "x", [], "gpt1")
+    assert "linear model is better" in text
+    assert "--config.init_from" not in text
     # The lines fit the terminal.
     assert max(map(len, text.splitlines())) <= tables.WIDTH
 
