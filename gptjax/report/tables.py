@@ -19,6 +19,11 @@ WIDTH = 100
 
 _MARGIN_LINE = "+- is half the width of the 95 % interval, from a bootstrap of the rows."
 
+_OPTIMISTIC_LINE = (
+    "Without a test split: the checkpoint was chosen by these validation scores, so they are "
+    "optimistic."
+)
+
 _PRETRAIN_FACTS = {
     "steps": "{:,} steps",
     "validation_loss": "validation loss {:.3f} nats per token",
@@ -37,7 +42,8 @@ def results_table(
     """Returns the text that a run prints at its end.
 
     It has a table of scores beside their baselines, the losses, the files of the run, and commands.
-    If the linear model has the better score, one line says so.
+    If the linear model has the better score, one line says so. So does one line if there is no
+    test, because the validation scores are optimistic then.
 
     Args:
       summary: the contents of summary.json. Stages and splits can be missing.
@@ -83,7 +89,9 @@ def _score_table(summary: Mapping[str, Any], baselines: Mapping[str, Any]) -> li
     header = ["stage", "split", "metric", "score", "mean" if is_regression else "majority class"]
     header += ["linear model"] if linear else []
     header += ["no pretraining"] if len(stages) > 1 else []
-    return aligned_table(header, rows, left=3) + [_MARGIN_LINE] * any("+-" in r[3] for r in rows)
+    lines = aligned_table(header, rows, left=3)
+    lines += [_MARGIN_LINE] * any("+-" in row[3] for row in rows)
+    return lines + [_OPTIMISTIC_LINE] * all(row[1] == "validation" for row in rows)
 
 
 def _linear(summary: Mapping[str, Any]) -> Mapping[str, Any]:

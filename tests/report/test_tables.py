@@ -190,6 +190,15 @@ def test_table_works_without_any_stage_or_split(stages, tmp_path):
     tables.results_table({s: {"steps": 3} for s in stages}, {}, tmp_path, [])
 
 
+def test_without_a_test_the_validation_scores_are_called_optimistic():
+    assert "optimistic" not in tables.results_table(SUMMARY, BASELINES, "x", [])
+    finetune = {name: SUMMARY["finetune"][name] for name in ("steps", "validation")}
+    table, *_ = tables.results_table({"finetune": finetune}, BASELINES, "x", []).split("\n\n")
+    last = table.splitlines()[-1]
+    assert "validation scores, so they are optimistic" in last
+    assert len(last) <= tables.WIDTH
+
+
 def test_table_of_a_regression_calls_the_baseline_the_mean():
     summary = {"finetune": {"test": {"mse": 0.5, "pearson": float("nan")}}}
     lines = tables.results_table(summary, {"test": {"mse": 2.0}}, "x", []).splitlines()
