@@ -17,7 +17,9 @@ from gptjax.io.remote import PathLike
 WIDTH = 100
 """The largest number of characters in a line of the text."""
 
-_MARGIN_LINE = "+- is half the width of the 95 % interval, from a bootstrap of the rows."
+_MARGIN_LINE = (
+    "+- is half the width of the 95 % interval: Wilson's of an accuracy, of others by a bootstrap."
+)
 
 _OPTIMISTIC_LINE = (
     "Without a test split: the checkpoint was chosen by these validation scores, so they are "
