@@ -50,7 +50,8 @@ def run_train(command: Command) -> None:
             rows = "--input=ROWS.csv --output=predictions.csv"
             commands.append(f"{program()} predict {model} {rows}")
         baselines = (summary.get("finetune") or {}).get("floor", {})
-        print(tables.results_table(summary, baselines, command.workdir, commands))
+        start = command.experiment.init_from
+        print(tables.results_table(summary, baselines, command.workdir, commands, start))
 
 
 def run_ablate(command: Command) -> None:

@@ -108,16 +108,16 @@ def build(experiment: Experiment, stage: str, mesh: Mesh) -> StepSpec:
         size, assumed["vocab_size"] = vocabulary(experiment)
         model = dataclasses.replace(model, vocab_size=size)
     if stage == Stage.PRETRAIN:
-        task, objective, frozen = None, Objective(), 0
+        task, objective, frozen, average = None, Objective(), 0, 0.0
         batch = _abstract_batch(stages.pretrain_shape(config, model, mesh), mesh)
     else:
         task, batch = _task_and_batch(config, model, mesh, assumed)
         objective = Objective(task.kind, config.lm_weight, config.task_weight)
-        frozen = config.freeze
+        frozen, average = config.freeze, config.average
     # The number of updates is only a constant in the learning rate schedule. Every number above the
     # warm-up compiles to the same program.
     steps = config.steps or 2 * config.optimizer.warmup_steps + 1000
-    optimizer = Optimizer(config.optimizer, steps, f"{stage}.optimizer", frozen)
+    optimizer = Optimizer(config.optimizer, steps, f"{stage}.optimizer", frozen, average)
     return StepSpec(gpt.make_model(model, task, mesh), objective, optimizer, batch, assumed)
 
 

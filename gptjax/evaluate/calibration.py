@@ -3,7 +3,7 @@
 The temperature is one number T > 0 that divides the logits (Guo et al. 2017, "On Calibration of
 Modern Neural Networks"). Each validation fits it on its split, for the weights of that step. It
 changes neither the weights nor the order of the classes. T > 1 makes the probabilities less
-extreme.
+extreme. The fit has a weak prior, because few rows tell little about T.
 
 In this file n is the number of examples and K the number of classes or answers.
 """
@@ -20,6 +20,8 @@ BINS = 15
 
 # The range of the temperature. Beyond it the probabilities are practically 0, 1 or 1 / K.
 _LOWEST, _HIGHEST = 0.05, 20.0
+# The standard deviation of log T in the prior: two of three temperatures lie between 1 / e and e.
+_PRIOR_DEVIATION = 1.0
 
 
 def is_defined(kind: str) -> bool:
@@ -40,11 +42,15 @@ def task_loss(logits: np.ndarray, labels: np.ndarray, temperature: float = 1.0) 
 
 
 def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Returns the temperature with the smallest `task_loss`, between 0.05 and 20.
+    """Returns the most probable temperature, between 0.05 and 20.
 
-    The loss is a convex function of 1 / T, so it has one minimum. If no example is answered wrong,
-    the loss has no minimum, because it falls with T down to 0. Such a split says nothing about
-    errors, and the result is 1.0. It is also 1.0 if a logit is not finite.
+    It has the smallest task_loss(T) + (log T)^2 / (2 s^2 n), with s = 1. The second term is a
+    prior: log T has a normal distribution with the mean 0 and the standard deviation s. With one
+    row the temperature is near 1. With 1,000 rows or more it differs by less than 1 % from that of
+    the smallest `task_loss`.
+
+    If no example is answered wrong, the loss falls with T down to 0. Such a split says nothing
+    about errors, and the result is 1.0. It is also 1.0 if a logit is not finite.
 
     Args:
       logits: float [n, K].
@@ -55,8 +61,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     chosen = logits[np.arange(len(labels)), labels]
     if not np.isfinite(logits).all() or np.all(chosen >= logits.max(axis=1)):
         return 1.0
+    factor = 1 / (2 * _PRIOR_DEVIATION**2 * len(labels))
     found = optimize.minimize_scalar(
-        lambda log_t: task_loss(logits, labels, np.exp(log_t)),
+        lambda log_t: task_loss(logits, labels, np.exp(log_t)) + factor * log_t**2,
         bounds=(np.log(_LOWEST), np.log(_HIGHEST)),
         method="bounded",
         options={"xatol": 1e-7},

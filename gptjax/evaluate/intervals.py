@@ -1,4 +1,9 @@
-"""Confidence intervals of scores, by the percentile bootstrap.
+"""Confidence intervals of scores: Wilson's for an accuracy, the percentile bootstrap for others.
+
+The interval of an accuracy is the score interval of Wilson ("Probable Inference, the Law of
+Succession, and Statistical Inference", Journal of the American Statistical Association 22, 1927).
+It is also right for few rows and near 0 or 1 (Brown, Cai and DasGupta 2001), where the bootstrap is
+too narrow: if all rows are right, all draws are, and their interval would have no width.
 
 The bootstrap draws as many rows as there are, with replacement, and computes the score of the drawn
 rows. It does so many times. A 95 % interval holds the middle 95 % of these scores (Efron and
@@ -17,6 +22,7 @@ Letters of the shapes: R draws, M cells, K classes.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from scipy import special
 
 from gptjax.evaluate import metrics
 
@@ -30,6 +36,8 @@ _WEIGHTS = 2**21
 # If the cells are so many that there would be more weights than this, there are fewer draws.
 _ALL_WEIGHTS = 2**27
 _MIN_DRAWS = 100
+# With fewer rows than this, draws that are all equal say nothing about other rows.
+_FEW_ROWS = 30
 _SEED = 0
 
 
@@ -49,8 +57,12 @@ def intervals(
     Returns:
       name -> [low, high]. Both are NaN if a prediction is not finite.
     """
-    scores = _draw(names, labels, [predictions], num_labels)
-    return {name: _middle(scores[name][0]) for name in names}
+    drawn = [name for name in names if name != "accuracy"]
+    scores = _draw(drawn, labels, [predictions], num_labels) if drawn else {}
+    return {
+        name: _middle(scores[name][0]) if name in scores else _wilson(labels == predictions)
+        for name in names
+    }
 
 
 def differences(
@@ -65,6 +77,11 @@ def differences(
     The comparison is paired: both models are scored on the same draws, so the rows that both answer
     in the same way add no noise.
 
+    Two things widen the interval of the bootstrap, because it is too narrow for few rows. In an
+    accuracy it is joined with the exact interval of `_exact_difference`. So it holds 0 if the exact
+    test of McNemar (1947) finds no difference. If all draws of fewer than 30 rows are equal, it is
+    extended to 0.
+
     Args:
       names: names from `metrics.parse`.
       labels: [N], int class ids, or float targets of a regression.
@@ -77,10 +94,52 @@ def differences(
     """
     one, other = (metrics.compute(names, labels, p, num_labels) for p in (predictions, others))
     scores = _draw(names, labels, [predictions, others], num_labels)
-    return {
-        name: [one[name] - other[name], *_middle(scores[name][0] - scores[name][1])]
-        for name in names
-    }
+    found = {}
+    for name in names:
+        difference = one[name] - other[name]
+        low, high = _middle(scores[name][0] - scores[name][1])
+        if name == "accuracy":
+            exact = _exact_difference(labels == predictions, labels == others)
+            # By rounding, the difference could lie beyond the bounds.
+            low, high = min(low, exact[0], difference), max(high, exact[1], difference)
+        if low == high and len(labels) < _FEW_ROWS:
+            low, high = min(low, 0.0), max(high, 0.0)
+        found[name] = [difference, low, high]
+    return found
+
+
+def _wilson(right: np.ndarray) -> list[float]:
+    """Returns Wilson's interval of an accuracy.
+
+    With k of n rows right and z = 1.96, its bounds are
+    (k + z^2 / 2 -+ z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2).
+
+    Args:
+      right: bool [n], whether the answer to a row is right.
+    """
+    n, k = len(right), int(right.sum())
+    z = special.ndtri((1 + LEVEL) / 2)
+    half = z * np.sqrt(k * (n - k) / n + z**2 / 4)
+    low, high = ((k + z**2 / 2 + each) / (n + z**2) for each in (-half, half))
+    # The interval holds k / n, but rounding could put a bound beyond it if k is 0 or n.
+    return [float(max(0.0, min(low, k / n))), float(min(1.0, max(high, k / n)))]
+
+
+def _exact_difference(one: np.ndarray, other: np.ndarray) -> list[float]:
+    """Returns the exact interval of the difference of two accuracies on the same rows.
+
+    Only the m rows that one model alone answers right matter. The share of them that the first
+    model answers right has the interval of Clopper and Pearson (1934), [l, h]. The difference then
+    has [2 l - 1, 2 h - 1] m / n. The interval treats m as known, so it is too narrow by itself.
+
+    Args:
+      one, other: bool [n], whether the answer of each model is right.
+    """
+    b, c = int((one & ~other).sum()), int((other & ~one).sum())
+    m, tail = b + c, (1 - LEVEL) / 2
+    low = special.betaincinv(b, c + 1, tail) if b else 0.0
+    high = special.betaincinv(b + 1, c, 1 - tail) if c else 1.0
+    return [float((2 * share - 1) * m / len(one)) for share in (low, high)]
 
 
 def _middle(scores: np.ndarray) -> list[float]:

@@ -31,8 +31,8 @@ import itertools
 import re
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -66,6 +66,10 @@ _LIBRARIES = (
 )  # fmt: skip
 # The number of rows on which the speed is measured.
 _SAMPLE = 512
+# `check_stop` is called once for so many rows that are read.
+_CHECKED_ROWS = 256
+
+T = TypeVar("T")
 
 Columns = Sequence[Sequence[str]]
 """The texts of the rows, one sequence for each of `TaskSpec.text_columns`."""
@@ -127,6 +131,12 @@ class _Fit:
         return self.model.predict(features[:, self.columns])
 
 
+def load_libraries() -> None:
+    """Imports what the fit needs, which takes seconds at first: before a `Budget` starts."""
+    for name in _LIBRARIES:
+        importlib.import_module(name)
+
+
 def fit(
     spec: TaskSpec,
     tables: Mapping[str, LabelledTable],
@@ -142,8 +152,8 @@ def fit(
       metric: the metric by which cross-validation chooses.
       budget: the time. If it does not suffice, there are fewer folds, fewer values of C, or fewer
         training rows. The time is measured on a sample first, so it can be exceeded by a little.
-      check_stop: a function that is called between two fits. It raises `StopRequested` if the run
-        was asked to stop.
+      check_stop: a function that is called while rows are read and between two fits. It raises
+        `StopRequested` if the run was asked to stop.
 
     Raises:
       LeftOut: the training texts have no words, or the time suffices for nothing.
@@ -152,13 +162,12 @@ def fit(
 
     # The libraries are imported before the time of anything is measured, and before their threads
     # are limited, because the limit holds for libraries that are loaded.
-    for name in _LIBRARIES:
-        importlib.import_module(name)
+    load_libraries()
     # The vectors are short for BLAS: its threads would wait for each other most of the time. One
     # thread also adds in one order, so the result is the same on each machine of a kind.
     with threadpool_limits(limits=1):
-        rows = _Rows(spec, tables)
-        features = _Features(spec, rows, budget)
+        rows = _Rows(spec, tables, check_stop)
+        features = _Features(spec, rows, budget, check_stop)
         search = _Search(spec, features.train, rows.labels["train"][: features.count], metric)
         search.run(budget, check_stop)
         fitted = search.final()
@@ -174,7 +183,9 @@ class _Rows:
     together, so a fold of cross-validation has all of them or none, except at its ends.
     """
 
-    def __init__(self, spec: TaskSpec, tables: Mapping[str, LabelledTable]):
+    def __init__(
+        self, spec: TaskSpec, tables: Mapping[str, LabelledTable], check_stop: Callable[[], None]
+    ):
         self.texts: dict[str, Columns] = {}
         self.labels: dict[str, np.ndarray] = {}
         for name, table in tables.items():
@@ -183,7 +194,8 @@ class _Rows:
             self.labels[name] = tasks.label_ids(spec, table)
         columns, labels = self.texts["train"], self.labels["train"]
         keys = []
-        for row, label in zip(zip(*columns, strict=True), labels, strict=True):
+        cells_of_rows = _checked(zip(*columns, strict=True), check_stop)
+        for row, label in zip(cells_of_rows, labels, strict=True):
             texts = sorted(row) if spec.kind.sums_candidates else row
             text = "\x1f".join(texts).encode(errors="surrogatepass")
             keys.append((hashlib.blake2b(text, digest_size=16).digest(), float(label)))
@@ -201,8 +213,8 @@ class _Features:
       reduced: what was left out.
     """
 
-    def __init__(self, spec: TaskSpec, rows: _Rows, budget: Budget):
-        self._spec, self._rows = spec, rows
+    def __init__(self, spec: TaskSpec, rows: _Rows, budget: Budget, check_stop: Callable[[], None]):
+        self._spec, self._rows, self._check_stop = spec, rows, check_stop
         self.reduced: list[str] = []
         total = len(rows.labels["train"])
         self.count = self._affordable_rows(budget)
@@ -213,24 +225,32 @@ class _Features:
         outputs = outputs if spec.kind.has_classes and outputs > 2 else 1
         blocks = 1 if spec.kind is TaskKind.CLASSIFICATION else 4
         limit = max(1, _COEFFICIENTS // (outputs * blocks))
-        self._vectorizer = _fit_vectorizer(texts, limit)
+        self._vectorizer = _fit_vectorizer(texts, limit, check_stop)
         if len(self._vectorizer.vocabulary_) == limit:
             self.reduced.append(f"the {limit:,} most frequent words and word pairs")
-        self.train = _join(spec, texts, self._vectorizer)
+        self.train = _join(spec, texts, self._vectorizer, check_stop)
 
     def _affordable_rows(self, budget: Budget) -> int:
-        """Returns the number of training rows that can be read in a third of the time."""
+        """Returns the number of training rows that can be read in a third of the time.
+
+        Raises:
+          LeftOut: the time does not suffice for the rows of the other splits and a few of these.
+        """
         texts = self._rows.texts["train"]
         lengths = np.sum([list(map(len, column)) for column in texts], axis=0)
         total = len(lengths)
         in_memory = int(np.searchsorted(np.cumsum(lengths), _CHARACTERS, side="right"))
         count = min(total, max(in_memory, min(total, _SAMPLE)))
-        if total <= _SAMPLE:
-            return count
-        start = budget.spent
-        sample = [column[:_SAMPLE] for column in texts]
-        _join(self._spec, sample, _fit_vectorizer(sample, _COEFFICIENTS))
-        seconds = (budget.spent - start) / _SAMPLE
+        # A few training rows are not enough to measure the speed, so other rows are added to them.
+        splits = ["train", *(name for name in self._rows.texts if name != "train")]
+        sample = [
+            list(itertools.islice(itertools.chain(*column), _SAMPLE))
+            for column in zip(*(self._rows.texts[name] for name in splits), strict=True)
+        ]
+        check_stop, start = self._check_stop, budget.spent
+        vectorizer = _fit_vectorizer(sample, _COEFFICIENTS, check_stop)
+        _join(self._spec, sample, vectorizer, check_stop)
+        seconds = (budget.spent - start) / len(sample[0])
         others = sum(len(self._rows.labels[name]) for name in self._rows.labels) - total
         affordable = int(budget.seconds / 3 / max(seconds, 1e-9)) - others
         if affordable < min(count, _SAMPLE):
@@ -242,10 +262,18 @@ class _Features:
 
     def split(self, name: str) -> Any:
         """Returns the features of a split, a sparse matrix like `train`."""
-        return _join(self._spec, self._rows.texts[name], self._vectorizer)
+        return _join(self._spec, self._rows.texts[name], self._vectorizer, self._check_stop)
 
 
-def _fit_vectorizer(texts: Columns, limit: int) -> Any:
+def _checked(items: Iterable[T], check_stop: Callable[[], None]) -> Iterator[T]:
+    """Yields the items, and calls `check_stop` now and then."""
+    for i, item in enumerate(items):
+        if i % _CHECKED_ROWS == 0:
+            check_stop()
+        yield item
+
+
+def _fit_vectorizer(texts: Columns, limit: int, check_stop: Callable[[], None]) -> Any:
     """Returns the TF-IDF weights of the words and word pairs of all texts.
 
     The columns share one vocabulary. Each cell is a document.
@@ -253,6 +281,7 @@ def _fit_vectorizer(texts: Columns, limit: int) -> Any:
     Args:
       texts: the texts.
       limit: the largest number of words and word pairs. The most frequent ones are kept.
+      check_stop: a function that is called while the texts are read.
 
     Raises:
       LeftOut: no text has a word.
@@ -263,21 +292,21 @@ def _fit_vectorizer(texts: Columns, limit: int) -> Any:
         token_pattern=_WORD, ngram_range=(1, 2), sublinear_tf=True, max_features=limit
     )
     try:
-        return vectorizer.fit([text for column in texts for text in column])
+        return vectorizer.fit(_checked(itertools.chain(*texts), check_stop))
     except ValueError as error:
         if "empty vocabulary" in str(error):
             raise LeftOut("the training texts have no words") from None
         raise
 
 
-def _join(spec: TaskSpec, texts: Columns, vectorizer: Any) -> Any:
+def _join(spec: TaskSpec, texts: Columns, vectorizer: Any, check_stop: Callable[[], None]) -> Any:
     """Returns the features of rows as a sparse matrix [N, F]; in a multiple choice [N * C, F]."""
     from scipy import sparse
 
-    vectors = [vectorizer.transform(column) for column in texts]
+    vectors = [vectorizer.transform(_checked(column, check_stop)) for column in texts]
     if spec.kind is TaskKind.CLASSIFICATION:
         return vectors[0]
-    words = [_word_sets(column) for column in texts]
+    words = [_word_sets(_checked(column, check_stop)) for column in texts]
     parts = [
         _pair_features(spec.kind, vectors[0], vectors[i], _overlap(spec.kind, words[0], words[i]))
         for i in range(1, len(texts))
@@ -307,7 +336,7 @@ def _pair_features(kind: TaskKind, u: Any, v: Any, overlap: np.ndarray) -> Any:
     return sparse.hstack(parts, format="csr")
 
 
-def _word_sets(texts: Sequence[str]) -> list[set[str]]:
+def _word_sets(texts: Iterable[str]) -> list[set[str]]:
     find = re.compile(_WORD).findall
     return [set(find(text.lower())) for text in texts]
 

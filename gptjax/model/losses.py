@@ -1,4 +1,4 @@
-"""The losses of a batch, each as a pair of a weighted sum and the sum of the weights.
+"""The losses of a batch, each as a pair of a weighted sum and the denominator of its mean.
 
 The mean is computed once for the whole batch, and not for each micro-batch or device. Therefore the
 objective does not depend on padding, packing, sharding or gradient accumulation. `objective.py`
@@ -19,7 +19,11 @@ Array = jax.Array
 
 @flax.struct.dataclass
 class Sum:
-    """A weighted sum of losses (`total`) and the sum of the weights (`weight`), float32 scalars."""
+    """A weighted sum of losses (`total`) and the denominator of its mean (`weight`).
+
+    Both are float32 scalars. The denominator of the LM loss is the sum of the weights of the
+    tokens. That of the task loss is the number of examples, even if the classes have weights.
+    """
 
     total: Array
     weight: Array
@@ -70,7 +74,11 @@ def task_loss(
     class_weights: tuple[float, ...] = (),
     label_smoothing: float = 0.0,
 ) -> Sum:
-    """Returns the task loss L2, the weighted sum over the examples.
+    """Returns the task loss L2: the weighted sum over the examples, and the number of examples.
+
+    The class weights have the mean 1 over the training rows, so they are not in the denominator.
+    The sum of the weights of a batch would be wrong there: in a batch of one class the weights
+    would cancel, and with small batches a rare class would hardly weigh more.
 
     The loss of an example is the squared error for a regression, and the cross-entropy of the
     classes or answers for other tasks. With label smoothing (Szegedy et al. 2016, section 7) the
@@ -104,4 +112,4 @@ def task_loss(
     # `where` is needed in addition to the product, because the loss of a slot without an example
     # can be NaN, and NaN times 0 is NaN.
     losses_BE = jnp.where(weights_BE > 0, losses_BE * weights_BE, 0.0)
-    return Sum(losses_BE.sum(), weights_BE.sum())
+    return Sum(losses_BE.sum(), batch.example_mask.sum())

@@ -24,8 +24,8 @@ from gptjax.model.losses import Sum
 class Objective:
     """The loss to minimise: lm_weight * LM loss, plus task_weight * task loss if there is a task.
 
-    The LM loss is a mean over the predicted tokens. The task loss is a weighted mean over the
-    examples.
+    The LM loss is a mean over the predicted tokens. The task loss is the weighted sum over
+    the examples, divided by their number.
     """
 
     kind: TaskKind | None = None
@@ -59,20 +59,16 @@ class Losses:
     """The task loss. None means that the batch has no labels, as in pretraining and prediction."""
 
 
-def weights(batch: Batch, class_weights: tuple[float, ...] = ()) -> Losses:
+def weights(batch: Batch) -> Losses:
     """Returns the denominators of the mean losses, for which the model is not needed.
 
     In the result each `Sum.weight` is a denominator: the sum of the batch's `lm_weights` and the
-    sum of the weights of its examples. Each `Sum.total` is 0.
-
-    Args:
-      batch: the batch.
-      class_weights: the weight of each class, as in `losses.example_weights`.
+    number of its examples. Each `Sum.total` is 0.
     """
     zero = jnp.float32(0)
     task = None
     if batch.labels is not None:
-        task = Sum(zero, losses.example_weights(batch, class_weights).sum())
+        task = Sum(zero, batch.example_mask.sum())
     return Losses(Sum(zero, batch.lm_weights.sum()), task)
 
 
@@ -128,7 +124,7 @@ def forward(
             model, params, batch.tokens, batch.segment_ids, batch.positions, batch.token_types,
             deterministic, table, method="hidden", key=key,
         )  # fmt: skip
-    sums = weights(batch, objective.class_weights)
+    sums = weights(batch)
     if objective.lm_weight:
         # With `one_matrix` the table has dropout, but not if it is frozen.
         plain = deterministic or starts_above
@@ -187,7 +183,7 @@ def gradients(
     Returns:
       The gradient of `frozen.trained_part(params)`, and the sums of the losses of the whole batch.
     """
-    whole = weights(batch, objective.class_weights)
+    whole = weights(batch)
     upper = frozen_lib.upper_model(model, frozen)
     others = frozen_lib.upper_params(params, frozen)
     params = frozen_lib.trained_part(params, frozen)

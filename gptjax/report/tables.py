@@ -17,7 +17,14 @@ from gptjax.io.remote import PathLike
 WIDTH = 100
 """The largest number of characters in a line of the text."""
 
-_MARGIN_LINE = "+- is half the width of the 95 % interval, from a bootstrap of the rows."
+_MARGIN_LINE = (
+    "+- is half the width of the 95 % interval: Wilson's of an accuracy, of others by a bootstrap."
+)
+
+_OPTIMISTIC_LINE = (
+    "Without a test split: the checkpoint was chosen by these validation scores, so they are "
+    "optimistic."
+)
 
 _PRETRAIN_FACTS = {
     "steps": "{:,} steps",
@@ -32,11 +39,13 @@ def results_table(
     baselines: Mapping[str, Mapping[str, float]],
     workdir: PathLike,
     next_commands: Sequence[str],
+    init_from: str = "",
 ) -> str:
     """Returns the text that a run prints at its end.
 
     It has a table of scores beside their baselines, the losses, the files of the run, and commands.
-    If the linear model has the better score, one line says so.
+    If the linear model has the better score, one line says so. So does one line if there is no
+    test, because the validation scores are optimistic then.
 
     Args:
       summary: the contents of summary.json. Stages and splits can be missing.
@@ -45,6 +54,7 @@ def results_table(
       workdir: folder of the run.
       next_commands: commands to try next. A long command is broken into lines that can still be
         pasted into a shell.
+      init_from: the checkpoint that the run started from. "" means random weights.
     """
     pretrain = {k: v for k, v in (summary.get(Stage.PRETRAIN) or {}).items() if v is not None}
     facts = [text.format(pretrain[k]) for k, text in _PRETRAIN_FACTS.items() if k in pretrain]
@@ -53,7 +63,7 @@ def results_table(
         files = remote.listing(workdir)
     wrap = textwrap.TextWrapper(WIDTH, initial_indent="  ", subsequent_indent="  ").wrap
     blocks = [
-        _score_table(summary, baselines) + _linear_lines(summary),
+        _score_table(summary, baselines) + _linear_lines(summary, init_from),
         ["Pretraining: " + ", ".join(facts)] if facts else [],
         [f"Saved in {os.fspath(workdir)}", *wrap("  ".join(files))],
         ["Try next:", *map(_break_command, next_commands)] if next_commands else [],
@@ -81,7 +91,9 @@ def _score_table(summary: Mapping[str, Any], baselines: Mapping[str, Any]) -> li
     header = ["stage", "split", "metric", "score", "mean" if is_regression else "majority class"]
     header += ["linear model"] if linear else []
     header += ["no pretraining"] if len(stages) > 1 else []
-    return aligned_table(header, rows, left=3) + [_MARGIN_LINE] * any("+-" in r[3] for r in rows)
+    lines = aligned_table(header, rows, left=3)
+    lines += [_MARGIN_LINE] * any("+-" in row[3] for row in rows)
+    return lines + [_OPTIMISTIC_LINE] * all(row[1] == "validation" for row in rows)
 
 
 def _linear(summary: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -98,11 +110,11 @@ def _margin(metric: str, interval: Sequence[float] | None) -> str:
     return f" +- {format_score(metric, (high - low) / 2, percent_sign='')}"
 
 
-def _linear_lines(summary: Mapping[str, Any]) -> list[str]:
+def _linear_lines(summary: Mapping[str, Any], init_from: str) -> list[str]:
     """Returns lines that say that the linear model has the better score, or nothing.
 
     The score is the first metric of the test split. Without a test, it is that of the validation
-    split.
+    split. Pretrained weights are a thing to try only if the run has none.
     """
     differences = _linear(summary).get("difference") or {}
     split = "test" if "test" in differences else "validation"
@@ -116,7 +128,8 @@ def _linear_lines(summary: Mapping[str, Any]) -> list[str]:
     may_be_chance = "; this may be chance" if max(bounds) >= 0 else ""
     ours = format_score(name, summary[Stage.FINETUNE][split][name])
     theirs = format_score(name, _linear(summary)[split][name])
-    weights = "" if summary.get(Stage.PRETRAIN) else "pretrained weights (--config.init_from), "
+    has_weights = init_from or summary.get(Stage.PRETRAIN)
+    weights = "" if has_weights else "pretrained weights (--config.init_from), "
     text = (
         f"The linear model is better: {split} {name} {theirs} against {ours}{may_be_chance}. "
         f"Try {weights}more pretraining text, more labelled rows or more epochs."

@@ -30,12 +30,15 @@ Entry = dict[str, Any]
 def is_complete(stage: Stage, entry: Entry) -> bool:
     """Returns whether an entry of the summary has all that `summarise` puts there.
 
-    An entry lacks something if an earlier version wrote it, or a run without the linear model.
+    An entry lacks something if an earlier version wrote it, or a run without the linear model, or
+    if the linear model was left out. Then it had too little time or an error, and is tried again.
     """
     if stage.spec is None:
         return True
     baselines = entry.get("baselines", {})
-    return "intervals" in entry and bool(baselines) and ("linear" in baselines or not stage.tables)
+    model = baselines.get("linear", {"left_out": "not fitted"})
+    fitted = not stage.tables or "left_out" not in model
+    return "intervals" in entry and bool(baselines) and fitted
 
 
 def summarise(
@@ -197,9 +200,9 @@ def linear_entry(
       spec: the task, with the names of its labels.
       tables: split -> rows.
       metric_names: names from `metrics.parse`. The first metric chooses C.
-      seconds: the longest time that it may take.
-      check_stop: a function that is called between two fits. It raises `StopRequested` if the run
-        was asked to stop.
+      seconds: the longest time that it may take, without the import of its libraries.
+      check_stop: a function that is called while rows are read and between two fits. It raises
+        `StopRequested` if the run was asked to stop.
       answers: split -> the answers of GPT, with which the scores are compared.
 
     Returns:
@@ -212,8 +215,9 @@ def linear_entry(
     Raises:
       StopRequested: `check_stop` raised it.
     """
-    budget = Budget(seconds)
     try:
+        linear.load_libraries()
+        budget = Budget(seconds)
         model = linear.fit(spec, tables, metric_names[0], budget, check_stop)
         entry: Entry = {}
         for split, given in model.answers.items():

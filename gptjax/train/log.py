@@ -114,6 +114,19 @@ class MetricsLog:
                 remote_lib.RemoteFile(self._path, kept) if remote else open(self._path, "ab")  # noqa: SIM115
             )
 
+    def begin(self, stage: str) -> None:
+        """Opens the TensorBoard file of a stage, if it is not open. `write` would do it too.
+
+        At first this imports tensorboardX, which takes seconds.
+        """
+        if not self._enabled or stage in self._events:
+            return
+        with disk_errors(self._events_dir):
+            # Each stage has its own folder, because each stage counts its steps from 1 and
+            # TensorBoard applies `purge_from` to a whole folder.
+            folder = os.path.join(self._events_dir, stage)
+            self._events[stage] = _open_events(folder, self._purge_from.pop(stage, None))
+
     def write(
         self, stage: str, split: str, step: int, values: Mapping[str, float], ledger: str = ""
     ) -> None:
@@ -139,12 +152,8 @@ class MetricsLog:
                 self._file.flush()
         tagged = [(f"{stage}/{split}/{name}", v) for name, v in floats.items() if math.isfinite(v)]
         scalars = [{"tag": tag, "simple_value": value} for tag, value in tagged]
+        self.begin(stage)
         with disk_errors(self._events_dir):
-            if stage not in self._events:
-                # Each stage has its own folder, because each stage counts its steps from 1 and
-                # TensorBoard applies `purge_from` to a whole folder.
-                folder = os.path.join(self._events_dir, stage)
-                self._events[stage] = _open_events(folder, self._purge_from.pop(stage, None))
             self._events[stage].write(_event(step=int(step), summary={"value": scalars}))
             if due:  # flushing after every line would be slow, because it waits for the disk
                 self._events[stage].flush()

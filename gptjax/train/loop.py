@@ -131,6 +131,10 @@ class Trainer:
         self._validate_if_due()
         if self.has_ended:
             return
+        # What the first record needs is opened and compiled here. Between the first two steps, it
+        # would count as time of the second step.
+        self._context.log.begin(stage.name)
+        stage.optimizer.rate_at(self._done)
         batches = stage.batches.iterate(self._done, stage.total_steps)
         for batch in self._progress.waiting(batches):
             self._context.setup.check_stop()

@@ -23,7 +23,7 @@ from compiled_sizes import (
 from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, TokenizerConfig
 from gptjax.cost import compile, step_spec
 from gptjax.cost.hlo import parse
-from gptjax.model import flops
+from gptjax.model import flops, frozen
 
 pytestmark = pytest.mark.devices(8)
 
@@ -189,6 +189,21 @@ def test_the_sizes_are_those_of_the_checkpoint_to_start_from():
     # A row has room for three answers of a whole context. Six rows become eight for four devices.
     assert found.batch.tokens.shape == (8, 3 * LENGTH)
     assert found.batch.extract.shape == (8, 4, 3)
+
+
+@pytest.mark.parametrize("freeze", [0, 1])
+def test_an_average_is_a_second_copy_of_the_trained_parameters(freeze):
+    def size(average):
+        config = FinetuneConfig(task="classification", freeze=freeze, average=average)
+        experiment = Experiment(init_from=runs.trained(), finetune=config)
+        mesh, experiment = small.mesh(1), step_spec.validated(experiment, "finetune")
+        spec = step_spec.build(experiment, "finetune", mesh)
+        state = step_spec.abstract_state(spec, mesh)
+        trained = frozen.trained_part(state.params, freeze)
+        return [sum(each.size for each in jax.tree.leaves(tree)) for tree in (state, trained)]
+
+    plain, trained = size(0.0)
+    assert size(0.9) == [plain + trained, trained]
 
 
 def test_the_buffers_of_the_peak_are_those_of_the_program():

@@ -18,20 +18,46 @@ def outputs(count=400, classes=3, scale=4.0, seed=0):
     return (scale * logits).astype(np.float32), labels
 
 
-@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
-def test_the_temperature_is_the_root_of_the_derivative(scale):
-    """At the minimum the mean logit of the labels is the mean logit that the model expects."""
-    logits, labels = outputs(scale=scale)
+def root(logits, labels, prior):
+    """Returns the temperature at which the derivative of the loss by 1 / T is 0.
+
+    Without the prior, the mean logit of the labels is there the mean logit that the model expects.
+    """
     exact = logits.astype(np.float64)
 
     def derivative(inverse):
         expected = (special.softmax(inverse * exact, axis=1) * exact).sum(axis=1)
-        return (expected - exact[np.arange(len(labels)), labels]).mean()
+        slope = (expected - exact[np.arange(len(labels)), labels]).mean()
+        return slope + prior * np.log(inverse) / inverse / len(labels)
 
+    return 1 / optimize.brentq(derivative, 0.01, 100)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_the_temperature_is_the_root_of_the_derivative(scale):
+    logits, labels = outputs(scale=scale)
     found = calibration.fit_temperature(logits, labels)
-    assert found == pytest.approx(1 / optimize.brentq(derivative, 0.01, 100), rel=1e-5)
+    assert found == pytest.approx(root(logits, labels, prior=1), rel=1e-5)
     # The labels were drawn from the logits before they were scaled.
     assert found == pytest.approx(scale, rel=0.2)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("scale", [0.3, 1.0, 4.0])
+def test_many_rows_give_the_temperature_of_maximum_likelihood(scale, classes):
+    for count, tolerance in ((1000, 0.01), (10_000, 0.001)):
+        logits, labels = outputs(count, classes, scale)
+        found = calibration.fit_temperature(logits, labels)
+        assert found == pytest.approx(root(logits, labels, prior=0), rel=tolerance)
+
+
+def test_few_rows_give_a_temperature_near_1():
+    for label in range(3):  # without the prior, label 1 gives 20
+        row = np.array([[0.5, -0.5, 1.0]], np.float32)
+        assert 0.5 < calibration.fit_temperature(row, np.array([label])) < 2
+    # Without the prior, these lie between 0.18 and 6.6.
+    found = [calibration.fit_temperature(*outputs(15, 2, 1.0, seed)) for seed in range(40)]
+    assert 0.3 < min(found) < max(found) < 3
 
 
 def test_the_loss_is_that_of_scikit_learn():
@@ -41,15 +67,23 @@ def test_the_loss_is_that_of_scikit_learn():
         expected = sk.log_loss(labels, values, labels=range(4))
         assert calibration.task_loss(logits, labels, temperature) == pytest.approx(expected)
     fitted = calibration.fitted(logits, labels)
-    grid = [calibration.task_loss(logits, labels, t) for t in np.geomspace(0.05, 20, 400)]
-    assert fitted["calibrated_task_loss"] <= min(grid)
+    found = fitted["temperature"]
+    assert fitted["calibrated_task_loss"] == calibration.task_loss(logits, labels, found)
+
+    def objective(t):
+        return calibration.task_loss(logits, labels, t) + np.log(t) ** 2 / 2 / len(labels)
+
+    assert objective(found) <= min(objective(t) for t in np.geomspace(0.05, 20, 400))
     assert fitted["calibrated_task_loss"] < calibration.task_loss(logits, labels)
 
 
-def test_scaled_logits_have_a_scaled_temperature():
+def test_scaled_logits_have_a_scaled_temperature_except_for_the_prior():
     logits, labels = outputs()
     one, two = (calibration.fit_temperature(s * logits, labels) for s in (1, 2))
-    assert two == pytest.approx(2 * one, rel=1e-5)
+    assert two < 2 * one
+    many = [np.concatenate([each] * 200) for each in (logits, labels)]
+    one, two = (calibration.fit_temperature(s * many[0], many[1]) for s in (1, 2))
+    assert two == pytest.approx(2 * one, rel=1e-4)
 
 
 def test_without_errors_or_with_infinite_logits_the_temperature_is_1():

@@ -1,4 +1,4 @@
-"""Bootstrap intervals against repeated rows, the binomial distribution, and SciPy's bootstrap."""
+"""Intervals against repeated rows, the binomial distribution, and SciPy's intervals and tests."""
 
 import numpy as np
 import pytest
@@ -40,10 +40,49 @@ def test_a_weighted_score_is_the_score_of_repeated_rows(kind):
         assert ours == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_the_interval_of_accuracy_is_that_of_the_binomial_distribution():
+@pytest.mark.parametrize(("right", "count"), [(0, 5), (5, 5), (1, 1), (3, 7), (930, 1000)])
+def test_the_interval_of_accuracy_is_that_of_wilson(right, count):
+    labels, given = np.zeros(count, int), (np.arange(count) >= right).astype(int)
+    low, high = intervals.intervals(["f1", "accuracy"], labels, given, 2)["accuracy"]
+    theirs = stats.binomtest(right, count).proportion_ci(0.95, "wilson")
+    assert [low, high] == pytest.approx([theirs.low, theirs.high], abs=1e-12)
+    assert 0 <= low <= right / count <= high <= 1
+    assert low < high
+
+
+@pytest.mark.parametrize("other", [0, 1, 4])
+@pytest.mark.parametrize("one", range(9))
+def test_a_difference_of_accuracies_is_no_chance_only_if_mcnemar_finds_it(one, other):
+    """`one` rows only the first model answers right, and `other` rows only the second."""
+    count = one + other
+    if not count:
+        return
+    labels, wins = np.zeros(count, int), np.arange(count) < one
+    difference, low, high = intervals.differences(
+        ["accuracy"], labels, (~wins).astype(int), wins.astype(int), 2
+    )["accuracy"]
+    assert difference == pytest.approx((one - other) / count)
+    assert low <= difference <= high
+    if stats.binomtest(one, count).pvalue > 0.05:
+        assert low <= 0 <= high
+    elif not other:
+        assert low > 0
+    elif not one:
+        assert high < 0
+
+
+@pytest.mark.parametrize(("count", "chance"), [(1, True), (20, True), (40, False)])
+def test_draws_that_are_all_equal_show_a_difference_only_in_many_rows(count, chance):
+    labels = np.zeros(count, np.float32)
+    found = intervals.differences(["mse"], labels, labels + 2, labels + 1, 0)["mse"]
+    assert found == [3.0, 0.0 if chance else 3.0, 3.0]
+
+
+def test_the_draws_of_accuracy_are_those_of_the_binomial_distribution():
     labels, given, _ = answers("3", 400)
     accuracy = np.mean(labels == given)
-    low, high = intervals.intervals(["accuracy"], labels, given, 3)["accuracy"]
+    drawn = intervals._draw(["accuracy"], labels, [given], 3)["accuracy"][0]
+    low, high = intervals._middle(drawn)
     # The quantiles of 1,000 draws vary: these bounds are three standard errors wide.
     for bound, tail in ((low, 0.025), (high, 0.975)):
         error = 3 * np.sqrt(0.025 * 0.975 / intervals.DRAWS)

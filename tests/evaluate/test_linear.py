@@ -9,6 +9,7 @@ from sklearn.linear_model import LogisticRegression
 from gptjax.config.schema import TaskKind, TaskSpec
 from gptjax.data import tasks
 from gptjax.data.tables.labelled import LabelledTable
+from gptjax.errors import StopRequested
 from gptjax.evaluate import linear
 from gptjax.evaluate.linear import Budget, LeftOut
 
@@ -57,9 +58,10 @@ def spec_of(kind: TaskKind, table: LabelledTable) -> TaskSpec:
     return tasks.find_labels(spec, table)
 
 
-def fit(kind: TaskKind, train: dict[str, list], test: dict[str, list], budget=None):
+def fit(kind: TaskKind, train: dict[str, list], test: dict[str, list], budget=None, **more):
     tables = {"train": LabelledTable(train, "train"), "test": LabelledTable(test, "test")}
-    return linear.fit(spec_of(kind, tables["train"]), tables, METRIC[kind], budget or Budget(LONG))
+    budget = budget or Budget(LONG)
+    return linear.fit(spec_of(kind, tables["train"]), tables, METRIC[kind], budget, **more)
 
 
 def reordered(columns: dict[str, list], order) -> dict[str, list]:
@@ -186,9 +188,9 @@ class Work:
             self.now += fitting * (len(search._labels) if rows is None else len(rows))
             return fit_rows(search, index, rows)
 
-        def slow_join(spec, texts, vectorizer):
+        def slow_join(spec, texts, *more):
             self.now += reading * len(texts[0])
-            return join(spec, texts, vectorizer)
+            return join(spec, texts, *more)
 
         monkeypatch.setattr(linear._Search, "fit", slow_fit)
         monkeypatch.setattr(linear, "_join", slow_join)
@@ -229,6 +231,38 @@ def test_without_time_the_model_is_left_out(monkeypatch, reading, fitting, words
     train, test = rows(TaskKind.CLASSIFICATION, 1800), rows(TaskKind.CLASSIFICATION, 50, 1)
     with pytest.raises(LeftOut, match=words):
         fit(TaskKind.CLASSIFICATION, train, test, budget)
+
+
+@pytest.mark.parametrize(("count", "others"), [(40, 3000), (512, 3000), (512, 0)])
+def test_few_training_rows_beside_many_others_keep_the_time_too(monkeypatch, count, others):
+    budget = Budget(20.0, Work(monkeypatch, 5e-3, 0.0))
+    train, test = rows(TaskKind.CLASSIFICATION, count), rows(TaskKind.CLASSIFICATION, others + 1, 1)
+    if others:
+        with pytest.raises(LeftOut, match="3,001 validation and test rows would take 15 s of 20 s"):
+            fit(TaskKind.CLASSIFICATION, train, test, budget)
+    else:
+        assert fit(TaskKind.CLASSIFICATION, train, test, budget).reduced == ()
+    assert budget.spent < 20
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+@pytest.mark.parametrize("after_fits", [False, True])
+def test_a_request_to_stop_is_noticed_while_rows_are_read(monkeypatch, kind, after_fits):
+    asked = not after_fits
+    run = linear._Search.run
+
+    def stop():
+        if asked:
+            raise StopRequested
+
+    def then_ask(search, *more):
+        nonlocal asked
+        run(search, *more)
+        asked = True
+
+    monkeypatch.setattr(linear._Search, "run", then_ask if after_fits else None)
+    with pytest.raises(StopRequested):
+        fit(kind, rows(kind, 30), rows(kind, 10, 1), check_stop=stop)
 
 
 def test_training_rows_have_a_limit_of_memory(monkeypatch):

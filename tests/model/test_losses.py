@@ -106,13 +106,12 @@ def test_smoothing_and_class_weights_are_their_formulas(kind):
         there[0, 1, 3] = there[1, 1, 2:] = 0
     else:
         weights = (0.5, 3.0, 1.0, 1.0)
-    total = weight = 0.0
+    total = 0.0
     for b, e in zip(*np.nonzero(mask), strict=True):
         values = logits[b, e][there[b, e] > 0].astype(np.float64)
         target = 0.7 * np.eye(len(values))[labels[b, e]] + 0.3 / len(values)
         loss = -(target * (values - np.log(np.exp(values).sum()))).sum()
-        factor = weights[labels[b, e]] if weights else 1.0
-        total, weight = total + factor * loss, weight + factor
+        total += loss * (weights[labels[b, e]] if weights else 1.0)
     batch = task_batch(labels, mask, there)
 
     def measure(logits):
@@ -121,9 +120,27 @@ def test_smoothing_and_class_weights_are_their_formulas(kind):
 
     (got, got_weight), gradient = jax.value_and_grad(measure, has_aux=True)(logits)
     assert float(got) == pytest.approx(total, rel=1e-5)
-    assert float(got_weight) == pytest.approx(weight)
+    assert float(got_weight) == mask.sum()  # the number of examples, whatever their weights
     assert np.isfinite(gradient).all()
     assert not np.asarray(gradient)[mask == 0].any()
+
+
+@pytest.mark.parametrize("size", [1, 4, 32])
+def test_balanced_classes_count_the_same_with_batches_of_any_size(size):
+    """One of 20 rows has the rare class. Its part of the mean losses of an epoch is a half."""
+    labels = (np.arange(640) % 20 == 0).astype(np.int32)
+    labels = np.random.default_rng(8).permutation(labels)
+    parts = np.zeros(2)
+    for some in labels.reshape(-1, size):
+        logits = jnp.zeros((2, size, 2))
+        both = np.stack([some, np.zeros_like(some)])
+        mask = np.stack([np.ones(size), np.zeros(size)])  # the second row has no example
+        batch = task_batch(both, mask, np.ones((2, size, 2)))
+        found = losses.task_loss("classification", logits, batch, (1 / 1.9, 10.0))
+        mean = float(found.total / found.weight)
+        rare = 10.0 * np.log(2) * some.sum() / size
+        parts += [mean - rare, rare]
+    assert parts[1] / parts.sum() == pytest.approx(0.5, rel=1e-5)
 
 
 def test_an_answer_that_is_not_there_has_no_probability():

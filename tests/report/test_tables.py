@@ -156,6 +156,9 @@ def test_a_better_linear_model_is_told_with_what_to_try(difference, chance):
     text = tables.results_table(pretrained, BASELINES, "x", [])
     assert "linear model is better" in text
     assert "--config.init_from" not in text
+    text = tables.results_table(with_linear(0.8, difference), BASELINES, "x", [], "gpt1")
+    assert "linear model is better" in text
+    assert "--config.init_from" not in text
     # The lines fit the terminal.
     assert max(map(len, text.splitlines())) <= tables.WIDTH
 
@@ -185,6 +188,15 @@ def test_table_works_without_any_stage_or_split(stages, tmp_path):
     assert ("accuracy" in text) == any("finetune" in s for s in stages)
     assert "no pretraining" not in text
     tables.results_table({s: {"steps": 3} for s in stages}, {}, tmp_path, [])
+
+
+def test_without_a_test_the_validation_scores_are_called_optimistic():
+    assert "optimistic" not in tables.results_table(SUMMARY, BASELINES, "x", [])
+    finetune = {name: SUMMARY["finetune"][name] for name in ("steps", "validation")}
+    table, *_ = tables.results_table({"finetune": finetune}, BASELINES, "x", []).split("\n\n")
+    last = table.splitlines()[-1]
+    assert "validation scores, so they are optimistic" in last
+    assert len(last) <= tables.WIDTH
 
 
 def test_table_of_a_regression_calls_the_baseline_the_mean():

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 import pytest
 from memory_runs import Recorder, experiment, finetuning, tables
 
+from gptjax.train import log as log_lib
 from gptjax.train import run
 from gptjax.train.loop import Trainer
 from gptjax.train.optimizer import Optimizer
+from gptjax.train.progress import Progress
 
 READS = ("__array__", "__bool__", "__float__", "__index__", "__int__", "item", "tolist")
 
@@ -81,3 +83,25 @@ def test_an_implicit_transfer_is_seen(tmp_path, monkeypatch, implicit, error):
     monkeypatch.setattr(Optimizer, "rate_at", lambda self, update: implicit(rate))
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError), match=error):
         train(tmp_path, 1)
+
+
+def test_what_is_slow_once_comes_before_the_measured_steps(tmp_path, monkeypatch):
+    """The import of tensorboardX and the compilation of the schedule are no time of a step."""
+    calls = []
+
+    def noted(owner, name):
+        function = getattr(owner, name)
+
+        def method(*args):
+            calls.append(name)
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, method)
+
+    noted(log_lib, "_open_events")
+    noted(Optimizer, "rate_at")
+    noted(Progress, "update")
+    train(tmp_path, 2)
+    assert calls[: calls.index("update")] == ["_open_events", "rate_at"]
+    assert calls.count("_open_events") == 1
+    assert calls.count("update") == 2
