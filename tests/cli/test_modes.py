@@ -145,7 +145,7 @@ def test_a_model_of_windows_predicts_as_it_was_validated(tmp_path):
         "--config=experiments/finetune_file.py", *runs.TINY,
         f"--config.finetune.train_file={path}", f"--config.finetune.validation_file={path}",
         "--config.finetune.long=windows", "--config.finetune.max_windows=3",
-        "--config.finetune.head=mean",
+        "--config.finetune.head=mean", "--config.finetune.lm_weight=0.5",
         "--config.finetune.baseline=none", "--config.finetune.steps=4",
         "--config.finetune.batch_size=8", f"--workdir={workdir}",
     )  # fmt: skip

@@ -26,7 +26,7 @@ def test_rows_in_memory_train_as_files_do_and_nothing_is_printed(tmp_path, capsy
     tiny = [flag for flag in runs.TINY if "tokenizer" not in flag]
     files = runs.main(
         *tiny, *runs.files().finetune, "--config.pretrain=none",
-        "--config.finetune.optimizer.schedule=linear",
+        "--config.finetune.head=extract", "--config.finetune.optimizer.schedule=linear",
         "--config.finetune.optimizer.warmup_fraction=0.002", f"--config.init_from={pretrained}",
         f"--workdir={tmp_path}/files",
     )  # fmt: skip
