@@ -245,29 +245,27 @@ def _experiment(stage: Stage, fields: Mapping[str, Any], call: _Call) -> Experim
     return experiment
 
 
-def _with_field(config: Any, path: str, value: Any, whole: str = "") -> Any:
-    """Returns a configuration with one field replaced.
+def _with_field(experiment: Experiment, path: str, value: Any) -> Experiment:
+    """Returns an experiment with another value of a field, after a check of its type.
 
     Args:
-      config: the configuration, or a part of it.
-      path: the dotted name of the field in `config`.
+      experiment: the configuration.
+      path: the dotted name of the field.
       value: the new value of the field.
-      whole: the dotted name of the field in the experiment, for error messages. An empty string
-        means that it is `path`.
     """
-    whole = whole or path
-    name, _, rest = path.partition(".")
-    wanted = typing.get_type_hints(type(config))[name]
-    if rest:
-        part, before = getattr(config, name), whole.removesuffix(f".{rest}")
-        require(part is not None, f"`overrides`: {whole!r}: the experiment has no {before} part")
-        value = _with_field(part, rest, value, whole)
-    elif wanted in _KINDS:
+    *parents, name = path.split(".")
+    part: Any = experiment
+    for i, parent in enumerate(parents, start=1):
+        part = getattr(part, parent)
+        before = ".".join(parents[:i])
+        require(part is not None, f"`overrides`: {path!r}: the experiment has no {before} part")
+    wanted = typing.get_type_hints(type(part))[name]
+    if wanted in _KINDS:
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         right = isinstance(value, wanted) and not (wanted is int and isinstance(value, bool))
-        require(right, f"`{whole}`={value!r}: must be {_KINDS[wanted]}")
-    return dataclasses.replace(config, **{name: value})
+        require(right, f"`{path}`={value!r}: must be {_KINDS[wanted]}")
+    return schema.with_value(experiment, path, value)
 
 
 class _TemporaryFolder:

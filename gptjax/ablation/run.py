@@ -205,6 +205,32 @@ def _pretrain(ablation: Ablation, options: run_lib.Options) -> str:
     return folder
 
 
+def job_experiment(ablation: Ablation, job: Job, pretrained: str) -> Experiment:
+    """Returns the experiment of one fine-tuning run.
+
+    Args:
+      ablation: the ablation that the run belongs to.
+      job: the task, the variant and the seed of the run.
+      pretrained: the path of the checkpoint from which it starts.
+    """
+    config = ablation.tasks[job.task]
+    changes = _changes(config, job.variant)
+    experiment = dataclasses.replace(
+        ablation.experiment,
+        name=str(job),
+        seed=job.seed,
+        pretrain=None,
+        ablation=None,
+        init_from=pretrained,
+        finetune=dataclasses.replace(config, **changes, compare_from_scratch=False),
+        # A variant sets its fields, so the data does not choose them.
+        choose=ablation.experiment.not_set(f"finetune.{name}" for name in changes),
+    )
+    if ablation.experiment.pretrain:  # then the model is in a folder, and not on the hub
+        experiment.init_from_commit, experiment.tokenizer = "", schema.TokenizerConfig()
+    return experiment
+
+
 @dataclasses.dataclass
 class _Runner:
     """Runs the fine-tuning runs that have no result yet, several at the same time.
@@ -310,22 +336,9 @@ class _Runner:
     def _run_job(self, job: Job, mesh: Mesh) -> None:
         """Runs one fine-tuning run, then writes and reports its result."""
         ablation = self.ablation
-        config = variant(ablation.tasks[job.task], job.variant)
-        config = dataclasses.replace(config, compare_from_scratch=False)
-        changed = _changes(config, job.variant)
-        experiment = dataclasses.replace(
-            ablation.experiment,
-            name=str(job),
-            seed=job.seed,
-            pretrain=None,
-            ablation=None,
-            init_from=self.pretrained,
-            finetune=config,
-            # A variant sets its fields, so the data does not choose them.
-            choose=ablation.experiment.not_set(f"finetune.{name}" for name in changed),
-        )
-        if ablation.experiment.pretrain:  # then the model is in a folder, and not on the hub
-            experiment.init_from_commit, experiment.tokenizer = "", schema.TokenizerConfig()
+        experiment = job_experiment(ablation, job, self.pretrained)
+        config = experiment.finetune
+        assert config is not None
         folder = os.path.join(ablation.workdir, "runs", job.task, job.variant, f"seed_{job.seed}")
         options = run_lib.Options(
             given=self.given, reporter=Reporter(), trial=True,

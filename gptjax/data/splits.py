@@ -85,7 +85,7 @@ def labelled_splits(
 
     If there are no validation rows, a fraction of the training rows is held out for validation.
     Rows of equal text are then in the same split, and each class has about the same share of both
-    splits. Rows whose label is `config.ignore_label` are left out before.
+    splits. Rows whose label is `config.ignore_label` are left out first.
 
     Args:
       config: the source of the rows, and the names of the columns to read.

@@ -22,7 +22,6 @@ Letters of the shapes: R draws, M cells, K classes.
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from scipy import special
 
 from gptjax.evaluate import metrics
 
@@ -111,18 +110,10 @@ def differences(
 def _wilson(right: np.ndarray) -> list[float]:
     """Returns Wilson's interval of an accuracy.
 
-    With k of n rows right and z = 1.96, its bounds are
-    (k + z^2 / 2 -+ z sqrt(k (n - k) / n + z^2 / 4)) / (n + z^2).
-
     Args:
       right: bool [n], whether the answer to a row is right.
     """
-    n, k = len(right), int(right.sum())
-    z = special.ndtri((1 + LEVEL) / 2)
-    half = z * np.sqrt(k * (n - k) / n + z**2 / 4)
-    low, high = ((k + z**2 / 2 + each) / (n + z**2) for each in (-half, half))
-    # The interval holds k / n, but rounding could put a bound beyond it if k is 0 or n.
-    return [float(max(0.0, min(low, k / n))), float(min(1.0, max(high, k / n)))]
+    return _proportion(int(right.sum()), len(right), "wilson")
 
 
 def _exact_difference(one: np.ndarray, other: np.ndarray) -> list[float]:
@@ -135,11 +126,20 @@ def _exact_difference(one: np.ndarray, other: np.ndarray) -> list[float]:
     Args:
       one, other: bool [n], whether the answer of each model is right.
     """
-    b, c = int((one & ~other).sum()), int((other & ~one).sum())
-    m, tail = b + c, (1 - LEVEL) / 2
-    low = special.betaincinv(b, c + 1, tail) if b else 0.0
-    high = special.betaincinv(b + 1, c, 1 - tail) if c else 1.0
-    return [float((2 * share - 1) * m / len(one)) for share in (low, high)]
+    wins, losses = int((one & ~other).sum()), int((other & ~one).sum())
+    m = wins + losses
+    shares = _proportion(wins, m, "exact") if m else [0.5, 0.5]
+    return [(2 * share - 1) * m / len(one) for share in shares]
+
+
+def _proportion(successes: int, trials: int, method: str) -> list[float]:
+    """Returns SciPy's interval of a proportion, with the probability `LEVEL`."""
+    from scipy import stats  # here, because this import takes long
+
+    found = stats.binomtest(successes, trials).proportion_ci(LEVEL, method)
+    # The interval holds the proportion, but rounding could put a bound beyond it.
+    share = successes / trials
+    return [min(float(found.low), share), max(float(found.high), share)]
 
 
 def _middle(scores: np.ndarray) -> list[float]:

@@ -420,7 +420,7 @@ def load(
 
 
 class AnyCheckpoint(Protocol):
-    """What a `Checkpoint` has, and also a model that lies elsewhere."""
+    """A model that can be loaded: a `Checkpoint`, or a model of the Hugging Face hub."""
 
     @property
     def path(self) -> str:

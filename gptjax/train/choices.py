@@ -1,13 +1,12 @@
 """The values of an experiment that its training data chooses (`Experiment.choose`).
 
-The rules below come from measurements, which `experiments/finetune_file.py` lists. A rule sees the
-kind of the task, the number of training rows and their lengths in tokens, and whether the model is
-pretrained. It does not see the labels of the validation or test rows.
+The rules below come from measurements, which `docs/your_data.md` lists. A rule sees the kind of the
+task, the number of training rows and their lengths in tokens, and whether the model is pretrained.
+It sees no label, and no validation or test row.
 """
 
 import dataclasses
 import math
-import os
 import textwrap
 from collections.abc import Callable, Collection
 from typing import Any
@@ -19,11 +18,9 @@ from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, TaskKi
 from gptjax.data import splits, tasks
 from gptjax.data.tables.labelled import LabelledTable
 from gptjax.data.tokens.tokenizer import Tokenizer
-from gptjax.io import files, remote
 
-# The contexts that are chosen for a model with random weights, in tokens.
-_SHORTEST, _LONGEST = 64, 512
-_WINDOW = 128
+# The shortest and the longest context that is chosen, and the context for windows, in tokens.
+_SHORTEST, _LONGEST, _WINDOW = 64, 512, 128
 # Texts are read in windows if at least this fraction of the rows is longer than the context.
 _MANY_LONG = 0.1
 # A context is long enough if at most this fraction of the rows is longer.
@@ -33,7 +30,9 @@ _PAPER_DROPOUT, _PAPER_LM_WEIGHT, _PAPER_BATCH_SIZE = 0.1, 0.5, 32
 # With random weights and fewer texts to classify than this, small batches are better. Perhaps the
 # noise of their gradients keeps the model from memorising the texts.
 _FEW_ROWS, _SMALL_BATCH_SIZE = 20_000, 8
+# The steps that a small data set gets, and the rows that are read of a large one in all epochs.
 _MIN_STEPS, _ROWS_READ = 400, 60_000
+# Models narrower than 64 would get a higher rate than this, but no such model was measured.
 _HIGHEST_RATE = 3e-3
 
 
@@ -47,10 +46,14 @@ class Facts:
     lengths: np.ndarray
     """int [rows]: the number of tokens of the longest sequence of each row, from
     `tasks.sequence_lengths`."""
-    model: ModelConfig
-    """The model, with the sizes of the checkpoint in `init_from`."""
+    width: int
+    """The width of the model."""
     pretrained: bool
-    """Whether the run starts from pretrained weights."""
+    """Whether the experiment has pretrained weights (`init_from`). The same experiment without them
+    (`transfer` none), as a comparison, keeps the values for pretrained weights."""
+    context_length: int = 0
+    """The context, if the user or the checkpoint in `init_from` has set it. 0 means that it is to
+    be chosen."""
     flattened: bool = False
     """Whether the user chose a task head that reads one padded sequence."""
 
@@ -59,8 +62,7 @@ class Facts:
         """Whether long texts are read in windows."""
         if self.kind != TaskKind.CLASSIFICATION or self.flattened:
             return False
-        context = self.model.context_length if self.pretrained else _WINDOW
-        return tasks.share_longer(self.lengths, context) >= _MANY_LONG
+        return tasks.share_longer(self.lengths, self.context_length or _WINDOW) >= _MANY_LONG
 
     def describe(self) -> str:
         """Returns the facts for the user."""
@@ -89,7 +91,7 @@ def _long(facts: Facts, _: FinetuneConfig) -> str:
 
 
 def _head(facts: Facts, config: FinetuneConfig) -> str:
-    """Returns the input of the task head. The mean finds what is said once in a long text."""
+    """Returns the input of the task head. With windows, the mean was a little better."""
     windows = config.long == schema.Long.WINDOWS
     mean = windows and not facts.pretrained
     return schema.Head.MEAN.value if mean else schema.Head.EXTRACT.value
@@ -145,7 +147,7 @@ def _learning_rate(facts: Facts, config: FinetuneConfig) -> float:
     2022).
     """
     slope = math.log(1e-3 / 6.25e-5) / math.log(768 / 128)
-    rate = min(_HIGHEST_RATE, 1e-3 * (128 / facts.model.width) ** slope)
+    rate = min(_HIGHEST_RATE, 1e-3 * (128 / facts.width) ** slope)
     return float(f"{rate * math.sqrt(config.batch_size / _PAPER_BATCH_SIZE):.3g}")
 
 
@@ -185,28 +187,30 @@ def choose(
       UserError: a chosen value contradicts a value that the user set.
     """
     config = experiment.finetune
+    assert config is not None
     names = schema.split_names(experiment.choose)
-    if not names or config is None:
-        return experiment, model, ()
+    # The checkpoint in `init_from` has set the sizes.
+    inherited = {f"model.{name}" for name in schema.INHERITED_SIZES if experiment.init_from}
+    unused = {"finetune.epochs"} if config.steps else set()
+    chosen_by_data = set(names) - inherited - unused
     lengths = tasks.sequence_lengths(splits.task_spec(config), data["train"], tokenizer)
     facts = Facts(
         TaskKind(config.task),
         len(lengths),
         lengths,
-        model,
-        bool(experiment.init_from) and config.transfer != "none",
-        config.head == schema.Head.FLATTEN and "finetune.head" not in names,
+        width=model.width,
+        pretrained=bool(experiment.init_from),
+        context_length=0 if "model.context_length" in chosen_by_data else model.context_length,
+        flattened=config.head == schema.Head.FLATTEN and "finetune.head" not in chosen_by_data,
     )
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for name, rule in RULES.items():
-        part, _, field = name.partition(".")
-        inherited = bool(experiment.init_from) and field in schema.INHERITED_SIZES
-        assert experiment.finetune is not None
-        not_used = name == "finetune.epochs" and experiment.finetune.steps > 0
-        if name not in names or not_used or (part == "model" and inherited):
+        if name not in chosen_by_data:
             continue
+        assert experiment.finetune is not None
         chosen[name] = value = rule(facts, experiment.finetune)
         experiment = schema.with_value(experiment, name, value)
+        part, _, field = name.partition(".")
         if part == "model":
             model = dataclasses.replace(model, **{field: value})
     experiment = dataclasses.replace(experiment, choose="")
@@ -218,24 +222,17 @@ def choose(
 
 
 def keep_earlier(
-    experiment: Experiment, workdir: str, product: str, in_memory: Collection[str] = ()
+    experiment: Experiment, earlier: Experiment, in_memory: Collection[str] = ()
 ) -> Experiment:
-    """Returns the experiment with the values that an earlier run in the workdir chose.
-
-    Without an earlier run the experiment is not changed.
+    """Returns the experiment of a run that is continued, with the values that it chose before.
 
     Args:
       experiment: the configuration, from `validation.validate`.
-      workdir: the folder of the run.
-      product: the name of the results in the workdir. If they are missing, there was no run.
+      earlier: the configuration with which the run began. Of another experiment, which lacks a
+        field, nothing is taken.
       in_memory: the stages whose data are tables in memory.
     """
-    path = os.path.join(workdir, "config.json")
-    names = schema.split_names(experiment.choose)
-    if not (names and remote.exists(path) and remote.exists(os.path.join(workdir, product))):
-        return experiment
-    old = schema.from_dict(Experiment, files.read_json(path), path)
-    for name in names:
-        if (value := schema.value_at(old, name)) is not None:
+    for name in schema.split_names(experiment.choose):
+        if (value := schema.value_at(earlier, name)) is not None:
             experiment = schema.with_value(experiment, name, value)
     return validation.validate(dataclasses.replace(experiment, choose=""), in_memory)

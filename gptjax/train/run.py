@@ -83,7 +83,8 @@ def run(experiment: Experiment, workdir: str, options: Options | None = None) ->
     # fail in only some of the processes if their meshes differed.
     processes.require_same({"config": schema.to_dict(experiment)})
     experiment = pin_hub_model(experiment, workdir, "checkpoints", options)
-    experiment = choices.keep_earlier(experiment, workdir, "checkpoints", options.tables)
+    if experiment.choose and (earlier := _earlier_experiment(workdir, "checkpoints")):
+        experiment = choices.keep_earlier(experiment, earlier, options.tables)
     with StopRequest() as stop:
         mesh = mesh_lib.make_mesh(experiment.mesh)
         check_stop = make_check(processes.synchronised_stop(stop))
@@ -184,13 +185,11 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
     Raises:
       UserError: the workdir cannot be written to, or has results of another configuration.
     """
-    remote.require_workdir(workdir)
-    path = os.path.join(workdir, "config.json")
-    if not (remote.exists(path) and remote.exists(os.path.join(workdir, product))):
+    old = _earlier_experiment(workdir, product)
+    if old is None:
         return
-    # The dictionary in the file is converted to a configuration and back, because a file of an
-    # older version lacks new fields. They get their defaults.
-    old = schema.from_dict(Experiment, files.read_json(path), path)
+    # Both are compared as dictionaries. A file of an older version lacks new fields, which have got
+    # their defaults.
     changes = schema.differences(schema.to_dict(old), schema.to_dict(experiment))
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     require(
@@ -198,6 +197,23 @@ def check_workdir(experiment: Experiment, workdir: str, product: str) -> None:
         f"`workdir`={workdir}: holds another experiment ({'; '.join(changes[:3])}{more}); "
         "choose another `workdir` or give the same configuration",
     )
+
+
+def _earlier_experiment(workdir: str, product: str) -> Experiment | None:
+    """Returns the configuration with which the run in the workdir began; None if there is no run.
+
+    Args:
+      workdir: the folder of the run.
+      product: the name of the results in the workdir. If they are missing, there was no run.
+
+    Raises:
+      UserError: the workdir cannot be written to.
+    """
+    remote.require_workdir(workdir)
+    path = os.path.join(workdir, "config.json")
+    if not (remote.exists(path) and remote.exists(os.path.join(workdir, product))):
+        return None
+    return schema.from_dict(Experiment, files.read_json(path), path)
 
 
 def pin_hub_model(
@@ -240,12 +256,8 @@ def pin_hub_model(
 
 def _commit_of_workdir(address: str, workdir: str, product: str) -> str:
     """Returns the commit with which a run began; "" if the workdir holds no run of this model."""
-    remote.require_workdir(workdir)
-    path = os.path.join(workdir, "config.json")
-    if not (remote.exists(path) and remote.exists(os.path.join(workdir, product))):
-        return ""
-    old = schema.from_dict(Experiment, files.read_json(path), path)
-    return old.init_from_commit if old.init_from == address else ""
+    old = _earlier_experiment(workdir, product)
+    return old.init_from_commit if old and old.init_from == address else ""
 
 
 def _choose_tokenizer_and_sizes(

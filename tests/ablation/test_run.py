@@ -12,7 +12,7 @@ import runs
 from gptjax.ablation import report
 from gptjax.ablation import run as run_lib
 from gptjax.config import paper_tasks
-from gptjax.config.schema import FinetuneConfig
+from gptjax.config.schema import Experiment, FinetuneConfig
 from gptjax.errors import UserError
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "two_tasks.py"
@@ -346,3 +346,20 @@ def test_another_experiment_is_not_mixed_into_a_table(done):
     workdir, _ = done
     changed = runs.main(*command(workdir), "--config.ablation.tasks.one.batch_size=4")
     assert "holds another experiment (ablation.tasks.one.batch_size: 8 -> 4)" in changed.error
+
+
+@pytest.mark.parametrize(
+    ("variant", "chosen"),
+    [
+        ("full", {"finetune.lm_weight", "finetune.epochs"}),
+        ("lambda=0.5", {"finetune.epochs"}),  # also if it is the value that the field had
+        ("no_lm", {"finetune.epochs"}),
+    ],
+)
+def test_the_data_does_not_choose_what_a_variant_sets(variant, chosen):
+    experiment = Experiment(choose="finetune.lm_weight,finetune.epochs", finetune=FINETUNE)
+    plan = run_lib.Ablation(experiment, "w", {"one": FINETUNE}, (variant,), range(1))
+    found = run_lib.job_experiment(plan, plan.jobs[0], "start")
+    assert set(found.choose.split(",")) == chosen
+    assert vars(found.finetune) == vars(run_lib.variant(FINETUNE, variant))
+    assert (found.init_from, found.seed) == ("start", 0)

@@ -149,7 +149,7 @@ def test_parquet_columns_that_datasets_does_not_know(tmp_path):
             assert message.startswith(f"{path}: row 1, column {name}: is a list")
     pq.write_table(pa.Table.from_arrays([words, words], names=["text", "text"]), path)
     message = fails(read_table, path)
-    assert message == f"{path}: column 'text' occurs more than once; give each column its own name"
+    assert message.startswith(f"{path}: column 'text' occurs more than once in the file; give")
 
 
 def test_json_lines_and_parquet_keep_types(tmp_path):

@@ -8,7 +8,7 @@ import runs
 
 import gptjax
 from gptjax.config import experiments, schema, validation
-from gptjax.config.schema import Experiment, FinetuneConfig, ModelConfig, TaskKind
+from gptjax.config.schema import Experiment, FinetuneConfig, TaskKind
 from gptjax.errors import UserError
 from gptjax.io import files
 from gptjax.train import choices
@@ -18,8 +18,7 @@ ALL = ",".join(schema.CHOOSABLE)
 
 
 def facts(lengths, kind="classification", **changes):
-    model = ModelConfig(context_length=128, width=128, num_heads=4)
-    values = {"pretrained": False, "model": model} | changes
+    values = {"pretrained": False, "width": 128} | changes
     return Facts(TaskKind(kind), len(lengths), np.array(lengths), **values)
 
 
@@ -38,7 +37,7 @@ def test_every_choice_is_a_valid_configuration(kind, pretrained, longest, rows):
     if kind == TaskKind.MULTIPLE_CHOICE:
         columns = {"choices": "b,c"}
     config = FinetuneConfig(train_file="rows.csv", task=kind.value, **columns)
-    experiment = Experiment(model=seen.model, finetune=config)
+    experiment = Experiment(finetune=config)
     for name, rule in choices.RULES.items():
         experiment = schema.with_value(experiment, name, rule(seen, experiment.finetune))
     checked = validation.validate(experiment)
@@ -70,6 +69,12 @@ def test_a_flattened_head_reads_no_windows():
     assert choices.RULES["model.context_length"](seen, FinetuneConfig()) == 512
 
 
+@pytest.mark.parametrize(("context", "long"), [(128, "windows"), (256, "cut")])
+def test_a_context_that_was_set_decides_what_is_long(context, long):
+    seen = facts([10] * 80 + [200] * 20, context_length=context)
+    assert choices.RULES["finetune.long"](seen, FinetuneConfig()) == long
+
+
 def test_later_rules_see_what_the_user_has_set():
     rate, epochs = (choices.RULES[f"finetune.{n}"] for n in ("optimizer.learning_rate", "epochs"))
     seen = facts([10] * 100)
@@ -78,7 +83,7 @@ def test_later_rules_see_what_the_user_has_set():
     assert [epochs(seen, FinetuneConfig(batch_size=size)) for size in (1, 2, 32)] == [6, 8, 30]
     head = choices.RULES["finetune.head"]
     assert head(seen, FinetuneConfig(long="windows")) == "mean"
-    gpt1 = facts([10] * 100, pretrained=True, model=ModelConfig())
+    gpt1 = facts([10] * 100, pretrained=True, width=768)
     assert rate(gpt1, FinetuneConfig(batch_size=32)) == pytest.approx(6.25e-5)
     assert head(gpt1, FinetuneConfig(long="windows")) == "extract"
 
@@ -177,16 +182,3 @@ def test_the_same_from_python(tmp_path):
         rows, config=config, overrides={**tiny, "finetune.baseline": "none"}, progress=False
     )
     assert gpt.model.config.context_length == 48
-
-
-def test_a_variant_of_an_ablation_keeps_its_change(monkeypatch):
-    from gptjax.ablation import run as ablation
-
-    made = experiment("finetune.lm_weight,finetune.epochs")
-    for name, expected in {
-        "full": "finetune.lm_weight,finetune.epochs",
-        "lambda=0.5": "finetune.epochs",
-        "no_lm": "finetune.epochs",
-    }.items():
-        changed = ablation._changes(made.finetune, name)
-        assert made.not_set(f"finetune.{field}" for field in changed) == expected

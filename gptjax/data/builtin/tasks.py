@@ -173,12 +173,12 @@ def _word_order(entries: Sequence[Entry], split: str) -> list[dict[str, Any]]:
 def _shuffled(sentence: str) -> str:
     """Returns the words of a sentence in another order, which is the same on all machines."""
     words = sentence.split()
-    for attempt in itertools.count():
-        keys = [name_hash(f"{attempt} {i} {sentence}") for i in range(len(words))]
-        shuffled = [words[i] for i in sorted(range(len(words)), key=keys.__getitem__)]
-        if shuffled != words:
-            return " ".join(shuffled)
-    raise AssertionError("unreachable")
+
+    def order(attempt: int) -> list[str]:
+        places = sorted(range(len(words)), key=lambda i: name_hash(f"{attempt} {i} {sentence}"))
+        return [words[i] for i in places]
+
+    return " ".join(next(found for found in map(order, itertools.count()) if found != words))
 
 
 def _described(entries: Sequence[Entry]) -> list[Entry]:

@@ -123,6 +123,15 @@ def to_dataset(table: pa.Table) -> Dataset:
     return datasets.Dataset(datasets.table.InMemoryTable(table), fingerprint=uuid.uuid4().hex)
 
 
+def _require_distinct(names: Sequence[str], where: str, names_from: str) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    require(
+        not repeated,
+        f"{where}: column {', '.join(map(repr, repeated))} occurs more than once in {names_from}; "
+        "give each column its own name",
+    )
+
+
 def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
     is_csv = ending == ".csv"
     limit = csv.field_size_limit(2**31 - 1)  # the default limit of a cell is 128 KB
@@ -135,12 +144,7 @@ def _delimited(path: str, ending: str, names: list[str]) -> pa.Table:
             names_from = "columns" if names else "the header"
             names = names or next((cells for _, cells in lines if cells), [])
             require(names, f"{path}: the file has blank lines only; write a header and rows")
-            repeated = sorted({name for name in names if names.count(name) > 1})
-            require(
-                not repeated,
-                f"{path}, line 1: column {', '.join(map(repr, repeated))} occurs more than once in "
-                f"{names_from}; give each column its own name",
-            )
+            _require_distinct(names, f"{path}, line 1", names_from)
             rows = _with_blank_cells(lines) if len(names) == 1 else _without_blank(lines, is_csv)
             checked = _checked(rows, names, path, names_from, is_csv)
             tables = [pa.schema([(name, pa.string()) for name in names]).empty_table()]
@@ -286,12 +290,7 @@ def _parquet(path: str) -> pa.Table:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({brief(error)})") from error
-    repeated = sorted({name for name in table.column_names if table.column_names.count(name) > 1})
-    require(
-        not repeated,
-        f"{path}: column {', '.join(map(repr, repeated))} occurs more than once; give each column "
-        "its own name",
-    )
+    _require_distinct(table.column_names, path, "the file")
     # `datasets` writes the types of its columns there, and refuses types that it does not know.
     table = table.replace_schema_metadata(None)
     for index, field in enumerate(table.schema):
