@@ -27,7 +27,8 @@ STS-B (test Pearson 0.277), RTE (validation accuracy 48.0%) and other tasks were
 the chosen values; these numbers are those of 2026-11-23.
 
 The validation rows of MRPC are those of GLUE, in files of their own. Seeds 1 and 2 of SST-2 were
-run with the chosen values as flags. Without pretraining, a few thousand rows do not teach a model to compare two texts. The flags were:
+run with the chosen values as flags. Without pretraining, a few thousand rows do not teach a model
+to compare two texts. The flags were:
 
     SST-2   --config.finetune.text=sentence
     MRPC    --config.finetune.task=similarity '--config.finetune.text=#1 String'
