@@ -4,7 +4,7 @@
     WORKDIR/checkpoints/STAGE/STEP/params    the parameters; with an average, the averaged ones
                                   /optimizer the optimizer's state, the step, and with an average
                                              the parameters that are not averaged
-                                  /meta      configuration, tokenizer, task, checksums
+                                  /meta      configuration, tokenizer, task, checksums, scores
 
 The arrays can be restored on a mesh that differs from the mesh on which they were saved. `meta` is
 the metadata that the use of the parameters needs. It also holds a checksum of each array and a
@@ -74,8 +74,6 @@ class CheckpointStore:
         self.directory = remote.absolute(workdir) / FOLDER / stage
         self._metric, self._policy = metric, policy
         self._saves, self._reader = SaveMonitor(), _reader()
-        scores = self.directory / _SCORES
-        self._scores = processes.broadcast(_SCORES, lambda: _read_scores(scores))
         # orbax's own option `read_only` is not used, because it has no effect here and logs two
         # warnings whenever a checkpoint is loaded.
         options = ocp.CheckpointManagerOptions(
@@ -87,6 +85,7 @@ class CheckpointStore:
         with self._disk_errors():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._wait_for_equal_steps()
+        self._scores = processes.broadcast(_SCORES, self._read_scores)
 
     def _disk_errors(self) -> AbstractContextManager[None]:
         return files.disk_errors(self.directory, "the last checkpoint is kept")
@@ -98,6 +97,35 @@ class CheckpointStore:
         """
         what = f"the checkpoints in {self.directory}"
         processes.wait_until_same(what, self.steps, self._manager.reload)
+
+    def _read_scores(self) -> dict[str, dict[str, float]]:
+        """Returns the scores that are stored: name of a step -> its validation scores.
+
+        A step that `scores.json` lacks gets the scores of its own metadata, so that a lost file
+        loses neither the best step nor the temperature of a step.
+        """
+        path = self.directory / _SCORES
+        try:
+            scores = files.read_json(path) if path.exists() else {}
+        except UserError as error:
+            logging.warning("%s; reading the scores that the checkpoints hold", error)
+            scores = {}
+        for step in self.steps():
+            if str(step) not in scores and (found := self._own_scores(step)):
+                scores[str(step)] = found
+        return scores
+
+    def _own_scores(self, step: int) -> dict[str, float]:
+        """Returns the scores in the metadata of a step, {} if it has none or cannot be read.
+
+        A damaged step is reported where it is restored.
+        """
+        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+        try:
+            values = dict(self._reader.restore(self.directory / str(step), args=args)["meta"])
+        except Exception:  # orbax raises errors of many classes for damaged files
+            return {}
+        return values.get("scores", {}) if values.pop("digest", None) == digest(values) else {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns for each checkpoint whether it is kept. orbax calls this method."""
@@ -157,7 +185,8 @@ class CheckpointStore:
         # save, and `should_preserve` needs the scores.
         if metrics:
             self.set_metrics(step, metrics)
-        values = {**meta.to_dict(), "checksums": checksums(state), "step": step}
+        own = {"checksums": checksums(state), "step": step, "scores": metrics or {}}
+        values = {**meta.to_dict(), **own}
         values["digest"] = digest(values)
         arrays = _beside_params(state)
         with self._disk_errors():
@@ -201,6 +230,7 @@ class CheckpointStore:
             raise ValueError("its meta does not have the checksum it was saved with")
         sums = values.pop("checksums")
         values.pop("step")
+        values.pop("scores", None)  # earlier versions wrote none
         return Meta.from_dict(values, str(self.directory / str(step))), sums
 
     def ledger(self, step: int) -> str:
@@ -358,18 +388,6 @@ def _beside_params(state: TrainState) -> dict[str, Any]:
     if state.raw_params is not None:
         parts["raw_params"] = state.raw_params
     return parts
-
-
-def _read_scores(path: epath.Path) -> dict[str, dict[str, float]]:
-    """Returns the stored scores. If the file is missing or broken, it returns {}.
-
-    Without scores, a resumed run validates its step again.
-    """
-    try:
-        return files.read_json(path) if path.exists() else {}
-    except UserError as error:
-        logging.warning("%s; going on without the validation scores of earlier steps", error)
-        return {}
 
 
 def rank(name: str, value: float | None) -> float:

@@ -146,6 +146,22 @@ def test_the_newest_and_the_best_stay(tmp_path, metric, scores, kept, order):
     again.close()
 
 
+@pytest.mark.parametrize("harm_scores", [pathlib.Path.unlink, lambda p: p.write_text("{")])
+def test_a_lost_scores_file_loses_neither_the_best_step_nor_its_temperature(tmp_path, harm_scores):
+    with CheckpointStore(str(tmp_path), "finetune", metric="accuracy") as checkpoints:
+        for step, score in ((1, 0.9), (2, float("nan")), (3, 0.2)):
+            scores = {"accuracy": score, "temperature": 1.0 + step / 4}
+            checkpoints.save(step, make_state(step), make_meta(), scores)
+        checkpoints.wait()
+        before = checkpoints.metrics(1)
+        path = pathlib.Path(checkpoints.directory) / "scores.json"
+    harm_scores(path)
+    with CheckpointStore(str(tmp_path), "finetune", metric="accuracy", read_only=True) as again:
+        assert again.best_first() == [1, 3, 2]
+        assert again.metrics(1) == before == {"accuracy": 0.9, "temperature": 1.25}
+        assert again.restore_best_params(make_state(1).params)[0] == 1
+
+
 def test_no_best_kept_where_none_is_wanted(tmp_path):
     policy = CheckpointConfig(keep_newest=1, keep_best=0)
     checkpoints = CheckpointStore(str(tmp_path), "finetune", policy, "accuracy")
