@@ -203,7 +203,8 @@ def find_labels(spec: TaskSpec, table: LabelledTable) -> TaskSpec:
 def _whole_number(name: str) -> str:
     """Returns the decimal digits of a whole number such as "1.0". Other texts are not changed."""
     number = as_number(name)
-    return str(int(number)) if number is not None and number.is_integer() else name
+    whole = number is not None and number == number.to_integral_value()
+    return str(int(number)) if number is not None and whole else name
 
 
 def label_ids(spec: TaskSpec, table: LabelledTable) -> np.ndarray:

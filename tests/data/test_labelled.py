@@ -173,6 +173,8 @@ def test_a_list_in_a_document_is_an_error(tmp_path):
     [
         ("-1", "-1.0", True), (" 1", "1", True), ("1e0", "1", True), ("a", "a ", True),
         ("a", "b", False), ("1", "-1", False), ("nan", "NaN", False), ("inf", "Infinity", False),
+        ("9007199254740993", "9007199254740992", False), ("1_0", "10", False),
+        ("1e400", "1e500", False),
     ],
 )  # fmt: skip
 def test_labels_are_compared_as_numbers_if_both_are_numbers(label, other, equal):

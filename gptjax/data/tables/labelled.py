@@ -7,6 +7,7 @@ column has the whole expression as its name, the expression means this column.
 
 import collections
 import dataclasses
+import decimal
 import hashlib
 import math
 import re
@@ -17,6 +18,7 @@ from gptjax.data.tables.files import Dataset
 from gptjax.errors import UserError, nearest, require
 
 _ELEMENT = re.compile(r"(.+)\[(\d+)\]")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def is_missing(value: Any) -> bool:
@@ -50,17 +52,17 @@ def same_label(label: str, other: str) -> bool:
     return label.strip() == other.strip() or (number is not None and number == as_number(other))
 
 
-def as_number(text: str) -> float | None:
-    """Returns the finite number that a text denotes; None if it denotes no such number.
+def as_number(text: str) -> decimal.Decimal | None:
+    """Returns the number that a text denotes, without rounding; None if it denotes no number.
 
-    >>> as_number("1.0"), as_number("one"), as_number("nan")
-    (1.0, None, None)
+    A number beyond the range of float64 counts as none.
+
+    >>> as_number("1.0"), as_number("one"), as_number("nan"), as_number("1_0")
+    (Decimal('1.0'), None, None, None)
     """
-    try:
-        number = float(text)
-    except ValueError:
+    if not _NUMBER.fullmatch(text.strip()) or math.isinf(float(text)):
         return None
-    return number if math.isfinite(number) else None
+    return decimal.Decimal(text.strip())
 
 
 def _parts(expression: str, existing: Collection[str]) -> list[tuple[str, int | None]]:
