@@ -15,8 +15,9 @@ Results on 2 cores of an Intel Xeon (Python 3.11, jax 0.10.2, 2026-11-27), seed 
     linear model of the same rows       77.5%
     majority-class baseline             50.0%
 
-The perplexity after pretraining is 162.0. The run needs 1.9 GB of memory, and 2 minutes and 49
-seconds in all, or less if an earlier run has filled the caches.
+Seeds 1 and 2 have 84.6% and 82.7% with pretraining, and 79.0% and 78.4% from random weights. The
+perplexity after pretraining is 162.0 with seed 0. The run needs 1.9 GB of memory, and 2 minutes and
+49 seconds in all, or less if an earlier run has filled the caches.
 """
 
 from gptjax.config import (
