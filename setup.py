@@ -15,5 +15,7 @@ setup(
     packages=[*find_packages(include=["gptjax", "gptjax.*"]), "gptjax.experiments"],
     # In the repository the experiments are beside the package. The installation puts them inside.
     package_dir={"gptjax.experiments": "experiments"},
+    # The style, the scripts and the template of the page of `gptjax explain`.
+    package_data={"gptjax.explain": ["static/**"]},
     extras_require={extra: requirements(extra) for extra in ("cuda", "remote", "tpu")},
 )

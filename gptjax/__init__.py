@@ -15,16 +15,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gptjax.api import finetune, pretrain
-    from gptjax.infer.predictor import GPT, load
+    from gptjax.explain.model import GPT, load
+    from gptjax.infer.inside import Changes
 
-__all__ = ["GPT", "__version__", "finetune", "load", "pretrain"]
+__all__ = ["GPT", "Changes", "__version__", "finetune", "load", "pretrain"]
 __version__ = "0.1.0"
 
 # Public name -> its module. A module is imported when a name is used for the first time, because
 # the modules import JAX, which takes seconds.
 _MODULES = {
-    "GPT": "gptjax.infer.predictor",
-    "load": "gptjax.infer.predictor",
+    "GPT": "gptjax.explain.model",
+    "Changes": "gptjax.infer.inside",
+    "load": "gptjax.explain.model",
     "finetune": "gptjax.api",
     "pretrain": "gptjax.api",
 }

@@ -25,8 +25,9 @@ from gptjax.data.tables import files as files_lib
 from gptjax.data.tables import memory
 from gptjax.data.tables.memory import Table
 from gptjax.errors import Preempted, TrainingDiverged, UserError, nearest, require
+from gptjax.explain import model as model_lib
+from gptjax.explain.model import GPT
 from gptjax.infer import predictor
-from gptjax.infer.predictor import GPT
 from gptjax.train import run as run_lib
 from gptjax.train.progress import Reporter, TerminalReporter
 
@@ -334,7 +335,7 @@ def _train(
         if folder:
             folder.keep()
         raise _stopped(error, place) from None
-    return dataclasses.replace(gpt, folder=folder)
+    return model_lib.of(dataclasses.replace(gpt, folder=folder))
 
 
 def _datasets(

@@ -33,7 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "ablation": {"train", "infer"},
     "cost": {"train", "infer"},
     "report": {"train", "infer"},
-    "api": {"train", "infer"},
+    "explain": {"infer"},
+    "api": {"train", "explain"},
     "cli": {"api", "ablation", "cost", "report"},
     "__main__": {"cli"},
 }

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
-from etils import epath
 
 from gptjax.checkpoint.background import SaveMonitor
 from gptjax.checkpoint.checksum import checksums, verify

@@ -133,6 +133,25 @@ MODES: dict[str, Mode] = {
             "seed=N": "The seed of the random draws. Equal seeds give equal texts.",
         },
     ),
+    "explain": Mode(
+        "Writes a page that shows, step by step, how a model reads one text.",
+        "--checkpoint=runs/quickstart --text=Returns --output=page.html",
+        {
+            "checkpoint=DIR": _OR_HUB,
+            "text=TEXT": "The text: the first text of a pair, or the question of a multiple "
+            "choice.",
+            "text_pair=TEXT": "The second text of a pair.",
+            "choice=TEXT": "An answer of a multiple choice. Give the flag once for each answer, in "
+            "their order.",
+            "label=LABEL": "The right label, for the task loss: a class, the number of a "
+            "regression, or the answer of a multiple choice as in the training file.",
+            "output=FILE": "The page to write (.html), or the numbers alone (.json).",
+            "language=LANGUAGE": "The language that the page opens in: en or zh.",
+            "heads=HEADS": "The heads whose queries, keys and values are in the page, as "
+            "LAYER.HEAD with commas, both from 0: 0.3,5.11. Default: the eight most telling "
+            "heads.",
+        },
+    ),
     "tokenizer": Mode(
         "Trains a tokenizer on text files.",
         "--input='books/*.txt' --output=tokenizer --config.tokenizer.vocab_size=8000",
@@ -261,6 +280,12 @@ BENCH = flags.DEFINE_enum("bench", BenchKind.TRAIN, list(BenchKind), _help("benc
 PROBES = flags.DEFINE_bool("probes", False, _help("probes"))
 SPLIT = flags.DEFINE_string("split", "", _help("split"))
 GLUE = flags.DEFINE_string("glue", "", _help("glue"))
+TEXT = flags.DEFINE_string("text", None, _help("text"))
+TEXT_PAIR = flags.DEFINE_string("text_pair", None, _help("text_pair"))
+CHOICE = flags.DEFINE_multi_string("choice", None, _help("choice"))
+LABEL = flags.DEFINE_string("label", None, _help("label"))
+LANGUAGE = flags.DEFINE_enum("language", "en", ["en", "zh"], _help("language"))
+HEADS = flags.DEFINE_string("heads", "", _help("heads"))
 PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
 PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
 # The values of the flags below are read with the function `values`.

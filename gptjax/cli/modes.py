@@ -332,6 +332,59 @@ def run_generate(_: Command) -> None:
         print(text)
 
 
+def run_explain(_: Command) -> None:
+    """Writes a page that shows, step by step, how a model reads one text."""
+    from gptjax.explain import data, page
+
+    output_path = flags.OUTPUT.value
+    ending = os.path.splitext(output_path)[1].lower()
+    require(output_path, "--output: give the page to write (.html)")
+    require(
+        ending in (".html", ".json"), f"--output={output_path}: the ending must be .html or .json"
+    )
+    heads = _heads(flags.HEADS.value)
+    gpt = _load()
+    found = data.explain(gpt, _texts(gpt), flags.LABEL.value, heads)
+    if ending == ".json":
+        text = json.dumps(files.json_ready(found), ensure_ascii=False)
+    else:
+        text = page.render(found, flags.LANGUAGE.value)
+    files.write_atomically(output_path, text.encode())
+    shown = f"{len(found['tokens'])} tokens"
+    print(f"{shown} -> {output_path} ({len(text.encode()) / 1e6:.1f} MB); it opens in a browser")
+
+
+def _heads(names: str) -> list[tuple[int, int]]:
+    """Returns the heads of `--heads`, as pairs of a layer and a head."""
+    found = []
+    for name in schema.split_names(names):
+        layer, _, head = name.partition(".")
+        both = layer.isdecimal() and head.isdecimal()
+        require(both, f"--heads={names}: {name!r} must be LAYER.HEAD, such as 0.3")
+        found.append((int(layer), int(head)))
+    return found
+
+
+def _texts(gpt: GPT) -> str | dict[str, str]:
+    """Returns the texts of `--text`, `--text_pair` and `--choice`, as `GPT.read` takes them."""
+    text, pair, answers = flags.TEXT.value, flags.TEXT_PAIR.value, flags.CHOICE.value or []
+    if text is None:
+        raise UserError("--text: give the text to explain")
+    task, kind = gpt.task, gpt.task.kind if gpt.task else "a language model"
+    wants_pair = task is not None and bool(task.text_pair)
+    count = len(task.choices) if task else 0
+    require(pair is None or wants_pair, f"--text_pair: {gpt.path} is {kind}; it reads no pair")
+    require(pair is not None or not wants_pair, f"--text_pair: give it; {gpt.path} is {kind}")
+    require(
+        len(answers) == count,
+        f"--choice: given {len(answers)} times; {gpt.path} is {kind} with {count} answers",
+    )
+    if task is None:
+        return text
+    texts: dict[str, str] = {task.text: text, **dict(zip(task.choices, answers, strict=True))}
+    return texts if pair is None else {**texts, task.text_pair: pair}
+
+
 def run_tokenizer(command: Command) -> None:
     """Trains a tokenizer on text files, and writes it as `tokenizer.json`.
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -28,6 +29,10 @@ from gptjax.errors import UserError, brief, require
 from gptjax.evaluate import calibration, metrics, probes
 from gptjax.evaluate import score as score_lib
 from gptjax.infer import generate as generate_lib
+from gptjax.infer import inside as inside_lib
+from gptjax.infer import row as row_lib
+from gptjax.infer.inside import Changes
+from gptjax.infer.row import Row, Texts
 from gptjax.io import files, remote
 from gptjax.mesh import Params
 from gptjax.model import gpt as gpt_lib
@@ -290,6 +295,63 @@ class GPT:
         rows.require_columns(wanted)
         return tasks.encode(task, rows, self.tokenizer, self.config.context_length, labelled)
 
+    def read(self, texts: Texts, label: Any = None) -> Row:
+        """Returns a text as the packed row that the model reads.
+
+        Args:
+          texts: a text, or for a task with several texts a mapping of column names to texts.
+          label: the label, as in a file of the task. A language model has none.
+
+        Raises:
+          UserError: a text is missing or does not fit, or the label does not exist.
+        """
+        if self.task is None:
+            require(isinstance(texts, str), "`text`: a language model reads one text")
+            require(label is None, f"`label`={label}: {self.path} is a language model")
+            return row_lib.of_text(
+                typing.cast(str, texts), self.tokenizer, self.config.context_length
+            )
+        return row_lib.of_example(
+            texts, self.task, self.tokenizer, self.config.context_length, label, self._lm_means
+        )
+
+    @functools.cached_property
+    def opened(self) -> gpt_lib.GPT:
+        """The Flax module for a look inside (see `gptjax.infer.inside`)."""
+        return inside_lib.open_model(self.model)
+
+    def inside(
+        self,
+        texts: Texts | Row,
+        keep: Sequence[str] = ("embedding", "attention", "blocks", "logits"),
+        changes: Changes | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Returns named activations for one text: name -> a float32 array.
+
+        >>> found = gpt.inside("a moving film", keep=["attention"])      # doctest: +SKIP
+        >>> found["attention"].shape          # [L, H, T, S]              # doctest: +SKIP
+        (1, 4, 5, 5)
+        >>> off = gptjax.Changes(heads_off=[(0, 2)])                      # doctest: +SKIP
+        >>> gpt.inside("a moving film", ["task_logits"], off)            # doctest: +SKIP
+
+        Args:
+          texts: as in `read`, or its result.
+          keep: the names of the activations. `gptjax.infer.inside.AXES` lists them with their axes.
+          changes: heads to switch off, tokens to hide, states to replace. None means no change.
+
+        Raises:
+          UserError: the text cannot be read, there is no activation of a name, or a change does not
+            fit the row.
+        """
+        row = texts if isinstance(texts, Row) else self.read(texts)
+        require(
+            self.task is not None or "task_logits" not in keep,
+            f"`keep`: {self.path} is a language model and has no task_logits",
+        )
+        return inside_lib.activations(
+            self.opened, self.params, row.batch, keep, changes or Changes()
+        )
+
     def score_text(self, texts: Iterable[str], window: int = 0) -> dict[str, float]:
         """Scores the language model on texts, which are joined in their order.
 
@@ -332,6 +394,12 @@ class GPT:
         ]
         return probes.run(self._evaluator(Objective()), self.params, built)
 
+    @property
+    def _lm_means(self) -> bool:
+        """Whether the LM weights in each sequence add up to 1."""
+        finetune = self.experiment.finetune
+        return finetune is not None and finetune.lm_mean == schema.LmMean.SEQUENCE
+
     def _evaluator(self, objective: Objective, longest: int | None = None) -> score_lib.Evaluator:
         module = self._module(AttentionKind.AUTO, self.mesh, longest)
         return score_lib.Evaluator(module, self.mesh, objective)
@@ -340,15 +408,13 @@ class GPT:
         self, examples: tasks.Examples, objective: Objective
     ) -> tuple[score_lib.Evaluator, Packer]:
         """Returns an evaluator and a packer for these examples."""
-        finetune = self.experiment.finetune
-        means = finetune is not None and finetune.lm_mean == schema.LmMean.SEQUENCE
         divisor = mesh_lib.batch_divisor(self.mesh)
         wanted = round(5 * float(examples.lengths.mean()))
         if examples.row_limit:
             wanted = min(wanted, examples.row_limit)
         wanted = max(64, int(examples.lengths.max()), wanted)
         # Sizes are powers of two so that requests of similar sizes share compiled programs.
-        packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, means)
+        packer = Packer(examples.lengths, _BATCH, _power(wanted), divisor, self._lm_means)
         packer.rows = _power(packer.rows)
         return self._evaluator(objective, _power(examples.max_sequence_length)), packer
 
@@ -399,16 +465,10 @@ def _positions(segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
 def load(
     path: str | os.PathLike[str], mesh_config: MeshConfig | None = None, argument: str = "path"
 ) -> GPT:
-    """Loads a trained model.
-
-    >>> gpt = gptjax.load("runs/quickstart")     # doctest: +SKIP
-    >>> gpt.generate("The ", max_new_tokens=50)  # doctest: +SKIP
+    """Loads a trained model, as `gptjax.load` does.
 
     Args:
-      path: WORKDIR (its last stage and best step), WORKDIR/checkpoints/STAGE (its best step),
-        WORKDIR/checkpoints/STAGE/STEP, or an imported checkpoint.
-      mesh_config: the devices that hold the parameters. None means all devices, along the mesh axis
-        `data`.
+      path, mesh_config: as in `gptjax.load`.
       argument: the name of the argument `path` in error messages.
 
     Raises:

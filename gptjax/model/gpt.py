@@ -35,6 +35,13 @@ Ids = tuple[Array, Array]
 Past = tuple[Cache, Array | int]
 """The keys and values of the earlier tokens, and the position of the first new token."""
 
+INSIDE = "inside"
+"""The collection of the activations that are kept (`gptjax.infer.inside`). A call of the model
+that does not name this collection as mutable keeps nothing."""
+CHANGES = "changes"
+"""The collection of the changes that a call makes to the computation (`gptjax.infer.inside`). It is
+usually missing, which means no change."""
+
 # The name of the arrays that `remat=dots` stores, which are the results of matrix products.
 _MATMUL_RESULT = "matmul_result"
 
@@ -174,6 +181,15 @@ class _Layer(nn.Module):
         """Returns a linear layer whose result has the axes `features`."""
         return Linear(features, inputs, self.config, self.ops, self.layout, name=name)
 
+    def keep(self, name: str, x: Array) -> None:
+        """Adds an activation to the collection `INSIDE`, if the caller wants it."""
+        # The prefix is needed because a layer has the same name.
+        self.sow(INSIDE, f"kept_{name}", x, reduce_fn=lambda _, new: new, init_fn=lambda: None)
+
+    def change(self, name: str) -> Array | None:
+        """Returns an array of the collection `CHANGES`; None means no change."""
+        return self.get_variable(CHANGES, name) if self.has_variable(CHANGES, name) else None
+
 
 class Attention(_Layer):
     """Masked multi-head self-attention, for whole sequences or for new tokens with a cache."""
@@ -192,6 +208,14 @@ class Attention(_Layer):
             assert ids is not None
             inputs = AttentionInputs(q_BTHK, k_BTHK, v_BTHK, *ids)
             y_BTHK = self._causal(inputs, deterministic)
+            if self.is_mutable_collection(INSIDE):
+                scores_BHTT, weights_BHTT = attention.plain.scores_and_weights(inputs)
+                self.keep("qkv", qkv_BT3HK)
+                self.keep("scores", scores_BHTT)
+                self.keep("weights", weights_BHTT)
+            if (factors_H := self.change("head_factors")) is not None:
+                y_BTHK *= _like(factors_H[:, None], y_BTHK).astype(y_BTHK.dtype)
+            self.keep("heads", y_BTHK)
         return self.linear("out", config.width, inputs=2)(y_BTHK), cache
 
     def _causal(self, inputs: AttentionInputs, deterministic: bool) -> Array:
@@ -232,13 +256,22 @@ class Block(_Layer):
         config = self.config
         layer = Attention(config, self.ops, self.max_sequence_length, self.layout, name="attention")
         y_BTD, cache = layer(x_BTD, ids, deterministic, past)
+        self.keep("attention_out", y_BTD)
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
         x_BTD = LayerNorm(config, name="norm1")(x_BTD + y_BTD)
+        self.keep("norm1", x_BTD)
         h_BTF = self.linear("ffn_in", config.hidden_ffn_width)(x_BTD)
         h_BTF = activations.FUNCTIONS[config.activation](h_BTF)
+        self.keep("ffn", h_BTF)
         y_BTD = self.linear("ffn_out", config.width)(h_BTF)
+        self.keep("ffn_out", y_BTD)
         y_BTD = Dropout(config.residual_dropout)(y_BTD, deterministic)
-        return LayerNorm(config, name="norm2")(x_BTD + y_BTD), cache
+        x_BTD = LayerNorm(config, name="norm2")(x_BTD + y_BTD)
+        new_BTD, is_new_BT = self.change("states"), self.change("is_changed")
+        if new_BTD is not None and is_new_BT is not None:
+            x_BTD = jnp.where(is_new_BT[..., None], new_BTD.astype(x_BTD.dtype), x_BTD)
+        self.keep("block", x_BTD)
+        return x_BTD, cache
 
 
 class GPT(nn.Module):
@@ -299,7 +332,7 @@ class GPT(nn.Module):
         if config.num_layers:
             self.blocks = nn.scan(
                 block,
-                variable_axes={"params": 0},
+                variable_axes={"params": 0, INSIDE: 0, CHANGES: 0},
                 split_rngs={"params": True, "dropout": True},
                 in_axes=(nn.broadcast, nn.broadcast),
                 length=config.num_layers,

@@ -8,12 +8,16 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax.ops import dropout
 from gptjax.ops.attention.inputs import AttentionInputs
 from gptjax.ops.dropout import DropoutKey
 
 Array = jax.Array
+
+HIDDEN_SCORE = float(np.finfo(np.float32).min)
+"""The score of a key that a query does not see. Its weight is 0."""
 
 
 def causal_segments(query_ids_BT: Array, key_ids_BT: Array) -> Array:
@@ -52,13 +56,28 @@ def attend(
         see at least one key.
       dropout_key: the key for the dropout of the attention weights. None means no dropout.
     """
-    scale = 1 / math.sqrt(q_XTK.shape[-1])
-    scores_XTS = jnp.einsum("...TK,...SK->...TS", q_XTK, k_XSK, preferred_element_type=jnp.float32)
-    scores_XTS = jnp.where(visible_XTS, scores_XTS * scale, jnp.finfo(jnp.float32).min)
-    weights_XTS = jax.nn.softmax(scores_XTS, axis=-1)
+    weights_XTS = jax.nn.softmax(_scores(q_XTK, k_XSK, visible_XTS), axis=-1)
     if dropout_key is not None and dropout_key.rate > 0:
         weights_XTS = dropout.dropout(weights_XTS, dropout_key)
     return jnp.einsum("...TS,...SK->...TK", weights_XTS.astype(v_XSK.dtype), v_XSK)
+
+
+def _scores(q_XTK: Array, k_XSK: Array, visible_XTS: Array) -> Array:
+    """Returns q k^T / sqrt(K), float32 [X..., T, S], with `HIDDEN_SCORE` for invisible keys."""
+    scale = 1 / math.sqrt(q_XTK.shape[-1])
+    scores_XTS = jnp.einsum("...TK,...SK->...TS", q_XTK, k_XSK, preferred_element_type=jnp.float32)
+    return jnp.where(visible_XTS, scores_XTS * scale, HIDDEN_SCORE)
+
+
+def scores_and_weights(inputs: AttentionInputs) -> tuple[Array, Array]:
+    """Returns the scores and the weights of `plain` without dropout, both float32 [B, H, T, T].
+
+    A score is `HIDDEN_SCORE` if the query does not see the key.
+    """
+    visible_BTT = causal_segments(inputs.query_ids_BT, inputs.key_ids_BT)
+    q_BHTK, k_BHTK = (jnp.moveaxis(x, 2, 1) for x in (inputs.q_BTHK, inputs.k_BTHK))
+    scores_BHTT = _scores(q_BHTK, k_BHTK, visible_BTT[:, None])
+    return scores_BHTT, jax.nn.softmax(scores_BHTT, axis=-1)
 
 
 def plain(inputs: AttentionInputs, dropout_key: DropoutKey | None) -> Array:

@@ -1,0 +1,95 @@
+"""The model as users have it in Python: `gptjax.infer.predictor.GPT`, and its page."""
+
+import dataclasses
+import html
+import os
+from typing import Any
+
+from gptjax.config.schema import MeshConfig
+from gptjax.errors import require
+from gptjax.explain import data, page
+from gptjax.explain.data import Heads
+from gptjax.infer import predictor
+from gptjax.infer.row import Texts
+from gptjax.io import files
+
+
+@dataclasses.dataclass(frozen=True)
+class Page:
+    """A page that shows how a model reads one text. A notebook shows it inline."""
+
+    data: dict[str, Any] = dataclasses.field(repr=False)
+    """The numbers of the page, as `docs/explain_json.md` describes them."""
+    language: str = "en"
+    """The language that the page opens in: en or zh."""
+
+    @property
+    def html(self) -> str:
+        """The page as one HTML text, which needs no other file and no network."""
+        return page.render(self.data, self.language)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page to a file.
+
+        Raises:
+          UserError: the file cannot be written.
+        """
+        files.write_atomically(path, self.html.encode())
+
+    def _repr_html_(self) -> str:
+        # A notebook has styles and scripts of its own, which must not meet those of the page.
+        frame = "width:100%;height:80vh;border:0"
+        return f'<iframe style="{frame}" srcdoc="{html.escape(self.html)}"></iframe>'
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GPT(predictor.GPT):
+    """A trained model in memory; `gptjax.load`, `finetune` and `pretrain` return one.
+
+    It is `gptjax.infer.predictor.GPT`, which lists the attributes, with the page of a text.
+    """
+
+    def explain(
+        self, texts: Texts, label: Any = None, heads: Heads = (), language: str = "en"
+    ) -> Page:
+        """Returns a page that shows, step by step, how the model reads one text.
+
+        >>> page = gpt.explain("a moving, funny film", label="positive")  # doctest: +SKIP
+        >>> page.save("page.html")                                        # doctest: +SKIP
+
+        Args:
+          texts: the text, or for a task with several texts a mapping of column names to texts.
+          label: the right label, for the task loss. None means that it is not known.
+          heads: pairs (layer, head), both from 0: the heads whose queries, keys and values are in
+            the page. An empty sequence means the eight most telling ones.
+          language: the language that the page opens in: en or zh.
+
+        Raises:
+          UserError: a text does not fit, or a label, head or language does not exist.
+        """
+        require(language in page.LANGUAGES, f"`language`={language}: must be en or zh")
+        return Page(data.explain(self, texts, label, heads), language)
+
+
+def of(gpt: predictor.GPT) -> GPT:
+    """Returns a model with its page."""
+    fields = {field.name: getattr(gpt, field.name) for field in dataclasses.fields(gpt)}
+    return GPT(**fields)
+
+
+def load(path: str | os.PathLike[str], mesh_config: MeshConfig | None = None) -> GPT:
+    """Loads a trained model.
+
+    >>> gpt = gptjax.load("runs/quickstart")     # doctest: +SKIP
+    >>> gpt.generate("The ", max_new_tokens=50)  # doctest: +SKIP
+
+    Args:
+      path: WORKDIR (its last stage and best step), WORKDIR/checkpoints/STAGE (its best step),
+        WORKDIR/checkpoints/STAGE/STEP, or an imported checkpoint.
+      mesh_config: the devices that hold the parameters. None means all devices, along the mesh axis
+        `data`.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    return of(predictor.load(path, mesh_config))
