@@ -232,6 +232,9 @@ function Matrix({ head, query, shownKey: key, row }) {
       write(context, label(data.tokens[query], 16), Math.min(centre(query), width - 40), 10, { align: "center", colour: palette.orange, weight: 600 });
       if (key !== query) write(context, label(data.tokens[key], 16), Math.max(30, Math.min(centre(key), width - 40)), 26, { align: "center", colour: palette.text });
     } else {
+      // Over the label of the lower canvas.
+      context.fillStyle = palette.ground;
+      context.fillRect(0, y + query * cell + 1, x - 2, cell - 2);
       write(context, label(data.tokens[query], limit), x - 6, y + (query + 0.5) * cell, { align: "right", size: 11.5, width: 84, colour: palette.orange, weight: 700 });
     }
   };
