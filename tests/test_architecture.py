@@ -33,8 +33,8 @@ ARROWS: dict[str, set[str]] = {
     "ablation": {"train", "infer"},
     "cost": {"train", "infer"},
     "report": {"train", "infer"},
-    "explain": {"infer"},
-    "api": {"train", "explain"},
+    "explain": {"train", "infer"},
+    "api": {"explain"},
     "cli": {"api", "ablation", "cost", "report"},
     "__main__": {"cli"},
 }

@@ -16,6 +16,7 @@ from gptjax import __version__
 from gptjax.config.schema import TaskKind, TaskSpec
 from gptjax.data.tokens.tokenizer import DELIMITER, EXTRACT, PADDING, START
 from gptjax.errors import require
+from gptjax.explain import training
 from gptjax.explain import words as words_lib
 from gptjax.infer import inside
 from gptjax.infer.predictor import GPT
@@ -123,6 +124,7 @@ class _Page:
             "lens": self._lens(),
             "lm": self._lm(),
             "attribution": self._attribution(),
+            "training": training.step(self.gpt, self.row),
         }
 
     def _token(self, i: int) -> dict[str, Any]:

@@ -32,6 +32,7 @@ _SCRIPTS = (
     "views/layers.js",
     "views/lm.js",
     "views/task.js",
+    "views/training.js",
     "app.js",
 )
 _VENDOR = ("vendor/htm-preact-standalone.umd.js",)

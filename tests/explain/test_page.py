@@ -11,7 +11,7 @@ from playwright.sync_api import sync_playwright
 
 from gptjax.explain import page as page_lib
 
-VIEWS = ("answer", "ids", "lookup", "steps", "head", "heads", "layers", "lm", "task")
+VIEWS = ("answer", "ids", "lookup", "steps", "head", "heads", "layers", "lm", "task", "training")
 KINDS = (
     "classification", "five", "windows", "entailment", "similarity", "multiple_choice",
     "regression", "language", "hostile", "endless",
@@ -115,7 +115,7 @@ def test_canvases_are_drawn(browser, folder):
 LEFT_OVER = """(language) => {
   const found = [];
   const TERMS = new RegExp('softmax|logits?|lens|post-LN|pre-LN|token|top-[kp]|one-hot|BPE|GPT-1|LM'
-    + '|nat|id|log|Esc|--heads', 'g');
+    + '|nat|id|log|Esc|--heads|dropout|Adam', 'g');
   const wrong = (text) => language === 'en' ? /[\\u4e00-\\u9fff]/.test(text)
     : /[A-Za-z]{2,}/.test(text.replace(TERMS, ''));
   const walk = document.createTreeWalker(document.getElementById('page'), NodeFilter.SHOW_TEXT);
@@ -180,7 +180,7 @@ def test_every_text_has_two_languages(browser):
         path.read_text() for path in STATIC.rglob("*.js") if path.name != "strings.js"
     )
     used = set(re.findall(r'"(\w+)"', scripts))
-    stems = ("kind_", "about_", "part_", "step_", "sub_", "col_", "pattern_", "method_", "model_",
+    stems = ("kind_", "about_", "part_", "step_", "sub_", "group_", "col_", "pattern_", "method_", "model_",
              "rail_", "title_", "theme_", "reads_", "logit_", "losses_", "row_")  # fmt: skip
     unused = [
         name

@@ -41,6 +41,9 @@ const FORMULAS = (() => {
     lm_softmax: call("p", mi("w")) + is + frac(sup(mi("e"), at("l", "w") + mo("/") + mi("τ")), `<msub>${mo("∑")}${mi("n")}</msub>` + sup(mi("e"), at("l", "n") + mo("/") + mi("τ"))),
     surprise: minus + name("log") + `<mspace width="0.2em"/>` + call("p", sub(mi("w"), mi("t") + plus + mn(1))) + is + call("logsumexp", mi("l")) + minus + sub(mi("l"), sub(mi("w"), mi("t") + plus + mn(1))),
     loss: mi("L") + is + sub(mi("L"), name("task")) + plus + mi("λ") + dot + sub(mi("L"), name("LM")),
+    gradient: mo("∇") + mi("L") + is + mo("∇") + sub(mi("L"), name("task")) + plus + mi("λ") + mo("∇") + sub(mi("L"), name("LM")),
+    gradient_lm: mo("∇") + mi("L") + is + mo("∇") + sub(mi("L"), name("LM")),
+    adam: mi("θ") + mo("←") + mi("θ") + minus + mi("η") + within(frac(`<mover>${mi("m")}${mo("^")}</mover>`, root(`<mover>${mi("v")}${mo("^")}</mover>`) + plus + mi("ε")) + plus + mi("δ") + mi("θ")),
     loss_lm: mi("L") + is + sub(mi("L"), name("LM")),
   };
 })();

@@ -19,7 +19,7 @@ const STRINGS = {
 
   rail_answer: ["Answer", "答案"], rail_ids: ["Text to ids", "文本到编号"], rail_lookup: ["Look-up", "查表"],
   rail_steps: ["All steps", "全部步骤"], rail_head: ["One head", "一个注意力头"], rail_heads: ["All heads", "所有注意力头"],
-  rail_layers: ["Layers", "逐层观察"], rail_lm: ["LM head", "语言模型头"], rail_task: ["Task head", "任务头"],
+  rail_layers: ["Layers", "逐层观察"], rail_lm: ["LM head", "语言模型头"], rail_task: ["Task head", "任务头"], rail_training: ["Training step", "训练一步"],
   title_answer: ["The answer first", "先看答案"],
   title_ids: ["From text to ids", "从文本到编号"],
   title_lookup: ["A look-up is a one-hot vector times a matrix", "查表就是独热向量乘矩阵"],
@@ -29,6 +29,7 @@ const STRINGS = {
   title_layers: ["What each layer would answer", "每一层会怎么回答"],
   title_lm: ["The LM head predicts the next token", "语言模型头预测下一个词元"],
   title_task: ["The task head makes the answer", "任务头给出答案"],
+  title_training: ["One training step on this text", "用这段文本训练一步"],
 
   // 1
   answer_lead_task: ["This is the text, and this is what the model makes of it. The steps after this one show how it gets there.", "这是输入的文本和模型给出的答案。后面的步骤说明它是怎么得到的。"],
@@ -240,6 +241,40 @@ const STRINGS = {
   agreement: ["Do the methods agree?", "三种方法一致吗？"],
   agreement_text: ["Spearman's rank correlation over the tokens of the text: 1 means the same order, 0 means no relation. If the methods disagree, do not trust one of them alone.", "在文本词元上计算的斯皮尔曼等级相关：1 表示次序相同，0 表示无关。如果几种方法不一致，就不要只相信其中一种。"],
   completeness: ["Integrated gradients must sum to the difference between the output for the text and for the baseline (the same row without the token embeddings of the text). Their sum is {sum}, the difference is {difference}. The error is {error} ({share} of the difference) with {steps} steps.", "积分梯度之和应等于文本与基线（同一行，去掉文本的词元嵌入）的输出之差。这里和是 {sum}，差是 {difference}，误差是 {error}（占差值的 {share}），共 {steps} 步。"],
+
+  // 10
+  training_none: ["A training step needs the true label. It was not given.", "训练一步需要真实标签，这里没有给出。"],
+  training_intro: [
+    "What would the model learn from this text? Backpropagation gives the slope of the loss for each parameter, and the optimizer moves each parameter a little against its slope. The step here has the run's optimizer at its highest learning rate. Three things differ from the run: the batch is this text alone, nothing is dropped out, and Adam has no history.",
+    "模型会从这段文本学到什么？反向传播求出损失对每个参数的斜率，优化器让每个参数逆着斜率移动一小步。这里用的是训练时的优化器和最高学习率，有三点与训练不同：一批只有这段文本，不做 dropout，Adam 没有历史。"],
+  training_two: ["Both losses reach the same blocks, so each of them has a gradient for every block. The sum of the two is what the optimizer sees.", "两个损失都会传到同样的各层，所以每一层都有两份梯度。优化器看到的是两者之和。"],
+  training_one: ["The language model has one loss, and so one gradient.", "语言模型只有一个损失，也就只有一份梯度。"],
+  gradient_norms: ["Norms of the gradients", "梯度的范数"],
+  gradient_norms_caption: ["The norm of a gradient says how steep a loss is at the model's parameters.", "梯度的范数表示损失在当前参数处有多陡。"],
+  training_angle: ["The angle between the two gradients is {angle} (cosine {cosine}).", "两份梯度的夹角是 {angle}（余弦 {cosine}）。"],
+  angle_help: ["They point to the same side: a step for one loss also helps the other.", "方向大体一致：为一个损失迈出的一步也有利于另一个。"],
+  angle_against: ["They pull apart: a step for one loss harms the other.", "方向相背：为一个损失迈出的一步会损害另一个。"],
+  angle_neither: ["They are nearly at a right angle: a step for one loss hardly changes the other.", "几乎垂直：为一个损失迈出的一步几乎不影响另一个。"],
+  gradient_where: ["Where the gradient goes", "梯度落在哪里"],
+  gradient_where_text: ["The norm of each part's gradient. Dark parts are those that this text would change first.", "每一部分梯度的范数。颜色深的部分是这段文本最想改变的。"],
+  gradient_grid_caption: ["Gradient of the {loss}: a row for each block. Below it the embeddings and the heads.", "{loss}的梯度：每层一行，下面是嵌入和输出头。"],
+  head_grid_caption: ["Gradient of the {loss} in the attention heads: the weights of each head's queries, keys, values and output.", "{loss}在各注意力头上的梯度：每个头的查询、键、值和输出的权重。"],
+  group_qkv: ["queries, keys, values", "查询、键、值"], group_attention_out: ["attention output", "注意力输出"], group_norm1: ["first layer norm", "第一个层归一化"],
+  group_ffn_in: ["feed-forward, in", "前馈层：展开"], group_ffn_out: ["feed-forward, out", "前馈层：收回"], group_norm2: ["second layer norm", "第二个层归一化"],
+  group_token_embedding: ["token embedding", "词元嵌入"], group_position_embedding: ["position embedding", "位置嵌入"], group_segment_embedding: ["segment embedding", "段嵌入"],
+  group_lm_head: ["LM head", "语言模型头"], group_task_head: ["task head", "任务头"],
+  update_norm: ["norm of the update", "更新的范数"], weight_norm: ["norm of the parameters", "参数的范数"],
+  update: ["The update", "更新"],
+  update_text: ["Adam divides the mean gradient of each parameter by the root of its mean square. Without a history this is the sign of the gradient, so every parameter moves by about the learning rate, {rate}. Weight decay pulls weight matrices towards 0.", "Adam 用每个参数梯度的均值除以其均方根。没有历史时这就是梯度的符号，所以每个参数大约移动一个学习率，即 {rate}。权重衰减把权重矩阵拉向 0。"],
+  update_clipped: ["The gradient has the norm {norm} and is scaled down to {clip} first.", "梯度的范数是 {norm}，先缩小到 {clip}。"],
+  update_frozen: ["The first {count} blocks and the embeddings are frozen and do not move.", "前 {count} 层和嵌入被冻结，不会移动。"],
+  after: ["Before and after", "更新前后"],
+  after_text: ["The same text, with the parameters before and after this one update.", "同一段文本，分别用更新前和更新后的参数计算。"],
+  before_column: ["before", "更新前"], after_column: ["after", "更新后"], change_column: ["change", "变化"],
+  after_bars_caption: ["The probabilities after the update. The thin line is the probability before it.", "更新后的概率。细线是更新前的概率。"],
+  change_tokens: ["Which tokens became less surprising", "哪些词元变得不那么意外"],
+  change_text: ["Blue tokens are more likely after the update, orange ones less likely.", "蓝色的词元更新后更可能出现，橙色的更不可能。"],
+  change_caption: ["The surprise of a token in nats, before and after the update.", "词元的惊奇度（奈特），更新前与更新后。"],
 };
 
 /** What stands between two sentences: Chinese has no space there. */

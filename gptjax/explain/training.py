@@ -1,0 +1,211 @@
+"""One training step on one text: the gradients of both losses, the update, and what it changes.
+
+The step is that of the run's optimizer, with three differences, because a page shows one text: the
+batch is this text alone, nothing is dropped out, and Adam has no history. In its first update Adam
+moves each parameter by about the learning rate. The learning rate is the highest of the run.
+
+The letters of shapes are defined in `gptjax.batch`.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from scipy import special
+
+from gptjax.batch import Batch
+from gptjax.config.schema import (
+    FinetuneConfig,
+    OptimizerConfig,
+    PretrainConfig,
+    Schedule,
+    TaskKind,
+)
+from gptjax.infer.predictor import GPT
+from gptjax.infer.row import Row
+from gptjax.mesh import Params
+from gptjax.model import frozen as frozen_lib
+from gptjax.model import gpt as gpt_lib
+from gptjax.model import objective as objective_lib
+from gptjax.model.losses import lm_targets
+from gptjax.model.objective import Objective
+from gptjax.parameters import BLOCKS
+from gptjax.train.optimizer import Optimizer
+
+# Path of a part of the parameters -> its name in the page. The parts of the blocks have an axis L.
+_PARTS = {
+    ("attention", "qkv"): "qkv", ("attention", "out"): "attention_out", ("norm1",): "norm1",
+    ("ffn_in",): "ffn_in", ("ffn_out",): "ffn_out", ("norm2",): "norm2",
+}  # fmt: skip
+
+
+def step(gpt: GPT, row: Row) -> dict[str, Any] | None:
+    """Returns the entry `training` of `docs/explain_json.md`; None for a task without a label."""
+    if gpt.task is not None and row.batch.labels is None:
+        return None
+    kind = gpt.task.kind if gpt.task else None
+    factor, config, frozen = _recipe(gpt)
+    batch = row.batch
+    gradients = {"lm": _gradient(gpt.opened, Objective(), gpt.params, batch)}
+    whole = gradients["lm"]
+    if kind:
+        alone = Objective(kind, lm_weight=0.0)
+        gradients["task"] = _gradient(gpt.opened, alone, gpt.params, batch)
+        whole = jax.tree.map(lambda lm, task: task + factor * lm, *gradients.values())
+    optimizer = Optimizer(config, total_steps=1, frozen=frozen)
+    updates = _updates(optimizer, gpt.params, whole)
+    params = optax.apply_updates(frozen_lib.trained_part(gpt.params, frozen), updates)
+    changed = frozen_lib.with_trained_part(gpt.params, params, frozen)
+    host = {name: jax.device_get(tree) for name, tree in gradients.items()}
+    before, after = (_outcome(gpt, each, batch, factor) for each in (gpt.params, changed))
+    weights = jax.device_get(frozen_lib.trained_part(gpt.params, frozen))
+    return {
+        "learning_rate": config.learning_rate,
+        "algorithm": str(config.algorithm),
+        "clip_norm": config.clip_norm,
+        "lambda": factor if kind else None,
+        "frozen": frozen,
+        "norms": {**{name: _norm(tree) for name, tree in host.items()}, "total": _norm(whole)},
+        "cosine": _cosine(host["lm"], host["task"]) if kind else None,
+        "groups": _groups(host, jax.device_get(updates), weights, frozen),
+        "heads": {name: _by_head(tree[BLOCKS]) for name, tree in host.items()},
+        "before": before,
+        "after": after,
+    }
+
+
+def _recipe(gpt: GPT) -> tuple[float, OptimizerConfig, int]:
+    """Returns lambda, the optimizer at its highest learning rate, and the frozen blocks."""
+    finetune = gpt.experiment.finetune or FinetuneConfig()
+    pretrain = gpt.experiment.pretrain or PretrainConfig()
+    config = finetune.optimizer if gpt.task else pretrain.optimizer
+    steady = dataclasses.replace(
+        config, schedule=Schedule.CONSTANT, warmup_steps=0, warmup_fraction=0.0, accumulation=1
+    )
+    return finetune.lm_weight, steady, finetune.freeze if gpt.task else 0
+
+
+@functools.partial(jax.jit, static_argnames=("model", "objective"))
+def _gradient(model: gpt_lib.GPT, objective: Objective, params: Params, batch: Batch) -> Params:
+    """Returns the gradient of an objective without dropout."""
+
+    def loss(params: Params) -> jax.Array:
+        sums, _ = objective_lib.forward(model, objective, params, batch)
+        return objective_lib.joint(objective, sums, objective_lib.weights(batch))
+
+    gradient: Params = jax.grad(loss)(params)
+    return gradient
+
+
+def _updates(optimizer: Optimizer, params: Params, gradient: Params) -> Params:
+    """Returns the first update of an optimizer, for the trained part of the parameters."""
+    trained = frozen_lib.trained_part(params, optimizer.frozen)
+    part = frozen_lib.trained_part(gradient, optimizer.frozen)
+    state = optimizer.transformation.init(trained)
+    updates: Params = optimizer.transformation.update(part, state, trained)[0]
+    return updates
+
+
+@functools.partial(jax.jit, static_argnames=("model", "kind"))
+def _forward(
+    model: gpt_lib.GPT, kind: TaskKind | None, params: Params, batch: Batch
+) -> tuple[jax.Array, jax.Array | None]:
+    """Returns -log P of each next token, float32 [T], and the task logits."""
+    ids = (batch.tokens, batch.segment_ids, batch.positions, batch.token_types)
+    x_BTD = gpt_lib.run(model, params, *ids, method="hidden")
+    logits_TV = gpt_lib.run(model, params, x_BTD, method="lm_logits")[0]
+    targets_T = lm_targets(batch)[0]
+    nats_T = -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), targets_T[:, None], 1)[:, 0]
+    if kind is None:
+        return nats_T, None
+    logits = gpt_lib.run(
+        model, params, x_BTD, batch.segment_ids, batch.extract, True, batch.candidate_mask,
+        method="task_logits",
+    )  # fmt: skip
+    return nats_T, logits[0, 0]
+
+
+def _outcome(gpt: GPT, params: Params, batch: Batch, factor: float) -> dict[str, Any]:
+    """Returns the losses, the answer and the surprise of each token, with some parameters."""
+    kind = gpt.task.kind if gpt.task else None
+    nats_T, logits_O = jax.device_get(_forward(gpt.opened, kind, params, batch))
+    weights_T = batch.lm_weights[0].astype(np.float64)
+    lm = float((weights_T * nats_T).sum() / max(weights_T.sum(), 1e-9))
+    surprise = [float(n) if w else None for n, w in zip(nats_T, weights_T, strict=True)]
+    found: dict[str, Any] = {"lm": lm, "task": None, "total": lm, "surprise": surprise}
+    if kind is None or batch.labels is None:
+        return found | {"answer": None}
+    logits_O, target = logits_O.astype(np.float64), batch.labels[0, 0]
+    if kind is TaskKind.REGRESSION:
+        task, answer = float((logits_O[0] - target) ** 2), [float(logits_O[0])]
+    else:
+        task = float(special.logsumexp(logits_O) - logits_O[target])
+        answer = special.softmax(logits_O / gpt.temperature).tolist()
+    return found | {"task": task, "total": task + factor * lm, "answer": answer}
+
+
+def _norm(tree: Any) -> float:
+    """Returns the root of the sum of all squares, in float64."""
+    squares = (np.square(np.asarray(x, np.float64)).sum() for x in jax.tree.leaves(tree))
+    return float(np.sqrt(sum(squares)))
+
+
+def _cosine(a: Params, b: Params) -> float | None:
+    """Returns the cosine of the angle between two gradients; None if one of them is 0."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    product = sum(float((np.asarray(x, np.float64) * y).sum()) for x, y in pairs)
+    norms = _norm(a) * _norm(b)
+    return product / norms if norms else None
+
+
+def _groups(
+    gradients: Mapping[str, Params], updates: Params, weights: Params, frozen: int
+) -> list[dict[str, Any]]:
+    """Returns the norms of each part of the parameters, in the order of the computation."""
+
+    def entry(name: str, layer: int | None, pick: Any, trained: Any) -> dict[str, Any]:
+        found = {loss: _norm(pick(tree)) for loss, tree in gradients.items()}
+        task = found.get("task")
+        both = [None, None] if trained is None else [_norm(trained(x)) for x in (updates, weights)]
+        return {
+            "name": name, "layer": layer, "lm": found["lm"], "task": task, "update": both[0],
+            "weight": both[1],
+        }  # fmt: skip
+
+    tree = gradients["lm"]
+    tops = [name for name in tree if name != BLOCKS]
+    embeddings = [name for name in tops if name.endswith("embedding")]
+    groups = []
+
+    def top(name: str) -> dict[str, Any]:
+        has_update = name in updates
+        return entry(name, None, lambda t: t[name], (lambda t: t[name]) if has_update else None)
+
+    groups += [top(name) for name in sorted(embeddings, reverse=True)]
+    blocks = jax.tree.leaves(tree.get(BLOCKS, {}))
+    for layer in range(blocks[0].shape[0] if blocks else 0):
+        for path, name in _PARTS.items():
+
+            def pick(t: Any, at: int = layer, path: tuple[str, ...] = path) -> Any:
+                part = functools.reduce(dict.__getitem__, path, t[BLOCKS])
+                return jax.tree.map(lambda x: x[at], part)
+
+            above = functools.partial(pick, at=layer - frozen) if layer >= frozen else None
+            groups.append(entry(name, layer, pick, above))
+    groups += [top(name) for name in tops if name not in embeddings]
+    return groups
+
+
+def _by_head(blocks: Params) -> list[list[float]]:
+    """Returns the norm of the gradient of each head's own weights, [L][H]."""
+    attention = blocks["attention"]
+    qkv = np.asarray(attention["qkv"]["kernel"], np.float64)
+    out = np.asarray(attention["out"]["kernel"], np.float64)
+    # qkv is [L, D, 3, H, K] and out is [L, H, K, D].
+    squares = np.square(qkv).sum(axis=(1, 2, 4)) + np.square(out).sum(axis=(2, 3))
+    return np.sqrt(squares).tolist()
