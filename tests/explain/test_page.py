@@ -180,8 +180,10 @@ def test_every_text_has_two_languages(browser):
         path.read_text() for path in STATIC.rglob("*.js") if path.name != "strings.js"
     )
     used = set(re.findall(r'"(\w+)"', scripts))
-    stems = ("kind_", "about_", "part_", "step_", "sub_", "group_", "col_", "pattern_", "method_", "model_",
-             "rail_", "title_", "theme_", "reads_", "logit_", "losses_", "row_")  # fmt: skip
+    stems = (
+        "kind_", "about_", "part_", "step_", "sub_", "group_", "col_", "pattern_", "method_",
+        "model_", "rail_", "title_", "theme_", "reads_", "logit_", "losses_", "row_",
+    )  # fmt: skip
     unused = [
         name
         for name in strings
