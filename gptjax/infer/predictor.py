@@ -28,6 +28,7 @@ from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError, brief, require
 from gptjax.evaluate import calibration, metrics, probes
 from gptjax.evaluate import score as score_lib
+from gptjax.infer import embedding as embedding_lib
 from gptjax.infer import generate as generate_lib
 from gptjax.infer import inside as inside_lib
 from gptjax.infer import row as row_lib
@@ -351,6 +352,36 @@ class GPT:
         return inside_lib.activations(
             self.opened, self.params, row.batch, keep, changes or Changes()
         )
+
+    def embed(self, rows: Table | Sequence[str]) -> np.ndarray:
+        """Returns a vector for every row, for search, clustering or a model of one's own.
+
+        Args:
+          rows: for a model of a task a table, as in `predict`. For a language model a list of
+            texts, none of them longer than the context.
+
+        Returns:
+          float32 [n, D]. It is what the task head reads: the state at the extract token or the mean
+          state, added up over both orders of a similarity or regression, averaged over windows. In
+          a multiple choice it is [n, C, D], a vector for each answer. For a language model it is
+          the mean of the last states of the text.
+
+        Raises:
+          UserError: a column is missing, or a text of a language model does not fit.
+        """
+        if self.task is None:
+            require(not isinstance(rows, str | bytes), "`rows`: is a single text; write [text]")
+            texts = list(typing.cast(Sequence[str], rows))
+            for number, text in enumerate(texts, 1):
+                require(isinstance(text, str), f"`rows`: {number} is a {type(text).__name__}")
+            ids = self.tokenizer.encode_batch(texts)
+            context = self.config.context_length
+            return embedding_lib.of_texts(self.model, self.params, ids, context)
+        examples = self.encode(rows)
+        if not len(examples):
+            return np.zeros((0, self.config.width), np.float32)
+        evaluator, packer = self._batched(examples, Objective(self.task.kind, lm_weight=0.0))
+        return embedding_lib.of_examples(evaluator.model, self.params, examples, packer, self.mesh)
 
     def score_text(self, texts: Iterable[str], window: int = 0) -> dict[str, float]:
         """Scores the language model on texts, which are joined in their order.

@@ -524,6 +524,29 @@ class GPT(nn.Module):
           [B, E, O] if O is greater than 1. If O is 1, the result is [B, E, C]: the score of each
           candidate of a multiple choice, or the number that a regression predicts (with C = 1).
         """
+        x_BECSD = self.head_states(x_BTD, segment_ids_BT, extract_BEC, candidate_mask_BEC)
+        if self.config.head_dropout_shared:
+            x_BECSD *= self.head_dropout(jnp.ones_like(x_BECSD[:, :, :1]), deterministic)
+        else:
+            x_BECSD = self.head_dropout(x_BECSD, deterministic)
+        y_BECO = self.task_head(x_BECSD)
+        return y_BECO[..., 0] if self.num_outputs == 1 else y_BECO[:, :, 0]
+
+    def head_states(
+        self,
+        x_BTD: Array,
+        segment_ids_BT: Array,
+        extract_BEC: Array,
+        candidate_mask_BEC: Array | None = None,
+    ) -> Array:
+        """Returns what the task head reads, before dropout, float32.
+
+        The arguments are those of `task_logits`.
+
+        Returns:
+          [B, E, C, D]. C is 1 if the states of the candidates are added up or averaged. With a
+          `head_length` the result is [B, E, C, head_length, D].
+        """
         if self.head_mean:
             x_BECSD = self._mean_states(x_BTD, segment_ids_BT, extract_BEC)
         else:
@@ -537,12 +560,7 @@ class GPT(nn.Module):
             total_BE1D = jnp.sum(x_BECSD * exists_BEC[..., None], axis=2, keepdims=True)
             # A slot without an example has no candidate.
             x_BECSD = total_BE1D / jnp.maximum(exists_BEC.sum(axis=2)[..., None, None], 1.0)
-        if self.config.head_dropout_shared:
-            x_BECSD *= self.head_dropout(jnp.ones_like(x_BECSD[:, :, :1]), deterministic)
-        else:
-            x_BECSD = self.head_dropout(x_BECSD, deterministic)
-        y_BECO = self.task_head(x_BECSD)
-        return y_BECO[..., 0] if self.num_outputs == 1 else y_BECO[:, :, 0]
+        return x_BECSD
 
     def _last_states(self, x_BTD: Array, extract_BEC: Array) -> Array:
         """Returns the states that end each sequence, float32 [B, E, C, D].
