@@ -13,6 +13,9 @@ from gptjax.model import gpt
 
 LM_WEIGHT = 0.5
 TEMPERATURE = 1.7
+LABELS = {
+    "classification": 1, "entailment": 2, "similarity": 0, "multiple_choice": 2, "regression": 0.3
+}  # fmt: skip
 TEXTS = {
     "text": "the cat sat on a mat", "pair": "some dogs ran far", "b": "home and back", "c": "again"
 }  # fmt: skip

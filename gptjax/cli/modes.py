@@ -346,12 +346,13 @@ def run_explain(_: Command) -> None:
     gpt = _load()
     found = data.explain(gpt, _texts(gpt), flags.LABEL.value, heads)
     if ending == ".json":
-        text = json.dumps(files.json_ready(found), ensure_ascii=False)
+        text = json.dumps(files.json_ready(found))
     else:
         text = page.render(found, flags.LANGUAGE.value)
     files.write_atomically(output_path, text.encode())
-    shown = f"{len(found['tokens'])} tokens"
-    print(f"{shown} -> {output_path} ({len(text.encode()) / 1e6:.1f} MB); it opens in a browser")
+    size = f"{len(text.encode()) / 1e6:.1f} MB"
+    use = "; it opens in a browser" if ending == ".html" else ""
+    print(f"{len(found['tokens'])} tokens -> {output_path} ({size}){use}")
 
 
 def _heads(names: str) -> list[tuple[int, int]]:
@@ -377,7 +378,8 @@ def _texts(gpt: GPT) -> str | dict[str, str]:
     require(pair is not None or not wants_pair, f"--text_pair: give it; {gpt.path} is {kind}")
     require(
         len(answers) == count,
-        f"--choice: given {len(answers)} times; {gpt.path} is {kind} with {count} answers",
+        f"--choice: given {len(answers)} times; {gpt.path} is {kind}; it reads "
+        + (f"{count} of them" if count else "no choices"),
     )
     if task is None:
         return text

@@ -55,6 +55,15 @@ def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dic
     """
     row = gpt.read(texts, label)
     config = gpt.config
+    require(
+        not (config.one_matrix or (gpt.task and gpt.task.flatten)),
+        f"{gpt.path}: models with `model.one_matrix` or `finetune.flatten`, as in the recipe "
+        "`tutorial`, have no page yet",
+    )
+    pairs = not isinstance(heads, str) and all(
+        isinstance(pair, Sequence) and len(pair) == 2 for pair in heads
+    )
+    require(pairs, f"`heads`={heads!r}: must be pairs of a layer and a head, such as [(0, 3)]")
     for layer, head in heads:
         require(
             0 <= layer < config.num_layers and 0 <= head < config.num_heads,
@@ -67,14 +76,14 @@ def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dic
         f"`text`: {row.length:,} tokens in {config.num_layers} layers of {config.num_heads} heads "
         "are too many to show; shorten it",
     )
-    return _Page(gpt, row, label, heads).data()
+    return _Page(gpt, row, heads).data()
 
 
 class _Page:
     """The activations of one row, and the parts of the page that are made of them."""
 
-    def __init__(self, gpt: GPT, row: Row, label: Any, heads: Heads):
-        self.gpt, self.row, self.label, self.wanted = gpt, row, label, heads
+    def __init__(self, gpt: GPT, row: Row, heads: Heads):
+        self.gpt, self.row, self.wanted = gpt, row, heads
         self.task: TaskSpec | None = gpt.task
         self.batch, self.ids = row.batch, row.batch.tokens[0]
         self.segments = row.batch.segment_ids[0]
@@ -97,7 +106,7 @@ class _Page:
 
     def data(self) -> dict[str, Any]:
         """Returns the whole object."""
-        groups = words_lib.group(self.pieces)
+        groups = words_lib.group(self.pieces, words_lib.merges(self.gpt.tokenizer).known)
         patterns = self._patterns()
         return {
             "version": VERSION,
@@ -107,7 +116,8 @@ class _Page:
             "task": self._task(),
             "input": {
                 "columns": [{"name": k, "text": v} for k, v in self.row.texts.items()],
-                "label": None if self.label is None else str(self.label),
+                "label": self._label(),
+                "option": self._option(),
                 "cut": self.row.cut,
             },
             "answer": self._answer(),
@@ -130,6 +140,23 @@ class _Page:
     def _token(self, i: int) -> dict[str, Any]:
         return {"id": int(i), "text": words_lib.readable(self.gpt.tokenizer.token(int(i)))}
 
+    def _label(self) -> str | None:
+        """Returns the right label as the model knows it: "1" where the user wrote 1.0."""
+        if self.task is None or self.batch.labels is None:
+            return None
+        option = self._option()
+        if option is None:
+            return f"{float(self.batch.labels[0, 0]):g}"
+        return self.task.labels[option]
+
+    def _option(self) -> int | None:
+        """Returns the index of the right class or answer, None if it is not known."""
+        if self.task is None or self.batch.labels is None:
+            return None
+        if self.task.kind is TaskKind.REGRESSION:
+            return None
+        return int(self.batch.labels[0, 0])
+
     def _model(self) -> dict[str, Any]:
         config, task = self.gpt.config, self.task
         reads = ("mean" if task.mean else "extract") if task else None
@@ -149,12 +176,8 @@ class _Page:
         return {
             "kind": str(self.task.kind),
             "labels": list(self.task.labels),
-            "lm_weight": self._lm_weight(),
+            "lm_weight": training.recipe(self.gpt).lm_weight,
         }
-
-    def _lm_weight(self) -> float:
-        finetune = self.gpt.experiment.finetune
-        return float(finetune.lm_weight) if finetune else 0.0
 
     def _answer(self) -> dict[str, Any] | None:
         if self.task is None:
@@ -181,16 +204,18 @@ class _Page:
         weights_T = self.batch.lm_weights[0].astype(np.float64)
         lm = float((weights_T * self.surprise_T).sum() / max(weights_T.sum(), 1e-9))
         if self.task is None:
-            return {"lm": lm, "task": None, "lambda": None, "total": lm}
-        factor = self._lm_weight()
+            return {"lm": lm, "task": None, "lambda": None, "task_weight": None, "total": lm}
+        recipe = training.recipe(self.gpt)
+        weights = {"lambda": recipe.lm_weight, "task_weight": recipe.task_weight}
         if self.batch.labels is None:
-            return {"lm": lm, "task": None, "lambda": factor, "total": None}
+            return {"lm": lm, "task": None, **weights, "total": None}
         logits_O, target = self.found["task_logits"].astype(np.float64), self.batch.labels[0, 0]
         if self.task.kind is TaskKind.REGRESSION:
             task = float((logits_O[0] - target) ** 2)
         else:
             task = float(special.logsumexp(logits_O) - logits_O[target])
-        return {"lm": lm, "task": task, "lambda": factor, "total": task + factor * lm}
+        total = recipe.task_weight * task + recipe.lm_weight * lm
+        return {"lm": lm, "task": task, **weights, "total": total}
 
     def _tokens(self, groups: list[list[int]]) -> list[dict[str, Any]]:
         word_of = {i: w for w, group in enumerate(groups) for i in group}
@@ -448,14 +473,21 @@ class _Page:
             name: getattr(found, name)
             for name in ("integrated_gradients", "gradient_x_input", "leave_one_out")
         }
+        counted_T = is_text_T
+        if self.task.kind is TaskKind.MULTIPLE_CHOICE:
+            # The tokens of the other answers have no part in the logit of this one.
+            start, stop = self.row.sequences[output]
+            places_T = np.arange(len(self.ids))
+            counted_T = is_text_T & (places_T >= start) & (places_T < stop)
         names = list(methods)
         agreement = {}
         for i, name in enumerate(names):
             for other in names[i + 1 :]:
-                pair = methods[name][is_text_T], methods[other][is_text_T]
+                pair = methods[name][counted_T], methods[other][counted_T]
                 agreement[f"{name}/{other}"] = _spearman(*pair)
         return {
             "target": self.task.labels[output] if self.task.labels else None,
+            "output": output,
             "baseline": "without the token embeddings of the text",
             "methods": {name: np.asarray(x, float).tolist() for name, x in methods.items()},
             "agreement": agreement, "difference": found.difference, "error": found.error,

@@ -38,8 +38,8 @@ class Page:
 
     def _repr_html_(self) -> str:
         # A notebook has styles and scripts of its own, which must not meet those of the page.
-        frame = "width:100%;height:80vh;border:0"
-        return f'<iframe style="{frame}" srcdoc="{html.escape(self.html)}"></iframe>'
+        style, page = "width:100%;height:80vh;border:0", html.escape(self.html)
+        return f'<iframe sandbox="allow-scripts" style="{style}" srcdoc="{page}"></iframe>'
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

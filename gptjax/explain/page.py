@@ -119,11 +119,3 @@ def _script() -> str:
 def _source(text: str) -> str:
     """Returns the name of an inlined script or style in a policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-if __name__ == "__main__":
-    import sys
-
-    source, target, *rest = sys.argv[1:]
-    page = render(json.loads(pathlib.Path(source).read_text()), *rest)
-    pathlib.Path(target).write_text(page, encoding="utf-8", newline="\n")

@@ -1,7 +1,8 @@
 """One training step on one text: the gradients of both losses, the update, and what it changes.
 
-The step is that of the run's optimizer, with three differences, because a page shows one text: the
-batch is this text alone, nothing is dropped out, and Adam has no history. In its first update Adam
+The step is that of the run's optimizer, with these differences, because a page shows one text: the
+batch is this text alone, nothing is dropped out, classes have no weights, labels are not smoothed,
+and Adam has no history. In its first update Adam
 moves each parameter by about the learning rate. The learning rate is the highest of the run.
 
 The letters of shapes are defined in `gptjax.batch`.
@@ -26,6 +27,7 @@ from gptjax.config.schema import (
     Schedule,
     TaskKind,
 )
+from gptjax.errors import require
 from gptjax.infer.predictor import GPT
 from gptjax.infer.row import Row
 from gptjax.mesh import Params
@@ -49,20 +51,23 @@ def step(gpt: GPT, row: Row) -> dict[str, Any] | None:
     if gpt.task is not None and row.batch.labels is None:
         return None
     kind = gpt.task.kind if gpt.task else None
-    factor, config, frozen = _recipe(gpt)
+    own = recipe(gpt)
+    factor, config, frozen = own.lm_weight, own.optimizer, own.frozen
     batch = row.batch
     gradients = {"lm": _gradient(gpt.opened, Objective(), gpt.params, batch)}
     whole = gradients["lm"]
     if kind:
         alone = Objective(kind, lm_weight=0.0)
         gradients["task"] = _gradient(gpt.opened, alone, gpt.params, batch)
-        whole = jax.tree.map(lambda lm, task: task + factor * lm, *gradients.values())
+        whole = jax.tree.map(
+            lambda lm, task: own.task_weight * task + factor * lm, *gradients.values()
+        )
     optimizer = Optimizer(config, total_steps=1, frozen=frozen)
     updates = _updates(optimizer, gpt.params, whole)
     params = optax.apply_updates(frozen_lib.trained_part(gpt.params, frozen), updates)
     changed = frozen_lib.with_trained_part(gpt.params, params, frozen)
     host = {name: jax.device_get(tree) for name, tree in gradients.items()}
-    before, after = (_outcome(gpt, each, batch, factor) for each in (gpt.params, changed))
+    before, after = (_outcome(gpt, each, batch, own) for each in (gpt.params, changed))
     weights = jax.device_get(frozen_lib.trained_part(gpt.params, frozen))
     return {
         "learning_rate": config.learning_rate,
@@ -70,7 +75,10 @@ def step(gpt: GPT, row: Row) -> dict[str, Any] | None:
         "clip_norm": config.clip_norm,
         "lambda": factor if kind else None,
         "frozen": frozen,
-        "norms": {**{name: _norm(tree) for name, tree in host.items()}, "total": _norm(whole)},
+        "norms": {
+            **{name: _norm(tree) for name, tree in host.items()},
+            "total": _norm(frozen_lib.trained_part(whole, frozen)),
+        },
         "cosine": _cosine(host["lm"], host["task"]) if kind else None,
         "groups": _groups(host, jax.device_get(updates), weights, frozen),
         "heads": {name: _by_head(tree[BLOCKS]) for name, tree in host.items()},
@@ -79,15 +87,32 @@ def step(gpt: GPT, row: Row) -> dict[str, Any] | None:
     }
 
 
-def _recipe(gpt: GPT) -> tuple[float, OptimizerConfig, int]:
-    """Returns lambda, the optimizer at its highest learning rate, and the frozen blocks."""
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """The values of a run that its training step needs."""
+
+    lm_weight: float
+    """Lambda, the weight of the LM loss in a fine-tuning."""
+    task_weight: float
+    optimizer: OptimizerConfig
+    """The optimizer at its highest learning rate."""
+    frozen: int
+    """The number of frozen blocks."""
+
+
+def recipe(gpt: GPT) -> Recipe:
+    """Returns the values of the run that trained a model.
+
+    An imported model was trained elsewhere. It has the default values of a fine-tuning.
+    """
     finetune = gpt.experiment.finetune or FinetuneConfig()
     pretrain = gpt.experiment.pretrain or PretrainConfig()
     config = finetune.optimizer if gpt.task else pretrain.optimizer
     steady = dataclasses.replace(
         config, schedule=Schedule.CONSTANT, warmup_steps=0, warmup_fraction=0.0, accumulation=1
     )
-    return finetune.lm_weight, steady, finetune.freeze if gpt.task else 0
+    frozen = finetune.freeze if gpt.task else 0
+    return Recipe(finetune.lm_weight, finetune.task_weight, steady, frozen)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective"))
@@ -130,12 +155,16 @@ def _forward(
     return nats_T, logits[0, 0]
 
 
-def _outcome(gpt: GPT, params: Params, batch: Batch, factor: float) -> dict[str, Any]:
+def _outcome(gpt: GPT, params: Params, batch: Batch, own: Recipe) -> dict[str, Any]:
     """Returns the losses, the answer and the surprise of each token, with some parameters."""
     kind = gpt.task.kind if gpt.task else None
     nats_T, logits_O = jax.device_get(_forward(gpt.opened, kind, params, batch))
     weights_T = batch.lm_weights[0].astype(np.float64)
     lm = float((weights_T * nats_T).sum() / max(weights_T.sum(), 1e-9))
+    require(
+        bool(np.isfinite(nats_T).all() and np.isfinite(logits_O if kind else 0.0).all()),
+        f"{gpt.path}: a training step on this text ends in NaN or infinity",
+    )
     surprise = [float(n) if w else None for n, w in zip(nats_T, weights_T, strict=True)]
     found: dict[str, Any] = {"lm": lm, "task": None, "total": lm, "surprise": surprise}
     if kind is None or batch.labels is None:
@@ -146,7 +175,11 @@ def _outcome(gpt: GPT, params: Params, batch: Batch, factor: float) -> dict[str,
     else:
         task = float(special.logsumexp(logits_O) - logits_O[target])
         answer = special.softmax(logits_O / gpt.temperature).tolist()
-    return found | {"task": task, "total": task + factor * lm, "answer": answer}
+    return found | {
+        "task": task,
+        "total": own.task_weight * task + own.lm_weight * lm,
+        "answer": answer,
+    }
 
 
 def _norm(tree: Any) -> float:

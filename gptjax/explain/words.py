@@ -20,16 +20,19 @@ def readable(token: str) -> str:
     return token.removesuffix(END_OF_WORD) or token
 
 
-def group(tokens: Sequence[str]) -> list[list[int]]:
+def group(tokens: Sequence[str], marked: bool) -> list[list[int]]:
     """Returns the indices of the tokens of each word. Special tokens belong to no word.
 
     A word ends with the mark `</w>`. An unknown token is a word of its own, because nothing says
-    where its word ends. Without any mark (characters) each token is a word.
+    where its word ends.
 
-    >>> group(["_start_", "fil", "m</w>", "<unk>", "a</w>", "_classify_"])
+    >>> group(["_start_", "fil", "m</w>", "<unk>", "a</w>", "_classify_"], marked=True)
     [[1, 2], [3], [4]]
+
+    Args:
+      tokens: the tokens of the row.
+      marked: whether the tokenizer marks the ends of words. Otherwise each token is a word.
     """
-    marked = any(token.endswith(END_OF_WORD) for token in tokens)
     words: list[list[int]] = []
     is_open = False
     for i, token in enumerate(tokens):
@@ -52,6 +55,11 @@ class Merges:
         pair = tokenizer_lib.vocabulary_pair(tokenizer)
         lines = pair[1] if pair else []
         self._ranks = {tuple(line.split(" ")): rank for rank, line in enumerate(lines)}
+
+    @property
+    def known(self) -> bool:
+        """Whether there are merges, and so marks for the ends of words."""
+        return bool(self._ranks)
 
     def steps(self, pieces: Sequence[str]) -> list[list[str]]:
         """Returns the pieces of a word, from its characters to its tokens, after each merge.

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.batch import Batch
+from gptjax.batch import Batch, TokenType
 from gptjax.config.schema import AttentionKind, Remat
 from gptjax.errors import nearest, require
 from gptjax.mesh import Params
@@ -102,6 +102,15 @@ class Changes:
             require(
                 0 <= token < length,
                 f"`hidden_tokens`: there is no token {token}; they are 0 to {length - 1}",
+            )
+            # A task head of all states finds its sequence by the extract token. Padding inside a
+            # sequence sees the tokens before it, but not itself.
+            is_extract = batch.extract is not None and token in batch.extract[0]
+            is_padding = batch.token_types[0, token] == TokenType.PADDING
+            require(
+                not (is_extract or is_padding),
+                f"`hidden_tokens`: token {token} is {'padding' if is_padding else 'the extract'}; "
+                "only other tokens can be hidden",
             )
             segments_BT[0, token] = segments_BT.max() + 1
         return dataclasses.replace(batch, segment_ids=segments_BT)

@@ -363,14 +363,17 @@ class GPT:
         Returns:
           float32 [n, D]. It is what the task head reads: the state at the extract token or the mean
           state, added up over both orders of a similarity or regression, averaged over windows. In
-          a multiple choice it is [n, C, D], a vector for each answer. For a language model it is
-          the mean of the last states of the text.
+          a multiple choice it is [n, C, D], a vector for each answer; with a flattened task head
+          [n, S, D], the S states that the head reads. For a language model it is the mean of the
+          last states of the text.
 
         Raises:
           UserError: a column is missing, or a text of a language model does not fit.
         """
         if self.task is None:
             require(not isinstance(rows, str | bytes), "`rows`: is a single text; write [text]")
+            listed = isinstance(rows, Sequence) and not hasattr(rows, "columns")
+            require(listed, f"`rows`: is a {type(rows).__name__}; give a list of texts")
             texts = list(typing.cast(Sequence[str], rows))
             for number, text in enumerate(texts, 1):
                 require(isinstance(text, str), f"`rows`: {number} is a {type(text).__name__}")

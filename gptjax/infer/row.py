@@ -13,7 +13,7 @@ from gptjax.data.packing import Packer
 from gptjax.data.tables import memory
 from gptjax.data.tables.labelled import LabelledTable, as_text
 from gptjax.data.tokens.tokenizer import Tokenizer
-from gptjax.errors import require
+from gptjax.errors import UserError, require
 
 # The fields of a batch that are [B, T].
 _BY_TOKEN = ("tokens", "segment_ids", "positions", "token_types", "lm_weights")
@@ -88,6 +88,10 @@ def of_example(
             f"`text`: the task reads {len(columns)} texts: {', '.join(columns)}; give all of them",
         )
         texts = {columns[0]: texts}
+    require(
+        isinstance(texts, Mapping),
+        f"`text`: is a {type(texts).__name__}; give a text, or a mapping of columns to texts",
+    )
     cells = {name: [text] for name, text in texts.items()}
     if label is not None:
         cells[task.label] = [label]
@@ -95,7 +99,11 @@ def of_example(
     table = LabelledTable(memory.columns(cells, "the text", wanted), "the text")
     table.require_columns(wanted)
     read = {name: as_text(cells[0]) for name, cells in table.columns(columns).items()}
-    examples = tasks.encode(task, table, tokenizer, context_length, label is not None)
+    try:
+        examples = tasks.encode(task, table, tokenizer, context_length, label is not None)
+    except UserError as error:
+        place = f"{table.cell(0, task.label)}: "
+        raise UserError(str(error).replace(place, "`label`: ", 1)) from error
     longest = int(examples.lengths.max())
     packer = Packer(examples.lengths, 1, longest, sequence_means=sequence_means)
     batch = packer.pack(examples, np.zeros(1, np.int64))[0]

@@ -16,8 +16,7 @@ from gptjax.errors import UserError
 from gptjax.explain import data, words
 
 KINDS = ("", "classification", "entailment", "similarity", "multiple_choice", "regression")
-LABELS = {"classification": 1, "entailment": 2, "similarity": 0, "multiple_choice": 2,
-          "regression": 0.3}  # fmt: skip
+LABELS = loaded.LABELS
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 

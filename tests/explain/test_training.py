@@ -12,8 +12,7 @@ from gptjax.config import schema
 from gptjax.explain import training
 
 KINDS = ("", "classification", "entailment", "similarity", "multiple_choice", "regression")
-LABELS = {"classification": 1, "entailment": 2, "similarity": 0, "multiple_choice": 2,
-          "regression": 0.3}  # fmt: skip
+LABELS = loaded.LABELS
 
 
 def with_experiment(gpt, **changes):
@@ -39,6 +38,10 @@ def walk(params, direction, size):
     return jax.tree.map(lambda p, d: p + size * np.asarray(d, np.float64), params, direction)
 
 
+def random_like(x):
+    return np.random.default_rng(x.size).normal(size=x.shape)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_norms_are_the_slopes_of_the_losses(kind):
     gpt = loaded.model(kind)
@@ -55,6 +58,12 @@ def test_the_norms_are_the_slopes_of_the_losses(kind):
         # Along a gradient a loss has the slope |gradient|^2.
         up, down = (losses(gpt, row, walk(params, gradient, s))[i] for s in (1e-5, -1e-5))
         assert abs((up - down) / 2e-5 / norm**2 - 1) < 2e-3
+        # Along any other direction it has the slope <gradient, direction>.
+        other = jax.tree.map(random_like, params)
+        up, down = (losses(gpt, row, walk(params, other, s))[i] for s in (1e-6, -1e-6))
+        pairs = zip(jax.tree.leaves(gradient), jax.tree.leaves(other), strict=True)
+        expected = sum((g * d).sum() for g, d in pairs)
+        assert abs((up - down) / 2e-6 - expected) < 2e-3 * norm
         squares = sum(group[name] ** 2 for group in found["groups"])
         np.testing.assert_allclose(squares, norm**2, rtol=1e-5)
         for layer, head in ((0, 1), (1, 2)):

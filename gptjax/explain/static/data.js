@@ -132,12 +132,15 @@ function show(text) {
     .replace(/[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g, hex);
 }
 
+/** The text of a token. White space, which cannot be seen alone, is drawn. */
+const spelled = (text) => show(text).replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/^ +$/, (spaces) => "␣".repeat(spaces.length));
+
 const END_OF_WORD = "</w>";
 const plain = (text) => (text.endsWith(END_OF_WORD) && text.length > END_OF_WORD.length ? text.slice(0, -END_OF_WORD.length) : text);
 
 /** The text of a token for a label: a special token has its name in the reader's language. */
 function label(token, limit = 40) {
-  const text = token.kind === "text" ? show(plain(token.text)) : t(`kind_${token.kind}`);
+  const text = token.kind === "text" ? spelled(plain(token.text)) : t(`kind_${token.kind}`);
   return shorten(text, limit);
 }
 
@@ -149,7 +152,7 @@ function shorten(text, limit) {
 const specials = new Map(data.tokens.filter((token) => token.kind !== "text").map((token) => [token.id, token.kind]));
 
 /** A token of the vocabulary that need not be in the row. A special token has its name in the reader's language. */
-const piece = (each, limit = 24) => specials.has(each.id) ? t(`kind_${specials.get(each.id)}`) : shorten(show(plain(each.text)), limit);
+const piece = (each, limit = 24) => specials.has(each.id) ? t(`kind_${specials.get(each.id)}`) : shorten(spelled(plain(each.text)), limit);
 
 // ---- the answer
 
@@ -160,9 +163,8 @@ const isChoice = kind === "multiple_choice";
 
 /** The names of the entries of `answer.probabilities`: labels, or the texts of the answers. */
 const options = !data.task || isRegression ? [] : isChoice ? data.sequences.map((each) => each.name) : data.task.labels;
-const optionOf = (name_) => (name_ === null ? -1 : Math.max(data.task.labels.indexOf(String(name_)), options.indexOf(String(name_))));
 const predicted = options.length ? data.answer.probabilities.indexOf(Math.max(...data.answer.probabilities)) : -1;
-const trueOption = options.length ? optionOf(data.input.label) : -1;
+const trueOption = data.input.option ?? -1;
 /** A label for people. In a multiple choice it is the text of the answer. */
 const option = (i, fallback) => show(i >= 0 ? options[i] : fallback);
 

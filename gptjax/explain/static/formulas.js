@@ -36,7 +36,15 @@ const FORMULAS = (() => {
     norm2: mi("h") + mo("←") + call("LayerNorm", mi("h") + plus + call("FFN", mi("h"))),
     layer_norm: call("LayerNorm", mi("x")) + is + mi("γ") + frac(mi("x") + minus + mi("μ"), root(sup(mi("σ"), mn(2)) + plus + mi("ε"))) + plus + mi("β"),
     lm_head: name("logits") + is + mi("h") + (data.model.tied ? subsup(mi("W"), mi("e"), mi("⊤")) : sub(mi("W"), name("LM")) + plus + mi("b")),
-    task_head: mi("y") + is + sub(mi("h"), name(data.model.head === "mean" ? "mean" : "extract")) + sub(mi("W"), mi("y")) + plus + mi("b"),
+    task_head: (() => {
+      const kind = data.task ? data.task.kind : "", many = data.sequences.length > 1;
+      const read = name(data.model.head === "mean" ? "mean" : "extract"), one = sub(mi("h"), read);
+      const each = subsup(mi("h"), read, within(mi("s")));
+      const all = kind === "multiple_choice" ? subsup(mi("h"), read, within(mi("c")))
+        : !many ? one : kind === "similarity" || kind === "regression" ? within(sum(mi("s")) + each)
+        : within(frac(mn(1), mn(data.sequences.length)) + sum(mi("s")) + each);
+      return (kind === "multiple_choice" ? sub(mi("y"), mi("c")) : mi("y")) + is + all + sub(mi("W"), mi("y")) + plus + mi("b");
+    })(),
     task_softmax: at("p", "c") + is + frac(sup(mi("e"), at("y", "c") + mo("/") + mi("τ")), `<msub>${mo("∑")}${mi("n")}</msub>` + sup(mi("e"), at("y", "n") + mo("/") + mi("τ"))),
     lm_softmax: call("p", mi("w")) + is + frac(sup(mi("e"), at("l", "w") + mo("/") + mi("τ")), `<msub>${mo("∑")}${mi("n")}</msub>` + sup(mi("e"), at("l", "n") + mo("/") + mi("τ"))),
     surprise: minus + name("log") + `<mspace width="0.2em"/>` + call("p", sub(mi("w"), mi("t") + plus + mn(1))) + is + call("logsumexp", mi("l")) + minus + sub(mi("l"), sub(mi("w"), mi("t") + plus + mn(1))),

@@ -29,16 +29,17 @@ function Answer() {
     <p>${t(data.task ? (losses.task === null ? "losses_unlabelled" : isRegression ? "losses_regression" : "losses_task") : "losses_lm")}${data.task && losses.lambda === 0 ? `${gap()}${t("losses_zero")}` : ""}</p>
     <${Formula} of=${data.task ? "loss" : "loss_lm"} block />
     <div class="equation" role="group" aria-label=${t("losses")}>
-      <span class="term"><b data-lit>${number(losses.total)}</b><small>${t("loss_total")}</small></span><span>=</span>
-      ${data.task ? html`<span class="term task"><b data-lit>${number(losses.task)}</b><small>${t("loss_task")}</small></span><span>+</span>
+      ${losses.total === null ? "" : html`<span class="term"><b data-lit>${number(losses.total)}</b><small>${t("loss_total")}</small></span><span>=</span>`}
+      ${data.task && losses.total !== null ? html`${losses.task_weight !== 1 ? html`<span class="term"><b data-lit>${number(losses.task_weight)}</b></span><span>×</span>` : ""}<span class="term task"><b data-lit>${number(losses.task)}</b><small>${t("loss_task")}</small></span><span>+</span>
         <span class="term"><b data-lit>${number(losses.lambda)}</b><small data-lit>λ</small></span><span>×</span>` : ""}
       <span class="term lm"><b data-lit>${number(losses.lm)}</b><small>${t("loss_lm")}</small></span>
     </div>
-    <p class="soft">${fill(t("perplexity"), { value: number(Math.exp(losses.lm)) })}</p>
+    ${losses.task !== null && !isRegression && model.temperature !== 1 ? html`<p class="soft">${t("loss_temperature")}</p>` : ""}
+    <p class="soft">${losses.lm < Math.log(model.vocab_size) ? fill(t("perplexity"), { value: number(Math.exp(losses.lm)) }) : fill(t("perplexity_bad"), { vocabulary: whole(model.vocab_size), guess: number(Math.log(model.vocab_size)) })}</p>
     <details class="behind"><summary>${t("model")}</summary><table><tbody>
       ${[["program", data.program], ["checkpoint", show(data.checkpoint)], ["parameters", whole(model.parameters)], ["layers", model.layers],
         ["heads", model.heads], ["width", model.width], ["head_width", model.head_width], ["ffn_width", model.ffn_width],
         ["vocab_size", whole(model.vocab_size)], ["context_length", whole(model.context_length)], ["activation", model.activation],
-        ["temperature_fitted", number(model.temperature)]].map(([key, value]) => html`<tr><th scope="row">${t(`model_${key}`)}</th><td data-lit>${value}</td></tr>`)}
+        ...(data.task && !isRegression ? [["temperature_fitted", number(model.temperature)]] : [])].map(([key, value]) => html`<tr><th scope="row">${t(`model_${key}`)}</th><td data-lit>${value}</td></tr>`)}
     </tbody></table></details>`;
 }

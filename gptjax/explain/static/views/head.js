@@ -143,11 +143,12 @@ function Head() {
   const state = useStore("head", "order");
   const head = chosenHead(state.head);
   const { token: query, key: over } = useToken("head", reader);
-  const row = useMemo(() => weightsOf(head, query), [head, query]);
-  const best = useMemo(() => row.reduce((at, w, i) => (w > row[at] ? i : at), 0), [row]);
-  const key = over ?? best;
   const parts = partsOf(head);
   const own = useMemo(() => (parts ? recompute(head, query) : null), [head, query]);
+  // From q and k where they travel, because the matrix has only multiples of 1 / 255.
+  const row = useMemo(() => (own ? Float32Array.from(own.weights).subarray(0, query + 1) : weightsOf(head, query)), [head, query]);
+  const best = useMemo(() => row.reduce((at, w, i) => (w > row[at] ? i : at), 0), [row]);
+  const key = over ?? best;
   const picker = useMemo(() => html`<${HeadPicker} />`, []);
   const list = useMemo(() => html`<${Tokens} view="head" name=${t("queries")} fallback=${reader} compact />`, [state.lang]);
   useLayoutEffect(() => {
@@ -270,7 +271,10 @@ function Mask({ head, query, shownKey: key }) {
       paste(context, image, places[n][0], places[n][1], size);
     });
     const [mx, my] = places[1];
-    write(context, "0", mx + size * 0.3, my + size * 0.72, { size: 20, align: "center", colour: palette.text });
+    // Inside the triangle of the longest sequence.
+    const longest = data.sequences.reduce((a, b) => (b.stop - b.start > a.stop - a.start ? b : a));
+    const zero = (share) => ((longest.start + share * (longest.stop - longest.start)) / T) * size;
+    write(context, "0", mx + zero(0.3), my + zero(0.72), { size: 20, align: "center", colour: palette.text });
     if (T > 1) write(context, "−∞", mx + size * 0.72, my + size * 0.28, { size: 20, align: "center", colour: palette.dark ? "#e6e6e6" : "#fff" });
     if (!stack) {
       write(context, "+", places[1][0] - 17, top + size / 2, { size: 18, align: "center", colour: palette.text });

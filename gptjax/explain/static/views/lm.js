@@ -22,7 +22,7 @@ function sample(t_, { temperature, topk, topp }) {
     entries = entries.map((entry) => (entry.each.logit >= border ? entry : { ...entry, power: 0 }));
     if (topk <= top.length) rest = 0;
   }
-  let total = entries.reduce((sum, entry) => sum + entry.power, 0) + rest;
+  let total = entries.reduce((sum, entry) => sum + entry.power, 0) + rest, beyond = false;
   if (topp < 1) {
     let before = 0;
     entries = entries.map((entry) => {
@@ -30,10 +30,11 @@ function sample(t_, { temperature, topk, topp }) {
       before += entry.power / total;
       return kept;
     });
-    if (before >= topp) rest = 0;
+    beyond = before < topp && rest > 0;
+    if (!beyond) rest = 0;
     total = entries.reduce((sum, entry) => sum + entry.power, 0) + rest;
   }
-  return { entries: entries.map((entry) => ({ ...entry.each, p: entry.power / total })), rest: rest / total, others };
+  return { entries: entries.map((entry) => ({ ...entry.each, p: entry.power / total })), rest: rest / total, others, beyond };
 }
 
 function LMHead() {
@@ -82,7 +83,7 @@ function LMHead() {
     <${Formula} of="lm_softmax" block />
     <${Figure} caption=${html`${t("sampler_caption")}${gap()}${settings.temperature !== 1 && !(settings.topk > 0) && result.rest > 0 ? t("sampler_approximate") : ""}`}>
       <${Bars} name=${t("next_tokens")} most=${Math.max(...rows.map((row) => row.value), ...rows.map((row) => row.ghost), 0.05)} rows=${rows} /></${Figure}>
-    <p class="soft">${result.rest > 0 ? fill(t("kept_all"), { count: whole(result.others) }) : fill(t("kept"), { count: kept })}</p>
+    <p class="soft">${result.rest > 0 ? fill(t("kept_all"), { count: whole(result.others) }) : fill(t("kept"), { count: kept })}${result.beyond ? html`${gap()}${t("topp_beyond")}` : ""}</p>
     <${Behind} title=${t("surprise")} head=${[t("place"), t("token"), t("surprise"), t("probability"), t("running_mean")]}
       rows=${() => { let sum = 0, count = 0; return data.tokens.map((each, i) => { if (of[i] !== null) { sum += of[i]; count++; } return [i, label(each), of[i] === null ? "–" : number(of[i]), of[i] === null ? "–" : percent(Math.exp(-of[i])), count ? number(sum / count) : "–"]; }); }} />`;
 }

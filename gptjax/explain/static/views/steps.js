@@ -14,7 +14,7 @@ function Steps() {
     <td class="n" data-lit title=${whole(step.flops)}>${step.flops ? short(step.flops) : "–"}</td><td class="n" data-lit>${number(step.norm, 3)}</td></tr>`;
   const groups = [["embedding_group", ["token_embedding", "position_embedding", "segment_embedding", "embedding"]],
     ["attention_group", ["qkv", "scores", "weights", "heads", "attention_out", "norm1"]],
-    ["ffn_group", ["ffn_in", "activation", "ffn_out", "norm2"]], ["heads_group", ["lm_head", "task_head"]]];
+    ["ffn_group", ["ffn_in", "activation", "ffn_out", "norm2"]], [data.task ? "heads_group" : "lm_head_group", ["lm_head", "task_head"]]];
   const share = groups.map(([key, names]) => ({ key, value: steps.filter((step) => names.includes(step.name)).reduce((sum, step) => sum + step.flops, 0) }));
   return html`
     <p>${fill(t("steps_intro"), { layers: L })}</p>

@@ -33,18 +33,18 @@ function Attribution() {
   const methods = METHODS.filter((method) => attribution.methods[method]);
   const scales = methods.map((method) => largest(attribution.methods[method]));
   const styles = useMemo(() => methods.map((method, m) => attribution.methods[method].map((value) => tint(signColour(0.95 * value / scales[m])))), [palette.dark]);
-  const titles = useMemo(() => methods.map((method) => attribution.methods[method].map((value) => number(value, 3))), []);
+  const titles = useMemo(() => methods.map((method) => attribution.methods[method].map((value, i) => (data.tokens[i].kind === "text" ? number(value, 3) : "–"))), []);
   const columns = useMemo(() => methods.map((method, m) => html`<div class="method"><h4>${t(`method_${method}`)}</h4><p>${fill(t(`method_text_${method}`), { steps: attribution.steps })}</p>
       <${Tokens} view="task" name=${t(`method_${method}`)} styles=${styles[m]} titles=${titles[m]} fallback=${fallback} compact />
       <p class="legend"><${Scale} from=${number(-scales[m], 2)} to=${number(scales[m], 2)} colour=${(x) => signColour(0.95 * (2 * x - 1))} /></p></div>`), [state.lang, styles]);
-  const strongest = useMemo(() => data.tokens.map((_, i) => i).sort((a, b) => Math.abs(attribution.methods.integrated_gradients[b]) - Math.abs(attribution.methods.integrated_gradients[a])).slice(0, 12), []);
+  const strongest = useMemo(() => data.tokens.map((_, i) => i).filter((i) => data.tokens[i].kind === "text").sort((a, b) => Math.abs(attribution.methods.integrated_gradients[b]) - Math.abs(attribution.methods.integrated_gradients[a])).slice(0, 12), []);
   const total = attribution.methods.integrated_gradients.reduce((a, b) => a + b, 0);
   const shareError = attribution.difference ? Math.abs(attribution.error / attribution.difference) : null;
   return html`<h3>${t("attribution")}</h3>
-    <p>${attribution.target === null ? t("attribution_number") : fill(t("attribution_text"), { target: html`<bdi class="quote" data-lit>${option(optionOf(attribution.target), attribution.target)}</bdi>` })}</p>
+    <p>${attribution.target === null ? t("attribution_number") : fill(t("attribution_text"), { target: html`<bdi class="quote" data-lit>${option(attribution.output, attribution.target)}</bdi>` })}</p>
     <p class="hint">${t("hint_tokens")}</p>
     <${Figure} wide caption=${t("attribution_caption")}><div class="methods">${columns}</div>
-      <p class="readout" aria-live="polite"><${Quote} i=${token} />: ${methods.map((method, m) => html`<span class="value"><span>${t(`method_${method}`)}</span> <b data-lit>${number(attribution.methods[method][token], 3)}</b></span> `)}</p></${Figure}>
+      <p class="readout" aria-live="polite"><${Quote} i=${token} />: ${methods.map((method, m) => html`<span class="value"><span>${t(`method_${method}`)}</span> <b data-lit>${data.tokens[token].kind === "text" ? number(attribution.methods[method][token], 3) : "–"}</b></span> `)}</p></${Figure}>
     <h3>${t("strongest")}</h3>
     <p>${t("strongest_text")}</p>
     <div class="scroll" tabindex="0" role="region" aria-label=${t("strongest")}><table class="strongest"><thead><tr><th scope="col">${t("token")}</th>${methods.map((method) => html`<th scope="col">${t(`method_${method}`)}</th>`)}</tr></thead><tbody>
@@ -54,7 +54,7 @@ function Attribution() {
       })}</tr>`)}</tbody></table></div>
     <h3>${t("agreement")}</h3>
     <p>${t("agreement_text")}</p>
-    <${Bars} signed most=${1} name=${t("agreement")} rows=${Object.entries(attribution.agreement).map(([pair, value]) => ({ name: pair.split("/").map((method) => t(`method_${method}`)).join(" · "), lit: false, value: value ?? 0, text: number(value, 2) }))} />
+    <${Bars} signed most=${1} name=${t("agreement")} rows=${Object.entries(attribution.agreement).map(([pair, value]) => ({ name: pair.split("/").map((method) => t(`method_${method}`)).join(" · "), lit: false, value: value ?? 0, text: value === null ? "–" : value.toFixed(3).replace("-", "−") }))} />
     <p>${fill(t("completeness"), { sum: number(total), difference: number(attribution.difference), error: html`<b data-lit id="completeness">${number(attribution.error, 2)}</b>`, share: shareError === null ? "–" : percent(shareError), steps: attribution.steps})}</p>
-    <${Behind} title=${t("attribution")} head=${[t("place"), t("token"), ...methods.map((method) => t(`method_${method}`))]} rows=${() => data.tokens.map((each, i) => [i, label(each), ...methods.map((method) => number(attribution.methods[method][i]))])} />`;
+    <${Behind} title=${t("attribution")} head=${[t("place"), t("token"), ...methods.map((method) => t(`method_${method}`))]} rows=${() => data.tokens.map((each, i) => [i, label(each), ...methods.map((method) => (each.kind === "text" ? number(attribution.methods[method][i]) : "–"))])} />`;
 }
