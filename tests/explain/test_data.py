@@ -15,22 +15,33 @@ from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.explain import data, words
 
-KINDS = ("", "classification", "entailment", "similarity", "multiple_choice", "regression")
+FAST = ("", "similarity")
+KINDS = [
+    *FAST,
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("classification", "entailment", "multiple_choice", "regression")
+    ),
+]
 LABELS = loaded.LABELS
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-@pytest.fixture(scope="module")
-def pages():
-    """Kind -> the model, its row, and the data of its page."""
-    found = {}
-    for kind in KINDS:
+class Pages(dict):
+    """Kind -> the model, its row, and the data of its page as a browser has it."""
+
+    def __missing__(self, kind):
         gpt = loaded.model(kind)
         texts, label = loaded.texts(gpt), LABELS.get(kind)
-        page = data.explain(gpt, texts, label)
-        # As a browser has it.
-        found[kind] = gpt, gpt.read(texts, label), json.loads(json.dumps(page, allow_nan=False))
-    return found
+        page = json.loads(json.dumps(data.explain(gpt, texts, label), allow_nan=False))
+        self[kind] = gpt, gpt.read(texts, label), page
+        return self[kind]
+
+
+@pytest.fixture(scope="module")
+def pages():
+    """The pages of all kinds, each made when a test needs it."""
+    return Pages()
 
 
 def array(text, dtype, *shape):
@@ -165,7 +176,7 @@ def test_the_documented_keys_are_the_keys(pages):
         for row in re.findall(r"^\| (`.*?) \|", table, re.M)
         for name in re.findall(r"`(\w+)`", row)
     }
-    for _, _, page in pages.values():
+    for page in (pages[kind][2] for kind in FAST):
         assert set(page) == keys
         for name in (
             "model",

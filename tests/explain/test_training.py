@@ -42,7 +42,11 @@ def random_like(x):
     return np.random.default_rng(x.size).normal(size=x.shape)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind",
+    ["", "similarity", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]
+                         if kind != "similarity")],
+)  # fmt: skip
 def test_the_norms_are_the_slopes_of_the_losses(kind):
     gpt = loaded.model(kind)
     row = gpt.read(loaded.texts(gpt), LABELS.get(kind))
@@ -84,7 +88,9 @@ def test_the_norms_are_the_slopes_of_the_losses(kind):
         np.testing.assert_allclose(found["before"]["task"], before[1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("freeze", [0, 1, 2])
+@pytest.mark.parametrize(
+    "freeze", [1, *(pytest.param(count, marks=pytest.mark.slow) for count in (0, 2))]
+)
 def test_the_update_is_the_first_one_of_adam(freeze):
     gpt = with_experiment(loaded.model("classification"), freeze=freeze)
     row = gpt.read(loaded.texts(gpt), 1)

@@ -193,7 +193,11 @@ def output_of(gpt, row, output, scale=None):
     return reference.task_outputs(params, gpt.task.kind, [x[-1] for x in states])[output]
 
 
-@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize(
+    "kind",
+    ["similarity", *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:]
+                     if kind != "similarity")],
+)  # fmt: skip
 def test_attribution_is_complete_and_its_gradients_are_right(kind):
     gpt = loaded.model(kind)
     row = gpt.read(loaded.texts(gpt))
