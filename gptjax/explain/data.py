@@ -5,10 +5,12 @@ residual stream: the embedding and the output of each block.
 """
 
 import base64
+import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from scipy import special, stats
 
@@ -16,11 +18,13 @@ from gptjax import __version__
 from gptjax.config.schema import TaskKind, TaskSpec
 from gptjax.data.tokens.tokenizer import DELIMITER, EXTRACT, PADDING, START
 from gptjax.errors import require
+from gptjax.explain import outcome as outcome_lib
 from gptjax.explain import training
 from gptjax.explain import words as words_lib
 from gptjax.infer import inside
 from gptjax.infer.predictor import GPT
 from gptjax.infer.row import Row, Texts
+from gptjax.model.losses import lm_targets
 from gptjax.ops.attention.plain import HIDDEN_SCORE
 from gptjax.parameters import POSITION_EMBEDDING, SEGMENT_EMBEDDING, TOKEN_EMBEDDING
 
@@ -86,7 +90,6 @@ class _Page:
         self.gpt, self.row, self.wanted = gpt, row, heads
         self.task: TaskSpec | None = gpt.task
         self.batch, self.ids = row.batch, row.batch.tokens[0]
-        self.segments = row.batch.segment_ids[0]
         self.pieces = [gpt.tokenizer.token(i) for i in self.ids]
         self.kinds = [_KINDS.get(piece, "text") for piece in self.pieces]
         names = [name for name in inside.AXES if self.task or name != "task_logits"]
@@ -94,19 +97,17 @@ class _Page:
         finite = all(np.isfinite(self.found[name]).all() for name in names)
         require(finite, f"{gpt.path}: the model computes NaN or infinity for this text")
         self.states_NTD = np.concatenate([self.found["embedding"][None], self.found["blocks"]])
-        logits_TV = self.found["logits"].astype(np.float64)
-        self.logsumexp_T = special.logsumexp(logits_TV, axis=1)
         self.is_predicted_T = row.batch.lm_weights[0] > 0
-        self.next_T = np.roll(self.ids, -1)
-        chosen_T = np.take_along_axis(logits_TV, self.next_T[:, None], axis=1)[:, 0]
-        self.surprise_T = self.logsumexp_T - chosen_T
+        self.next_T = np.asarray(lm_targets(row.batch)[0])
+        self.outcome = outcome_lib.of(gpt, gpt.params, row.batch)
+        self.merges = words_lib.Merges(gpt.tokenizer)
         # Position t is a query. The scores say which keys it sees, as the model has applied it.
         scores_LHTS = self.found["scores"]
         self.visible_TS = np.asarray(np.all(scores_LHTS > HIDDEN_SCORE, axis=(0, 1)))
 
     def data(self) -> dict[str, Any]:
         """Returns the whole object."""
-        groups = words_lib.group(self.pieces, words_lib.merges(self.gpt.tokenizer).known)
+        groups = words_lib.group(self.pieces, self.merges.known)
         patterns = self._patterns()
         return {
             "version": VERSION,
@@ -134,7 +135,7 @@ class _Page:
             "lens": self._lens(),
             "lm": self._lm(),
             "attribution": self._attribution(),
-            "training": training.step(self.gpt, self.row),
+            "training": training.step(self.gpt, self.row, self.outcome),
         }
 
     def _token(self, i: int) -> dict[str, Any]:
@@ -160,12 +161,12 @@ class _Page:
     def _model(self) -> dict[str, Any]:
         config, task = self.gpt.config, self.task
         reads = ("mean" if task.mean else "extract") if task else None
-        leaves = [np.prod(x.shape) for x in _leaves(self.gpt.params)]
+        parameters = sum(x.size for x in jax.tree.leaves(self.gpt.params))
         return {
             "layers": config.num_layers, "heads": config.num_heads, "width": config.width,
             "head_width": config.head_width, "ffn_width": config.hidden_ffn_width,
             "vocab_size": config.vocab_size, "context_length": config.context_length,
-            "segment_types": config.segment_types, "parameters": int(sum(leaves)),
+            "segment_types": config.segment_types, "parameters": parameters,
             "activation": str(config.activation), "tied": config.tied, "head": reads,
             "temperature": float(self.gpt.temperature),
         }  # fmt: skip
@@ -176,51 +177,29 @@ class _Page:
         return {
             "kind": str(self.task.kind),
             "labels": list(self.task.labels),
-            "lm_weight": training.recipe(self.gpt).lm_weight,
+            "lm_weight": outcome_lib.objective(self.gpt).lm_weight,
         }
 
     def _answer(self) -> dict[str, Any] | None:
         if self.task is None:
             return None
-        logits_O = self.found["task_logits"]
-        found = self._outputs(logits_O)
+        logits, found = self.found["task_logits"].tolist(), self.outcome.answer
+        assert found is not None
         if self.task.kind is TaskKind.REGRESSION:
-            return {"prediction": found[0], "logits": found, "probabilities": None}
-        best = int(np.argmax(logits_O))
-        return {
-            "prediction": self.task.labels[best],
-            "logits": logits_O.tolist(),
-            "probabilities": found,
-        }
-
-    def _outputs(self, logits_O: np.ndarray) -> list[float]:
-        """Returns the probabilities of the labels, or the number of a regression."""
-        assert self.task is not None
-        if self.task.kind is TaskKind.REGRESSION:
-            return [float(logits_O[0])]
-        return special.softmax(logits_O.astype(np.float64) / self.gpt.temperature).tolist()
+            return {"prediction": found[0], "logits": logits, "probabilities": None}
+        prediction = self.task.labels[int(np.argmax(logits))]
+        return {"prediction": prediction, "logits": logits, "probabilities": found}
 
     def _losses(self) -> dict[str, Any]:
-        weights_T = self.batch.lm_weights[0].astype(np.float64)
-        lm = float((weights_T * self.surprise_T).sum() / max(weights_T.sum(), 1e-9))
-        if self.task is None:
-            return {"lm": lm, "task": None, "lambda": None, "task_weight": None, "total": lm}
-        recipe = training.recipe(self.gpt)
-        weights = {"lambda": recipe.lm_weight, "task_weight": recipe.task_weight}
-        if self.batch.labels is None:
-            return {"lm": lm, "task": None, **weights, "total": None}
-        logits_O, target = self.found["task_logits"].astype(np.float64), self.batch.labels[0, 0]
-        if self.task.kind is TaskKind.REGRESSION:
-            task = float((logits_O[0] - target) ** 2)
-        else:
-            task = float(special.logsumexp(logits_O) - logits_O[target])
-        total = recipe.task_weight * task + recipe.lm_weight * lm
-        return {"lm": lm, "task": task, **weights, "total": total}
+        found = self.outcome
+        weights: dict[str, Any] = {"lambda": None, "task_weight": None}
+        if self.task is not None:
+            own = outcome_lib.objective(self.gpt)
+            weights = {"lambda": own.lm_weight, "task_weight": own.task_weight}
+        return {"lm": found.lm, "task": found.task, **weights, "total": found.total}
 
     def _tokens(self, groups: list[list[int]]) -> list[dict[str, Any]]:
         word_of = {i: w for w, group in enumerate(groups) for i in group}
-        by_others_TS = self.visible_TS & ~np.eye(len(self.ids), dtype=bool)
-        seen_T = np.asarray(by_others_TS.any(axis=0))
         found = []
         for t, (i, kind) in enumerate(zip(self.ids, self.kinds, strict=True)):
             sequence = next(s for s, (a, b) in enumerate(self.row.sequences) if a <= t < b)
@@ -228,7 +207,7 @@ class _Page:
                 **self._token(i), "kind": kind, "sequence": sequence,
                 "position": int(self.batch.positions[0, t]),
                 "type": int(self.batch.token_types[0, t]),
-                "word": word_of.get(t), "seen": kind != "padding" or bool(seen_T[t]),
+                "word": word_of.get(t), "seen": kind != "padding",
             })  # fmt: skip
         return found
 
@@ -248,10 +227,9 @@ class _Page:
         return found
 
     def _words(self, groups: list[list[int]]) -> list[dict[str, Any]]:
-        merges = words_lib.merges(self.gpt.tokenizer)
         found = []
         for group in groups:
-            steps = merges.steps([self.pieces[i] for i in group])
+            steps = self.merges.steps([self.pieces[i] for i in group])
             shown = [[words_lib.readable(piece) for piece in step] for step in steps]
             found.append({"text": "".join(shown[-1]), "steps": shown})
         return found
@@ -318,22 +296,10 @@ class _Page:
             square_TS = [heads, length, length]
             add("scores", layer, square_TS, 0, 2 * pairs * width, None)
             add("weights", layer, square_TS, 0, 0, None)
-            add(
-                "heads",
-                layer,
-                [length, heads, config.head_width],
-                0,
-                2 * pairs * width,
-                kept("heads"),
-            )
-            add(
-                "attention_out",
-                layer,
-                square,
-                width * (width + 1),
-                products * width,
-                kept("attention_out"),
-            )
+            values = [length, heads, config.head_width]
+            add("heads", layer, values, 0, 2 * pairs * width, kept("heads"))
+            out = kept("attention_out")
+            add("attention_out", layer, square, width * (width + 1), products * width, out)
             add("norm1", layer, square, 2 * width, 0, kept("norm1"))
             add("ffn_in", layer, [length, ffn], ffn * (width + 1), products * ffn, None)
             add("activation", layer, [length, ffn], 0, 0, kept("ffn"))
@@ -342,7 +308,7 @@ class _Page:
         head = 0 if config.tied else vocab * (width + 1)
         add("lm_head", None, [length, vocab], head, 2 * length * width * vocab, found["logits"])
         if self.task is not None:
-            outputs, reads = self.task.num_outputs, width * (self.task.flatten or 1)
+            outputs, reads = self.task.num_outputs, width
             count = len(found["task_logits"])
             steps.append({
                 "name": "task_head", "layer": None, "shape": [count],
@@ -439,7 +405,7 @@ class _Page:
             ])  # fmt: skip
         if self.task is not None:
             logits_NO = inside.task_lens(gpt.opened, gpt.params, self.states_NTD, self.batch)
-            task = [self._outputs(logits_O) for logits_O in np.asarray(logits_NO)]
+            task = [outcome_lib.answer(gpt, logits_O) for logits_O in np.asarray(logits_NO)]
         return {"top": top, "rank": rank, "task": task or None}
 
     def _lm(self) -> dict[str, Any]:
@@ -453,11 +419,9 @@ class _Page:
             "next": [
                 self._token(i) if w else None for i, w in zip(self.next_T, wanted, strict=True)
             ],
-            "surprise": [
-                float(s) if w else None for s, w in zip(self.surprise_T, wanted, strict=True)
-            ],
+            "surprise": self.outcome.surprise,
             "top": top,
-            "logsumexp": self.logsumexp_T.tolist(),
+            "logsumexp": special.logsumexp(logits_TV.astype(np.float64), axis=1).tolist(),
         }  # fmt: skip
 
     def _attribution(self) -> dict[str, Any] | None:
@@ -479,12 +443,10 @@ class _Page:
             start, stop = self.row.sequences[output]
             places_T = np.arange(len(self.ids))
             counted_T = is_text_T & (places_T >= start) & (places_T < stop)
-        names = list(methods)
-        agreement = {}
-        for i, name in enumerate(names):
-            for other in names[i + 1 :]:
-                pair = methods[name][counted_T], methods[other][counted_T]
-                agreement[f"{name}/{other}"] = _spearman(*pair)
+        agreement = {
+            f"{name}/{other}": _spearman(a[counted_T], b[counted_T])
+            for (name, a), (other, b) in itertools.combinations(methods.items(), 2)
+        }
         return {
             "target": self.task.labels[output] if self.task.labels else None,
             "output": output,
@@ -527,14 +489,6 @@ def _largest(logits_TV: np.ndarray, count: int) -> np.ndarray:
     values = np.take_along_axis(logits_TV, some, axis=1)
     order = np.lexsort((some, -values), axis=1)
     return np.take_along_axis(some, order, axis=1)
-
-
-def _leaves(tree: Mapping[str, Any]) -> list[Any]:
-    return [
-        leaf
-        for value in tree.values()
-        for leaf in (_leaves(value) if isinstance(value, Mapping) else [value])
-    ]
 
 
 def _norms(x: np.ndarray) -> np.ndarray:

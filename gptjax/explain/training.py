@@ -2,8 +2,8 @@
 
 The step is that of the run's optimizer, with these differences, because a page shows one text: the
 batch is this text alone, nothing is dropped out, classes have no weights, labels are not smoothed,
-and Adam has no history. In its first update Adam
-moves each parameter by about the learning rate. The learning rate is the highest of the run.
+and Adam has no history. The first update of Adam moves each parameter by about the learning rate.
+The learning rate is the highest of the run.
 
 The letters of shapes are defined in `gptjax.batch`.
 """
@@ -14,27 +14,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy import special
 
 from gptjax.batch import Batch
-from gptjax.config.schema import (
-    FinetuneConfig,
-    OptimizerConfig,
-    PretrainConfig,
-    Schedule,
-    TaskKind,
-)
-from gptjax.errors import require
+from gptjax.config.schema import FinetuneConfig, PretrainConfig, Schedule
+from gptjax.explain import outcome as outcome_lib
+from gptjax.explain.outcome import Outcome
 from gptjax.infer.predictor import GPT
 from gptjax.infer.row import Row
 from gptjax.mesh import Params
 from gptjax.model import frozen as frozen_lib
 from gptjax.model import gpt as gpt_lib
 from gptjax.model import objective as objective_lib
-from gptjax.model.losses import lm_targets
 from gptjax.model.objective import Objective
 from gptjax.parameters import BLOCKS
 from gptjax.train.optimizer import Optimizer
@@ -46,73 +38,57 @@ _PARTS = {
 }  # fmt: skip
 
 
-def step(gpt: GPT, row: Row) -> dict[str, Any] | None:
-    """Returns the entry `training` of `docs/explain_json.md`; None for a task without a label."""
+def step(gpt: GPT, row: Row, before: Outcome) -> dict[str, Any] | None:
+    """Returns the entry `training` of `docs/explain_json.md`; None for a task without a label.
+
+    Args:
+      gpt: the model.
+      row: the text.
+      before: what the model makes of the row.
+    """
     if gpt.task is not None and row.batch.labels is None:
         return None
-    kind = gpt.task.kind if gpt.task else None
-    own = recipe(gpt)
-    factor, config, frozen = own.lm_weight, own.optimizer, own.frozen
-    batch = row.batch
-    gradients = {"lm": _gradient(gpt.opened, Objective(), gpt.params, batch)}
+    own, optimizer = outcome_lib.objective(gpt), _optimizer(gpt)
+    config, frozen = optimizer.config, optimizer.frozen
+    gradients = {"lm": _gradient(gpt.opened, Objective(), gpt.params, row.batch)}
     whole = gradients["lm"]
-    if kind:
-        alone = Objective(kind, lm_weight=0.0)
-        gradients["task"] = _gradient(gpt.opened, alone, gpt.params, batch)
-        whole = jax.tree.map(
-            lambda lm, task: own.task_weight * task + factor * lm, *gradients.values()
-        )
-    optimizer = Optimizer(config, total_steps=1, frozen=frozen)
+    if own.kind:
+        alone = Objective(own.kind, lm_weight=0.0)
+        gradients["task"] = _gradient(gpt.opened, alone, gpt.params, row.batch)
+        whole = jax.tree.map(own.total, gradients["task"], gradients["lm"])
     updates = _updates(optimizer, gpt.params, whole)
-    params = optax.apply_updates(frozen_lib.trained_part(gpt.params, frozen), updates)
-    changed = frozen_lib.with_trained_part(gpt.params, params, frozen)
+    trained = frozen_lib.trained_part(gpt.params, frozen)
+    changed = frozen_lib.with_trained_part(
+        gpt.params, optax.apply_updates(trained, updates), frozen
+    )
     host = {name: jax.device_get(tree) for name, tree in gradients.items()}
-    before, after = (_outcome(gpt, each, batch, own) for each in (gpt.params, changed))
-    weights = jax.device_get(frozen_lib.trained_part(gpt.params, frozen))
     return {
         "learning_rate": config.learning_rate,
         "algorithm": str(config.algorithm),
         "clip_norm": config.clip_norm,
-        "lambda": factor if kind else None,
+        "lambda": own.lm_weight if own.kind else None,
         "frozen": frozen,
         "norms": {
             **{name: _norm(tree) for name, tree in host.items()},
             "total": _norm(frozen_lib.trained_part(whole, frozen)),
         },
-        "cosine": _cosine(host["lm"], host["task"]) if kind else None,
-        "groups": _groups(host, jax.device_get(updates), weights, frozen),
+        "cosine": _cosine(host["lm"], host["task"]) if own.kind else None,
+        "groups": _groups(host, jax.device_get(updates), jax.device_get(trained), frozen),
         "heads": {name: _by_head(tree[BLOCKS]) for name, tree in host.items()},
-        "before": before,
-        "after": after,
+        "before": dataclasses.asdict(before),
+        "after": dataclasses.asdict(outcome_lib.of(gpt, changed, row.batch)),
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The values of a run that its training step needs."""
-
-    lm_weight: float
-    """Lambda, the weight of the LM loss in a fine-tuning."""
-    task_weight: float
-    optimizer: OptimizerConfig
-    """The optimizer at its highest learning rate."""
-    frozen: int
-    """The number of frozen blocks."""
-
-
-def recipe(gpt: GPT) -> Recipe:
-    """Returns the values of the run that trained a model.
-
-    An imported model was trained elsewhere. It has the default values of a fine-tuning.
-    """
+def _optimizer(gpt: GPT) -> Optimizer:
+    """Returns the optimizer of the run that trained a model, always at its highest rate."""
     finetune = gpt.experiment.finetune or FinetuneConfig()
     pretrain = gpt.experiment.pretrain or PretrainConfig()
     config = finetune.optimizer if gpt.task else pretrain.optimizer
     steady = dataclasses.replace(
         config, schedule=Schedule.CONSTANT, warmup_steps=0, warmup_fraction=0.0, accumulation=1
     )
-    frozen = finetune.freeze if gpt.task else 0
-    return Recipe(finetune.lm_weight, finetune.task_weight, steady, frozen)
+    return Optimizer(steady, total_steps=1, frozen=finetune.freeze if gpt.task else 0)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective"))
@@ -134,52 +110,6 @@ def _updates(optimizer: Optimizer, params: Params, gradient: Params) -> Params:
     state = optimizer.transformation.init(trained)
     updates: Params = optimizer.transformation.update(part, state, trained)[0]
     return updates
-
-
-@functools.partial(jax.jit, static_argnames=("model", "kind"))
-def _forward(
-    model: gpt_lib.GPT, kind: TaskKind | None, params: Params, batch: Batch
-) -> tuple[jax.Array, jax.Array | None]:
-    """Returns -log P of each next token, float32 [T], and the task logits."""
-    ids = (batch.tokens, batch.segment_ids, batch.positions, batch.token_types)
-    x_BTD = gpt_lib.run(model, params, *ids, method="hidden")
-    logits_TV = gpt_lib.run(model, params, x_BTD, method="lm_logits")[0]
-    targets_T = lm_targets(batch)[0]
-    nats_T = -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), targets_T[:, None], 1)[:, 0]
-    if kind is None:
-        return nats_T, None
-    logits = gpt_lib.run(
-        model, params, x_BTD, batch.segment_ids, batch.extract, True, batch.candidate_mask,
-        method="task_logits",
-    )  # fmt: skip
-    return nats_T, logits[0, 0]
-
-
-def _outcome(gpt: GPT, params: Params, batch: Batch, own: Recipe) -> dict[str, Any]:
-    """Returns the losses, the answer and the surprise of each token, with some parameters."""
-    kind = gpt.task.kind if gpt.task else None
-    nats_T, logits_O = jax.device_get(_forward(gpt.opened, kind, params, batch))
-    weights_T = batch.lm_weights[0].astype(np.float64)
-    lm = float((weights_T * nats_T).sum() / max(weights_T.sum(), 1e-9))
-    require(
-        bool(np.isfinite(nats_T).all() and np.isfinite(logits_O if kind else 0.0).all()),
-        f"{gpt.path}: a training step on this text ends in NaN or infinity",
-    )
-    surprise = [float(n) if w else None for n, w in zip(nats_T, weights_T, strict=True)]
-    found: dict[str, Any] = {"lm": lm, "task": None, "total": lm, "surprise": surprise}
-    if kind is None or batch.labels is None:
-        return found | {"answer": None}
-    logits_O, target = logits_O.astype(np.float64), batch.labels[0, 0]
-    if kind is TaskKind.REGRESSION:
-        task, answer = float((logits_O[0] - target) ** 2), [float(logits_O[0])]
-    else:
-        task = float(special.logsumexp(logits_O) - logits_O[target])
-        answer = special.softmax(logits_O / gpt.temperature).tolist()
-    return found | {
-        "task": task,
-        "total": own.task_weight * task + own.lm_weight * lm,
-        "answer": answer,
-    }
 
 
 def _norm(tree: Any) -> float:

@@ -1,6 +1,5 @@
 """The words of a token row, and the merges of byte pair encoding that made their tokens."""
 
-import functools
 import itertools
 from collections.abc import Sequence
 
@@ -91,9 +90,3 @@ class Merges:
             parts = [*parts[:i], parts[i] + parts[i + 1], *parts[i + 2 :]]
             steps.append(parts)
         return steps
-
-
-@functools.lru_cache(maxsize=4)
-def merges(tokenizer: Tokenizer) -> Merges:
-    """Returns the merges of a tokenizer."""
-    return Merges(tokenizer)

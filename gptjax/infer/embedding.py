@@ -4,7 +4,7 @@ The letters of shapes are defined in `gptjax.batch`.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -32,10 +32,9 @@ def of_examples(
     In a multiple choice it is [n, C, D]. With a flattened task head it is [n, S, D], where S is the
     number of states that the head reads.
     """
-    step = _jit_head_states(model)
     found: np.ndarray | None = None
     for batch, index in loader.every_example(examples, packer):
-        states = np.asarray(step(params, mesh_lib.to_devices(batch, mesh)))
+        states = np.asarray(_head_states(model, params, mesh_lib.to_devices(batch, mesh)))
         if found is None:
             found = np.zeros((len(examples), *states.shape[2:]), np.float32)
         found[index[index >= 0]] = states[index >= 0]
@@ -43,16 +42,13 @@ def of_examples(
     return found[:, 0] if found.shape[1] == 1 else found
 
 
-@functools.cache
-def _jit_head_states(model: GPT) -> Callable[[Params, Batch], jax.Array]:
-    def states(params: Params, batch: Batch) -> jax.Array:
-        ids = (batch.tokens, batch.segment_ids, batch.positions, batch.token_types)
-        x_BTD = run(model, params, *ids, method="hidden")
-        places = (batch.segment_ids, batch.extract, batch.candidate_mask)
-        found: jax.Array = run(model, params, x_BTD, *places, method="head_states")
-        return found
-
-    return jax.jit(states)
+@functools.partial(jax.jit, static_argnames="model")
+def _head_states(model: GPT, params: Params, batch: Batch) -> jax.Array:
+    ids = (batch.tokens, batch.segment_ids, batch.positions, batch.token_types)
+    x_BTD = run(model, params, *ids, method="hidden")
+    places = (batch.segment_ids, batch.extract, batch.candidate_mask)
+    found: jax.Array = run(model, params, x_BTD, *places, method="head_states")
+    return found
 
 
 def of_texts(

@@ -11,7 +11,7 @@ of each block, so N = L + 1.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -68,27 +68,22 @@ class Changes:
     """(n, token) -> the state [D] that replaces state n of the residual stream at this token. State
     0 is the embedding, and state i is the output of block i, counted from 1."""
 
-    def arrays(self, model: GPT, length: int) -> dict[str, Any]:
-        """Returns the changes to the blocks, as the collection `CHANGES` for `length` tokens.
+    def head_factors(self, model: GPT) -> np.ndarray:
+        """Returns the factor of each head, float32 [L, H].
 
         Raises:
-          UserError: a head or a state does not exist, or a state has a wrong shape.
+          UserError: a head does not exist.
         """
         layers, heads = model.config.num_layers, model.config.num_heads
+        factors_LH = np.ones((layers, heads), np.float32)
         for layer, head in self.heads_off:
             require(
                 0 <= layer < layers and 0 <= head < heads,
                 f"`heads_off`: there is no head ({layer}, {head}); layers are 0 to {layers - 1}, "
                 f"heads 0 to {heads - 1}",
             )
-        found: dict[str, Any] = {}
-        if self.heads_off:
-            factors_LH = np.ones((layers, heads), np.float32)
-            factors_LH[tuple(np.array(self.heads_off).T)] = 0
-            found["attention"] = {"head_factors": factors_LH}
-        if any(n for n, _ in self.states):
-            found |= self._states(model, length)
-        return {"blocks": found} if found else {}
+            factors_LH[layer, head] = 0
+        return factors_LH
 
     def batch(self, batch: Batch) -> Batch:
         """Returns a row in which each hidden token is a segment of its own.
@@ -115,18 +110,15 @@ class Changes:
             segments_BT[0, token] = segments_BT.max() + 1
         return dataclasses.replace(batch, segment_ids=segments_BT)
 
-    def embedding(self, x_BTD: np.ndarray) -> np.ndarray:
-        """Returns the embedding of a row with the states (0, token) replaced."""
-        changed = np.array(x_BTD)
-        for (n, token), state_D in self.states.items():
-            if n == 0:
-                changed[0, token] = state_D
-        return changed
+    def new_states(self, model: GPT, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the new states, float32 [N, B, T, D], and where they are, bool [N, B, T].
 
-    def _states(self, model: GPT, length: int) -> dict[str, np.ndarray]:
+        Raises:
+          UserError: a state does not exist or has a wrong shape.
+        """
         layers, width = model.config.num_layers, model.config.width
-        new_LBTD = np.zeros((layers, 1, length, width), np.float32)
-        is_new_LBT = np.zeros((layers, 1, length), bool)
+        new_NBTD = np.zeros((layers + 1, 1, length, width), np.float32)
+        is_new_NBT = np.zeros((layers + 1, 1, length), bool)
         for (n, token), state_D in self.states.items():
             require(
                 0 <= n <= layers and 0 <= token < length,
@@ -137,9 +129,8 @@ class Changes:
                 np.shape(state_D) == (width,),
                 f"`states`: the state ({n}, {token}) must be [{width}], not {np.shape(state_D)}",
             )
-            if n:
-                new_LBTD[n - 1, 0, token], is_new_LBT[n - 1, 0, token] = state_D, True
-        return {"states": new_LBTD, "is_changed": is_new_LBT}
+            new_NBTD[n, 0, token], is_new_NBT[n, 0, token] = state_D, True
+        return new_NBTD, is_new_NBT
 
 
 def open_model(model: GPT) -> GPT:
@@ -171,12 +162,15 @@ def activations(
     """
     for name in keep:
         require(name in AXES, f"`keep`: there is no {name!r}{nearest(name, AXES)}")
-    length, batch = batch.tokens.shape[1], changes.batch(batch)
-    x_BTD = embed(model, params, batch)
-    arrays = changes.arrays(model, length)
-    if any(n == 0 for n, _ in changes.states):
-        changes._states(model, length)  # it raises for wrong states
-        x_BTD = jnp.asarray(changes.embedding(np.asarray(x_BTD, np.float32)), x_BTD.dtype)
+    batch, x_BTD = changes.batch(batch), embed(model, params, batch)
+    blocks: dict[str, Any] = {}
+    if changes.heads_off:
+        blocks["attention"] = {"head_factors": changes.head_factors(model)}
+    if changes.states:
+        new_NBTD, is_new_NBT = changes.new_states(model, batch.tokens.shape[1])
+        x_BTD = jnp.where(is_new_NBT[0][..., None], new_NBTD[0].astype(x_BTD.dtype), x_BTD)
+        blocks |= {"states": new_NBTD[1:], "is_changed": is_new_NBT[1:]}
+    arrays = {"blocks": blocks} if blocks else {}
     found = _activations(model, params, batch, x_BTD, arrays, tuple(dict.fromkeys(keep)))
     # bfloat16 is not a type of NumPy.
     return {
@@ -247,7 +241,7 @@ def task_lens(model: GPT, params: Params, states_NTD: jax.Array, batch: Batch) -
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """What each token adds to one output of the task head, by three methods. All are [T].
+    """Three estimates of the part of each token in one output of the task head, each [T].
 
     A token that is not in the text has the value 0.
     """
@@ -300,7 +294,8 @@ def attribution(
         places, weights = np.polynomial.legendre.leggauss(steps)
         points = np.concatenate([[0.0, 1.0], (places + 1) / 2])
         states_PTD = x_TD + (points - 1).astype(np.float32)[:, None, None] * part_TD
-        values, gradients_PTD = _outputs(model, params, batch, output, states_PTD)
+        segments_PT = np.repeat(batch.segment_ids, len(points), axis=0)
+        values, gradients_PTD = _at(model, params, batch, output, states_PTD, segments_PT, True)
         baseline, whole = float(values[0]), float(values[1])
         gradient_TD = np.tensordot(weights / 2, gradients_PTD[2:], axes=1)
         integrated_T = (part_TD * gradient_TD).sum(axis=1)
@@ -309,67 +304,59 @@ def attribution(
             break
         steps *= 2
     left_out_T = np.zeros(len(x_TD))
-    texts = np.flatnonzero(is_text)
-    left_out_T[texts] = whole - _without_each(model, params, batch, output, x_TD, texts)
+    if (texts := np.flatnonzero(is_text)).size:
+        # In row i, text token i is a segment of its own, as in `Changes.batch`.
+        segments_PT = np.repeat(batch.segment_ids, len(texts), axis=0)
+        segments_PT[np.arange(len(texts)), texts] = segments_PT.max() + 1
+        same_PTD = np.broadcast_to(x_TD, (len(texts), *x_TD.shape))
+        (without,) = _at(model, params, batch, output, same_PTD, segments_PT, False)
+        left_out_T[texts] = whole - without
     last_T = (part_TD * gradients_PTD[1]).sum(axis=1)
     return Attribution(integrated_T, last_T, left_out_T, whole - baseline, steps)
 
 
-def _outputs(
-    model: GPT, params: Params, batch: Batch, output: int, states_PTD: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns an output of the task head for P embeddings, [P], and its gradients [P, T, D]."""
-    found = [
-        jax.device_get(_outputs_and_gradients(model, params, batch, output, part, segments))
-        for part, segments in _parts(states_PTD, np.repeat(batch.segment_ids, len(states_PTD), 0))
-    ]
-    values, gradients = zip(*found, strict=True)
-    count = len(states_PTD)
-    return np.concatenate(values)[:count], np.concatenate(gradients)[:count]
+def _at(
+    model: GPT,
+    params: Params,
+    batch: Batch,
+    output: int,
+    states_PTD: np.ndarray,
+    segments_PT: np.ndarray,
+    gradients: bool,
+) -> tuple[np.ndarray, ...]:
+    """Returns an output of the task head for P embeddings, in parts of a size for the memory.
 
+    Args:
+      model, params, batch, output: as in `attribution`.
+      states_PTD: the embeddings.
+      segments_PT: the segment ids that belong to them.
+      gradients: whether the result has the gradients too.
 
-def _without_each(
-    model: GPT, params: Params, batch: Batch, output: int, x_TD: np.ndarray, places: np.ndarray
-) -> np.ndarray:
-    """Returns the output of the task head with each of these tokens hidden, one at a time."""
-    if not len(places):
-        return np.zeros(0)
-    segments_PT = np.repeat(batch.segment_ids, len(places), axis=0)
-    segments_PT[np.arange(len(places)), places] = segments_PT.max() + 1
-    states_PTD = np.broadcast_to(x_TD, (len(places), *x_TD.shape))
-    found = [
-        jax.device_get(_only_outputs(model, params, batch, output, part, segments))
-        for part, segments in _parts(states_PTD, segments_PT)
-    ]
-    return np.concatenate(found)[: len(places)]
-
-
-def _parts(
-    states_PTD: np.ndarray, segments_PT: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields rows in parts of one size, of about `_TOKENS_AT_ONCE` tokens.
-
-    The last part repeats its last row until it has this size, so that one program suffices.
+    Returns:
+      The outputs [P] and, if wanted, their gradients with respect to the embeddings [P, T, D].
     """
     count, length = segments_PT.shape
     size = min(16, max(1, _TOKENS_AT_ONCE // length))
+    found = []
     for start in range(0, count, size):
+        # The last part repeats the last row until it has the same size, so one program suffices.
         index = np.minimum(np.arange(start, start + size), count - 1)
-        yield states_PTD[index], segments_PT[index]
+        rows = states_PTD[index], segments_PT[index]
+        found.append(jax.device_get(_jit_at(model, params, batch, output, *rows, gradients)))
+    return tuple(np.concatenate(parts)[:count] for parts in zip(*found, strict=True))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def _only_outputs(
+@functools.partial(jax.jit, static_argnames=("model", "gradients"))
+def _jit_at(
     model: GPT,
     params: Params,
     batch: Batch,
     output: jax.Array,
     states_PTD: jax.Array,
     segments_PT: jax.Array,
-) -> jax.Array:
-    """Returns an output of the task head for each row, float32 [P]."""
-
-    def row(x_TD: jax.Array, segments_T: jax.Array) -> jax.Array:
+    gradients: bool,
+) -> tuple[jax.Array, ...]:
+    def value(x_TD: jax.Array, segments_T: jax.Array) -> jax.Array:
         each = dataclasses.replace(batch, segment_ids=segments_T[None])
         x_BTD = run(
             model, params, x_TD[None].astype(model.config.dtype), each.segment_ids,
@@ -377,23 +364,6 @@ def _only_outputs(
         )  # fmt: skip
         return _task_logits(model, params, x_BTD, each)[output]
 
-    return jax.vmap(row)(states_PTD, segments_PT)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _outputs_and_gradients(
-    model: GPT,
-    params: Params,
-    batch: Batch,
-    output: jax.Array,
-    states_PTD: jax.Array,
-    segments_PT: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the outputs [P], and their gradients with respect to the embeddings [P, T, D]."""
-
-    def total(states_PTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values = _only_outputs(model, params, batch, output, states_PTD, segments_PT)
-        return values.sum(), values
-
-    gradients, values = jax.grad(total, has_aux=True)(states_PTD)
-    return values, gradients
+    if gradients:
+        return jax.vmap(jax.value_and_grad(value))(states_PTD, segments_PT)
+    return (jax.vmap(value)(states_PTD, segments_PT),)

@@ -187,6 +187,9 @@ def test_the_documented_keys_are_the_keys(pages):
             "lens",
             "lm",
             "attribution",
+            "training",
+            "input",
+            "task",
         ):
             row = next(line for line in table.splitlines() if f"| `{name}` |" in line)
             assert set(page[name] or ()) <= set(re.findall(r"\w+", row)), name

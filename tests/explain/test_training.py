@@ -9,10 +9,14 @@ import pytest
 import reference
 
 from gptjax.config import schema
-from gptjax.explain import training
+from gptjax.explain import outcome, training
 
 KINDS = ("", "classification", "entailment", "similarity", "multiple_choice", "regression")
 LABELS = loaded.LABELS
+
+
+def step(gpt, row):
+    return training.step(gpt, row, outcome.of(gpt, gpt.params, row.batch))
 
 
 def with_experiment(gpt, **changes):
@@ -50,7 +54,7 @@ def random_like(x):
 def test_the_norms_are_the_slopes_of_the_losses(kind):
     gpt = loaded.model(kind)
     row = gpt.read(loaded.texts(gpt), LABELS.get(kind))
-    found = training.step(gpt, row)
+    found = step(gpt, row)
     params = reference.cast(gpt.params)
     names = ("lm", "task") if kind else ("lm",)
     gradients = {}
@@ -94,7 +98,7 @@ def test_the_norms_are_the_slopes_of_the_losses(kind):
 def test_the_update_is_the_first_one_of_adam(freeze):
     gpt = with_experiment(loaded.model("classification"), freeze=freeze)
     row = gpt.read(loaded.texts(gpt), 1)
-    found = training.step(gpt, row)
+    found = step(gpt, row)
     config = gpt.experiment.finetune.optimizer
     params = reference.cast(gpt.params)
     lm, task = (
@@ -140,4 +144,4 @@ def test_the_update_is_the_first_one_of_adam(freeze):
 
 def test_a_task_without_a_label_has_no_step():
     gpt = loaded.model("classification")
-    assert training.step(gpt, gpt.read(loaded.texts(gpt))) is None
+    assert step(gpt, gpt.read(loaded.texts(gpt))) is None
