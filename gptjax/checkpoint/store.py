@@ -13,7 +13,7 @@ checksum of `meta` itself, because orbax notices missing and truncated files but
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -121,10 +121,10 @@ class CheckpointStore:
         """
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         try:
-            values = dict(self._reader.restore(self.directory / str(step), args=args)["meta"])
+            values = self._reader.restore(self.directory / str(step), args=args)["meta"]
+            return dict(_verified(values).get("scores", {}))
         except Exception:  # orbax raises errors of many classes for damaged files
             return {}
-        return values.get("scores", {}) if values.pop("digest", None) == digest(values) else {}
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
         """Returns for each checkpoint whether it is kept. orbax calls this method."""
@@ -224,9 +224,7 @@ class CheckpointStore:
           ValueError: the metadata does not have its saved checksum. For broken files orbax raises
             errors of other classes.
         """
-        values = dict(self._read(step, meta=ocp.args.JsonRestore())["meta"])
-        if values.pop("digest", None) != digest(values):
-            raise ValueError("its meta does not have the checksum it was saved with")
+        values = _verified(self._read(step, meta=ocp.args.JsonRestore())["meta"])
         sums = values.pop("checksums")
         values.pop("step")
         values.pop("scores", None)  # earlier versions wrote none
@@ -387,6 +385,14 @@ def _beside_params(state: TrainState) -> dict[str, Any]:
     if state.raw_params is not None:
         parts["raw_params"] = state.raw_params
     return parts
+
+
+def _verified(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metadata without its own checksum. Raises `ValueError` if the checksum is wrong."""
+    found = dict(values)
+    if found.pop("digest", None) != digest(found):
+        raise ValueError("its meta does not have the checksum it was saved with")
+    return found
 
 
 def rank(name: str, value: float | None) -> float:

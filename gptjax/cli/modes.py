@@ -346,7 +346,7 @@ def run_explain(_: Command) -> None:
     gpt = _load()
     found = data.explain(gpt, _texts(gpt), flags.LABEL.value, heads)
     if ending == ".json":
-        text = json.dumps(files.json_ready(found))
+        text = json.dumps(found, allow_nan=False)
     else:
         text = page.render(found, flags.LANGUAGE.value)
     files.write_atomically(output_path, text.encode())

@@ -3,7 +3,7 @@
 const METHODS = ["integrated_gradients", "gradient_x_input", "leave_one_out"];
 
 function Task() {
-  const state = useStore("token");
+  useStore("token");
   const { answer, attribution, model, losses, input } = data;
   if (!data.task) return html`<p>${t("task_none")}</p>`;
   const tau = model.temperature;

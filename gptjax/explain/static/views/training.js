@@ -39,7 +39,7 @@ function Training() {
 
 /** Norms of a gradient: a row for each block, a column for each of its parts. */
 function GradientGrid({ loss }) {
-  const state = useStore("theme");
+  useStore("theme");
   const { groups } = data.training;
   const most = Math.max(...groups.map((each) => each[loss]), 1e-12);
   const cell = (each) => html`<td class="n" style=${tint(heatColour(0.9 * Math.sqrt(each[loss] / most)))} data-lit>${number(each[loss], 2)}</td>`;
@@ -52,7 +52,7 @@ function GradientGrid({ loss }) {
 
 /** Norms of a gradient: a row for each block, a column for each head. */
 function HeadGrid({ loss }) {
-  const state = useStore("theme");
+  useStore("theme");
   const rows = data.training.heads[loss];
   const most = Math.max(...rows.flat(), 1e-12);
   return html`<${Figure} wide caption=${fill(t("head_grid_caption"), { loss: html`<b>${t(`loss_${loss}`)}</b>` })}>
