@@ -89,8 +89,10 @@ def test_every_view_is_there_and_the_console_is_clean(browser, folder, kind, lan
         opened.page.wait_for_timeout(150)
         for view in VIEWS:
             section = opened.page.locator(f"#view-{view}")
-            assert section.locator("h2").inner_text()
-            assert len(section.inner_text()) > 40, view
+            heading = section.locator("h2").inner_text()
+            assert heading
+            # One sentence at least; a Chinese one is short.
+            assert len(section.inner_text()) > len(heading) + 12, view
         assert opened.page.locator("details.behind").count() >= 8
         assert opened.page.locator(".notice:has-text('could not be drawn')").count() == 0
         # Nothing is wider than the window, and a wide thing scrolls inside its own box.
@@ -370,7 +372,8 @@ def test_numbers_agree(browser, folder):
                 assert float(text) < 2e-6
     data = pages.of("similarity")
     surprises = [s for s in data["lm"]["surprise"] if s is not None]
-    assert abs(sum(surprises) / len(surprises) - data["losses"]["lm"]) < 1e-9
+    # The loss is a sum in float32.
+    assert sum(surprises) / len(surprises) == pytest.approx(data["losses"]["lm"], rel=1e-6)
 
 
 @pytest.mark.slow
@@ -388,7 +391,7 @@ def test_the_sampler(browser, folder):
         values = opened.page.locator("#view-lm .bars .bar-value")
         assert values.first.inner_text() == "100.0 %"
         opened.go("end=1&topk=3")
-        assert "3 tokens" in opened.page.locator("#view-lm").inner_text()
+        assert "Number of tokens to draw from: 3." in opened.page.locator("#view-lm").inner_text()
         data = pages.of("language")
         last = len(data["tokens"]) - 1
         logits = [each["logit"] for each in data["lm"]["top"][last]]
