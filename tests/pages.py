@@ -1,8 +1,11 @@
 """The data of pages of small random models, for the tests in a browser."""
 
+import dataclasses
 import functools
 
+import jax
 import loaded
+import numpy as np
 import small
 
 from gptjax.explain import data
@@ -18,6 +21,27 @@ def _classifier(**changes):
     return loaded.model(
         "classification", **{"num_layers": 3, "num_heads": 4, "context_length": 64} | changes
     )
+
+
+def _compared():
+    """A page with five other models, of which one has a hostile name, and with another text."""
+    gpt = _classifier()
+    rng = np.random.default_rng(1)
+    step = jax.tree.map(lambda p: 0.05 * rng.normal(size=p.shape).astype(p.dtype), gpt.params)
+    others = [
+        dataclasses.replace(
+            gpt,
+            params=jax.tree.map(lambda p, d, n=n: p + n * d, gpt.params, step),
+            path=f"/tmp/runs/a/checkpoints/finetune/{n}00",
+        )
+        for n in range(1, 4)
+    ]
+    language = dataclasses.replace(loaded.model(""), path="</script><img src=x onerror=alert(1)>")
+    bigger = _classifier(num_heads=2, width=32)
+    return data.explain(
+        gpt, "the cat sat on a mat", 1, compare=[*others, language, bigger],
+        other_text="the cat ran on \u202e a mat",
+    )  # fmt: skip
 
 
 @functools.cache
@@ -37,6 +61,8 @@ def of(kind: str):  # noqa: PLR0911 (one line for each kind)
         return data.explain(gpt, HOSTILE, labels[0])
     if kind == "endless":
         return data.explain(_classifier(), "x" * 10000 + " end")
+    if kind == "compared":
+        return _compared()
     if kind == "middle":
         gpt = _classifier(num_layers=6, num_heads=8, width=64, context_length=128)
         return data.explain(gpt, TEXT)

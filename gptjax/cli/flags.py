@@ -150,6 +150,11 @@ MODES: dict[str, Mode] = {
             "heads=HEADS": "The heads whose queries, keys and values are in the page, as "
             "LAYER.HEAD with commas, both from 0: 0.3,5.11. Default: the eight most telling "
             "heads.",
+            "compare=DIRS": "Other checkpoints, separated by commas, that read the same text: "
+            "before and after fine-tuning, or pretrained and from scratch. They must have the same "
+            "tokenizer. Default: the checkpoints that the run kept. none means none.",
+            "other_text=TEXT": "Another text to compare with --text. The other texts of a pair or "
+            "of a multiple choice stay the same.",
         },
     ),
     "tokenizer": Mode(
@@ -286,6 +291,8 @@ CHOICE = flags.DEFINE_multi_string("choice", None, _help("choice"))
 LABEL = flags.DEFINE_string("label", None, _help("label"))
 LANGUAGE = flags.DEFINE_enum("language", "en", ["en", "zh"], _help("language"))
 HEADS = flags.DEFINE_string("heads", "", _help("heads"))
+COMPARE = flags.DEFINE_string("compare", "", _help("compare"))
+OTHER_TEXT = flags.DEFINE_string("other_text", None, _help("other_text"))
 PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
 PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
 # The values of the flags below are read with the function `values`.

@@ -344,7 +344,9 @@ def run_explain(_: Command) -> None:
     )
     heads = _heads(flags.HEADS.value)
     gpt = _load()
-    found = data.explain(gpt, _texts(gpt), flags.LABEL.value, heads)
+    texts, names = _texts(gpt), schema.split_names(flags.COMPARE.value)
+    compare = None if not names else [] if names == ("none",) else names
+    found = data.explain(gpt, texts, flags.LABEL.value, heads, compare, _other_text(gpt, texts))
     if ending == ".json":
         text = json.dumps(found, allow_nan=False)
     else:
@@ -364,6 +366,14 @@ def _heads(names: str) -> list[tuple[int, int]]:
         require(both, f"--heads={names}: {name!r} must be LAYER.HEAD, such as 0.3")
         found.append((int(layer), int(head)))
     return found
+
+
+def _other_text(gpt: GPT, texts: str | dict[str, str]) -> str | dict[str, str] | None:
+    """Returns the texts with that of `--other_text`; None without the flag."""
+    other = flags.OTHER_TEXT.value
+    if other is None or isinstance(texts, str):
+        return other
+    return texts | {gpt.require_task().text: other}
 
 
 def _texts(gpt: GPT) -> str | dict[str, str]:

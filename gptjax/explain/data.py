@@ -17,9 +17,9 @@ from scipy import special, stats
 from gptjax import __version__
 from gptjax.config.schema import TaskKind, TaskSpec
 from gptjax.data.tokens.tokenizer import DELIMITER, EXTRACT, PADDING, START
-from gptjax.errors import require
+from gptjax.errors import UserError, require
+from gptjax.explain import comparison, training
 from gptjax.explain import outcome as outcome_lib
-from gptjax.explain import training
 from gptjax.explain import words as words_lib
 from gptjax.infer import inside
 from gptjax.infer.predictor import GPT
@@ -44,7 +44,14 @@ Heads = Sequence[tuple[int, int]]
 """Pairs of a layer and a head, both from 0."""
 
 
-def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dict[str, Any]:
+def explain(
+    gpt: GPT,
+    texts: Texts,
+    label: Any = None,
+    heads: Heads = (),
+    compare: comparison.Models | None = None,
+    other_text: Texts | None = None,
+) -> dict[str, Any]:
     """Returns the data of the page for one text.
 
     Args:
@@ -53,11 +60,16 @@ def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dic
       label: the right label. None means that it is not known.
       heads: the heads whose queries, keys and values are shown. An empty sequence means the most
         telling ones.
+      compare: other models, or the paths of their checkpoints, which read the same text. None means
+        the checkpoints that the run of the model kept.
+      other_text: another text, as `texts`, which the model reads too.
 
     Raises:
-      UserError: a text does not fit, or a label or a head does not exist.
+      UserError: a text does not fit, a label or a head does not exist, or a model of `compare`
+        cannot be read.
     """
     row = gpt.read(texts, label)
+    other_row = None if other_text is None else _read_other(gpt, other_text, label)
     config = gpt.config
     require(
         not (config.one_matrix or (gpt.task and gpt.task.flatten)),
@@ -80,7 +92,17 @@ def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dic
         f"`text`: {row.length:,} tokens in {config.num_layers} layers of {config.num_heads} heads "
         "are too many to show; shorten it",
     )
-    return _Page(gpt, row, heads).data()
+    page = _Page(gpt, row, heads)
+    # First, because a model of `compare` may be missing, and the rest can take a minute.
+    compared = page.comparison(compare, other_row)
+    return page.data() | {"comparison": compared}
+
+
+def _read_other(gpt: GPT, texts: Texts, label: Any) -> Row:
+    try:
+        return gpt.read(texts, label)
+    except UserError as error:
+        raise UserError(str(error).replace("`text`", "`other_text`", 1)) from error
 
 
 class _Page:
@@ -96,7 +118,7 @@ class _Page:
         self.found = inside.activations(gpt.opened, gpt.params, row.batch, names)
         finite = all(np.isfinite(self.found[name]).all() for name in names)
         require(finite, f"{gpt.path}: the model computes NaN or infinity for this text")
-        self.states_NTD = np.concatenate([self.found["embedding"][None], self.found["blocks"]])
+        self.states_NTD = comparison.states(self.found)
         self.is_predicted_T = row.batch.lm_weights[0] > 0
         self.next_T = np.asarray(lm_targets(row.batch)[0])
         self.outcome = outcome_lib.of(gpt, gpt.params, row.batch)
@@ -137,6 +159,23 @@ class _Page:
             "attribution": self._attribution(),
             "training": training.step(self.gpt, self.row, self.outcome),
         }
+
+    def comparison(self, compare: comparison.Models | None, other: Row | None) -> dict[str, Any]:
+        """Returns the same text in other models, and another text in this model."""
+        shown = comparison.checkpoints(self.gpt, self.row, self.found, self.outcome, compare)
+        return {
+            "checkpoints": shown[0],
+            "left_out": shown[1],
+            "other": None if other is None else self._other(other),
+        }
+
+    def _other(self, other: Row) -> dict[str, Any]:
+        pieces = [self.gpt.tokenizer.token(i) for i in other.batch.tokens[0]]
+        tokens = [
+            {**self._token(i), "kind": _KINDS.get(piece, "text")}
+            for i, piece in zip(other.batch.tokens[0], pieces, strict=True)
+        ]
+        return {"tokens": tokens, **comparison.text(self.gpt, self.row, self.found, other)}
 
     def _token(self, i: int) -> dict[str, Any]:
         return {"id": int(i), "text": words_lib.readable(self.gpt.tokenizer.token(int(i)))}

@@ -8,6 +8,7 @@ from typing import Any
 from gptjax.config.schema import MeshConfig
 from gptjax.errors import require
 from gptjax.explain import data, page
+from gptjax.explain.comparison import Models
 from gptjax.explain.data import Heads
 from gptjax.infer import predictor
 from gptjax.infer.row import Texts
@@ -50,7 +51,13 @@ class GPT(predictor.GPT):
     """
 
     def explain(
-        self, texts: Texts, label: Any = None, heads: Heads = (), language: str = "en"
+        self,
+        texts: Texts,
+        label: Any = None,
+        heads: Heads = (),
+        language: str = "en",
+        compare: Models | None = None,
+        other_text: Texts | None = None,
     ) -> Page:
         """Returns a page that shows, step by step, how the model reads one text.
 
@@ -63,12 +70,17 @@ class GPT(predictor.GPT):
           heads: pairs (layer, head), both from 0: the heads whose queries, keys and values are in
             the page. An empty sequence means the eight most telling ones.
           language: the language that the page opens in: en or zh.
+          compare: other models, or paths of checkpoints as in `gptjax.load`, that read the same
+            text. They must have the same tokenizer. None means the checkpoints that the run of this
+            model kept; an empty sequence means none.
+          other_text: another text, as `texts`, that this model reads too.
 
         Raises:
-          UserError: a text does not fit, or a label, head or language does not exist.
+          UserError: a text does not fit, a label, head or language does not exist, or a model of
+            `compare` cannot be read.
         """
         require(language in page.LANGUAGES, f"`language`={language}: must be en or zh")
-        return Page(data.explain(self, texts, label, heads), language)
+        return Page(data.explain(self, texts, label, heads, compare, other_text), language)
 
 
 def of(gpt: predictor.GPT) -> GPT:

@@ -33,6 +33,7 @@ _SCRIPTS = (
     "views/lm.js",
     "views/task.js",
     "views/training.js",
+    "views/time.js",
     "app.js",
 )
 _VENDOR = ("vendor/htm-preact-standalone.umd.js",)

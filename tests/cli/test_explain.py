@@ -40,6 +40,25 @@ def test_a_language_model_has_a_page(tmp_path):
     result = explain(f"--text={TEXT}", f"--output={path}", "--language=zh", checkpoint=checkpoint)
     assert result.code == 0, result.err
     assert 'lang="zh' in path.read_text(encoding="utf-8")
+    compared = page_lib.read(path.read_text(encoding="utf-8"))["comparison"]["checkpoints"]
+    assert [each["stage"] for each in compared if each["shown"]] == ["pretrain"]
+    assert "finetune" in [each["stage"] for each in compared]
+
+
+@pytest.mark.slow
+def test_comparisons(tmp_path):
+    numbers = tmp_path / "page.json"
+    pretrained = f"{runs.trained()}/checkpoints/pretrain"
+    result = explain(
+        f"--text={TEXT}", "--other_text=the old man saw a house", f"--compare={pretrained}",
+        f"--output={numbers}",
+    )  # fmt: skip
+    assert result.code == 0, result.err
+    found = json.loads(numbers.read_text(encoding="utf-8"))["comparison"]
+    assert [each["stage"] for each in found["checkpoints"]] == ["pretrain", "finetune"]
+    assert found["other"]["columns"] == [{"name": "text", "text": "the old man saw a house"}]
+    assert explain(f"--text={TEXT}", "--compare=none", f"--output={numbers}").code == 0
+    assert json.loads(numbers.read_text(encoding="utf-8"))["comparison"]["checkpoints"] == []
 
 
 @pytest.mark.parametrize(
@@ -54,6 +73,8 @@ def test_a_language_model_has_a_page(tmp_path):
         (["--text=a", "--output=page.pdf"], "--output=page.pdf: the ending must be .html or .json"),
         (["--text=a", "--output="], "--output: give the page to write"),
         (["--text=a", "--language=fr"], "language"),
+        (["--text=a", "--compare=runs/nowhere"], "--compare=runs/nowhere: no checkpoint there"),
+        (["--text=a", "--compare=none,runs/a"], "--compare=none: no checkpoint there"),
     ],
 )
 def test_wrong_use_is_one_line_and_writes_nothing(tmp_path, monkeypatch, arguments, message):

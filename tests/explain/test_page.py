@@ -11,10 +11,12 @@ from playwright.sync_api import sync_playwright
 
 from gptjax.explain import page as page_lib
 
-VIEWS = ("answer", "ids", "lookup", "steps", "head", "heads", "layers", "lm", "task", "training")
+VIEWS = (
+    "answer", "ids", "lookup", "steps", "head", "heads", "layers", "lm", "task", "training", "time",
+)  # fmt: skip
 KINDS = (
     "classification", "five", "windows", "entailment", "similarity", "multiple_choice",
-    "regression", "language", "hostile", "endless",
+    "regression", "language", "hostile", "endless", "compared",
 )  # fmt: skip
 CHROMIUM = shutil.which("chromium") or ""
 
@@ -401,6 +403,30 @@ def test_the_sampler(browser, folder):
         opened.go("")
         opened.go("end=1&topk=3")
         assert values.first.inner_text() == f"{100 * kept[0] / sum(kept):.1f} %"
+
+
+@pytest.mark.slow
+def test_the_checkpoints_slider(browser, folder):
+    """Each position shows the numbers of its checkpoint."""
+    found = pages.of("compared")["comparison"]["checkpoints"]
+    with Opened(browser, folder, "compared", "at=time") as opened:
+        slider = opened.page.locator("#checkpoint-slider")
+        for place, entry in enumerate(found):
+            slider.focus()
+            opened.page.keyboard.press("Home")
+            for _ in range(place):
+                opened.page.keyboard.press("ArrowRight")
+            rows = opened.page.locator("#view-time table.logits").first.locator("tbody tr")
+            texts = rows.last.inner_text().replace("−", "-").split()
+            assert texts[-3] == f"{entry['losses']['lm']:.4g}"
+            view = opened.page.locator("#view-time").inner_text()
+            assert ("was not trained for the task" in view) == (entry["answer"] is None)
+            assert ("has other layers or heads" in view) == (entry["heads"] is None)
+            assert ("This is the model of the page itself" in view) == entry["shown"]
+        assert f"checkpoint={len(found) - 1}" in opened.hash()
+        marked = opened.page.locator("#view-time .token.new").all_inner_texts()
+        assert "".join(marked)
+        assert opened.console == []
 
 
 @pytest.mark.slow

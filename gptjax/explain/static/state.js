@@ -18,6 +18,7 @@ const DEFAULTS = {
   temperature: "1",
   topk: "0",
   topp: "1",
+  checkpoint: "", // the index of the checkpoint that is compared
   end: "0", // 1: the LM head after the last token
 };
 

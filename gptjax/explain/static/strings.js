@@ -20,6 +20,7 @@ const STRINGS = {
   rail_answer: ["Answer", "答案"], rail_ids: ["Text to ids", "文本到编号"], rail_lookup: ["Look-up", "查表"],
   rail_steps: ["All steps", "全部步骤"], rail_head: ["One head", "一个注意力头"], rail_heads: ["All heads", "所有注意力头"],
   rail_layers: ["Layers", "逐层观察"], rail_lm: ["LM head", "语言模型头"], rail_task: ["Task head", "任务头"], rail_training: ["Training step", "训练一步"],
+  rail_time: ["Comparison", "对比"],
   title_answer: ["The answer first", "先看答案"],
   title_ids: ["From text to ids", "从文本到编号"],
   title_lookup: ["A look-up is a one-hot vector times a matrix", "查表就是独热向量乘矩阵"],
@@ -30,6 +31,7 @@ const STRINGS = {
   title_lm: ["The LM head predicts the next token", "语言模型头预测下一个词元"],
   title_task: ["The task head makes the answer", "任务头给出答案"],
   title_training: ["One training step on this text", "用这段文本训练一步"],
+  title_time: ["Other checkpoints, another text", "其他检查点与另一段文本"],
 
   // 1
   answer_lead_task: ["This is the text, and this is what the model makes of it. The steps after this one show how it gets there.", "这是输入的文本和模型给出的答案。后面的步骤说明它是怎么得到的。"],
@@ -278,6 +280,37 @@ const STRINGS = {
   change_tokens: ["Which tokens became less surprising", "哪些词元变得不那么意外"],
   change_text: ["Blue tokens are more likely after the update, orange ones less likely.", "蓝色的词元更新后更可能出现，橙色的更不可能。"],
   change_caption: ["The surprise of a token in nats, before and after the update.", "词元的惊奇度（奈特），更新前与更新后。"],
+
+  // 11
+  time_intro: ["Training changes the model, and another text changes the answer. This step puts both beside what the steps above have shown.", "训练会改变模型，换一段文本会改变答案。这一步把两者与上文并排比较。"],
+  time_none: ["There is no other checkpoint beside this one. A run keeps more of them with --config.checkpoint.keep_newest=20, and --compare=runs/a,runs/b names others, for example before and after fine-tuning.", "除此之外没有别的检查点。训练时加上 --config.checkpoint.keep_newest=20 可以多保留一些；--compare=runs/a,runs/b 可以指定其他模型，例如微调前与微调后。"],
+  time_left_out: ["{name} is not shown: {reason}", "{name} 未显示：{reason}"],
+  checkpoints: ["Checkpoints", "检查点"], checkpoint: ["Checkpoint", "检查点"], shown_here: ["this page", "本页的模型"], checkpoint_name: ["{stage}, step {step}", "{stage}第 {step} 步"],
+  checkpoints_text: ["{count} checkpoints have read the same text. Move the slider to go through them. Everything below compares the chosen one with the model of this page.", "共有 {count} 个检查点读了同一段文本。拖动滑块逐个查看，下面的内容都是所选检查点与本页模型的比较。"],
+  stage_pretrain: ["pretraining", "预训练"], stage_finetune: ["fine-tuning", "微调"], stage_finetune_from_scratch: ["fine-tuning from random weights", "从随机参数微调"],
+  checkpoint_losses_caption: ["The losses of each checkpoint on this text. The larger points are the model of this page. A click chooses a checkpoint.", "每个检查点在这段文本上的损失。大圆点是本页的模型，点击可选择检查点。"],
+  no_task_head: ["This checkpoint was not trained for the task, so it has no answer. Its LM loss can be compared.", "这个检查点没有为该任务训练，因此没有答案，但可以比较语言模型损失。"],
+  checkpoint_bars_caption: ["The answer of the chosen checkpoint. The thin marks are the model of this page.", "所选检查点的答案，细线是本页的模型。"],
+  time_surprise: ["Which tokens became easier?", "哪些词元变得更容易预测？"],
+  time_surprise_text: ["Blue tokens are less surprising for the model of this page than for the chosen checkpoint, orange ones more.", "蓝色词元对本页模型来说比对所选检查点更容易预测，橙色则更难。"],
+  time_change_caption: ["The surprise of a token in nats: the chosen checkpoint → the model of this page. The strongest colour is the largest change.", "词元的惊奇度（奈特）：所选检查点 → 本页的模型。颜色最深处变化最大。"],
+  time_next_caption: ["What each checkpoint expects after {token}. The true next token has a frame. The point marks the model of this page.", "各检查点预测 {token} 之后的词元。加框的是真实的下一个词元，圆点标出本页的模型。"],
+  time_where: ["Where did the model change?", "模型的哪里变了？"],
+  time_where_same: ["This is the model of the page itself. Choose another checkpoint.", "这就是本页的模型，请选择别的检查点。"],
+  time_where_other: ["This checkpoint has other layers or heads, so its inside cannot be compared with this one.", "这个检查点的层数或头数不同，内部无法逐一比较。"],
+  time_where_text: ["Both models read the same tokens, so their inside can be compared place by place.", "两个模型读的是同样的词元，所以内部可以逐处比较。"],
+  time_states: ["Equality of the states", "状态的相似度"],
+  time_states_caption: ["The mean cosine between the states of both models after each layer. 1 means equal directions. Fine-tuning usually moves the last layers most.", "两个模型在每一层之后的状态的平均余弦，1 表示方向相同。微调通常对最后几层改动最大。"],
+  time_heads_caption: ["How differently each head looks: half the sum of the absolute differences of its weights, meaned over the queries. 0 means the same weights, 1 entirely other tokens.", "每个头的注意力相差多少：权重之差的绝对值之和的一半，再对所有查询取平均。0 表示权重相同，1 表示看的完全是别的词元。"],
+  this_text: ["this text", "本页文本"], other_text: ["Another text", "另一段文本"],
+  other_none: ["No other text was given. --other_text='…' puts one beside this text, for example with one word changed.", "没有给出另一段文本。用 --other_text='…' 可以加上一段，例如只改一个词。"],
+  other_text_text: ["The same model reads another text. Equal tokens are matched in their order, and the others are marked.", "同一个模型读另一段文本。相同的词元按顺序对齐，不同的词元有标记。"],
+  other_tokens_caption: ["The tokens of the other text. The marked ones have no partner in the text of this page.", "另一段文本的词元，带标记的在本页文本中没有对应。"],
+  other_bars_caption: ["The answer for the other text. The thin marks are the answer for the text of this page.", "另一段文本的答案，细线是本页文本的答案。"],
+  spread: ["How the change spreads", "改动如何传开"],
+  spread_text: ["The first row are the embeddings: there only the changed tokens differ. Each layer carries the change on. The mask lets it go to later tokens only, never to earlier ones. Where tokens were added or removed, the later ones also stand at other positions, so they differ from the first row on.", "第一行是嵌入，只有改动的词元不同。之后每一层把改动继续传开；由于掩码，它只能传给后面的词元，不会传给前面的。如果增加或删去了词元，后面的词元位置也变了，因此从第一行起就有差别。"],
+  spread_caption: ["The distance of each matched token's state to its partner, after each layer. Hatched tokens have no partner.", "每一层之后，每个对齐的词元的状态与对应词元的距离。带斜线的词元没有对应。"],
+  spread_unit: ["1 − cosine", "1 − 余弦"],
 };
 
 /** What stands between two sentences: Chinese has no space there. */
