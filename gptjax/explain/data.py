@@ -39,6 +39,8 @@ _DIMENSIONS, _HEADS = 32, 8
 _PATTERNS = ("previous", "first", "same", "delimiter", "extract")
 # The largest number of weights, L H T T: 12 layers, 12 heads and 1,024 tokens.
 _MOST_WEIGHTS = 12 * 12 * 1024 * 1024
+# A computation of this size takes about half a minute on two cores of a laptop.
+_LONG_FLOPS = 3e12
 
 Heads = Sequence[tuple[int, int]]
 """Pairs of a layer and a head, both from 0."""
@@ -96,6 +98,21 @@ def explain(
     # First, because a model of `compare` may be missing, and the rest can take a minute.
     compared = page.comparison(compare, other_row)
     return page.data() | {"comparison": compared}
+
+
+def how_long(gpt: GPT, texts: Texts) -> str:
+    """Returns a sentence that says what takes long; "" if nothing does.
+
+    Leaving out each token needs a pass of the model for each token, so the time is quadratic.
+    """
+    length = gpt.read(texts).length
+    flops = 2 * sum(x.size for x in jax.tree.leaves(gpt.params)) * length**2
+    if gpt.task is None or flops < _LONG_FLOPS:
+        return ""
+    return (
+        f"{length} tokens; to leave out each of them, the model reads the text {length} times "
+        f"({flops / 1e12:.0f} TFLOP), which can take minutes"
+    )
 
 
 def _read_other(gpt: GPT, texts: Texts, label: Any) -> Row:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import jax
 import loaded
 import numpy as np
 import pytest
@@ -211,3 +212,15 @@ def test_any_text_gives_a_page(text):
 def test_a_head_that_does_not_exist_is_one_line():
     with pytest.raises(UserError, match=r"there is no head 5\.0"):
         data.explain(loaded.model("classification"), "a cat", heads=[(5, 0)])
+
+
+def test_a_long_computation_is_announced(monkeypatch):
+    gpt = loaded.model("classification")
+    assert data.how_long(gpt, "a cat") == ""
+    length = gpt.read("a cat").length
+    count = sum(x.size for x in jax.tree.leaves(gpt.params))
+    monkeypatch.setattr(data, "_LONG_FLOPS", 2 * count * length**2)
+    assert data.how_long(gpt, "a cat").startswith(f"{length} tokens; ")
+    monkeypatch.setattr(data, "_LONG_FLOPS", 2 * count * length**2 + 1)
+    assert data.how_long(gpt, "a cat") == ""
+    assert data.how_long(loaded.model(""), "a cat " * 5) == ""

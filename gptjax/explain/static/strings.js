@@ -105,7 +105,7 @@ const STRINGS = {
   lookup_table: ["embeddings of the chosen token", "选中词元的嵌入"], dimension: ["dimension", "维"],
 
   // 4
-  steps_intro: ["After the embedding come {layers} blocks of the same form. Each has two sublayers: attention lets a token read earlier tokens, and the feed-forward layer works on each token alone. Each sublayer is followed by the same two operations: its output is added to what came in (the residual connection), and the sum is normalised (layer norm).", "嵌入之后是 {layers} 个结构相同的层。每层有两个子层：自注意力让词元读取前面的词元，前馈层单独处理每个词元。每个子层之后都有同样的两步：把输出加到输入上（残差连接），再对和做归一化（层归一化）。"],
+  steps_intro: ["The number of blocks after the embedding is {layers}. All have the same form. Each has two sublayers: attention lets a token read earlier tokens, and the feed-forward layer works on each token alone. Each sublayer is followed by the same two operations: its output is added to what came in (the residual connection), and the sum is normalised (layer norm).", "嵌入之后是 {layers} 个结构相同的层。每层有两个子层：自注意力让词元读取前面的词元，前馈层单独处理每个词元。每个子层之后都有同样的两步：把输出加到输入上（残差连接），再对和做归一化（层归一化）。"],
   steps_postln: ["GPT-1 normalises after the addition (post-LN). Newer models normalise before the sublayer instead (pre-LN). With post-LN the carried state is rescaled at each sublayer, so a state in the middle is not simply a partial sum of the last one.", "GPT-1 在相加之后做层归一化（post-LN）；较新的模型改为在子层之前做（pre-LN）。在 post-LN 中，每过一个子层，残差流都被重新缩放，所以中间层的状态并不只是最终状态的部分和。"],
   block: ["block", "层"],
   steps_caption: ["The steps in the order of computation, for the chosen block. FLOPs count the matrix products; a norm is the mean over the tokens.", "按计算顺序列出的步骤（所选的层）。浮点运算只计矩阵乘法；范数是对词元取的平均。"],
