@@ -466,11 +466,15 @@ class _Page:
 
     def _lm(self) -> dict[str, Any]:
         logits_TV = self.found["logits"]
-        top = [
-            [{**self._token(i), "logit": float(logits[i])} for i in best]
-            for logits, best in zip(logits_TV, _largest(logits_TV, _TOP_TOKENS), strict=True)
-        ]
-        wanted = self.is_predicted_T
+        wanted, banned_V = self.is_predicted_T, self.gpt.never_drawn
+        drawn_TV = np.where(banned_V, -np.inf, logits_TV.astype(np.float64))
+        last_TK = np.take_along_axis(logits_TV, _largest(drawn_TV, min(_TOP_TOKENS, int((~banned_V).sum()))), axis=1)
+        top = []
+        for logits, last in zip(logits_TV, last_TK[:, -1], strict=True):
+            # The largest tokens that can be drawn, and the others that are as large.
+            found = np.flatnonzero(logits >= last)
+            best = found[np.lexsort((found, -logits[found]))]
+            top.append([{**self._token(i), "logit": float(logits[i])} for i in best])
         return {
             "next": [
                 self._token(i) if w else None for i, w in zip(self.next_T, wanted, strict=True)
@@ -478,6 +482,8 @@ class _Page:
             "surprise": self.outcome.surprise,
             "top": top,
             "logsumexp": special.logsumexp(logits_TV.astype(np.float64), axis=1).tolist(),
+            "never_drawn": np.flatnonzero(banned_V).tolist(),
+            "drawn_logsumexp": special.logsumexp(drawn_TV, axis=1).tolist(),
         }  # fmt: skip
 
     def _attribution(self) -> dict[str, Any] | None:

@@ -126,6 +126,18 @@ class GPT:
         config = dataclasses.replace(self.config, attention=attention)
         return gpt_lib.make_model(config, self.task, mesh, longest)
 
+    @functools.cached_property
+    def never_drawn(self) -> np.ndarray:
+        """bool [V], true for the tokens that are never generated.
+
+        They are the special tokens, and ids of the vocabulary that the tokenizer does not have.
+        """
+        banned_V = np.zeros(self.config.vocab_size, bool)
+        banned_V[len(self.tokenizer) :] = True
+        special = (*tokenizer_lib.SPECIALS, tokenizer_lib.UNKNOWN)
+        banned_V[[self.tokenizer.token_id(name) for name in special]] = True
+        return banned_V
+
     def require_task(self) -> TaskSpec:
         """Returns the task. Raises `UserError` if the model is a language model."""
         if self.task is None:
@@ -205,11 +217,7 @@ class GPT:
         # The model needs at least one token to read. An empty prompt becomes a line break, because
         # in the training data a line break precedes a new text.
         ids = prompt_ids or self.tokenizer.encode("\n") or [self.tokenizer.start_id]
-        banned = np.zeros(self.config.vocab_size, bool)
-        banned[len(self.tokenizer) :] = True
-        special = (*tokenizer_lib.SPECIALS, tokenizer_lib.UNKNOWN)
-        banned[[self.tokenizer.token_id(name) for name in special]] = True
-        sampler = generate_lib.make_sampler(banned, seed, temperature, top_k, top_p)
+        sampler = generate_lib.make_sampler(self.never_drawn, seed, temperature, top_k, top_p)
         new = generate_lib.generate(
             self._decoder, np.array(ids, np.int32), max_new_tokens, num_samples, sampler
         )

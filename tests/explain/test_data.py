@@ -86,8 +86,12 @@ def test_surprise_and_top_tokens_are_those_of_the_logits(pages, kind):
             continue
         assert lm["next"][t]["id"] == row.batch.tokens[0, t + 1]
         np.testing.assert_allclose(surprise, nats[t, row.batch.tokens[0, t + 1]], **CLOSE)
-        order = np.argsort(-logits[t], kind="stable")[:50]
+        order = np.argsort(-logits[t], kind="stable")[: len(lm["top"][t])]
         np.testing.assert_allclose([e["logit"] for e in lm["top"][t]], logits[t][order], **CLOSE)
+        assert sum(e["id"] not in lm["never_drawn"] for e in lm["top"][t]) == 50
+        drawn = np.where(gpt.never_drawn, -np.inf, logits[t])
+        total = np.log(np.exp(drawn).sum())
+        np.testing.assert_allclose(lm["drawn_logsumexp"][t], total, **CLOSE)
         top = page["lens"]["top"][-1][t]
         np.testing.assert_allclose([e["p"] for e in top], np.exp(-nats[t][order[:5]]), **CLOSE)
         rank = 1 + (logits[t] > logits[t, row.batch.tokens[0, t + 1]]).sum()

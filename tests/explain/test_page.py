@@ -5,11 +5,15 @@ import pathlib
 import re
 import shutil
 
+import loaded
+import numpy as np
 import pages
 import pytest
 from playwright.sync_api import sync_playwright
+from scipy import special
 
 from gptjax.explain import page as page_lib
+from gptjax.infer import generate
 
 VIEWS = (
     "answer", "ids", "lookup", "steps", "head", "heads", "layers", "lm", "task", "training", "time",
@@ -394,15 +398,21 @@ def test_the_sampler(browser, folder):
         assert values.first.inner_text() == "100.0 %"
         opened.go("end=1&topk=3")
         assert "Number of tokens to draw from: 3." in opened.page.locator("#view-lm").inner_text()
-        data = pages.of("language")
-        last = len(data["tokens"]) - 1
-        logits = [each["logit"] for each in data["lm"]["top"][last]]
-        import math
-
-        kept = [math.exp(x - logits[0]) for x in logits[:3]]
-        opened.go("")
-        opened.go("end=1&topk=3")
-        assert values.first.inner_text() == f"{100 * kept[0] / sum(kept):.1f} %"
+        gpt, found = loaded.model(""), pages.of("language")
+        ids = [each["id"] for each in found["tokens"]]
+        logits = np.asarray(gpt.lm_logits(np.array([ids])))[0, -1]
+        for temperature, top_k, top_p in ((1, 3, 1), (0.5, 20, 0.6), (1.5, 40, 0.9), (1, 0, 1)):
+            rule = generate.make_sampler(gpt.never_drawn, 0, temperature, top_k, top_p)
+            shown = np.where(gpt.never_drawn, -np.inf, logits)[None]
+            kept = special.softmax(np.asarray(generate.filtered(shown, rule))[0])
+            opened.go(f"end=1&temperature={temperature}&topk={top_k}&topp={top_p}")
+            opened.page.wait_for_timeout(50)
+            top = [each["id"] for each in found["lm"]["top"][-1][:10]]
+            texts = values.all_inner_texts()[: len(top)]
+            for text, expected in zip(texts, kept[top], strict=True):
+                number = float(text.replace(" %", "")) / 100
+                assert abs(number - expected) <= 0.0006 + 1e-4 * expected
+        assert "never drawn" in opened.page.locator("#view-lm").inner_text()
 
 
 @pytest.mark.slow

@@ -1,26 +1,29 @@
 // View 8: the LM head.
 
-/** The kept tokens and their probabilities after temperature, top-k and top-p, in the order of generate.py.
+const neverDrawn = new Set(data.lm.never_drawn);
+
+/** The kept tokens and their probabilities after temperature, top-k and top-p, as generate.py computes them.
  *
- * Only the 50 largest logits travel. The others are one entry: its probability is exact at the temperature 1.
- * At other temperatures it is that of equal logits. With top-k up to 50 nothing is left out. */
+ * Special tokens are never drawn. Of the others the 50 largest logits travel. The rest is one entry: its probability
+ * is exact at the temperature 1. At other temperatures it is that of equal logits. With top-k up to 50 nothing is left out. */
 function sample(t_, { temperature, topk, topp }) {
-  const top = data.lm.top[t_], others = data.model.vocab_size - top.length;
-  const tau = Math.max(temperature, 1e-6), peak = top[0].logit;
-  const inside = top.reduce((sum, each) => sum + Math.exp(each.logit - data.lm.logsumexp[t_]), 0);
+  const top = data.lm.top[t_], drawn = top.filter((each) => !neverDrawn.has(each.id));
+  const others = data.model.vocab_size - neverDrawn.size - drawn.length, all = data.lm.drawn_logsumexp[t_];
+  const tau = Math.max(temperature, 1e-6), peak = drawn[0].logit;
+  const inside = drawn.reduce((sum, each) => sum + Math.exp(each.logit - all), 0);
   const outside = Math.max(0, 1 - inside);
   // log of the mean of exp(logit) over the others
-  const mean = others > 0 && outside > 1e-7 ? data.lm.logsumexp[t_] + Math.log(outside / others) : -Infinity;
-  let entries = top.map((each) => ({ each, power: Math.exp((each.logit - peak) / tau) }));
+  const mean = others > 0 && outside > 1e-7 ? all + Math.log(outside / others) : -Infinity;
+  let entries = drawn.map((each) => ({ each, power: Math.exp((each.logit - peak) / tau) }));
   let rest = mean > -Infinity ? others * Math.exp((mean - peak) / tau) : 0;
   if (temperature === 0) {
     entries = entries.map((entry, i) => ({ ...entry, power: i ? 0 : 1 }));
     rest = 0;
   }
   if (topk > 0) {
-    const border = top[Math.min(topk, top.length) - 1].logit;
+    const border = drawn[Math.min(topk, drawn.length) - 1].logit;
     entries = entries.map((entry) => (entry.each.logit >= border ? entry : { ...entry, power: 0 }));
-    if (topk <= top.length) rest = 0;
+    if (topk <= drawn.length) rest = 0;
   }
   let total = entries.reduce((sum, entry) => sum + entry.power, 0) + rest, beyond = false;
   if (topp < 1) {
@@ -34,7 +37,8 @@ function sample(t_, { temperature, topk, topp }) {
     if (!beyond) rest = 0;
     total = entries.reduce((sum, entry) => sum + entry.power, 0) + rest;
   }
-  return { entries: entries.map((entry) => ({ ...entry.each, p: entry.power / total })), rest: rest / total, others, beyond };
+  const shares = new Map(entries.map((entry) => [entry.each.id, entry.power / total]));
+  return { entries: top.map((each) => ({ ...each, p: shares.get(each.id) ?? 0 })), rest: rest / total, others, beyond };
 }
 
 function LMHead() {
@@ -52,11 +56,11 @@ function LMHead() {
   const target = end ? null : next[place];
   const settings = { temperature: Math.max(0, Number(state.temperature) || 0), topk: Math.max(0, Math.round(Number(state.topk)) || 0), topp: Math.min(1, Math.max(0.01, Number(state.topp) || 1)) };
   const result = sample(place, settings);
-  const before = sample(place, { temperature: 1, topk: 0, topp: 1 });
+  const before = data.lm.top[place].map((each) => Math.exp(each.logit - data.lm.logsumexp[place]));
   const kept = result.entries.filter((each) => each.p > 0).length;
   const wanted = target ? result.entries.findIndex((each) => each.id === target.id) : -1;
-  const rows = result.entries.slice(0, 10).map((each, i) => ({ name: piece(each), value: each.p, ghost: before.entries[i].p, text: percent(each.p), empty: each.p === 0, mark: target && each.id === target.id, note: target && each.id === target.id ? t("true_next") : "" }));
-  if (wanted >= 10) rows.push({ name: piece(target), value: result.entries[wanted].p, ghost: before.entries[wanted].p, text: percent(result.entries[wanted].p), mark: true, note: t("true_next") });
+  const rows = result.entries.slice(0, 10).map((each, i) => ({ name: piece(each), value: each.p, ghost: before[i], text: percent(each.p), empty: each.p === 0, mark: target && each.id === target.id, note: target && each.id === target.id ? t("true_next") : neverDrawn.has(each.id) ? t("never_drawn") : "" }));
+  if (wanted >= 10) rows.push({ name: piece(target), value: result.entries[wanted].p, ghost: before[wanted], text: percent(result.entries[wanted].p), mark: true, note: t("true_next") });
   const shown = rows.reduce((sum, row) => sum + row.value, 0);
   const rest = Math.max(0, 1 - shown), ghostRest = Math.max(0, 1 - rows.reduce((sum, row) => sum + row.ghost, 0));
   rows.push({ name: fillText(t("all_others"), { count: whole(data.model.vocab_size - rows.length) }), lit: false, value: rest, ghost: ghostRest, text: percent(rest), empty: rest < 1e-9 });
