@@ -5,6 +5,7 @@ SHA-256, so nothing in a text or in a label can run.
 """
 
 import base64
+import gzip
 import hashlib
 import html
 import json
@@ -38,6 +39,9 @@ _SCRIPTS = (
 )
 _VENDOR = ("vendor/htm-preact-standalone.umd.js",)
 
+# The arrays of a head whose parts travel.
+_PARTS = ("q", "k", "v", "out")
+
 _TITLES = {"en": "How the model reads this text", "zh": "模型如何读这段文本"}
 
 
@@ -62,7 +66,7 @@ def render(data: dict[str, Any], language: str = "en") -> str:
         ),
         "style": style,
         "data": embed(first),
-        "more": embed(more),
+        "more": more,
         "script": script,
     }
     # One pass, so that a text that looks like a placeholder stays a text.
@@ -71,24 +75,55 @@ def render(data: dict[str, Any], language: str = "en") -> str:
 
 def read(text: str) -> dict[str, Any]:
     """Returns the data of a page: `read(render(data)) == data`."""
-    blocks = re.findall(r'<script type="application/json" id="\w+">(.*?)</script>', text, re.DOTALL)
-    first: dict[str, Any] = json.loads(blocks[0])
-    more: dict[str, Any] = json.loads(blocks[1])
-    first["attention"] |= more["attention"]
-    first["heads"] = more["heads"]
-    return first
+    first, more = re.findall(r'<script type="[^"]+" id="\w+">(.*?)</script>', text, re.DOTALL)
+    return _joined(json.loads(first), more)
 
 
-def _split(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split(data: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Returns the data in two parts. The large arrays come after the script.
 
-    So a browser can paint the answer before it has read them.
+    So a browser can paint the answer before it has read them. The second part is base64 of a gzip
+    file. The file has the length of a JSON text as a little-endian uint32, this text, and the bytes
+    of the arrays. The JSON text has `[start, stop]` in the place of an array.
     """
+    arrays = bytearray()
+
+    def put(array: str) -> list[int]:
+        start = len(arrays)
+        arrays.extend(base64.b64decode(array))
+        return [start, len(arrays)]
+
     attention = data["attention"]
-    heads = [{"layer": each["layer"], "head": each["head"]} for each in data["heads"]]
-    first = data | {"attention": {"visible": attention["visible"]}, "heads": heads}
-    large = {name: value for name, value in attention.items() if name != "visible"}
-    return first, {"attention": large, "heads": data["heads"]}
+    names = [{"layer": each["layer"], "head": each["head"]} for each in data["heads"]]
+    first = data | {"attention": {"visible": attention["visible"]}, "heads": names}
+    more = {
+        "attention": {
+            "weights": put(attention["weights"]),
+            "top": {name: put(array) for name, array in attention["top"].items()},
+        },
+        "heads": [{name: put(each[name]) for name in _PARTS} for each in data["heads"]],
+    }
+    header = embed(more).encode()
+    file = len(header).to_bytes(4, "little") + header + arrays
+    # Without a time in it, equal data give equal pages.
+    return first, base64.b64encode(gzip.compress(file, 6, mtime=0)).decode()
+
+
+def _joined(first: dict[str, Any], more: str) -> dict[str, Any]:
+    """Returns the data of the two parts of `_split`."""
+    file = gzip.decompress(base64.b64decode(more))
+    size = int.from_bytes(file[:4], "little")
+    header, arrays = json.loads(file[4 : 4 + size]), file[4 + size :]
+
+    def get(place: list[int]) -> str:
+        return base64.b64encode(arrays[slice(*place)]).decode()
+
+    attention = header["attention"]
+    first["attention"]["weights"] = get(attention["weights"])
+    first["attention"]["top"] = {name: get(place) for name, place in attention["top"].items()}
+    for each, parts in zip(first["heads"], header["heads"], strict=True):
+        each |= {name: get(place) for name, place in parts.items()}
+    return first
 
 
 def embed(data: dict[str, Any]) -> str:

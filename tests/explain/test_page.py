@@ -440,6 +440,20 @@ def test_the_checkpoints_slider(browser, folder):
 
 
 @pytest.mark.slow
+def test_a_page_that_is_cut_off_says_so(browser, folder):
+    """The light views stay, and the rest says that it could not be read."""
+    with Opened(browser, folder, "classification") as opened:
+        text = opened.path.read_text(encoding="utf-8")
+        start = text.index('id="more">') + len('id="more">')
+        path = folder / "cut.html"
+        path.write_text(text[: start + 400], encoding="utf-8")
+        opened.page.goto(f"file://{path}")
+        opened.page.wait_for_selector(".notice:has-text('could not be read')")
+        assert opened.page.locator("#view-answer .bar").count() == 2
+        assert opened.page.locator("#view-steps table").count() > 0
+
+
+@pytest.mark.slow
 def test_narrow_and_print(browser, folder):
     with Opened(
         browser, folder, "classification", viewport={"width": 390, "height": 800}

@@ -1,6 +1,8 @@
 // The page: a rail of the steps, and the views one below the other.
 
 const VIEWS = [["answer", Answer], ["ids", Ids], ["lookup", Lookup], ["steps", Steps], ["head", Head], ["heads", Heads], ["layers", Layers], ["lm", LMHead], ["task", Task], ["training", Training], ["time", Time]];
+// The number of views before the first that needs the large arrays.
+const LIGHT = VIEWS.findIndex(([name]) => name === "head");
 
 /** Scrolls to a view. The rail marks it, and the hash keeps it. */
 function go(view, element = `view-${view}`) {
@@ -42,12 +44,20 @@ function Page() {
   const state = useStore();
   const [count, setCount] = useState(1);
   const [current, setCurrent] = useState("answer");
-  mountAll = () => document.readyState === "loading" || setCount(VIEWS.length);
+  const [failed, setFailed] = useState(false);
+  mountAll = () => !isComplete || setCount(VIEWS.length);
   // The first view is painted at once. The others follow one by one.
   useEffect(() => {
     if (count === 1) requestAnimationFrame(() => performance.mark("first view"));
     if (count === 1 && document.readyState === "loading") {
       document.addEventListener("DOMContentLoaded", () => setCount(2));
+      return undefined;
+    }
+    if (count === LIGHT && !isComplete) {
+      readMore().then(() => setCount(LIGHT + 1), (error) => {
+        console.error(error);
+        setFailed(true);
+      });
       return undefined;
     }
     if (count < VIEWS.length) {
@@ -79,7 +89,7 @@ function Page() {
       <header><p class="kicker" data-lit>gptjax explain</p><h1>${t("title")}</h1><p class="lead">${t("subtitle")}</p></header>
       ${VIEWS.map(([name, View], n) => html`<section id=${`view-${name}`} aria-labelledby=${`title-${name}`}>
         <h2 id=${`title-${name}`} tabindex="-1"><span class="number" data-lit>${n + 1}</span> ${t(`title_${name}`)}</h2>
-        ${n < count ? html`<${Safe}><${View} /></${Safe}>` : html`<p class="soft">…</p>`}
+        ${n < count ? html`<${Safe}><${View} /></${Safe}>` : html`<p class=${failed ? "notice" : "soft"}>${failed ? t("failed_rest") : "…"}</p>`}
       </section>`)}
       <footer><p>${t("footer")}</p></footer>
     </main>

@@ -2,14 +2,22 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-/** Adds the large arrays, which stand after this script. Only views 5 and 6 need them. */
+/** Reads the large arrays, which stand after this script. Only views 5 and 6 need them.
+ *
+ * They are a gzip file as base64: the length of a JSON text, this text, and the bytes of the arrays. */
 let isComplete = false;
-function readMore() {
-  if (isComplete) return;
+async function readMore() {
+  const packed = decode(document.getElementById("more").textContent);
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const file = new Uint8Array(await new Response(stream).arrayBuffer());
+  const size = new DataView(file.buffer).getUint32(0, true);
+  const more = JSON.parse(new TextDecoder().decode(file.subarray(4, 4 + size)));
+  const get = ([start, stop]) => file.subarray(4 + size + start, 4 + size + stop);
+  const all = (places) => Object.fromEntries(Object.entries(places).map(([name, place_]) => [name, get(place_)]));
+  data.attention.weights = get(more.attention.weights);
+  data.attention.top = all(more.attention.top);
+  data.heads.forEach((each, i) => Object.assign(each, all(more.heads[i])));
   isComplete = true;
-  const more = JSON.parse(document.getElementById("more").textContent);
-  Object.assign(data.attention, more.attention);
-  data.heads.forEach((each, i) => Object.assign(each, more.heads[i]));
 }
 
 const T = data.tokens.length;
@@ -17,20 +25,19 @@ const { layers: L, heads: H } = data.model;
 const K = data.model.head_width;
 const TRIANGLE = (T * (T + 1)) / 2;
 
-/** Returns the bytes `start` to `stop - 1` of a base64 text, without decoding the rest. */
-function bytes(base64, start, stop) {
-  const first = Math.floor(start / 3);
-  const text = base64.slice(first * 4, Math.ceil(stop / 3) * 4);
-  const all = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
-  return all.subarray(start - first * 3, stop - first * 3);
+function decode(base64) {
+  return Uint8Array.fromBase64 ? Uint8Array.fromBase64(base64) : Uint8Array.from(atob(base64), (c) => c.charCodeAt(0));
 }
+
+/** The bytes of an array: large arrays are bytes already, small ones are base64. */
+const bytesOf = (array) => (typeof array === "string" ? decode(array) : array);
 
 const little = new Uint8Array(new Uint16Array([1]).buffer)[0] === 1;
 
-/** Returns numbers `start` to `start + count - 1` of a base64 text of little-endian numbers. */
-function numbers(base64, Type, start, count) {
+/** Returns numbers `start` to `start + count - 1` of an array of little-endian numbers. */
+function numbers(array, Type, start, count) {
   const size = Type.BYTES_PER_ELEMENT;
-  const copy = bytes(base64, start * size, (start + count) * size).slice();
+  const copy = bytesOf(array).slice(start * size, (start + count) * size);
   if (!little) for (let i = 0; i < copy.length; i += size) copy.subarray(i, i + size).reverse();
   return new Type(copy.buffer);
 }
@@ -47,13 +54,13 @@ function memo(make, limit = Infinity) {
 }
 
 /** The lower triangle of a head, uint8 [T (T + 1) / 2]. */
-const triangleOf = memo((head) => readMore() || bytes(data.attention.weights, head * TRIANGLE, (head + 1) * TRIANGLE), 24);
-const visible = memo(() => bytes(data.attention.visible, 0, TRIANGLE));
+const triangleOf = (head) => data.attention.weights.subarray(head * TRIANGLE, (head + 1) * TRIANGLE);
+const visible = memo(() => bytesOf(data.attention.visible));
 
 const rowStart = (query) => (query * (query + 1)) / 2;
 const isVisible = (query, key) => key <= query && visible(0)[rowStart(query) + key] === 1;
 
-const topOf = memo((head) => readMore() || ({
+const topOf = memo((head) => ({
   keys: numbers(data.attention.top.keys, Uint16Array, head * T * 8, T * 8),
   values: numbers(data.attention.top.values, Float32Array, head * T * 8, T * 8),
 }), 24);
@@ -69,7 +76,6 @@ function weightsOf(head, query) {
 
 /** The queries, keys, values and outputs of a head that travels, float32 [T, K] each, or null. */
 const partsOf = memo((head) => {
-  readMore();
   const found = data.heads.find((each) => each.layer * H + each.head === head);
   if (!found) return null;
   const part = (name) => numbers(found[name], Float32Array, 0, T * K);

@@ -13,6 +13,7 @@ const STRINGS = {
   theme: ["Colours", "配色"],
   theme_auto: ["Auto", "自动"], theme_light: ["Light", "浅色"], theme_dark: ["Dark", "深色"],
   failed: ["This view could not be drawn. The others are not affected.", "这一部分无法绘制，其他部分不受影响。"],
+  failed_rest: ["The rest of the page could not be read. The file may be cut off, or the browser is older than 2023.", "页面的其余部分无法读取：文件可能不完整，或浏览器早于 2023 年。"],
   footer: ["This file holds everything that it shows. It loads nothing from the network.", "这个文件自带全部内容，不访问网络。"],
   table: ["Data table", "数据表"],
   yes: ["yes", "是"], no: ["no", "否"],
