@@ -468,7 +468,8 @@ class _Page:
         logits_TV = self.found["logits"]
         wanted, banned_V = self.is_predicted_T, self.gpt.never_drawn
         drawn_TV = np.where(banned_V, -np.inf, logits_TV.astype(np.float64))
-        last_TK = np.take_along_axis(logits_TV, _largest(drawn_TV, min(_TOP_TOKENS, int((~banned_V).sum()))), axis=1)
+        count = min(_TOP_TOKENS, int((~banned_V).sum()))
+        last_TK = np.take_along_axis(logits_TV, _largest(drawn_TV, count), axis=1)
         top = []
         for logits, last in zip(logits_TV, last_TK[:, -1], strict=True):
             # The largest tokens that can be drawn, and the others that are as large.

@@ -449,7 +449,7 @@ def test_a_page_that_is_cut_off_says_so(browser, folder):
         path.write_text(text[: start + 400], encoding="utf-8")
         opened.page.goto(f"file://{path}")
         opened.page.wait_for_selector(".notice:has-text('could not be read')")
-        assert opened.page.locator("#view-answer .bar").count() == 2
+        assert opened.page.locator("#view-answer .bar").count() == 3
         assert opened.page.locator("#view-steps table").count() > 0
 
 
