@@ -3,7 +3,7 @@
 The step is that of the run's optimizer, with these differences, because a page shows one text: the
 batch is this text alone, nothing is dropped out, classes have no weights, labels are not smoothed,
 and Adam has no history. The first update of Adam moves each parameter by about the learning rate.
-The learning rate is the highest of the run.
+The learning rate is the highest of the run. An imported model has the default optimizer.
 
 The letters of shapes are defined in `gptjax.batch`.
 """
@@ -67,6 +67,7 @@ def step(gpt: GPT, row: Row, before: Outcome) -> dict[str, Any] | None:
         "algorithm": str(config.algorithm),
         "clip_norm": config.clip_norm,
         "lambda": own.lm_weight if own.kind else None,
+        "from_run": _stage_config(gpt) is not None,
         "frozen": frozen,
         "norms": {
             **{name: _norm(tree) for name, tree in host.items()},
@@ -81,14 +82,25 @@ def step(gpt: GPT, row: Row, before: Outcome) -> dict[str, Any] | None:
 
 
 def _optimizer(gpt: GPT) -> Optimizer:
-    """Returns the optimizer of the run that trained a model, always at its highest rate."""
-    finetune = gpt.experiment.finetune or FinetuneConfig()
-    pretrain = gpt.experiment.pretrain or PretrainConfig()
-    config = finetune.optimizer if gpt.task else pretrain.optimizer
+    """Returns the optimizer of the run that trained a model, always at its highest rate.
+
+    An imported model was trained elsewhere. It has the optimizer of the default configuration.
+    """
+    config = _stage_config(gpt) or (FinetuneConfig() if gpt.task else PretrainConfig())
+    frozen = config.freeze if isinstance(config, FinetuneConfig) else 0
     steady = dataclasses.replace(
-        config, schedule=Schedule.CONSTANT, warmup_steps=0, warmup_fraction=0.0, accumulation=1
+        config.optimizer,
+        schedule=Schedule.CONSTANT,
+        warmup_steps=0,
+        warmup_fraction=0.0,
+        accumulation=1,
     )
-    return Optimizer(steady, total_steps=1, frozen=finetune.freeze if gpt.task else 0)
+    return Optimizer(steady, total_steps=1, frozen=frozen)
+
+
+def _stage_config(gpt: GPT) -> FinetuneConfig | PretrainConfig | None:
+    """Returns the configuration of the stage that trained a model; None if it was imported."""
+    return gpt.experiment.finetune if gpt.task else gpt.experiment.pretrain
 
 
 @functools.partial(jax.jit, static_argnames=("model", "objective"))

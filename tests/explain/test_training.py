@@ -145,3 +145,15 @@ def test_the_update_is_the_first_one_of_adam(freeze):
 def test_a_task_without_a_label_has_no_step():
     gpt = loaded.model("classification")
     assert step(gpt, gpt.read(loaded.texts(gpt))) is None
+
+
+def test_an_imported_model_has_the_default_optimizer():
+    gpt = loaded.model("classification")
+    meta = dataclasses.replace(gpt.meta, experiment=schema.to_dict(schema.Experiment()))
+    imported = dataclasses.replace(gpt, meta=meta)
+    row = gpt.read("the cat sat", 1)
+    assert step(gpt, row)["from_run"]
+    found = step(imported, row)
+    assert not found["from_run"]
+    assert found["learning_rate"] == schema.FinetuneConfig().optimizer.learning_rate
+    assert found["frozen"] == 0

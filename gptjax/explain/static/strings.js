@@ -252,8 +252,10 @@ const STRINGS = {
   // 10
   training_none: ["A training step needs the true label. It was not given.", "训练一步需要真实标签，这里没有给出。"],
   training_intro: [
-    "What would the model learn from this text? Backpropagation gives the slope of the loss for each parameter, and the optimizer moves each parameter a little against its slope. The step here has the run's optimizer at its highest learning rate. Some things differ from the run: the batch is this text alone, nothing is dropped out, classes have no weights, labels are not smoothed, and Adam has no history.",
-    "模型会从这段文本学到什么？反向传播求出损失对每个参数的斜率，优化器让每个参数逆着斜率移动一小步。这里用的是训练时的优化器和最高学习率，与训练不同的是：一批只有这段文本，不做 dropout，不给类别加权，不平滑标签，Adam 没有历史。"],
+    "What would the model learn from this text? Backpropagation gives the slope of the loss for each parameter, and the optimizer moves each parameter a little against its slope.",
+    "模型会从这段文本学到什么？反向传播求出损失对每个参数的斜率，优化器让每个参数逆着斜率移动一小步。"],
+  training_of_run: ["The step here has the run's optimizer at its highest learning rate. Some things differ from the run: the batch is this text alone, nothing is dropped out, classes have no weights, labels are not smoothed, and Adam has no history.", "这里用的是训练时的优化器和最高学习率，与训练不同的是：一批只有这段文本，不做 dropout，不给类别加权，不平滑标签，Adam 没有历史。"],
+  training_imported: ["This model was imported, so its own optimizer is not known. The step here has the optimizer that gptjax would use by default. The batch is this text alone, and nothing is dropped out.", "这个模型是导入的，不知道它原来的优化器。这里用 gptjax 默认的优化器，一批只有这段文本，不做 dropout。"],
   training_two: ["Both losses reach the same blocks, so each of them has a gradient for every block. The sum of the two is what the optimizer sees.", "两个损失都会传到同样的各层，所以每一层都有两份梯度。优化器看到的是两者之和。"],
   training_one: ["The language model has one loss, and so one gradient.", "语言模型只有一个损失，也就只有一份梯度。"],
   gradient_norms: ["Norms of the gradients", "梯度的范数"],

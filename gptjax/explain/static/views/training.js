@@ -12,7 +12,7 @@ function Training() {
   if (data.task) rows.push({ name: t("loss_total"), lit: false, value: norms.total, text: number(norms.total, 3) });
   const clipped = training.clip_norm && norms.total > training.clip_norm;
   return html`
-    <p>${t("training_intro")}</p>
+    <p>${t("training_intro")}${gap()}${t(training.from_run ? "training_of_run" : "training_imported")}</p>
     <p>${t(data.task ? "training_two" : "training_one")}</p>
     <${Formula} of=${data.task ? "gradient" : "gradient_lm"} block />
     <${Figure} caption=${t("gradient_norms_caption")}><${Bars} name=${t("gradient_norms")} rows=${rows} /></${Figure}>
