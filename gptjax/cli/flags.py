@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from gptjax.config import experiments, schema
 from gptjax.config.paper_tasks import SUBMISSIONS
-from gptjax.config.schema import BenchKind, Experiment, Stage, WeightFormat
+from gptjax.config.schema import BenchKind, Experiment, PictureFormat, Stage, WeightFormat
 from gptjax.errors import UserError, nearest, require
 
 FLAGS = flags.FLAGS
@@ -145,7 +145,11 @@ MODES: dict[str, Mode] = {
             "their order.",
             "label=LABEL": "The right label, for the task loss: a class, the number of a "
             "regression, or the answer of a multiple choice as in the training file.",
-            "output=FILE": "The page to write (.html), or the numbers alone (.json).",
+            "output=FILE": "The page to write (.html), or the numbers alone (.json). With "
+            "--format: the folder of the pictures.",
+            "format=FORMAT": "Draws pictures instead of a page: png, svg or pdf. They are the "
+            "mask, the attention of each block, the table of the steps, the tokens coloured by "
+            "their surprise and, for a task, by their part in the answer.",
             "language=LANGUAGE": "The language that the page opens in: en or zh.",
             "heads=HEADS": "The heads whose queries, keys and values are in the page, as "
             "LAYER.HEAD with commas, both from 0: 0.3,5.11. Default: the eight most telling "
@@ -276,7 +280,7 @@ SEEDS = flags.DEFINE_integer("seeds", 3, _help("seeds"))
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", _help("checkpoint"))
 INPUT = flags.DEFINE_string("input", "", _help("input"))
 OUTPUT = flags.DEFINE_string("output", "", _help("output"))
-FORMAT = flags.DEFINE_enum("format", WeightFormat.HUGGINGFACE, list(WeightFormat), _help("format"))
+FORMAT = flags.DEFINE_enum("format", None, [*WeightFormat, *PictureFormat], _help("format"))
 TOPOLOGY = flags.DEFINE_string("topology", "", _help("topology"))
 SWEEP = flags.DEFINE_bool("sweep", False, _help("sweep"))
 SWEEP_LIMIT = flags.DEFINE_integer("sweep_limit", 12, _help("sweep_limit"))

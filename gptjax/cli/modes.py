@@ -334,27 +334,40 @@ def run_generate(_: Command) -> None:
 
 def run_explain(_: Command) -> None:
     """Writes a page that shows, step by step, how a model reads one text."""
-    from gptjax.explain import data, page
+    from gptjax.explain import data, pictures
+    from gptjax.explain.model import Page
 
-    output_path = flags.OUTPUT.value
+    output_path, format = flags.OUTPUT.value, flags.FORMAT.value
     ending = os.path.splitext(output_path)[1].lower()
-    require(output_path, "--output: give the page to write (.html)")
-    require(
-        ending in (".html", ".json"), f"--output={output_path}: the ending must be .html or .json"
-    )
+    if format is None:
+        require(output_path, "--output: give the page to write (.html)")
+        is_known = ending in (".html", ".json")
+        require(is_known, f"--output={output_path}: the ending must be .html or .json")
+    else:
+        formats = list(schema.PictureFormat)
+        require(format in formats, f"--format={format}: must be one of {', '.join(formats)}")
+        is_folder = bool(output_path) and not ending and not os.path.isfile(output_path)
+        require(is_folder, f"--output={output_path}: give a folder for the .{format} pictures")
+        pictures.fonts(flags.LANGUAGE.value)
     heads = _heads(flags.HEADS.value)
     gpt = _load()
     texts, names = _texts(gpt), schema.split_names(flags.COMPARE.value)
-    compare = None if not names else [] if names == ("none",) else names
+    # Pictures show no comparison.
+    compare: Any = [] if format or names == ("none",) else names or None
+    if note := data.how_long(gpt, texts):
+        console.say(f"--text: {note}")
     found = data.explain(gpt, texts, flags.LABEL.value, heads, compare, _other_text(gpt, texts))
-    if ending == ".json":
-        text = json.dumps(found, allow_nan=False)
-    else:
-        text = page.render(found, flags.LANGUAGE.value)
+    shown = Page(found, flags.LANGUAGE.value)
+    length = f"{len(found['tokens'])} tokens"
+    if format is not None:
+        paths = shown.save_pictures(output_path, format)
+        print(f"{length} -> {len(paths)} pictures in {output_path}")
+        return
+    text = json.dumps(found, allow_nan=False) if ending == ".json" else shown.html
     files.write_atomically(output_path, text.encode())
     size = f"{len(text.encode()) / 1e6:.1f} MB"
     use = "; it opens in a browser" if ending == ".html" else ""
-    print(f"{len(found['tokens'])} tokens -> {output_path} ({size}){use}")
+    print(f"{length} -> {output_path} ({size}){use}")
 
 
 def _heads(names: str) -> list[tuple[int, int]]:
@@ -426,7 +439,7 @@ def run_import(command: Command) -> None:
     # is for new tokenizers, and the default for imported tokenizers is `exact`.
     words = command.overrides.get("tokenizer.words", schema.Words.EXACT)
     output_path = flags.OUTPUT.value
-    lines = convert.import_weights(flags.INPUT.value, output_path, flags.FORMAT.value, words)
+    lines = convert.import_weights(flags.INPUT.value, output_path, _weight_format(), words)
     print(*lines, f"to start from them: --config.init_from={output_path}", sep="\n")
 
 
@@ -434,8 +447,15 @@ def run_export(_: Command) -> None:
     """Writes a trained model as a folder for another program."""
     from gptjax.interop import convert
 
-    lines = convert.export_weights(flags.INPUT.value, flags.OUTPUT.value, flags.FORMAT.value)
+    lines = convert.export_weights(flags.INPUT.value, flags.OUTPUT.value, _weight_format())
     print(*lines, sep="\n")
+
+
+def _weight_format() -> schema.WeightFormat:
+    """Returns the format of `--format`, which is that of transformers by default."""
+    name, names = flags.FORMAT.value or schema.WeightFormat.HUGGINGFACE, list(schema.WeightFormat)
+    require(name in names, f"--format={name}: must be one of {', '.join(names)}")
+    return schema.WeightFormat(name)
 
 
 def run_compile(command: Command) -> None:

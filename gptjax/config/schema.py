@@ -230,6 +230,14 @@ class WeightFormat(enum.StrEnum):
     HUGGINGFACE = "huggingface"
 
 
+class PictureFormat(enum.StrEnum):
+    """The formats of the pictures that the mode `explain` draws."""
+
+    PNG = "png"
+    SVG = "svg"
+    PDF = "pdf"
+
+
 class BenchKind(enum.StrEnum):
     """The activities that the mode `bench` can time."""
 

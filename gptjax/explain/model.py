@@ -5,9 +5,9 @@ import html
 import os
 from typing import Any
 
-from gptjax.config.schema import MeshConfig
+from gptjax.config.schema import MeshConfig, PictureFormat
 from gptjax.errors import require
-from gptjax.explain import data, page
+from gptjax.explain import data, page, pictures
 from gptjax.explain.comparison import Models
 from gptjax.explain.data import Heads
 from gptjax.infer import predictor
@@ -36,6 +36,29 @@ class Page:
           UserError: the file cannot be written.
         """
         files.write_atomically(path, self.html.encode())
+
+    def save_pictures(self, folder: str | os.PathLike[str], format: str = "png") -> list[str]:
+        """Draws the page as figures for a paper or a lesson, and returns their paths.
+
+        They are `mask`, `attention_N` of each block N, `steps`, `surprise`, and for a task
+        `attribution`.
+
+        Args:
+          folder: the folder to write. It is made if it is missing.
+          format: png (300 dots per inch), svg or pdf.
+
+        Raises:
+          UserError: the format does not exist, a file cannot be written, or Chinese was wanted and
+            this machine has no font for it.
+        """
+        formats = list(PictureFormat)
+        require(format in formats, f"`format`={format}: must be one of {', '.join(formats)}")
+        drawn = list(pictures.draw(self.data, self.language, PictureFormat(format)))
+        paths = []
+        for name, content in drawn:
+            paths.append(os.path.join(os.fspath(folder), f"{name}.{format}"))
+            files.write_atomically(paths[-1], content)
+        return paths
 
     def _repr_html_(self) -> str:
         # A notebook has styles and scripts of its own, which must not meet those of the page.

@@ -138,6 +138,11 @@ def embed(data: dict[str, Any]) -> str:
     return text
 
 
+def strings() -> str:
+    """Returns the source of the texts of the page in both languages, `strings.js`."""
+    return _read("strings.js")
+
+
 def _read(name: str) -> str:
     return (_STATIC / name).read_text(encoding="utf-8")
 

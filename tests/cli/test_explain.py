@@ -45,6 +45,14 @@ def test_a_language_model_has_a_page(tmp_path):
     assert "finetune" in [each["stage"] for each in compared]
 
 
+def test_pictures(tmp_path):
+    result = explain(f"--text={TEXT}", "--format=svg", f"--output={tmp_path}/pictures")
+    assert result.code == 0, result.err
+    names = ("attention_0", "attribution", "mask", "steps", "surprise")
+    assert sorted(os.listdir(tmp_path / "pictures")) == [f"{name}.svg" for name in names]
+    assert result.out == f"11 tokens -> 5 pictures in {tmp_path}/pictures\n"
+
+
 @pytest.mark.slow
 def test_comparisons(tmp_path):
     numbers = tmp_path / "page.json"
@@ -73,6 +81,8 @@ def test_comparisons(tmp_path):
         (["--text=a", "--output=page.pdf"], "--output=page.pdf: the ending must be .html or .json"),
         (["--text=a", "--output="], "--output: give the page to write"),
         (["--text=a", "--language=fr"], "language"),
+        (["--text=a", "--format=png"], "--output=page.html: give a folder for the .png pictures"),
+        (["--text=a", "--format=openai"], "--format=openai: must be one of png, svg, pdf"),
         (["--text=a", "--compare=runs/nowhere"], "--compare=runs/nowhere: no checkpoint there"),
         (["--text=a", "--compare=none,runs/a"], "--compare=none: no checkpoint there"),
     ],

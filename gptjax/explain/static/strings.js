@@ -285,6 +285,15 @@ const STRINGS = {
   change_text: ["Blue tokens are more likely after the update, orange ones less likely.", "蓝色的词元更新后更可能出现，橙色的更不可能。"],
   change_caption: ["The surprise of a token in nats, before and after the update.", "词元的惊奇度（奈特），更新前与更新后。"],
 
+  // pictures (gptjax/explain/pictures.py)
+  picture_mask: ["the mask as it was applied: 0 where a query sees a key", "实际使用的掩码：查询能看到键处为 0"],
+  picture_queries: ["queries", "查询"], picture_keys: ["keys", "键"],
+  picture_attention: ["attention of block {layer}", "第 {layer} 层的注意力"],
+  picture_weight: ["attention weight; grey: masked", "注意力权重；灰色：被掩码"],
+  picture_blocks: ["block, × {count}", "层，× {count}"],
+  picture_surprise: ["surprise of each token; the mean is the LM loss, {loss}", "每个词元的惊奇度；平均值是语言模型损失 {loss}"],
+  picture_share: ["part of each token in the logit, of the largest", "每个词元对 logit 的贡献，相对于最大者"],
+
   // 11
   time_intro: ["Training changes the model, and another text changes the answer. This step puts both beside what the steps above have shown.", "训练会改变模型，换一段文本会改变答案。这一步把两者与上文并排比较。"],
   time_none: ["There is no other checkpoint beside this one. A run keeps more of them with --config.checkpoint.keep_newest=20, and --compare=runs/a,runs/b names others, for example before and after fine-tuning.", "除此之外没有别的检查点。训练时加上 --config.checkpoint.keep_newest=20 可以多保留一些；--compare=runs/a,runs/b 可以指定其他模型，例如微调前与微调后。"],
