@@ -27,12 +27,13 @@ def model(kind: str = "", **changes) -> GPT:
 
     Args:
       kind: of the task.
-      **changes: fields of the model's configuration, and `mean`, `windows` or `labels` of the task.
+      **changes: fields of the model's configuration, and `mean`, `windows`, `flatten` or `labels`
+        of the task.
     """
     spec = small.task(kind).spec if kind else None
     tokenizer = small.small_tokenizer()
     if spec:
-        fields = ("mean", "windows", "labels")
+        fields = ("mean", "windows", "flatten", "labels")
         own = {name: changes.pop(name) for name in fields if name in changes}
         spec = schema.TaskSpec(**{**vars(spec), **own})
     config = small.config(**changes)
@@ -46,6 +47,11 @@ def model(kind: str = "", **changes) -> GPT:
     params = small.placed(small.params(module), mesh)
     temperature = TEMPERATURE if spec and spec.labels else 1.0
     return GPT(config, params, tokenizer, spec, meta, mesh, "runs/small", temperature=temperature)
+
+
+def tutorial() -> GPT:
+    """A model with the tutorial's choices: one matrix for all embeddings, and a flattened head."""
+    return model("entailment", one_matrix=True, flatten=24, segment_types=3)
 
 
 def texts(of: GPT):

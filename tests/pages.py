@@ -45,7 +45,7 @@ def _compared():
 
 
 @functools.cache
-def of(kind: str):  # noqa: PLR0911 (one line for each kind)
+def of(kind: str):  # noqa: C901, PLR0911 (one line for each kind)
     """The data of a page."""
     if kind == "classification":
         return data.explain(_classifier(), "the cat sat on a mat", 1)
@@ -61,6 +61,9 @@ def of(kind: str):  # noqa: PLR0911 (one line for each kind)
         return data.explain(gpt, HOSTILE, labels[0])
     if kind == "endless":
         return data.explain(_classifier(), "x" * 10000 + " end")
+    if kind == "tutorial":
+        gpt = loaded.tutorial()
+        return data.explain(gpt, loaded.texts(gpt), loaded.LABELS["entailment"])
     if kind == "compared":
         return _compared()
     if kind == "middle":

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from scipy import special
 
 from gptjax.checkpoint.store import FOLDER, CheckpointStore
 from gptjax.config.schema import Stage
@@ -158,16 +157,17 @@ def _entry(
         },
         "answer": result.answer if same_task else None,
         "surprise": result.surprise,
-        "next": _next(other, theirs["logits"]),
+        "next": _next(other, theirs),
         "heads": _attention_distance(found["attention"], theirs["attention"]),
         "states": _similarity(found, theirs),
     }
 
 
-def _next(gpt: GPT, logits_TV: np.ndarray) -> list[list[dict[str, Any]]]:
+def _next(gpt: GPT, found: Mapping[str, np.ndarray]) -> list[list[dict[str, Any]]]:
     """Returns the most likely next tokens after each token."""
+    logits_TV = found["logits"]
     best_TK = np.argsort(-logits_TV, axis=1, kind="stable")[:, :_NEXT]
-    total_T = special.logsumexp(logits_TV.astype(np.float64), axis=1)
+    total_T = np.asarray(inside.lm_normaliser(gpt.opened, gpt.params, states(found)[-1:]))[0]
     return [
         [
             {"id": int(i), "text": gpt.tokenizer.token(int(i)),

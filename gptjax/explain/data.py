@@ -73,11 +73,6 @@ def explain(
     row = gpt.read(texts, label)
     other_row = None if other_text is None else _read_other(gpt, other_text, label)
     config = gpt.config
-    require(
-        not (config.one_matrix or (gpt.task and gpt.task.flatten)),
-        f"{gpt.path}: models with `model.one_matrix` or `finetune.flatten`, as in the recipe "
-        "`tutorial`, have no page yet",
-    )
     pairs = not isinstance(heads, str) and all(
         isinstance(pair, Sequence) and len(pair) == 2 for pair in heads
     )
@@ -216,14 +211,17 @@ class _Page:
 
     def _model(self) -> dict[str, Any]:
         config, task = self.gpt.config, self.task
-        reads = ("mean" if task.mean else "extract") if task else None
+        reads = None
+        if task:
+            reads = "flatten" if task.flatten else "mean" if task.mean else "extract"
         parameters = sum(x.size for x in jax.tree.leaves(self.gpt.params))
         return {
             "layers": config.num_layers, "heads": config.num_heads, "width": config.width,
             "head_width": config.head_width, "ffn_width": config.hidden_ffn_width,
             "vocab_size": config.vocab_size, "context_length": config.context_length,
             "segment_types": config.segment_types, "parameters": parameters,
-            "activation": str(config.activation), "tied": config.tied, "head": reads,
+            "activation": str(config.activation), "tied": config.tied,
+            "one_matrix": config.one_matrix, "head": reads,
             "temperature": float(self.gpt.temperature),
         }  # fmt: skip
 
@@ -269,7 +267,8 @@ class _Page:
 
     def _sequences(self) -> list[dict[str, Any]]:
         task, found = self.task, []
-        extracts = None if self.batch.extract is None else self.batch.extract[0, 0].tolist()
+        has_extract = self.batch.extract is not None and not (task and task.flatten)
+        extracts = self.batch.extract[0, 0].tolist() if has_extract else None
         for s, (start, stop) in enumerate(self.row.sequences):
             name = ""
             if task and task.kind is TaskKind.MULTIPLE_CHOICE:
@@ -362,9 +361,11 @@ class _Page:
             add("ffn_out", layer, square, width * (ffn + 1), products * ffn, kept("ffn_out"))
             add("norm2", layer, square, 2 * width, 0, kept("blocks"))
         head = 0 if config.tied else vocab * (width + 1)
-        add("lm_head", None, [length, vocab], head, 2 * length * width * vocab, found["logits"])
+        # With one matrix the softmax of the LM head also has outputs for positions.
+        outputs = vocab + (config.context_length if config.one_matrix else 0)
+        add("lm_head", None, [length, vocab], head, 2 * length * width * outputs, found["logits"])
         if self.task is not None:
-            outputs, reads = self.task.num_outputs, width
+            outputs, reads = self.task.num_outputs, width * (self.task.flatten or 1)
             count = len(found["task_logits"])
             steps.append({
                 "name": "task_head", "layer": None, "shape": [count],
@@ -447,7 +448,7 @@ class _Page:
         for x_TD in self.states_NTD:
             logits_TV = np.asarray(inside.lm_lens(gpt.opened, gpt.params, x_TD[None]))[0]
             logits_TV = logits_TV.astype(np.float64)
-            total_T = special.logsumexp(logits_TV, axis=1)
+            total_T = np.asarray(inside.lm_normaliser(gpt.opened, gpt.params, x_TD[None]))[0]
             best_TK = _largest(logits_TV, _LENS)
             top.append([
                 [{**self._token(i), "p": float(np.exp(logits[i] - total))} for i in best]
@@ -465,7 +466,9 @@ class _Page:
         return {"top": top, "rank": rank, "task": task or None}
 
     def _lm(self) -> dict[str, Any]:
-        logits_TV = self.found["logits"]
+        gpt, logits_TV = self.gpt, self.found["logits"]
+        last_NTD = self.states_NTD[-1:]
+        total_T = np.asarray(inside.lm_normaliser(gpt.opened, gpt.params, last_NTD))[0]
         wanted, banned_V = self.is_predicted_T, self.gpt.never_drawn
         drawn_TV = np.where(banned_V, -np.inf, logits_TV.astype(np.float64))
         count = min(_TOP_TOKENS, int((~banned_V).sum()))
@@ -482,7 +485,7 @@ class _Page:
             ],
             "surprise": self.outcome.surprise,
             "top": top,
-            "logsumexp": special.logsumexp(logits_TV.astype(np.float64), axis=1).tolist(),
+            "logsumexp": total_T.tolist(),
             "never_drawn": np.flatnonzero(banned_V).tolist(),
             "drawn_logsumexp": special.logsumexp(drawn_TV, axis=1).tolist(),
         }  # fmt: skip

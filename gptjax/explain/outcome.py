@@ -12,6 +12,7 @@ from scipy import special
 from gptjax.batch import Batch
 from gptjax.config.schema import FinetuneConfig, TaskKind
 from gptjax.errors import require
+from gptjax.infer import inside
 from gptjax.infer.predictor import GPT
 from gptjax.mesh import Params
 from gptjax.model import gpt as gpt_lib
@@ -95,4 +96,5 @@ def _forward(
     x_BTD = gpt_lib.run(model, params, *ids, method="hidden")
     logits_TV = gpt_lib.run(model, params, x_BTD, method="lm_logits")[0]
     next_T1 = lm_targets(batch)[0][:, None]
-    return sums, logits, -jnp.take_along_axis(jax.nn.log_softmax(logits_TV), next_T1, 1)[:, 0]
+    normaliser_T = inside.lm_normaliser(model, params, x_BTD)[0]
+    return sums, logits, normaliser_T - jnp.take_along_axis(logits_TV, next_T1, axis=1)[:, 0]

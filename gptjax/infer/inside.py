@@ -63,7 +63,7 @@ class Changes:
     """The heads (layer, head), both from 0, whose result is replaced by 0."""
     hidden_tokens: Sequence[int] = ()
     """The tokens that no other token sees, and that see only themselves. A task head that reads
-    the mean of all states leaves them out."""
+    the mean of all states leaves them out, and a flattened one reads zeros in their place."""
     states: Mapping[tuple[int, int], np.ndarray] = dataclasses.field(default_factory=dict)
     """(n, token) -> the state [D] that replaces state n of the residual stream at this token. State
     0 is the embedding, and state i is the output of block i, counted from 1."""
@@ -207,6 +207,10 @@ def _activations(
 
 def _task_logits(model: GPT, params: Params, x_BTD: jax.Array, batch: Batch) -> jax.Array:
     """Returns the outputs of the task head for the first example of the row, float32 [O] or [C]."""
+    if model.head_length is not None:
+        # A hidden token is a segment of its own. A flattened head reads zeros in its place.
+        own = batch.segment_ids[0, batch.extract[0, 0, 0]]  # type: ignore[index]
+        x_BTD = jnp.where((batch.segment_ids == own)[..., None], x_BTD, 0)
     logits = run(
         model, params, x_BTD, batch.segment_ids, batch.extract, True, batch.candidate_mask,
         method="task_logits",
@@ -231,6 +235,19 @@ def lm_lens(model: GPT, params: Params, states_NTD: jax.Array) -> jax.Array:
     the last state alone, so the lens of the others is an approximation.
     """
     return run(model, params, states_NTD, method="lm_logits")
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def lm_normaliser(model: GPT, params: Params, states_NTD: jax.Array) -> jax.Array:
+    """Returns the logarithm of the sum of the exponentials of all logits, float32 [N, T].
+
+    A logit minus this number is a log probability. With `ModelConfig.one_matrix` the softmax of
+    the LM head has outputs for positions too, which `lm_lens` does not return.
+    """
+    if not model.config.one_matrix:
+        return jax.nn.logsumexp(lm_lens(model, params, states_NTD), axis=-1)
+    table = run(model, params, method="lm_projection").table_VD.astype(model.config.dtype)
+    return jax.nn.logsumexp(model.ops.logits(states_NTD, table), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames="model")

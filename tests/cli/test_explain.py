@@ -17,6 +17,7 @@ def explain(*arguments: str, checkpoint: str = "") -> runs.Result:
     return runs.main("explain", f"--checkpoint={checkpoint or runs.trained()}", *arguments)
 
 
+@pytest.mark.slow
 def test_the_page_holds_the_numbers_of_python(tmp_path):
     page, numbers = tmp_path / "page.html", tmp_path / "page.json"
     for path in (page, numbers):
@@ -45,6 +46,7 @@ def test_a_language_model_has_a_page(tmp_path):
     assert "finetune" in [each["stage"] for each in compared]
 
 
+@pytest.mark.slow
 def test_pictures(tmp_path):
     result = explain(f"--text={TEXT}", "--format=svg", f"--output={tmp_path}/pictures")
     assert result.code == 0, result.err

@@ -31,7 +31,8 @@ def steps_of(folder):
     return sorted(int(name) for name in os.listdir(folder) if name.isdigit())
 
 
-@pytest.mark.parametrize("kind", ["", pytest.param("similarity", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["", "similarity"])
 def test_another_model_is_shown_as_it_is_alone(kind):
     gpt = loaded.model(kind)
     texts, label = loaded.texts(gpt), loaded.LABELS.get(kind)
@@ -119,6 +120,7 @@ def test_tokens_are_matched_in_order():
         assert comparison.match(ids, ids) == list(range(len(ids)))
 
 
+@pytest.mark.slow
 def test_a_change_spreads_to_later_tokens_only():
     gpt = loaded.model("classification")
     texts = "the cat sat on a mat", "the cat ran on a mat"

@@ -12,16 +12,17 @@ import pytest
 import reference
 import small
 
+import gptjax
 from gptjax.data.tokens import tokenizer as tokenizer_lib
 from gptjax.errors import UserError
 from gptjax.explain import data, words
 
-FAST = ("", "similarity")
+FAST = ("",)
 KINDS = [
     *FAST,
     *(
         pytest.param(kind, marks=pytest.mark.slow)
-        for kind in ("classification", "entailment", "multiple_choice", "regression")
+        for kind in ("classification", "entailment", "similarity", "multiple_choice", "regression")
     ),
 ]
 LABELS = loaded.LABELS
@@ -200,12 +201,14 @@ def test_the_documented_keys_are_the_keys(pages):
             assert set(page[name] or ()) <= set(re.findall(r"\w+", row)), name
 
 
+@pytest.mark.slow
 def test_equal_texts_give_equal_pages():
     gpt = loaded.model("classification")
     pages = [json.dumps(data.explain(gpt, "a cat sat", 1)) for _ in range(2)]
     assert pages[0] == pages[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["", " ", "\u202ecat\x1b[31m</script>", "x" * 10000, "\ud800"])
 def test_any_text_gives_a_page(text):
     page = data.explain(loaded.model("classification"), text)
@@ -228,3 +231,55 @@ def test_a_long_computation_is_announced(monkeypatch):
     monkeypatch.setattr(data, "_LONG_FLOPS", 2 * count * length**2 + 1)
     assert data.how_long(gpt, "a cat") == ""
     assert data.how_long(loaded.model(""), "a cat " * 5) == ""
+
+
+@pytest.mark.slow
+def test_the_tutorials_model_has_a_page():
+    """One matrix for all embeddings: the softmax of the LM head has outputs for positions too.
+
+    A flattened head reads the states of all positions of a padded sequence.
+    """
+    gpt = loaded.tutorial()
+    texts, label = loaded.texts(gpt), LABELS["entailment"]
+    page = data.explain(gpt, texts, label)
+    row = gpt.read(texts, label)
+    found = gpt.inside(row, ["blocks", "task_logits"])
+    x_TD = found["blocks"][-1].astype(float)
+    params = reference.cast(gpt.params)
+
+    rows = np.concatenate([params["token_embedding"], params["position_embedding"]])
+    log_p = reference.log_softmax(x_TD @ rows.T)
+    known = [t for t, value in enumerate(page["lm"]["surprise"]) if value is not None]
+    nats = [-log_p[t, row.batch.tokens[0, t + 1]] for t in known]
+    np.testing.assert_allclose([page["lm"]["surprise"][t] for t in known], nats, **CLOSE)
+    np.testing.assert_allclose(page["losses"]["lm"], np.mean(nats), **CLOSE)
+    scores = gpt.score([{**row.texts, "label": label}])
+    np.testing.assert_allclose(page["losses"]["lm"], scores["lm_loss"], rtol=1e-5)
+    np.testing.assert_allclose(page["losses"]["task"], scores["task_loss"], rtol=1e-5)
+    for best in page["lens"]["top"][-1][:3]:
+        place = page["lens"]["top"][-1].index(best)
+        for each in best:
+            np.testing.assert_allclose(each["p"], np.exp(log_p[place, each["id"]]), **CLOSE)
+
+    head = params["task_head"]
+    logits = np.einsum("sd,sdo->o", x_TD, head["kernel"]) + head["bias"]
+    np.testing.assert_allclose(page["answer"]["logits"], logits, **CLOSE)
+    assert page["model"]["head"] == "flatten"
+    assert sum(step["parameters"] for step in page["steps"]) == page["model"]["parameters"]
+    kinds = [token["kind"] for token in page["tokens"]]
+    assert len(kinds) == 24
+    assert "padding" in kinds
+    for token, kind in zip(page["tokens"], kinds, strict=True):
+        assert token["seen"] == (kind != "padding")
+    np.testing.assert_allclose(page["lens"]["task"][-1], page["answer"]["probabilities"], **CLOSE)
+    assert abs(page["attribution"]["error"]) < 0.01 * abs(page["attribution"]["difference"]) + 1e-4
+
+    # A flattened head reads zeros in the place of a hidden token.
+    hidden = gpt.inside(row, ["blocks", "task_logits"], gptjax.Changes(hidden_tokens=[2]))
+    x_TD = hidden["blocks"][-1].astype(float)
+    x_TD[2] = 0
+    logits = np.einsum("sd,sdo->o", x_TD, head["kernel"]) + head["bias"]
+    np.testing.assert_allclose(hidden["task_logits"], logits, **CLOSE)
+    output = page["attribution"]["output"]
+    left_out = page["attribution"]["methods"]["leave_one_out"][2]
+    np.testing.assert_allclose(left_out, page["answer"]["logits"][output] - logits[output], **CLOSE)

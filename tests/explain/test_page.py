@@ -20,7 +20,7 @@ VIEWS = (
 )  # fmt: skip
 KINDS = (
     "classification", "five", "windows", "entailment", "similarity", "multiple_choice",
-    "regression", "language", "hostile", "endless", "compared",
+    "regression", "language", "hostile", "endless", "compared", "tutorial",
 )  # fmt: skip
 CHROMIUM = shutil.which("chromium") or ""
 
@@ -191,6 +191,7 @@ def test_every_text_has_two_languages(browser):
     stems = (
         "kind_", "about_", "part_", "step_", "sub_", "group_", "col_", "pattern_", "method_",
         "model_", "rail_", "title_", "theme_", "reads_", "logit_", "losses_", "row_",
+        "stage_", "picture_",
     )  # fmt: skip
     unused = [
         name
@@ -296,6 +297,7 @@ def test_the_state_is_in_the_hash(browser, folder):
         assert opened.console == []
 
 
+@pytest.mark.slow
 def test_hostile_texts_do_nothing(browser, folder):
     text = page_lib.render(pages.of("hostile"), "en")
     body = text[text.index('id="data">') : text.index("</script>", text.index('id="data">'))]

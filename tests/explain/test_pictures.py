@@ -44,6 +44,7 @@ def test_the_arrays_are_those_of_the_model():
     np.testing.assert_array_equal(pictures.visible(data), np.tri(len(data["tokens"]), dtype=bool))
 
 
+@pytest.mark.slow
 def test_sequences_do_not_see_each_other():
     data = pages.of("similarity")
     sequence = np.array([token["sequence"] for token in data["tokens"]])
@@ -63,6 +64,7 @@ def test_all_pictures_are_drawn(png):
     assert "attribution" not in drawn(pages.of("language"))
 
 
+@pytest.mark.slow
 def test_equal_data_give_equal_files(png):
     assert drawn(pages.of("classification")) == png
 
@@ -98,6 +100,7 @@ def test_darker_means_more_attention():
         assert len({tuple(colour) for colour in colours[~seen]}) == 1
 
 
+@pytest.mark.slow
 def test_hostile_texts_are_drawn_as_they_are():
     """Formulas, turned text and characters without a glyph give no warning and no error."""
     gpt = loaded.model("", num_layers=1, context_length=64)
@@ -134,6 +137,7 @@ def test_without_a_font_chinese_is_refused(monkeypatch):
     assert pictures.fonts("en") == ["DejaVu Sans"]
 
 
+@pytest.mark.slow
 def test_every_text_is_found():
     for language in ("en", "zh"):
         strings = pictures._strings(language)

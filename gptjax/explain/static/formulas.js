@@ -35,10 +35,11 @@ const FORMULAS = (() => {
     ffn_out: call("FFN", mi("h")) + is + call(data.model.activation.startsWith("gelu") ? "GELU" : "ReLU", mi("u")) + sub(mi("W"), mn(2)) + plus + sub(mi("b"), mn(2)),
     norm2: mi("h") + mo("←") + call("LayerNorm", mi("h") + plus + call("FFN", mi("h"))),
     layer_norm: call("LayerNorm", mi("x")) + is + mi("γ") + frac(mi("x") + minus + mi("μ"), root(sup(mi("σ"), mn(2)) + plus + mi("ε"))) + plus + mi("β"),
-    lm_head: name("logits") + is + mi("h") + (data.model.tied ? subsup(mi("W"), mi("e"), mi("⊤")) : sub(mi("W"), name("LM")) + plus + mi("b")),
+    lm_head: name("logits") + is + mi("h") + (data.model.one_matrix ? `<msup>${within(sub(mi("W"), mi("e")) + mo(";") + sub(mi("W"), mi("p")), "[", "]")}${mi("⊤")}</msup>` : data.model.tied ? subsup(mi("W"), mi("e"), mi("⊤")) : sub(mi("W"), name("LM")) + plus + mi("b")),
     task_head: (() => {
       const kind = data.task ? data.task.kind : "", many = data.sequences.length > 1;
-      const read = name(data.model.head === "mean" ? "mean" : "extract"), one = sub(mi("h"), read);
+      const flat = within(at("h", "0") + mo(";") + mi("…") + mo(";") + sub(mi("h"), mi("S") + minus + mn(1)), "[", "]");
+      const read = name(data.model.head === "mean" ? "mean" : "extract"), one = data.model.head === "flatten" ? flat : sub(mi("h"), read);
       const each = subsup(mi("h"), read, within(mi("s")));
       const all = kind === "multiple_choice" ? subsup(mi("h"), read, within(mi("c")))
         : !many ? one : kind === "similarity" || kind === "regression" ? within(sum(mi("s")) + each)

@@ -75,7 +75,7 @@ function Lookup() {
   };
   const gaps = rows.reduce((count, row, n) => count + ((n ? row[0] - rows[n - 1][0] : 2) > 1 ? 1 : 0), 0) + 1;
   return html`
-    <p>${t("lookup_intro")}</p>
+    <p>${t("lookup_intro")}${data.model.one_matrix ? html`${gap()}${t("one_matrix")}` : ""}</p>
     <${Formula} of="embedding" block />
     <p class="hint">${t("hint_tokens")}</p>
     <${Tokens} view="lookup" name=${t("tokens")} fallback=${firstText} />

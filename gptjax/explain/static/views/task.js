@@ -8,7 +8,7 @@ function Task() {
   if (!data.task) return html`<p>${t("task_none")}</p>`;
   const tau = model.temperature;
   const powers = answer.logits.map((logit) => Math.exp((logit - Math.max(...answer.logits)) / tau));
-  const reads = `reads_${isChoice ? "choices" : data.sequences.length > 1 ? (/^window /.test(data.sequences[0].name) ? "windows" : "sum") : model.head === "mean" ? "mean" : "extract"}`;
+  const reads = `reads_${isChoice ? "choices" : data.sequences.length > 1 ? (/^window /.test(data.sequences[0].name) ? "windows" : "sum") : model.head}`;
   return html`
     <p>${t(reads)}${gap()}${t("task_intro")}</p>
     <${Formula} of="task_head" block />

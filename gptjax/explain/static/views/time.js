@@ -14,10 +14,10 @@ function Time() {
   useStore();
   return html`
     <p>${t("time_intro")}</p>
-    ${checkpoints.length ? html`<${Checkpoints} />` : html`<p class="notice">${t("time_none")}</p>`}
+    ${checkpoints.length ? html`<${Checkpoints} />` : html`<p class="notice">${fill(t("time_none"), { keep: html`<code data-lit>--config.checkpoint.keep_newest=20</code>`, compare: html`<code data-lit>--compare=runs/a,runs/b</code>` })}</p>`}
     ${leftOut.map((each) => html`<p class="notice">${fill(t("time_left_out"), { name: html`<bdi class="quote" data-lit>${show(each.name)}</bdi>`, reason: html`<bdi class="quote" data-lit>${show(each.reason)}</bdi>` })}</p>`)}
     <h3>${t("other_text")}</h3>
-    ${otherText ? html`<${Other} />` : html`<p class="notice">${t("other_none")}</p>`}`;
+    ${otherText ? html`<${Other} />` : html`<p class="notice">${fill(t("other_none"), { flag: html`<code data-lit>--other_text='…'</code>` })}</p>`}`;
 }
 
 function Checkpoints() {
