@@ -49,8 +49,11 @@ def model(kind: str = "", **changes) -> GPT:
     return GPT(config, params, tokenizer, spec, meta, mesh, "runs/small", temperature=temperature)
 
 
-def tutorial() -> GPT:
-    """A model with the tutorial's choices: one matrix for all embeddings, and a flattened head."""
+def unusual() -> GPT:
+    """A model with one matrix for all embeddings (recipe `original`) and a flattened head.
+
+    The recipe `tutorial` has such a head.
+    """
     return model("entailment", one_matrix=True, flatten=24, segment_types=3)
 
 

@@ -61,8 +61,8 @@ def of(kind: str):  # noqa: C901, PLR0911 (one line for each kind)
         return data.explain(gpt, HOSTILE, labels[0])
     if kind == "endless":
         return data.explain(_classifier(), "x" * 10000 + " end")
-    if kind == "tutorial":
-        gpt = loaded.tutorial()
+    if kind == "unusual":
+        gpt = loaded.unusual()
         return data.explain(gpt, loaded.texts(gpt), loaded.LABELS["entailment"])
     if kind == "compared":
         return _compared()

@@ -209,7 +209,7 @@ def _task_logits(model: GPT, params: Params, x_BTD: jax.Array, batch: Batch) -> 
     """Returns the outputs of the task head for the first example of the row, float32 [O] or [C]."""
     if model.head_length is not None:
         # A hidden token is a segment of its own. A flattened head reads zeros in its place.
-        own = batch.segment_ids[0, batch.extract[0, 0, 0]]  # type: ignore[index]
+        own = batch.segment_ids[0, batch.extract[0, 0, 0]]
         x_BTD = jnp.where((batch.segment_ids == own)[..., None], x_BTD, 0)
     logits = run(
         model, params, x_BTD, batch.segment_ids, batch.extract, True, batch.candidate_mask,

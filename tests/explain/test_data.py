@@ -234,12 +234,12 @@ def test_a_long_computation_is_announced(monkeypatch):
 
 
 @pytest.mark.slow
-def test_the_tutorials_model_has_a_page():
+def test_one_matrix_and_a_flattened_head_have_a_page():
     """One matrix for all embeddings: the softmax of the LM head has outputs for positions too.
 
     A flattened head reads the states of all positions of a padded sequence.
     """
-    gpt = loaded.tutorial()
+    gpt = loaded.unusual()
     texts, label = loaded.texts(gpt), LABELS["entailment"]
     page = data.explain(gpt, texts, label)
     row = gpt.read(texts, label)

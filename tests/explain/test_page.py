@@ -20,7 +20,7 @@ VIEWS = (
 )  # fmt: skip
 KINDS = (
     "classification", "five", "windows", "entailment", "similarity", "multiple_choice",
-    "regression", "language", "hostile", "endless", "compared", "tutorial",
+    "regression", "language", "hostile", "endless", "compared", "unusual",
 )  # fmt: skip
 CHROMIUM = shutil.which("chromium") or ""
 
