@@ -23,8 +23,8 @@ version = release = gptjax.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
+    "docstrings",
     "mathml",
     "program",
     "sources",
@@ -34,9 +34,6 @@ include_patterns = [
     "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "deploy/README.md", "docs/*.md",
 ]  # fmt: skip
 exclude_patterns = ["docs/_build", ".*", "build", "dist", "runs"]
-suppress_warnings = [
-    "toc.empty_glob",  # `docs/index.md` names the step-by-step pages by a pattern
-]
 
 myst_enable_extensions = ["dollarmath"]  # $...$ and $$...$$, as on GitHub
 # As on GitHub, $ begins a formula only if no digit follows the end: "$5 and $6" is no formula.
@@ -44,14 +41,10 @@ myst_dmath_allow_digits = False
 myst_dmath_allow_space = False
 myst_heading_anchors = 4  # the anchors of GitHub: "#long-texts"
 
-# Single backquotes in docstrings are code.
-default_role = "code"
 # Blocks without a language are output, which no lexer understands.
 highlight_language = "none"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
-napoleon_google_docstring = True
-napoleon_numpy_docstring = False
 python_maximum_signature_line_length = 88
 
 html_theme = "furo"
@@ -59,6 +52,7 @@ html_title = f"gptjax {release}"
 html_static_path = ["_static"]
 templates_path = ["_templates"]
 html_css_files = ["site.css"]
+html_show_copyright = False
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {"navigation_with_keys": True}

@@ -6,6 +6,7 @@ visible.
 """
 
 import ast
+import pathlib
 import re
 from collections.abc import Callable
 
@@ -54,7 +55,15 @@ def recipes() -> str:
     return "\n\n".join(parts)
 
 
-TEXTS: dict[str, Callable[[], str]] = {"modes": modes, "fields": fields, "recipes": recipes}
+def steps() -> str:
+    """Returns the pages on GPT step by step, in each language that they are written in."""
+    folder = pathlib.Path(__file__).parents[1]
+    return "\n".join(sorted(path.stem for path in folder.glob("gpt_step_by_step*.md")))
+
+
+TEXTS: dict[str, Callable[[], str]] = {
+    "modes": modes, "fields": fields, "recipes": recipes, "steps": steps,
+}  # fmt: skip
 
 
 def _table(title: str, rows: dict[str, str], prefix: str = "--") -> str:

@@ -22,7 +22,7 @@ _KEY = "gptjax_sources"
 class SourceLinks(SphinxTransform):
     """Makes each link to a file a link to the page of that file."""
 
-    default_priority = 900
+    default_priority = 870  # before Sphinx notes what to copy, which has 880
 
     def apply(self, **_: object) -> None:
         """Replaces the links of one page, and notes their files for `pages`."""
