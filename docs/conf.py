@@ -14,7 +14,9 @@ DOCS = pathlib.Path(__file__).resolve().parent
 # The extensions, and the gptjax of this clone, not an installed one.
 sys.path[:0] = [str(DOCS / "extensions"), str(DOCS.parent)]
 
-import gptjax  # noqa: E402 (the path above)
+import sources  # noqa: E402 (the path above)
+
+import gptjax  # noqa: E402
 
 project = "gptjax"
 author = "The gptjax developers"
@@ -23,7 +25,7 @@ version = release = gptjax.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
-    "sphinx.ext.viewcode",
+    "sphinx.ext.linkcode",
     "docstrings",
     "mathml",
     "program",
@@ -43,6 +45,7 @@ myst_heading_anchors = 4  # the anchors of GitHub: "#long-texts"
 
 # Blocks without a language are output, which no lexer understands.
 highlight_language = "none"
+linkcode_resolve = sources.linkcode_resolve
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 python_maximum_signature_line_length = 88

@@ -11,7 +11,7 @@ _SECTIONS = Config(napoleon_use_rtype=False)
 class Docstring(GoogleDocstring):
     """A docstring of Google's style whose "Returns" has no type in front of a colon.
 
-    Sphinx's own reading takes the text before a colon for a type. Our shapes and sentences are none.
+    Sphinx takes the text before a colon for a type. Our shapes and sentences are no types.
     """
 
     def _consume_returns_section(
@@ -21,19 +21,19 @@ class Docstring(GoogleDocstring):
 
 
 def code(line: str) -> str:
-    """Returns a line with code in double backquotes, as reStructuredText wants it.
+    r"""Returns a line with code in double backquotes, as reStructuredText wants it.
 
     >>> print(code("sets `top_p`=2 at most"))
-    sets \\ ``top_p``\\ =2 at most
-    >>> print(code(">>> f('`a`')"))
-    >>> f('`a`')
+    sets \ ``top_p``\ =2 at most
+    >>> code("... f('`a`')")  # an example
+    "... f('`a`')"
     """
     if line.lstrip().startswith((">>>", "...")):
         return line
     return re.sub(r"(?<!`)`([^`]+)`(?!`)", r"\\ ``\1``\\ ", line)
 
 
-def _process(  # noqa: PLR0913 (Sphinx decides)
+def _process(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     # Every kind is read as a function, because of attributes too Sphinx would read a type.

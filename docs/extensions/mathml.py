@@ -33,6 +33,9 @@ def convert(tex: str, is_block: bool) -> str:
     """
     if short := re.search(r"\\[td]?frac\s*\d", tex):
         raise ValueError(f"{short[0]}: write \\frac{{1}}{{2}}, with braces")
+    braces = re.sub(r"\\\\|\\[{}]", "", tex)
+    if braces.count("{") != braces.count("}"):
+        raise ValueError("a brace is missing")
     try:
         text = latex2mathml.tex2mathml(tex, as_block=is_block)
     except (MathError, SyntaxError) as error:

@@ -21,11 +21,12 @@ def modes() -> str:
     """Returns a section for each mode: what it does, an example, and its flags."""
     parts = ["## Flags of all modes that read an experiment", _table("flag", COMMON)]
     for name, mode in MODES.items():
+        rows = {flag: text + usage.default_note(flag) for flag, text in mode.flags.items()}
         parts += [
             f"## {name}",
             _escaped(mode.summary),
             f"```bash\ngptjax {name} {mode.example}\n```",
-            _table("flag", {flag: text + usage.default_note(flag) for flag, text in mode.flags.items()}),
+            _table("flag", rows),
         ]
     return "\n\n".join(parts)
 
@@ -50,6 +51,8 @@ def recipes() -> str:
     for name in experiments.names():
         source = (experiments.folder() / f"{name}.py").read_text(encoding="utf-8")
         text = ast.get_docstring(ast.parse(source)) or ""
+        # In the source, a backslash breaks a command. Python takes the breaks out of the docstring.
+        text = re.sub(r"(?<=\S) {4,}(?=--)", " \\\\\n        ", text)
         link = f"The file: [experiments/{name}.py](../experiments/{name}.py)."
         parts += [f"## {name}", text, link]
     return "\n\n".join(parts)
@@ -78,7 +81,8 @@ def _escaped(text: str) -> str:
 
 
 def _fill(_: Sphinx, __: str, source: list[str]) -> None:
-    source[0] = re.sub(r"<!-- site: (\w+) -->", lambda match: TEXTS[match[1]](), source[0])
+    line = re.compile("^<!-- site: (\\w+) -->$", re.MULTILINE)
+    source[0] = line.sub(lambda match: TEXTS[match[1]](), source[0])
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
