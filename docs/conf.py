@@ -43,6 +43,8 @@ myst_dmath_allow_digits = False
 myst_dmath_allow_space = False
 myst_heading_anchors = 4  # the anchors of GitHub: "#long-texts"
 
+# Flags begin with two hyphens, which are no dash, and code in plain text keeps its quotes.
+smartquotes = False
 # Blocks without a language are output, which no lexer understands.
 highlight_language = "none"
 linkcode_resolve = sources.linkcode_resolve

@@ -237,6 +237,8 @@ def test_the_reference_has_every_mode_field_and_recipe(extension):
     for field in names:
         is_part = any(each.startswith(f"{field}.") for each in names)
         assert is_part or f"`{field.rpartition('.')[2]}=" in fields, field
+    lines = [line for line in (modes + fields).splitlines() if line.startswith("| ")]
+    assert all(line.endswith(" |") for line in lines), "a row is one line"
     for each in experiments.names():
         assert f"## {each}\n\n{experiments.summary(each)}" in recipes
 
@@ -320,6 +322,8 @@ def test_the_site_has_the_texts_of_the_program(site):
         return re.sub(r"<[^>]+>", "", (site / page).read_text(encoding="utf-8"))
 
     assert "--config=finetune_file" in text("docs/command_line.html")
+    assert "(default: 300)" in text("docs/command_line.html")
+    assert "--num_processes and --process_id" in text("docs/command_line.html")
     assert "learning_rate=" in text("docs/fields.html")
     assert "Trains a model on labelled rows" in text("docs/api.html")
     assert "The linear model that is shown beside" in text("source/gptjax/evaluate/linear.py.html")

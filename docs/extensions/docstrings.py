@@ -2,6 +2,7 @@
 
 import re
 
+from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.ext.napoleon import Config, GoogleDocstring
 
@@ -40,8 +41,19 @@ def _process(
     lines[:] = Docstring([code(line) for line in lines], _SECTIONS, app, "function", name).lines()
 
 
+def _dashes(_: Sphinx, doctree: nodes.document) -> None:
+    """Puts a dash after the name of an argument, where Sphinx writes two hyphens.
+
+    (`smartquotes` would do it, and would turn the hyphens of flags into dashes too.)
+    """
+    for text in list(doctree.findall(nodes.Text)):
+        if text == " -- ":
+            text.parent.replace(text, nodes.Text(" – "))
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Reads the docstrings that autodoc finds."""
     app.setup_extension("sphinx.ext.autodoc")
     app.connect("autodoc-process-docstring", _process)
+    app.connect("doctree-read", _dashes)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -70,14 +70,14 @@ TEXTS: dict[str, Callable[[], str]] = {
 
 
 def _table(title: str, rows: dict[str, str], prefix: str = "--") -> str:
-    lines = [f"| {title} | meaning |", "|---|---|"]
+    lines = ["```{table}", ":class: names", "", f"| {title} | meaning |", "|---|---|"]
     lines += [f"| `{prefix}{name}` | {_escaped(text)} |" for name, text in rows.items()]
-    return "\n".join(lines) if rows else ""
+    return "\n".join([*lines, "```"]) if rows else ""
 
 
 def _escaped(text: str) -> str:
-    """Returns a plain text as Markdown."""
-    return re.sub(r"([\\`*_\[\]<>|$#])", r"\\\1", text)
+    """Returns a plain text as one line of Markdown."""
+    return re.sub(r"([\\`*_\[\]<>|$#])", r"\\\1", " ".join(text.split()))
 
 
 def _fill(_: Sphinx, __: str, source: list[str]) -> None:
