@@ -111,7 +111,7 @@ def of_mode(name: str, config: str) -> str:
         _wrapped(f"{program} {name}: {mode.summary}"),
         _command(name, mode.example, 2),
         "Flags:",
-        _rows((f"--{flag}", text + _default(flag)) for flag, text in flags.items()),
+        _rows((f"--{flag}", text + default_note(flag)) for flag, text in flags.items()),
     ]
     if name == "train":
         known = ((each, experiments.summary(each)) for each in experiments.names())
@@ -134,7 +134,7 @@ def _parts(keys: Sequence[str], config: str) -> Iterator[str]:
     last: list[tuple[str, str]] = []
     for key in keys:
         part = PARTS[key]
-        fields = dict(_fields(part, experiment))
+        fields = dict(fields_of(part, experiment))
         rare = {name: row for name, row in fields.items() if f"{key}.{name}" in RECIPE_FIELDS}
         last += [(f"{part.paths[-1]}.{row}", text) for row, text in rare.values()]
         yield _heading(part, experiment)
@@ -158,7 +158,7 @@ def _heading(part: Part, experiment: schema.Experiment) -> str:
     return "\n".join(map(_wrapped, lines))
 
 
-def _fields(part: Part, experiment: schema.Experiment) -> Iterator[tuple[str, tuple[str, str]]]:
+def fields_of(part: Part, experiment: schema.Experiment) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yields the name of each field of a part, and its row, which is NAME=VALUE and a help text."""
     values = [schema.value_at(experiment, path) for path in part.paths]
     holders = [value for value in values if value is not None] or [part.config()]
@@ -188,7 +188,7 @@ def _docs(config: type) -> dict[str, str]:
     }
 
 
-def _default(flag: str) -> str:
+def default_note(flag: str) -> str:
     """Returns a note on the default of a flag.
 
     The note is an empty string if the default is empty, 0 or None, because the help text of the
