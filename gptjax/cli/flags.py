@@ -150,6 +150,8 @@ MODES: dict[str, Mode] = {
             "heads=HEADS": "The heads whose queries, keys and values are in the page, as "
             "LAYER.HEAD with commas, both from 0: 0.3,5.11. Default: the eight most telling "
             "heads.",
+            "weights": "Puts a model of up to 20 million parameters into the page, so that the "
+            "page can compute other texts. Up to 2 million are always in it.",
         },
     ),
     "tokenizer": Mode(
@@ -286,6 +288,7 @@ CHOICE = flags.DEFINE_multi_string("choice", None, _help("choice"))
 LABEL = flags.DEFINE_string("label", None, _help("label"))
 LANGUAGE = flags.DEFINE_enum("language", "en", ["en", "zh"], _help("language"))
 HEADS = flags.DEFINE_string("heads", "", _help("heads"))
+WEIGHTS = flags.DEFINE_bool("weights", False, _help("weights"))
 PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
 PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
 # The values of the flags below are read with the function `values`.

@@ -344,7 +344,7 @@ def run_explain(_: Command) -> None:
     )
     heads = _heads(flags.HEADS.value)
     gpt = _load()
-    found = data.explain(gpt, _texts(gpt), flags.LABEL.value, heads)
+    found = data.explain(gpt, _texts(gpt), flags.LABEL.value, heads, flags.WEIGHTS.value)
     if ending == ".json":
         text = json.dumps(found, allow_nan=False)
     else:

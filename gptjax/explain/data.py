@@ -20,6 +20,7 @@ from gptjax.data.tokens.tokenizer import DELIMITER, EXTRACT, PADDING, START
 from gptjax.errors import require
 from gptjax.explain import outcome as outcome_lib
 from gptjax.explain import training
+from gptjax.explain import weights as weights_lib
 from gptjax.explain import words as words_lib
 from gptjax.infer import inside
 from gptjax.infer.predictor import GPT
@@ -44,7 +45,9 @@ Heads = Sequence[tuple[int, int]]
 """Pairs of a layer and a head, both from 0."""
 
 
-def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dict[str, Any]:
+def explain(
+    gpt: GPT, texts: Texts, label: Any = None, heads: Heads = (), weights: bool = False
+) -> dict[str, Any]:
     """Returns the data of the page for one text.
 
     Args:
@@ -53,9 +56,11 @@ def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dic
       label: the right label. None means that it is not known.
       heads: the heads whose queries, keys and values are shown. An empty sequence means the most
         telling ones.
+      weights: whether the parameters must travel, as in `gptjax.explain.weights.of`.
 
     Raises:
-      UserError: a text does not fit, or a label or a head does not exist.
+      UserError: a text does not fit, a label or a head does not exist, or the parameters cannot
+        travel.
     """
     row = gpt.read(texts, label)
     config = gpt.config
@@ -80,7 +85,9 @@ def explain(gpt: GPT, texts: Texts, label: Any = None, heads: Heads = ()) -> dic
         f"`text`: {row.length:,} tokens in {config.num_layers} layers of {config.num_heads} heads "
         "are too many to show; shorten it",
     )
-    return _Page(gpt, row, heads).data()
+    # Before the activations, so that a wish that cannot be granted ends at once.
+    parameters = weights_lib.of(gpt, weights)
+    return _Page(gpt, row, heads).data() | {"weights": parameters}
 
 
 class _Page:

@@ -50,7 +50,12 @@ class GPT(predictor.GPT):
     """
 
     def explain(
-        self, texts: Texts, label: Any = None, heads: Heads = (), language: str = "en"
+        self,
+        texts: Texts,
+        label: Any = None,
+        heads: Heads = (),
+        language: str = "en",
+        weights: bool = False,
     ) -> Page:
         """Returns a page that shows, step by step, how the model reads one text.
 
@@ -63,12 +68,15 @@ class GPT(predictor.GPT):
           heads: pairs (layer, head), both from 0: the heads whose queries, keys and values are in
             the page. An empty sequence means the eight most telling ones.
           language: the language that the page opens in: en or zh.
+          weights: whether a model of more than 2 million parameters (at most 20 million) travels
+            in the page too, so that the page can compute other texts. Smaller models always do.
 
         Raises:
-          UserError: a text does not fit, or a label, head or language does not exist.
+          UserError: a text does not fit, a label, head or language does not exist, or the model
+            cannot travel.
         """
         require(language in page.LANGUAGES, f"`language`={language}: must be en or zh")
-        return Page(data.explain(self, texts, label, heads), language)
+        return Page(data.explain(self, texts, label, heads, weights), language)
 
 
 def of(gpt: predictor.GPT) -> GPT:

@@ -33,9 +33,15 @@ _SCRIPTS = (
     "views/lm.js",
     "views/task.js",
     "views/training.js",
+    "live/tokenizer.js",
+    "live/model.js",
+    "views/live.js",
     "app.js",
 )
 _VENDOR = ("vendor/htm-preact-standalone.umd.js",)
+
+# The parts of `weights` that stand after the script.
+_LARGE = ("float16", "tokenizer")
 
 _TITLES = {"en": "How the model reads this text", "zh": "模型如何读这段文本"}
 
@@ -75,6 +81,8 @@ def read(text: str) -> dict[str, Any]:
     more: dict[str, Any] = json.loads(blocks[1])
     first["attention"] |= more["attention"]
     first["heads"] = more["heads"]
+    if first["weights"] is not None:
+        first["weights"] |= more["weights"]
     return first
 
 
@@ -87,7 +95,12 @@ def _split(data: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     heads = [{"layer": each["layer"], "head": each["head"]} for each in data["heads"]]
     first = data | {"attention": {"visible": attention["visible"]}, "heads": heads}
     large = {name: value for name, value in attention.items() if name != "visible"}
-    return first, {"attention": large, "heads": data["heads"]}
+    more = {"attention": large, "heads": data["heads"]}
+    weights = data["weights"]
+    if weights is not None:
+        more["weights"] = {name: weights[name] for name in _LARGE}
+        first["weights"] = {name: x for name, x in weights.items() if name not in _LARGE}
+    return first, more
 
 
 def embed(data: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-/** Adds the large arrays, which stand after this script. Only views 5 and 6 need them. */
+/** Adds the large arrays, which stand after this script. Only the views 5, 6 and the last need them. */
 let isComplete = false;
 function readMore() {
   if (isComplete) return;
@@ -10,6 +10,7 @@ function readMore() {
   const more = JSON.parse(document.getElementById("more").textContent);
   Object.assign(data.attention, more.attention);
   data.heads.forEach((each, i) => Object.assign(each, more.heads[i]));
+  if (data.weights) Object.assign(data.weights, more.weights);
 }
 
 const T = data.tokens.length;

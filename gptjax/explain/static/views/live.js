@@ -1,0 +1,2 @@
+// View 12.
+function LiveView() { return html`<p>…</p>`; }
