@@ -1,6 +1,6 @@
 // The page: a rail of the steps, and the views one below the other.
 
-const VIEWS = [["answer", Answer], ["ids", Ids], ["lookup", Lookup], ["steps", Steps], ["head", Head], ["heads", Heads], ["layers", Layers], ["lm", LMHead], ["task", Task], ["training", Training]];
+const VIEWS = [["answer", Answer], ["ids", Ids], ["lookup", Lookup], ["steps", Steps], ["head", Head], ["heads", Heads], ["layers", Layers], ["lm", LMHead], ["task", Task], ["training", Training], ["live", LiveView]];
 
 /** Scrolls to a view. The rail marks it, and the hash keeps it. */
 function go(view, element = `view-${view}`) {

@@ -19,6 +19,8 @@ const DEFAULTS = {
   topk: "0",
   topp: "1",
   end: "0", // 1: the LM head after the last token
+  off: "", // the heads that are off in the last view, as numbers LAYER * H + HEAD
+  mute: "", // the tokens that are hidden in the last view
 };
 
 const store = {

@@ -19,7 +19,7 @@ const STRINGS = {
 
   rail_answer: ["Answer", "答案"], rail_ids: ["Text to ids", "文本到编号"], rail_lookup: ["Look-up", "查表"],
   rail_steps: ["All steps", "全部步骤"], rail_head: ["One head", "一个注意力头"], rail_heads: ["All heads", "所有注意力头"],
-  rail_layers: ["Layers", "逐层观察"], rail_lm: ["LM head", "语言模型头"], rail_task: ["Task head", "任务头"], rail_training: ["Training step", "训练一步"],
+  rail_layers: ["Layers", "逐层观察"], rail_lm: ["LM head", "语言模型头"], rail_task: ["Task head", "任务头"], rail_training: ["Training step", "训练一步"], rail_live: ["Live", "动手试"],
   title_answer: ["The answer first", "先看答案"],
   title_ids: ["From text to ids", "从文本到编号"],
   title_lookup: ["A look-up is a one-hot vector times a matrix", "查表就是独热向量乘矩阵"],
@@ -30,6 +30,7 @@ const STRINGS = {
   title_lm: ["The LM head predicts the next token", "语言模型头预测下一个词元"],
   title_task: ["The task head makes the answer", "任务头给出答案"],
   title_training: ["One training step on this text", "用这段文本训练一步"],
+  title_live: ["The model runs in this page", "模型就在本页运行"],
 
   // 1
   answer_lead_task: ["This is the text, and this is what the model makes of it. The steps after this one show how it gets there.", "这是输入的文本和模型给出的答案。后面的步骤说明它是怎么得到的。"],
@@ -278,6 +279,37 @@ const STRINGS = {
   change_tokens: ["Which tokens became less surprising", "哪些词元变得不那么意外"],
   change_text: ["Blue tokens are more likely after the update, orange ones less likely.", "蓝色的词元更新后更可能出现，橙色的更不可能。"],
   change_caption: ["The surprise of a token in nats, before and after the update.", "词元的惊奇度（奈特），更新前与更新后。"],
+
+  // live
+  live_intro: ["The model itself is in this page. Change the text, hide a token or switch off a head, and the page computes the whole forward pass again. Everything is compared with the original text.", "模型本身就在这个页面里。改一改文本、遮住一个词元或关掉一个注意力头，页面会重新做一遍完整的前向计算，并与原文本的结果对比。"],
+  live_none: ["The model is not in this page. A page that is written with {flag} has it, up to 20 million parameters.", "这个页面不含模型。生成页面时加上 {flag}，参数不超过两千万的模型会一并写入。"],
+  live_large: ["The model has {count} parameters, and a page holds at most 20 million. {name} switches off heads and hides tokens without a page.", "模型有 {count} 个参数，而页面最多容纳两千万个。在程序里可以用 {name} 关掉注意力头、遮住词元。"],
+  live_unfit: ["The parameters of this model do not fit into half precision, so it is not in the page. {name} switches off heads and hides tokens without a page.", "这个模型的参数超出了半精度的范围，无法写入页面。在程序里可以用 {name} 关掉注意力头、遮住词元。"],
+  live_wait: ["The model is being read…", "正在读取模型……"],
+  live_text: ["Change the text", "改文本"], live_reset: ["Back to the original", "恢复原样"],
+  live_words_rough: ["The model learnt words that were divided by other programs. The page has fast rules that come close, so a changed text can have a few other words.", "训练这个模型时，文本由另外的程序切分成词。本页用的是近似的快速规则，改动后的文本里个别词的切分可能不同。"],
+  live_words_unknown: ["The tokenizer of this model has rules that the page does not know, so the text cannot be changed here. Heads and tokens can.", "这个模型的分词规则本页并不认识，所以这里不能改文本，但可以关掉注意力头、遮住词元。"],
+  live_short: ["A language model needs at least two tokens.", "语言模型至少需要两个词元。"],
+  live_answer: ["What the model says now", "模型现在的结果"],
+  live_same: ["The answer stays {now}.", "答案仍是 {now}。"], live_other: ["The answer is now {now}. It was {before}.", "答案现在是 {now}，原来是 {before}。"],
+  live_number: ["The number is now {now}. It was {before}.", "预测值现在是 {now}，原来是 {before}。"],
+  live_mean: ["The mean surprise of the tokens is {now} nats. It was {before}.", "词元的平均惊奇度是 {now} 奈特，原来是 {before}。"],
+  live_next: ["The most likely tokens after the end of the text.", "文本结束之后最可能出现的词元。"],
+  live_ghost: ["The thin line is the original.", "细线是原来的值。"],
+  live_time: ["The forward pass of {count} tokens took {ms} ms.", "{count} 个词元的前向计算用时 {ms} 毫秒。"],
+  live_rounded: ["The page has the parameters in half precision. For the original text its surprises differ from those above by at most {nats} nats.", "页面里的参数是半精度的。对原文本，这里的惊奇度与前面各步相差最多 {nats} 奈特。"],
+  live_rounded_p: ["Its probabilities differ by at most {share}.", "概率相差最多 {share}。"], live_rounded_number: ["Its number differs by {value}.", "预测值相差 {value}。"],
+  live_tokens: ["Hide tokens", "遮住词元"],
+  live_tokens_text: ["Click a token to hide it: no other token sees it, and it sees only itself. Blue tokens are more likely than in the original, orange ones less likely.", "点一个词元就能遮住它：其他词元看不见它，它也只看得见自己。与原来相比，蓝色的词元更可能出现，橙色的更不可能。"],
+  live_extract: ["The extract token stays, because the task head reads there.", "抽取词元不能遮住，因为任务头要从那里读取。"],
+  live_hidden: ["hidden", "已遮住"], live_new: ["not in the original", "原文本中没有"], live_before: ["original", "原来"], live_now: ["now", "现在"],
+  live_heads: ["Switch off heads", "关掉注意力头"],
+  live_heads_text: ["A head that is off adds 0 to its block. Click a point to switch a head, or the name of a block to switch all of its heads.", "关掉的头对所在层的贡献为 0。点一个圆点切换一个头，点层的名字切换整层的头。"],
+  live_on: ["on", "开"], live_off: ["off", "关"],
+  live_sample: ["Let the model write on", "让模型续写"],
+  live_sample_text: ["The model draws a token, adds it to the first text, and goes on. It keeps the keys and values of earlier tokens, so only the new token is computed. Heads that are off stay off. Hidden tokens are visible here. The settings are those of step 8. Equal seeds give equal texts in this page.", "模型抽取一个词元，接到第一段文本后面，如此继续。前面词元的键和值都保留着，每次只需计算新词元。关掉的头在这里仍然关着，遮住的词元在这里可见。各项设置与第 8 步共用。在本页里，种子相同，写出的文本就相同。"],
+  live_count: ["tokens", "词元数"], live_seed: ["seed", "种子"], live_draw: ["Write on", "续写"], live_stop: ["Stop", "停止"],
+  live_rate: ["{count} tokens, {ms} ms for each.", "{count} 个词元，平均每个 {ms} 毫秒。"],
 };
 
 /** What stands between two sentences: Chinese has no space there. */
