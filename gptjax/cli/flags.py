@@ -159,6 +159,8 @@ MODES: dict[str, Mode] = {
             "tokenizer. Default: the checkpoints that the run kept. none means none.",
             "other_text=TEXT": "Another text to compare with --text. The other texts of a pair or "
             "of a multiple choice stay the same.",
+            "weights": "Puts a model of up to 20 million parameters into the page, so that the "
+            "page can compute other texts. Up to 2 million are always in it.",
         },
     ),
     "tokenizer": Mode(
@@ -297,6 +299,7 @@ LANGUAGE = flags.DEFINE_enum("language", "en", ["en", "zh"], _help("language"))
 HEADS = flags.DEFINE_string("heads", "", _help("heads"))
 COMPARE = flags.DEFINE_string("compare", "", _help("compare"))
 OTHER_TEXT = flags.DEFINE_string("other_text", None, _help("other_text"))
+WEIGHTS = flags.DEFINE_bool("weights", False, _help("weights"))
 PROMPT = flags.DEFINE_string("prompt", "", _help("prompt"))
 PROFILE = flags.DEFINE_integer("profile", 0, _help("profile"), lower_bound=0)
 # The values of the flags below are read with the function `values`.

@@ -356,7 +356,9 @@ def run_explain(_: Command) -> None:
     compare: Any = [] if format or names == ("none",) else names or None
     if note := data.how_long(gpt, texts):
         console.say(f"--text: {note}")
-    found = data.explain(gpt, texts, flags.LABEL.value, heads, compare, _other_text(gpt, texts))
+    found = data.explain(
+        gpt, texts, flags.LABEL.value, heads, compare, _other_text(gpt, texts), flags.WEIGHTS.value
+    )
     shown = Page(found, flags.LANGUAGE.value)
     length = f"{len(found['tokens'])} tokens"
     if format is not None:

@@ -20,6 +20,7 @@ from gptjax.data.tokens.tokenizer import DELIMITER, EXTRACT, PADDING, START
 from gptjax.errors import UserError, require
 from gptjax.explain import comparison, training
 from gptjax.explain import outcome as outcome_lib
+from gptjax.explain import weights as weights_lib
 from gptjax.explain import words as words_lib
 from gptjax.infer import inside
 from gptjax.infer.predictor import GPT
@@ -53,6 +54,7 @@ def explain(
     heads: Heads = (),
     compare: comparison.Models | None = None,
     other_text: Texts | None = None,
+    weights: bool = False,
 ) -> dict[str, Any]:
     """Returns the data of the page for one text.
 
@@ -65,10 +67,11 @@ def explain(
       compare: other models, or the paths of their checkpoints, which read the same text. None means
         the checkpoints that the run of the model kept.
       other_text: another text, as `texts`, which the model reads too.
+      weights: whether the parameters must travel, as in `gptjax.explain.weights.of`.
 
     Raises:
-      UserError: a text does not fit, a label or a head does not exist, or a model of `compare`
-        cannot be read.
+      UserError: a text does not fit, a label or a head does not exist, a model of `compare` cannot
+        be read, or the parameters cannot travel.
     """
     row = gpt.read(texts, label)
     other_row = None if other_text is None else _read_other(gpt, other_text, label)
@@ -89,10 +92,11 @@ def explain(
         f"`text`: {row.length:,} tokens in {config.num_layers} layers of {config.num_heads} heads "
         "are too many to show; shorten it",
     )
+    # What can be refused comes first, because the rest can take a minute.
+    parameters = weights_lib.of(gpt, weights)
     page = _Page(gpt, row, heads)
-    # First, because a model of `compare` may be missing, and the rest can take a minute.
     compared = page.comparison(compare, other_row)
-    return page.data() | {"comparison": compared}
+    return page.data() | {"comparison": compared, "weights": parameters}
 
 
 def how_long(gpt: GPT, texts: Texts) -> str:

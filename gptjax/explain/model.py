@@ -81,6 +81,7 @@ class GPT(predictor.GPT):
         language: str = "en",
         compare: Models | None = None,
         other_text: Texts | None = None,
+        weights: bool = False,
     ) -> Page:
         """Returns a page that shows, step by step, how the model reads one text.
 
@@ -97,13 +98,16 @@ class GPT(predictor.GPT):
             text. They must have the same tokenizer. None means the checkpoints that the run of this
             model kept; an empty sequence means none.
           other_text: another text, as `texts`, that this model reads too.
+          weights: whether a model of more than 2 million parameters (at most 20 million) travels
+            in the page too, so that the page can compute other texts. Smaller models always do.
 
         Raises:
-          UserError: a text does not fit, a label, head or language does not exist, or a model of
-            `compare` cannot be read.
+          UserError: a text does not fit, a label, head or language does not exist, a model of
+            `compare` cannot be read, or the model cannot travel.
         """
         require(language in page.LANGUAGES, f"`language`={language}: must be en or zh")
-        return Page(data.explain(self, texts, label, heads, compare, other_text), language)
+        found = data.explain(self, texts, label, heads, compare, other_text, weights)
+        return Page(found, language)
 
 
 def of(gpt: predictor.GPT) -> GPT:

@@ -35,6 +35,9 @@ _SCRIPTS = (
     "views/task.js",
     "views/training.js",
     "views/time.js",
+    "live/tokenizer.js",
+    "live/model.js",
+    "views/live.js",
     "app.js",
 )
 _VENDOR = ("vendor/htm-preact-standalone.umd.js",)
@@ -103,6 +106,9 @@ def _split(data: dict[str, Any]) -> tuple[dict[str, Any], str]:
         },
         "heads": [{name: put(each[name]) for name in _PARTS} for each in data["heads"]],
     }
+    if weights := data["weights"]:
+        more["weights"] = {"float16": put(weights["float16"]), "tokenizer": weights["tokenizer"]}
+        first["weights"] = {name: x for name, x in weights.items() if name not in more["weights"]}
     header = embed(more).encode()
     file = len(header).to_bytes(4, "little") + header + arrays
     # Without a time in it, equal data give equal pages.
@@ -123,6 +129,8 @@ def _joined(first: dict[str, Any], more: str) -> dict[str, Any]:
     first["attention"]["top"] = {name: get(place) for name, place in attention["top"].items()}
     for each, parts in zip(first["heads"], header["heads"], strict=True):
         each |= {name: get(place) for name, place in parts.items()}
+    if first["weights"]:
+        first["weights"] |= header["weights"] | {"float16": get(header["weights"]["float16"])}
     return first
 
 

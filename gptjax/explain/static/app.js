@@ -1,6 +1,6 @@
 // The page: a rail of the steps, and the views one below the other.
 
-const VIEWS = [["answer", Answer], ["ids", Ids], ["lookup", Lookup], ["steps", Steps], ["head", Head], ["heads", Heads], ["layers", Layers], ["lm", LMHead], ["task", Task], ["training", Training], ["time", Time]];
+const VIEWS = [["answer", Answer], ["ids", Ids], ["lookup", Lookup], ["steps", Steps], ["head", Head], ["heads", Heads], ["layers", Layers], ["lm", LMHead], ["task", Task], ["training", Training], ["time", Time], ["live", LiveView]];
 // The number of views before the first that needs the large arrays.
 const LIGHT = VIEWS.findIndex(([name]) => name === "head");
 

@@ -2,7 +2,7 @@
 
 const data = JSON.parse(document.getElementById("data").textContent);
 
-/** Reads the large arrays, which stand after this script. Only views 5 and 6 need them.
+/** Reads the large arrays, which stand after this script. Only views 5, 6 and 12 need them.
  *
  * They are a gzip file as base64: the length of a JSON text, this text, and the bytes of the arrays. */
 let isComplete = false;
@@ -18,6 +18,7 @@ async function readMore() {
   data.attention.top = all(more.attention.top);
   data.heads.forEach((each, i) => Object.assign(each, all(more.heads[i])));
   isComplete = true;
+  if (data.weights) Object.assign(data.weights, more.weights, { float16: get(more.weights.float16) });
 }
 
 const T = data.tokens.length;

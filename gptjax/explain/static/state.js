@@ -20,6 +20,8 @@ const DEFAULTS = {
   topp: "1",
   checkpoint: "", // the index of the checkpoint that is compared
   end: "0", // 1: the LM head after the last token
+  off: "", // the heads that are off in the last view, as numbers LAYER * H + HEAD
+  mute: "", // the tokens that are hidden in the last view
 };
 
 const store = {

@@ -1,0 +1,247 @@
+"""The model in the page computes what gptjax computes on the same float16-rounded parameters."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import shutil
+import unicodedata
+
+import jax
+import jax.numpy as jnp
+import loaded
+import numpy as np
+import pages
+import pytest
+import small
+from playwright.sync_api import sync_playwright
+
+from gptjax.data.tokens import tokenizer as tokenizer_lib
+from gptjax.errors import UserError
+from gptjax.explain import data as data_lib
+from gptjax.explain import page as page_lib
+from gptjax.explain import weights as weights_lib
+from gptjax.infer import generate as generate_lib
+from gptjax.infer.inside import Changes
+
+CHROMIUM = shutil.which("chromium") or ""
+STATIC = pathlib.Path(page_lib.__file__).parent / "static"
+needs_chromium = pytest.mark.skipif(not CHROMIUM, reason="needs Debian's chromium")
+
+# name -> kind, changes of the model
+MODELS = {
+    "classification": ("classification", {}),
+    "entailment": ("entailment", {}),
+    "similarity": ("similarity", {}),
+    "multiple_choice": ("multiple_choice", {}),
+    "regression": ("regression", {}),
+    "language": ("", {}),
+    "mean": ("classification", {"mean": True, "num_layers": 3, "num_heads": 4}),
+    "windows": ("classification", {"windows": 3, "context_length": 8, "mean": True}),
+    "untied": ("entailment", {"tied": False, "activation": "relu", "segment_types": 2}),
+    "windows_extract": ("classification", {"windows": 2, "context_length": 9}),
+}
+FAST = ("similarity",)
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name not in FAST]
+
+
+def rounded(gpt):
+    """The model whose parameters went through float16."""
+
+    def round_(x):
+        return jnp.asarray(np.asarray(x, np.float16), jnp.float32)
+
+    return dataclasses.replace(gpt, params=jax.tree.map(round_, gpt.params))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Script:
+    """The scripts of the model in a bare page, with the data of a page."""
+
+    def __init__(self, browser, data):
+        first, more = page_lib._split(data)
+        self.page = browser.new_page()
+        blocks = "".join(
+            f'<script type="application/json" id="{name}">{page_lib.embed(part)}</script>'
+            for name, part in (("data", first), ("more", more))
+        )
+        self.page.set_content(blocks)
+        names = ("data.js", "live/tokenizer.js", "live/model.js")
+        scripts = "\n".join((STATIC / name).read_text() for name in names)
+        self.page.evaluate(
+            f"""() => {{ "use strict"; {scripts}
+            readMore();
+            const run = (work) => {{ for (;;) {{
+              const {{ value, done }} = work.next(); if (done) return value; }} }};
+            const w = data.weights, model = run(Live.load(w, data.model));
+            const merges = bytes(w.tokenizer.merges, 0, Infinity).slice();
+            const tokenizer = Tokenizing.make(w.tokenizer, new Uint32Array(merges.buffer));
+            window.it = {{ Live, data, model, tokenizer, run, special: w.tokenizer.special }}; }}"""
+        )
+
+    def __call__(self, script, argument=None):
+        return self.page.evaluate(script, argument)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.page.close()
+
+
+FORWARD = """({texts, off, hidden}) => {
+  const {Live, model, tokenizer, special, run, data} = it;
+  const row = Live.rowOf(model, special, texts.map((text) => tokenizer.encode(text)));
+  const factors = new Float32Array(model.layers * model.heads).fill(1);
+  for (const [layer, head] of off) factors[layer * model.heads + head] = 0;
+  const found = run(Live.forward(model, row, {factors, hidden, keep: true}));
+  return {row, task: found.task, surprise: found.surprise, logits: [...found.logits],
+          last: [...found.last]};
+}"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_the_logits_are_those_of_the_model_with_the_same_parameters(browser, name):
+    kind, changes = MODELS[name]
+    gpt = loaded.model(kind, **changes)
+    data, reference = data_lib.explain(gpt, loaded.texts(gpt)), rounded(gpt)
+    texts = [each["text"] for each in data["input"]["columns"]]
+    columns = [each["name"] for each in data["input"]["columns"]]
+    other = [f"{text} while the dogs sat" for text in texts]
+    rng = random.Random(name)
+    with Script(browser, data) as script:
+        for given in (texts, other, [text[: len(text) // 2] for text in texts]):
+            row = gpt.read(dict(zip(columns, given, strict=True)) if kind else given[0])
+            plain = [
+                t for t in range(row.length)
+                if row.batch.extract is None or t not in row.batch.extract[0]
+            ]  # fmt: skip
+            for off, hidden in (
+                ([], []),
+                ([(0, 1), (1, 2)], []),
+                ([], rng.sample(plain, 2)),
+                ([(1, 0)], rng.sample(plain, 3)),
+            ):
+                found = script(FORWARD, {"texts": given, "off": off, "hidden": hidden})
+                batch = row.batch
+                np.testing.assert_array_equal(found["row"]["ids"], batch.tokens[0])
+                np.testing.assert_array_equal(found["row"]["positions"], batch.positions[0])
+                np.testing.assert_array_equal(found["row"]["types"], batch.token_types[0])
+                np.testing.assert_array_equal(found["row"]["segments"], batch.segment_ids[0])
+                np.testing.assert_array_equal(found["row"]["predicts"], batch.lm_weights[0] > 0)
+                assert found["row"]["cut"] == row.cut
+                keep = ("logits", "task_logits") if kind else ("logits",)
+                want = reference.inside(row, keep, Changes(heads_off=off, hidden_tokens=hidden))
+                logits = np.reshape(found["logits"], want["logits"].shape)
+                np.testing.assert_allclose(logits, want["logits"], rtol=0, atol=1e-3)
+                if kind:
+                    # In a row of one example, missing candidates come after the existing ones.
+                    task = want["task_logits"][: len(found["task"])]
+                    np.testing.assert_allclose(found["task"], task, rtol=0, atol=1e-3)
+                log_p = np.asarray(jax.nn.log_softmax(want["logits"]))
+                for t, nats in enumerate(found["surprise"]):
+                    assert (nats is not None) == (batch.lm_weights[0, t] > 0)
+                    if nats is not None:
+                        assert nats == pytest.approx(-log_p[t, batch.tokens[0, t + 1]], abs=1e-3)
+
+
+# ---- the tokenizer
+
+SENTENCES = (
+    "The cat sat on a mat.", "It's 3.14, isn't it? Can't, won't, cannot — we'll see…",
+    "“Quotes” and ‘quotes’, 'em, ''two'' and n't", "Mr. Smith, Dr. Who, U.S.A., e.g. this; No. 5",
+    "10:30-11:45 1.2.3 1,000,000 $5.99 50% #1 @home a/b//c -- --- ~~ ~ ^ ` | < > = + _x_",
+    "ΣΊΣΥΦΟΣ ὈΔΥΣΣΕΎΣ İstanbul STRASSE ẞ ǅ ﬁ", "cafe\u0301 café e\u0301\u0323 \u212b \uac00 \u1100\u1161",
+    "你好，世界。 日本語のテキスト 한국어 العربية हिन्दी ไทย", "👍 👩‍👩‍👧 🇩🇪 ❤️ 🤷🏽‍♀️ a👍b",
+    "line one\nline two \n\n  three\r\nfour\tfive\x0bsix\x0cseven\x85eight\u2028nine\u2029ten",
+    "zero\u200bwidth soft\u00adhyphen bom\ufeff \u202eright\u202c nul\x00l bell\x07 \x1b[31m",
+    "no\u00a0break\u3000wide\u2003em\u1680ogham\u180emongolian\u205fmath", "", " ", "\n", "\n \n", ".",
+    "<unk> _start_ _classify_ <pad> </w> n't</w>", "aaaaaaaaaa aaa " + "ab" * 300, "x" * 5000,
+    pages.HOSTILE.replace("\ud800", ""), small.WORDS.upper(), "don't; DON'T, can't cannot CANNOT n’t",
+    "²³½ ①② ٣٫٤ १२.३४ 1:2.3:4 a.b.c. A.B. x. y", "a\u0345b \u0300c d\u20dde f‿g h⁀i", "\u00b5 Å ſ K",
+)  # fmt: skip
+
+
+def tokenizers():
+    """Every kind of tokenizer that the page knows, trained on the sentences."""
+    texts = [*SENTENCES, small.WORDS]
+    english = json.loads(tokenizer_lib.train_bpe(texts, 300).to_json())["model"]
+    vocabulary = {
+        token: i for i, token in enumerate([*english["vocab"], "n", "n'", "n't</w>", "'", "t</w>"])
+    }
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(vocabulary))}
+    merges = [tuple(merge) for merge in english["merges"]]
+    merges += [("n", "'"), ("n'", "t</w>")]
+    return {
+        "fast": tokenizer_lib.train_bpe(texts, 500),
+        "few": tokenizer_lib.train_bpe([small.WORDS] * 2, 60),
+        "english": tokenizer_lib._add_specials(tokenizer_lib._bpe(vocabulary, merges)),
+        "characters": tokenizer_lib.train_characters([small.WORDS, *SENTENCES[:4]]),
+    }
+
+
+def varied(seed=0):
+    """A few hundred texts: sentences, their parts, mixtures, and every assigned character."""
+    rng = random.Random(seed)
+    texts = list(SENTENCES)
+    for _ in range(250):
+        parts = [rng.choice(SENTENCES)[:200] for _ in range(2)]
+        start = rng.randrange(1 + len(parts[0]))
+        texts.append(parts[0][start:] + rng.choice(("", " ", "\n", "'", ".")) + parts[1][:50])
+    for _ in range(100):
+        texts.append("".join(rng.choice("abcnt's.,-!?123:/ \n\tM\u00e9") for _ in range(60)))
+    # Python and Chromium know different versions of Unicode. What both know must be alike.
+    known = [
+        chr(i) for i in (*range(0x3100), *range(0xA000, 0xAC00), *range(0xF900, 0x12000))
+        if unicodedata.category(chr(i)) not in ("Cn", "Cs", "Co")
+    ]  # fmt: skip
+    texts += ["".join(f"a{c}n{c}1.5{c} mr.{c}" for c in known[i : i + 300])
+              for i in range(0, len(known), 300)]  # fmt: skip
+    return texts
+
+
+class Words:
+    """A browser page with the tokenizer alone."""
+
+    def __init__(self, browser, spec):
+        self.page = browser.new_page()
+        script = (STATIC / "live/tokenizer.js").read_text()
+        self.page.evaluate(
+            f"""(spec) => {{ {script}
+            const raw = Uint8Array.from(atob(spec.merges), (c) => c.charCodeAt(0));
+            window.it = Tokenizing.make(spec, new Uint32Array(raw.buffer)); }}""",
+            spec,
+        )
+
+    def __call__(self, texts):
+        return self.page.evaluate("(texts) => texts.map((text) => it.encode(text))", texts)
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("rules", ["fast", "few", "english", "characters"])
+def test_the_ids_are_those_of_the_tokenizer(browser, rules):
+    tokenizer, texts = tokenizers()[rules], varied()
+    spec = weights_lib._tokenizer(tokenizer)
+    assert spec["rules"] == ("fast" if rules == "few" else rules)
+    assert spec["exact"]
+    words = Words(browser, spec)
+    wrong = []
+    expected = [tokenizer.encode(text) for text in texts]
+    for text, ids, want in zip(texts, words(texts), expected, strict=True):
+        if ids != want:
+            wrong.append((text[:60], tokenizer.decode(ids)[:60], tokenizer.decode(want)[:60]))
+    assert wrong == []
+    decoded = words.page.evaluate("(all) => all.map((ids) => it.decode(ids))", expected)
+    assert decoded == [tokenizer.decode(ids) for ids in expected]
+    # Half a surrogate pair, which no other program passes on, is U+FFFD.
+    assert words.page.evaluate("it.encode('a\\ud800 b')") == tokenizer.encode("a\ud800 b")
+    words.page.close()
