@@ -68,20 +68,19 @@ class Script:
     def __init__(self, browser, data):
         first, more = page_lib._split(data)
         self.page = browser.new_page()
-        blocks = "".join(
-            f'<script type="application/json" id="{name}">{page_lib.embed(part)}</script>'
-            for name, part in (("data", first), ("more", more))
+        self.page.set_content(
+            f'<script type="application/json" id="data">{page_lib.embed(first)}</script>'
+            f'<script type="application/gzip" id="more">{more}</script>'
         )
-        self.page.set_content(blocks)
         names = ("data.js", "live/tokenizer.js", "live/model.js")
         scripts = "\n".join((STATIC / name).read_text() for name in names)
         self.page.evaluate(
-            f"""() => {{ "use strict"; {scripts}
-            readMore();
+            f"""async () => {{ "use strict"; {scripts}
+            await readMore();
             const run = (work) => {{ for (;;) {{
               const {{ value, done }} = work.next(); if (done) return value; }} }};
             const w = data.weights, model = run(Live.load(w, data.model));
-            const merges = bytes(w.tokenizer.merges, 0, Infinity).slice();
+            const merges = bytesOf(w.tokenizer.merges).slice();
             const tokenizer = Tokenizing.make(w.tokenizer, new Uint32Array(merges.buffer));
             window.it = {{ Live, data, model, tokenizer, run, special: w.tokenizer.special }}; }}"""
         )
