@@ -82,8 +82,13 @@ def draw(
     if data["attribution"]:
         makers["attribution"] = functools.partial(_attribution, data, t)
     for name, make in makers.items():
-        with matplotlib.rc_context(settings):
-            yield name, _bytes(make(), format)
+        # The reader's own settings of matplotlib change no picture. They are back before `yield`,
+        # because the caller may draw between two pictures.
+        with matplotlib.rc_context():
+            matplotlib.rcdefaults()
+            matplotlib.rcParams.update(settings)
+            content = _bytes(make(), format)
+        yield name, content
 
 
 def _bytes(figure: "Figure", format: PictureFormat) -> bytes:
@@ -234,9 +239,24 @@ def _colours(stops: Sequence[str]) -> Any:
     return LinearSegmentedColormap.from_list("page", list(stops))
 
 
-def _name_axes(axis: "Axes", names: Sequence[str], size: float, rows: bool, columns: bool) -> None:
-    """Writes the tokens beside the rows and under the columns of a matrix."""
-    step = -(-len(names) // _NAMED)
+def _name_axes(
+    axis: "Axes", names: Sequence[str], size: float, side: float, rows: bool, columns: bool
+) -> None:
+    """Writes the tokens beside the rows and under the columns of a matrix.
+
+    Names that would overlap are smaller, down to 4.5 points. With more tokens every nth has one.
+
+    Args:
+      axis: the matrix.
+      names: the names of the tokens.
+      size: the largest size of the names, in points.
+      side: the length of a side of the matrix, in inches.
+      rows: whether the rows have names.
+      columns: whether the columns have names.
+    """
+    room = 72 * side / 1.1  # points for all names, with a tenth between two lines
+    size = min(size, max(4.5, room / len(names)))
+    step = -(-len(names) // max(1, min(_NAMED, int(room / size + 1e-9))))
     places = list(range(0, len(names), step))
     shown = [names[i] if step == 1 else f"{names[i]} {i}" for i in places]
     axis.set_yticks(places if rows else [], shown if rows else [], fontsize=size)
@@ -257,7 +277,7 @@ def _mask(data: Data, t: Callable[..., str]) -> "Figure":
     figure = _figure(size + 1.2, size + 1.2)
     axis = figure.add_axes((1.1 / (size + 1.2), 0.9 / (size + 1.2), *2 * (size / (size + 1.2),)))
     axis.imshow(seen_TS, cmap=_colours((_MASKED, _WEIGHT[2])), vmin=0, vmax=1)
-    _name_axes(axis, names, _font_size(length), True, True)
+    _name_axes(axis, names, _font_size(length), size, True, True)
     if length <= 24:
         for i, j in np.ndindex(length, length):
             text, colour = ("0", "#ffffff") if seen_TS[i, j] else ("−∞", _SOFT)
@@ -298,7 +318,7 @@ def _attention(data: Data, t: Callable[..., str], layer: int) -> "Figure":
         # The root makes small weights visible, as in the page.
         image = axis.imshow(shown, cmap=colours, norm=PowerNorm(0.5, 0, 1), interpolation="nearest")
         is_last = head + columns >= heads
-        _name_axes(axis, names, 5 if length > 20 else 6, column == 0, is_last)
+        _name_axes(axis, names, 5 if length > 20 else 6, size, column == 0, is_last)
         axis.set_title(f"{t('head')} {head}", fontsize=7.5, pad=3)
         for spine in axis.spines.values():
             spine.set_linewidth(0.5)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import warnings
 import xml.etree.ElementTree
 
@@ -163,3 +164,39 @@ def test_weights_need_no_top_keys():
     values = np.frombuffer(base64.b64decode(data["attention"]["top"]["values"]), "<f4")
     assert (values == 0).any()
     np.testing.assert_allclose(pictures.weights(data).sum(axis=-1), 1, atol=0.02)
+
+
+def test_the_readers_settings_of_matplotlib_are_neither_used_nor_changed(png):
+    own = {"axes.facecolor": "black", "savefig.facecolor": "red", "font.size": 20.0}
+    with matplotlib.rc_context(own):
+        before = dict(matplotlib.rcParams)
+        for name, content in pictures.draw(pages.of("classification")):
+            assert content == png[name], name
+            assert dict(matplotlib.rcParams) == before, name
+
+
+def test_the_cells_of_the_mask_are_what_a_query_sees():
+    data = pages.of("classification")
+    strings = pictures._strings("en")
+    with matplotlib.rc_context({"font.family": pictures.fonts("en")}):
+        figure = pictures._mask(data, lambda *a, **k: pictures._text(strings, *a, **k))
+    image = figure.axes[0].images[0]
+    colours = image.to_rgba(image.get_array())
+    seen = np.tri(len(data["tokens"]), dtype=bool)
+    assert len({tuple(colour) for colour in colours[seen]}) == 1
+    assert len({tuple(colour) for colour in colours[~seen]}) == 1
+    assert tuple(colours[0, 0]) != tuple(colours[0, -1])
+
+
+@pytest.mark.parametrize("length", [5, 19, 60, 128, 512])
+def test_names_of_tokens_do_not_overlap(length):
+    figure = pictures._figure(3, 3)
+    axis = figure.add_axes((0.4, 0.4, 0.45, 0.45))
+    axis.imshow(np.zeros((length, length)))
+    pictures._name_axes(axis, ["word"] * length, 6, 0.45 * 3, True, True)
+    figure.draw_without_rendering()
+    for labels, side in ((axis.get_yticklabels(), "y"), (axis.get_xticklabels(), "x")):
+        boxes = [label.get_window_extent() for label in labels]
+        assert boxes
+        edges = sorted((getattr(b, f"{side}0"), getattr(b, f"{side}1")) for b in boxes)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(edges))
