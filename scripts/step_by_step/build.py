@@ -147,7 +147,12 @@ def table(values: Any, rows: Any, columns: Any, corner: str = "", digits: int = 
         whole = isinstance(x, str | int | np.integer)
         return str(x) if whole else number(x, digits)
 
-    lines = [[corner, *columns], ["---", *["---:"] * len(columns)]]
+    def is_number(column: int) -> bool:
+        return all(re.fullmatch(r"-?[\d.e-]*(?: %)?", cell(line[column])) for line in values)
+
+    values = [list(line) for line in values]
+    rules = ["---:" if is_number(i) else "---" for i in range(len(values[0]))]
+    lines = [[corner, *columns], ["---", *rules]]
     lines += [[name, *map(cell, values)] for name, values in zip(rows, values, strict=True)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 

@@ -254,7 +254,7 @@ axes[2].set(xlabel=f"D = {D}", title="=")
 axes[2].set_yticks(range(T), [name.removesuffix("</w>") for name in names])
 
 # %% qkv
-LAYER, HEAD, QUERY = 0, 0, names.index("good</w>")
+LAYER, HEAD, QUERY = 0, 3, names.index("good</w>")
 
 
 def layer(tree, index):
@@ -404,7 +404,12 @@ for i in range(L):
     states.append(block(states[-1], layer(params["blocks"], i)))
     np.testing.assert_allclose(states[-1], found["blocks"][i], atol=2e-5)
 x_last = states[-1]
-# The same states without training data or tasks: a later word changes no earlier state.
+# The head that reads most from the word `not`, to write the answer at the last token.
+from_not = found["attention"][:, :, -1, AT]
+READER = tuple(int(i) for i in np.unravel_index(from_not.argmax(), from_not.shape))
+reader_weights = found["attention"][READER][-1]
+print("block and head", READER, reader_weights.round(3))
+# A later word changes no earlier state.
 other = gpt.inside("the jokes were not bad", ["blocks"])["blocks"][-1]
 print("largest change before the changed word:", np.abs(other[:QUERY] - x_last[:QUERY]).max())
 
@@ -426,6 +431,9 @@ task_logits = linear(read, params["task_head"])
 np.testing.assert_allclose(task_logits, found["task_logits"], atol=1e-4)
 class_p = softmax(task_logits)
 print(dict(zip(gpt.task.labels, class_p.round(4), strict=True)))
+off = gptjax.Changes(heads_off=[READER])
+p_without = softmax(gpt.inside(row, ["task_logits"], off)["task_logits"].astype(np.float64))
+print("without head", READER, p_without.round(4))
 
 figure, axes = plt.subplots(1, 2, figsize=(7, 2.6), layout="constrained", width_ratios=(3, 2))
 axes[0].barh(
