@@ -2,6 +2,7 @@
 
     python scripts/step_by_step/build.py            # the pages, from the kept model
     python scripts/step_by_step/build.py --train    # the model too (a few minutes)
+    python scripts/step_by_step/build.py --explain  # and pictures of the page of `explain`
     python scripts/step_by_step/build.py --check    # only says whether the files are up to date
 
 `en.md` and `zh.md` hold the prose, and `cells.py` the computation. The cells run once, so both
@@ -14,6 +15,7 @@ pages and both notebooks have the same numbers. A template has three kinds of ma
 
 `--check` compares texts and code exactly. Numbers may differ by one unit in the last digit, because
 another processor rounds differently, and pictures a little, because another matplotlib does too.
+The pictures of the page need playwright and Debian's chromium, and are not compared.
 """
 
 import argparse
@@ -26,6 +28,7 @@ import pathlib
 import re
 import shutil
 import sys
+import tempfile
 import textwrap
 from typing import Any
 
@@ -181,7 +184,9 @@ def notebook_of(rendered: str) -> str:
     for i, part in enumerate(_CELL.split(rendered)):
         if i % 2:
             found.append(nbformat.v4.new_code_cell(sources[part]))
-        elif text := _PICTURE.sub("", part).strip():
+        elif text := _PICTURE.sub(
+            lambda match: "" if match[1] in sources else match[0], part
+        ).strip():
             found.append(nbformat.v4.new_markdown_cell(text))
     for i, cell in enumerate(found):
         cell.id = f"cell-{i}"
@@ -235,6 +240,50 @@ def stale(made: dict[pathlib.Path, bytes]) -> list[str]:
     return [str(path.relative_to(ROOT)) for path, x in made.items() if not is_same(path, x)]
 
 
+# View of the page -> the first of its parts in the picture, and the part after the last, both from
+# 0. None means that the picture goes to the end of the view.
+_VIEWS = {"head": (0, 1), "training": (2, None)}
+
+
+def explain(variables: dict[str, Any]) -> None:
+    """Writes pictures of parts of the page of `gptjax explain`, in each language."""
+    from PIL import Image
+    from playwright.sync_api import sync_playwright
+
+    layer, head = variables["READER"]
+    address = f"head={layer}.{head}&token={variables['T'] - 1}"
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        chromium = shutil.which("chromium")
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1000, "height": 900}, color_scheme="light")
+        for language in LANGUAGES:
+            page = variables["gpt"].explain(
+                variables["SENTENCE"], variables["LABEL"], [(layer, head)], language
+            )
+            page.save(f"{folder}/{language}.html")
+            for view, (first, last) in _VIEWS.items():
+                tab.goto(f"file://{folder}/{language}.html#at={view}&{address}")
+                tab.wait_for_selector("html[data-ready]")
+                parts = tab.locator(f"#view-{view} h3")
+                # The page draws what is in the window.
+                parts.nth(first).evaluate("part => part.scrollIntoView()")
+                tab.wait_for_timeout(1000)
+                box = tab.locator(f"#view-{view}").bounding_box()
+                top = parts.nth(first).bounding_box()["y"]
+                end = (
+                    box["y"] + box["height"]
+                    if last is None
+                    else parts.nth(last).bounding_box()["y"]
+                )
+                shift = tab.evaluate("scrollY")
+                clip = {"x": box["x"] - 8, "y": top + shift - 8, "width": box["width"] + 8,
+                        "height": end - top}  # fmt: skip
+                picture = Image.open(io.BytesIO(tab.screenshot(full_page=True, clip=clip)))
+                small = picture.convert("RGB").quantize(64)
+                small.save(ASSETS / f"explain_{view}_{language}.png", optimize=True)
+        browser.close()
+
+
 def keep_models(variables: dict[str, Any]) -> None:
     """Replaces the kept models by those that were trained."""
     from gptjax.interop import convert
@@ -250,12 +299,14 @@ def main() -> int:
     """Runs the command; returns 1 if `--check` finds a file that is not up to date."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--train", action="store_true", help="train the two models again")
+    parser.add_argument("--explain", action="store_true", help="pictures of the page too")
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if a file is stale")
     arguments = parser.parse_args()
     if arguments.train and not arguments.check:
         keep_models(run(train=True)[0])
     # The numbers are those of the kept models, which a reader has too.
-    made = files(*run())
+    variables, pictures = run()
+    made = files(variables, pictures)
     if arguments.check:
         for name in stale(made):
             print(f"{name}: is not up to date; run python scripts/step_by_step/build.py")
@@ -264,6 +315,8 @@ def main() -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(contents)
         print(os.path.relpath(path))
+    if arguments.explain:
+        explain(variables)
     return 0
 
 
