@@ -109,6 +109,7 @@ print(training)
 import jax
 import matplotlib.pyplot as plt
 
+from gptjax.explain.words import Merges
 from gptjax.infer.inside import AXES
 
 
@@ -141,6 +142,8 @@ ids = row.batch.tokens[0]
 T = len(ids)
 names = [gpt.tokenizer.token(int(i)) for i in ids]
 print(names)
+spelled = Merges(gpt.tokenizer).steps([names[2]])  # a word from its characters to its token
+print(" -> ".join(map(" ".join, spelled)))
 
 # The picture: boxes from the bottom to the top, and the two ways around the sublayers.
 BOXES = (
