@@ -162,7 +162,7 @@ def test_the_joint_loss_is_a_weighted_sum():
 
 
 def test_the_embedding_is_a_sum():
-    token, position, total = numbers(4, 0)
+    token, position, total = numbers(4, 0).T
     np.testing.assert_allclose(token + position, total, atol=3 * HALF)
 
 
@@ -191,7 +191,7 @@ def test_the_mask_is_a_lower_triangle_and_the_softmax_follows_from_the_scores():
 def test_the_head_is_a_weighted_sum_of_values():
     weights, values, products = numbers(7, 0)
     np.testing.assert_allclose(weights * values, products, atol=5 * HALF)
-    heads = numbers(7, 1)[0]
+    heads = numbers(7, 1).T[0]
     text = sections("en")[7]
     total = float(re.search(r"add up to (-?[\d.]+\d)", text)[1])
     assert (weights * values).sum() == pytest.approx(total, abs=12 * HALF)
@@ -200,7 +200,7 @@ def test_the_head_is_a_weighted_sum_of_values():
 
 
 def test_the_layer_norm_has_its_mean_variance_gain_and_bias():
-    before, attention, added, normal, gain, bias, result = numbers(8, 0)
+    before, attention, added, normal, gain, bias, result = numbers(8, 0).T
     np.testing.assert_allclose(before + attention, added, atol=3 * HALF)
     mean, variance = added.mean(), added.var()
     text = sections("en")[8]
@@ -208,7 +208,7 @@ def test_the_layer_norm_has_its_mean_variance_gain_and_bias():
     assert (mean, variance) == pytest.approx((float(said[1]), float(said[2])), abs=4 * HALF)
     np.testing.assert_allclose((added - mean) / np.sqrt(variance + 1e-5), normal, atol=6 * HALF)
     np.testing.assert_allclose(normal * gain + bias, result, atol=8 * HALF)
-    one, other = numbers(8, 1)
+    one, other = numbers(8, 1).T
     assert abs(one - other).max() > 0.1, "batch norm hardly depends on the other tokens"
 
 
@@ -229,7 +229,7 @@ def test_the_answer_is_a_softmax_and_the_loss_its_logarithm():
 def test_the_gradient_is_p_minus_y_and_a_difference_of_losses():
     p, y, gradient = numbers(12, 0)
     np.testing.assert_allclose(p - y, gradient, atol=1e-4)
-    state, first, second = numbers(12, 1)
+    state, first, second = numbers(12, 1).T
     np.testing.assert_allclose(np.outer(gradient, state), [first, second], atol=4e-4)
     [[up, down, slope, backward]] = numbers(12, 2)
     # The losses have eight digits, and are divided by 0.0002.
@@ -277,16 +277,16 @@ def test_the_pages_print_what_the_model_computes(tmp_path):
     def same(printed, exact, atol=HALF + 1e-5):
         np.testing.assert_allclose(printed, exact, atol=atol)
 
-    same(numbers(4, 0)[2], found["embedding"][at])
+    same(numbers(4, 0).T[2], found["embedding"][at])
     same(numbers(5, 0)[0], found["qkv"][0, query, 0, head])
     same(numbers(5, 0)[1], found["qkv"][0, at, 1, head])
     same(numbers(6, 1), found["attention"][0, head])
-    same(numbers(7, 1)[0], found["heads"][0, query].ravel())
-    same(numbers(7, 1)[1], found["attention_out"][0, query])
-    same(numbers(8, 0)[6], found["norm1"][0, query])
+    same(numbers(7, 1).T[0], found["heads"][0, query].ravel())
+    same(numbers(7, 1).T[1], found["attention_out"][0, query])
+    same(numbers(8, 0).T[6], found["norm1"][0, query])
     same(numbers(9, 0)[1], found["ffn"][0, query, :4])
-    same(numbers(10, 0)[0], found["embedding"][query])
-    same(numbers(10, 0)[1:], found["blocks"][:, query])
+    same(numbers(10, 0).T[0], found["embedding"][query])
+    same(numbers(10, 0).T[1:], found["blocks"][:, query])
     # The head that reads the negation, and the answer without it.
     layer, reader = map(
         int, re.search(r"head (\d+) of block (\d+)", sections("en")[10]).groups()[::-1]
