@@ -207,7 +207,13 @@ def test_examples_of_the_extensions_give_what_they_show(each, extension):
 
 def test_formulas_become_mathml(extension):
     convert = extension("mathml").convert
-    for tex in (r"\frac{a}{b}", r"\hat{m}_t", r"\sum_{i=1}^n x_i", r"\mathrm{softmax}(x)"):
+    for tex in (
+        r"\frac{a}{b}",
+        r"\hat{m}_t",
+        r"\sum_{i=1}^n x_i",
+        r"\mathrm{softmax}(x)",
+        r"a, \dots, b",
+    ):
         found = convert(tex, True)
         assert found.startswith("<math")
         assert "\\" not in found

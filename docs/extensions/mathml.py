@@ -36,6 +36,7 @@ def convert(tex: str, is_block: bool) -> str:
     braces = re.sub(r"\\\\|\\[{}]", "", tex)
     if braces.count("{") != braces.count("}"):
         raise ValueError("a brace is missing")
+    tex = re.sub(r"\\dots(?![a-z])", r"\\ldots", tex)  # docutils does not know \dots
     try:
         text = latex2mathml.tex2mathml(tex, as_block=is_block)
     except (MathError, SyntaxError) as error:

@@ -37,6 +37,8 @@ class SourceLinks(SphinxTransform):
     def apply(self, **_: object) -> None:
         """Replaces the links of one page."""
         for node in list(self.document.findall(addnodes.download_reference)):
+            if node["reftarget"].endswith(".ipynb"):
+                continue  # a notebook is for Jupyter: the browser saves it
             path, _ = self.env.relfn2path(node["reftarget"], self.env.docname)
             uri = address(path, self.env.docname)
             node.replace_self(nodes.reference("", "", *node.children, refuri=uri, internal=True))
