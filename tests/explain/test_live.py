@@ -22,6 +22,7 @@ from gptjax.explain import data as data_lib
 from gptjax.explain import page as page_lib
 from gptjax.explain import weights as weights_lib
 from gptjax.infer import generate as generate_lib
+from gptjax.infer import inside
 from gptjax.infer.inside import Changes
 
 CHROMIUM = shutil.which("chromium") or ""
@@ -163,10 +164,13 @@ SENTENCES = (
     "你好，世界。 日本語のテキスト 한국어 العربية हिन्दी ไทย", "👍 👩‍👩‍👧 🇩🇪 ❤️ 🤷🏽‍♀️ a👍b",
     "line one\nline two \n\n  three\r\nfour\tfive\x0bsix\x0cseven\x85eight\u2028nine\u2029ten",
     "zero\u200bwidth soft\u00adhyphen bom\ufeff \u202eright\u202c nul\x00l bell\x07 \x1b[31m",
-    "no\u00a0break\u3000wide\u2003em\u1680ogham\u180emongolian\u205fmath", "", " ", "\n", "\n \n", ".",
+    "no\u00a0break\u3000wide\u2003em\u1680ogham\u180emongolian\u205fmath",
+    "", " ", "\n", "\n \n", ".",
     "<unk> _start_ _classify_ <pad> </w> n't</w>", "aaaaaaaaaa aaa " + "ab" * 300, "x" * 5000,
-    pages.HOSTILE.replace("\ud800", ""), small.WORDS.upper(), "don't; DON'T, can't cannot CANNOT n’t",
-    "²³½ ①② ٣٫٤ १२.३४ 1:2.3:4 a.b.c. A.B. x. y", "a\u0345b \u0300c d\u20dde f‿g h⁀i", "\u00b5 Å ſ K",
+    pages.HOSTILE.replace("\ud800", ""), small.WORDS.upper(),
+    "don't; DON'T, can't cannot CANNOT n’t",
+    "²³½ ①② ٣٫٤ १२.३४ 1:2.3:4 a.b.c. A.B. x. y", "a\u0345b \u0300c d\u20dde f‿g h⁀i",
+    "\u00b5 Å ſ K",
 )  # fmt: skip
 
 
@@ -245,3 +249,253 @@ def test_the_ids_are_those_of_the_tokenizer(browser, rules):
     # Half a surrogate pair, which no other program passes on, is U+FFFD.
     assert words.page.evaluate("it.encode('a\\ud800 b')") == tokenizer.encode("a\ud800 b")
     words.page.close()
+
+
+# ---- text that the model writes
+
+WRITE = """({prompt, count, seed, settings, banned, off}) => {
+  const {Live, model} = it, ids = [];
+  const factors = new Float32Array(model.layers * model.heads).fill(1);
+  for (const [layer, head] of off) factors[layer * model.heads + head] = 0;
+  const work = Live.generate(model, prompt, {count, seed, banned, factors, ...settings});
+  for (;;) {
+    const {value, done} = work.next();
+    if (done) return ids;
+    if (value !== undefined) ids.push(value);
+  }
+}"""
+GREEDY = {"temperature": 0, "topk": 0, "topp": 1}
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_greedy_text_with_a_cache_is_that_of_whole_passes(browser):
+    """Each token is the most likely one of a whole pass, beyond the context too."""
+    gpt = loaded.model("", context_length=16)
+    reference, banned = rounded(gpt), np.flatnonzero(gpt.never_drawn).tolist()
+    prompt = gpt.tokenizer.encode("the cat sat")
+    with Script(browser, data_lib.explain(gpt, loaded.texts(gpt))) as script:
+        for off in ([], [(0, 1)]):
+            given = {"prompt": prompt, "count": 40, "seed": 0, "settings": GREEDY}
+            ids = script(WRITE, given | {"banned": banned, "off": off})
+            assert len(ids) == 40
+            text, start = list(prompt), 0
+            for token in ids:
+                if len(text) - start >= 16:
+                    start = len(text) - 8
+                window = gpt.tokenizer.decode(text[start:])
+                logits = np.asarray(reference.lm_logits(np.array([text[start:]])))[0, -1].copy()
+                if off:
+                    row = gpt.read(gpt.tokenizer.decode(prompt))
+                    batch = dataclasses.replace(
+                        row.batch,
+                        **{
+                            name: np.asarray([values], np.int32)
+                            for name, values in {
+                                "tokens": text[start:],
+                                "segment_ids": [1] * len(text[start:]),
+                                "positions": list(range(len(text[start:]))),
+                                "token_types": [0] * len(text[start:]),
+                            }.items()
+                        },
+                    )
+                    changed = inside.activations(
+                        reference.opened,
+                        reference.params,
+                        batch,
+                        ["logits"],
+                        Changes(heads_off=off),
+                    )
+                    logits = changed["logits"][-1].copy()
+                logits[banned] = -np.inf
+                # Two logits can be equal but for rounding.
+                assert logits[token] >= logits.max() - 1e-3, window
+                text.append(token)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_distribution_is_that_of_generate(browser):
+    gpt = loaded.model("")
+    logits = np.random.default_rng(0).normal(size=97).astype(np.float32) * 2
+    script = "({logits, settings}) => [...it.Live.distribution(logits, settings)]"
+    with Script(browser, data_lib.explain(gpt, loaded.texts(gpt))) as page:
+        for temperature, top_k, top_p in (
+            (1, 0, 1), (0, 0, 1), (0.5, 5, 1), (1.5, 0, 0.7), (1, 10, 0.4), (2, 97, 0.99)
+        ):  # fmt: skip
+            rule = generate_lib.make_sampler(np.zeros(97, bool), 0, temperature, top_k, top_p)
+            if temperature:
+                kept = np.asarray(generate_lib.filtered(logits[None], rule))[0]
+                expected = np.asarray(jax.nn.softmax(kept))
+            else:
+                expected = np.eye(97)[logits.argmax()]
+            settings = {"temperature": temperature, "topk": top_k, "topp": top_p}
+            found = page(script, {"logits": logits.tolist(), "settings": settings})
+            np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_drawn_tokens_follow_the_distribution_and_the_seed(browser):
+    gpt = loaded.model("")
+    banned = np.flatnonzero(gpt.never_drawn).tolist()
+    prompt = gpt.tokenizer.encode("the cat")
+    settings = {"temperature": 1, "topk": 4, "topp": 1}
+    logits = np.asarray(rounded(gpt).lm_logits(np.array([prompt])))[0, -1].copy()
+    logits[banned] = -np.inf
+    best = np.argsort(-logits)[:4]
+    expected = np.exp(logits[best]) / np.exp(logits[best]).sum()
+    with Script(browser, data_lib.explain(gpt, loaded.texts(gpt))) as script:
+        common = {"prompt": prompt, "count": 1, "settings": settings, "banned": banned, "off": []}
+        drawn = [script(WRITE, common | {"seed": seed})[0] for seed in range(1500)]
+        share = [drawn.count(token) / len(drawn) for token in best]
+        # Four standard errors.
+        np.testing.assert_allclose(share, expected, atol=4 * 0.5 / np.sqrt(len(drawn)))
+        longer = common | {"count": 20, "seed": 7}
+        assert script(WRITE, longer) == script(WRITE, longer)
+        assert not set(script(WRITE, longer)) & set(banned)
+
+
+# ---- the view
+
+
+@pytest.fixture(scope="module")
+def opened(browser, tmp_path_factory):
+    """The page of a classifier: the browser's page, its model, and what the console said."""
+    gpt = loaded.model("classification", num_layers=3, num_heads=4, context_length=64)
+    path = tmp_path_factory.mktemp("live") / "page.html"
+    path.write_text(page_lib.render(pages.of("classification")), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    page, console = context.new_page(), []
+    page.on("console", lambda message: console.append(message.text))
+    page.on("pageerror", lambda error: console.append(str(error)))
+    page.goto(f"file://{path}#at=live")
+    page.wait_for_selector("html[data-ready]")
+    page.locator("#view-live").scroll_into_view_if_needed()
+    page.wait_for_selector("#live-time")
+    yield page, gpt, console
+    context.close()
+
+
+def shown(page):
+    """The probabilities that the view shows, in the order of the labels."""
+    page.wait_for_timeout(400)
+    texts = page.locator("#view-live .bars").first.locator(".bar-value").all_inner_texts()
+    return np.array([float(text.replace(" %", "")) / 100 for text in texts])
+
+
+def probabilities(gpt, text, changes=None):
+    logits = gpt.inside(text, ["task_logits"], changes)["task_logits"]
+    return np.asarray(jax.nn.softmax(logits / gpt.temperature))
+
+
+@needs_chromium
+def test_a_changed_text_is_computed_again(opened):
+    page, gpt, console = opened
+    box = page.locator("#view-live textarea")
+    for text in ("some dogs ran far", "a cat", "x </script><b> \u202e y", ""):
+        box.fill(text)
+        np.testing.assert_allclose(shown(page), probabilities(gpt, text), atol=0.002)
+    page.click("#live-reset")
+    np.testing.assert_allclose(shown(page), probabilities(gpt, "the cat sat on a mat"), atol=0.002)
+    assert console == []
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_heads_and_tokens_are_switched_by_mouse_and_keyboard(opened):
+    page, gpt, console = opened
+    text = "the cat sat on a mat"
+    page.click("#live-heads [data-off='5']")
+    off = Changes(heads_off=[(1, 1)])
+    np.testing.assert_allclose(shown(page), probabilities(gpt, text, off), atol=0.002)
+    page.locator("#live-heads [data-off='5']").focus()
+    page.keyboard.press("Enter")
+    np.testing.assert_allclose(shown(page), probabilities(gpt, text), atol=0.002)
+    page.locator("#live-heads .picker-name").first.click()
+    off = Changes(heads_off=[(0, head) for head in range(4)])
+    np.testing.assert_allclose(shown(page), probabilities(gpt, text, off), atol=0.002)
+    page.click("#live-reset")
+    page.click("#live-tokens [data-i='2']")
+    hidden = Changes(hidden_tokens=[2])
+    np.testing.assert_allclose(shown(page), probabilities(gpt, text, hidden), atol=0.002)
+    assert "mute=2" in page.evaluate("location.hash")
+    # The extract token stays.
+    last = len(gpt.read(text).batch.tokens[0]) - 1
+    page.click(f"#live-tokens [data-i='{last}']", force=True)
+    np.testing.assert_allclose(shown(page), probabilities(gpt, text, hidden), atol=0.002)
+    page.click("#live-reset")
+    assert console == []
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_model_writes_and_can_be_stopped(opened):
+    page, _, console = opened
+    page.fill("#live-count", "15")
+    page.click("#live-draw")
+    page.wait_for_selector("#live-stop[disabled]", timeout=20_000)
+    first = page.locator("#live-written").inner_text()
+    assert first.startswith("the cat sat on a mat")
+    assert len(first) > len("the cat sat on a mat")
+    page.click("#live-draw")
+    page.wait_for_selector("#live-stop[disabled]", timeout=20_000)
+    assert page.locator("#live-written").inner_text() == first
+    page.fill("#live-count", "2000")
+    page.click("#live-draw")
+    page.click("#live-stop")
+    page.wait_for_selector("#live-draw:not([disabled])", timeout=20_000)
+    assert console == []
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_quickstarts_size_is_fast(browser):
+    """64 tokens of a model with the sizes of the quickstart: 150 ms, on an idle machine."""
+    sizes = {"num_layers": 3, "num_heads": 4, "width": 128, "context_length": 128}
+    gpt = loaded.model("", vocab_size=4004, **sizes)
+    text = " ".join([small.WORDS] * 9)
+    while len(gpt.tokenizer.encode(text)) > 64:
+        text = text.rsplit(" ", 1)[0]
+    data = data_lib.explain(gpt, text, compare=[])
+    length = len(data["tokens"])
+    assert 60 <= length <= 64
+    time = """() => { const {Live, model, tokenizer, special, run} = it, times = [];
+      const row = Live.rowOf(model, special, [%s]);
+      for (let i = 0; i < 12; i++) { const begun = performance.now();
+        run(Live.forward(model, row)); times.push(performance.now() - begun); }
+      return times; }"""
+    ids = json.dumps([each["id"] for each in data["tokens"]])
+    with Script(browser, data) as script:
+        times = script(time % ids)
+    print("64 tokens, ms:", [round(ms) for ms in times])
+    # The fastest of twelve: the other work of the machine does not count.
+    assert min(times) < 150
+
+
+# ---- what travels
+
+
+def test_a_wish_that_cannot_be_granted_is_one_line():
+    gpt = loaded.unusual()
+    assert weights_lib.of(gpt) is None
+    with pytest.raises(UserError, match=r"the page cannot compute models with `model\.one_matrix`"):
+        weights_lib.of(gpt, wanted=True)
+    gpt = loaded.model("")
+    huge = dict(gpt.params) | {"token_embedding": gpt.params["token_embedding"] * 1e8}
+    huge = dataclasses.replace(gpt, params=huge)
+    assert weights_lib.of(huge) is None
+    with pytest.raises(UserError, match="float16 ends at 65504"):
+        weights_lib.of(huge, wanted=True)
+
+
+def test_size_decides_what_travels(monkeypatch):
+    gpt = loaded.model("")
+    count = sum(x.size for x in jax.tree.leaves(gpt.params))
+    assert weights_lib.of(gpt) is not None
+    monkeypatch.setattr(weights_lib, "BY_DEFAULT", count - 1)
+    assert weights_lib.of(gpt) is None
+    assert weights_lib.of(gpt, wanted=True) is not None
+    monkeypatch.setattr(weights_lib, "AT_MOST", count - 1)
+    with pytest.raises(UserError, match=f"has {count:,} parameters, and a page holds at most"):
+        weights_lib.of(gpt, wanted=True)

@@ -17,6 +17,7 @@ from gptjax.infer import generate
 
 VIEWS = (
     "answer", "ids", "lookup", "steps", "head", "heads", "layers", "lm", "task", "training", "time",
+    "live",
 )  # fmt: skip
 KINDS = (
     "classification", "five", "windows", "entailment", "similarity", "multiple_choice",

@@ -330,6 +330,7 @@ const STRINGS = {
   // live
   live_intro: ["The model itself is in this page. Change the text, hide a token or switch off a head, and the page computes the whole forward pass again. Everything is compared with the original text.", "模型本身就在这个页面里。改一改文本、遮住一个词元或关掉一个注意力头，页面会重新做一遍完整的前向计算，并与原文本的结果对比。"],
   live_none: ["The model is not in this page. A page that is written with {flag} has it, up to 20 million parameters.", "这个页面不含模型。生成页面时加上 {flag}，参数不超过两千万的模型会一并写入。"],
+  live_kind: ["The page cannot run a model with one matrix for all embeddings or with a task head on all positions. {name} switches off heads and hides tokens without a page.", "嵌入共用一个矩阵、或任务头读取所有位置的模型，本页还不能运行。在程序里可以用 {name} 关掉注意力头、遮住词元。"],
   live_large: ["The model has {count} parameters, and a page holds at most 20 million. {name} switches off heads and hides tokens without a page.", "模型有 {count} 个参数，而页面最多容纳两千万个。在程序里可以用 {name} 关掉注意力头、遮住词元。"],
   live_unfit: ["The parameters of this model do not fit into half precision, so it is not in the page. {name} switches off heads and hides tokens without a page.", "这个模型的参数超出了半精度的范围，无法写入页面。在程序里可以用 {name} 关掉注意力头、遮住词元。"],
   live_wait: ["The model is being read…", "正在读取模型……"],

@@ -64,6 +64,7 @@ function LiveView() {
   useStore();
   const name = html`<code data-lit>gptjax.Changes</code>`, count = data.model.parameters;
   if (data.weights) return html`<${Lab} />`;
+  if (data.model.one_matrix || data.model.head === "flatten") return html`<p>${fill(t("live_kind"), { name })}</p>`;
   if (count > 2e7) return html`<p>${fill(t("live_large"), { count: whole(count), name })}</p>`;
   if (count <= 2e6) return html`<p>${fill(t("live_unfit"), { name })}</p>`;
   return html`<p>${fill(t("live_none"), { flag: html`<code data-lit>--weights</code>` })}</p>`;
