@@ -346,7 +346,8 @@ def run_explain(_: Command) -> None:
     else:
         formats = list(schema.PictureFormat)
         require(format in formats, f"--format={format}: must be one of {', '.join(formats)}")
-        is_folder = bool(output_path) and not ending and not os.path.isfile(output_path)
+        is_folder = bool(output_path) and (os.path.isdir(output_path) or not ending)
+        is_folder = is_folder and not os.path.isfile(output_path)
         require(is_folder, f"--output={output_path}: give a folder for the .{format} pictures")
         pictures.fonts(flags.LANGUAGE.value)
     heads = _heads(flags.HEADS.value)

@@ -294,7 +294,7 @@ const STRINGS = {
   picture_attention: ["attention of block {layer}", "第 {layer} 层的注意力"],
   picture_weight: ["attention weight; grey: masked", "注意力权重；灰色：被掩码"],
   picture_blocks: ["block, × {count}", "层，× {count}"],
-  picture_surprise: ["surprise of each token; the mean is the LM loss, {loss}", "每个词元的惊奇度；平均值是语言模型损失 {loss}"],
+  picture_surprise: ["surprise of each token; the LM loss is {loss}", "每个词元的惊奇度；语言模型损失是 {loss}"],
   picture_share: ["part of each token in the logit, of the largest", "每个词元对 logit 的贡献，相对于最大者"],
 
   // 11
