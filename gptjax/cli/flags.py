@@ -156,7 +156,8 @@ MODES: dict[str, Mode] = {
             "heads.",
             "compare=DIRS": "Other checkpoints, separated by commas, that read the same text: "
             "before and after fine-tuning, or pretrained and from scratch. They must have the same "
-            "tokenizer. Default: the checkpoints that the run kept. none means none.",
+            "tokenizer. Default: the checkpoints that the run kept, of a model of up to 20 million "
+            "parameters. none means none.",
             "other_text=TEXT": "Another text to compare with --text. The other texts of a pair or "
             "of a multiple choice stay the same.",
             "weights": "Puts a model of up to 20 million parameters into the page, so that the "
@@ -182,7 +183,7 @@ MODES: dict[str, Mode] = {
             "trainings start from it with --config.init_from.",
             "format=NAME": "The format of the weights: openai (the files of OpenAI's "
             "finetune-transformer-lm) or huggingface (a folder of an openai-gpt model for "
-            "transformers).",
+            "transformers). Default: huggingface.",
             "config.tokenizer.words=HOW": "The way to split text into words: exact (the way of "
             "OpenAI's code, which uses ftfy and spaCy) or fast (nearly the same words, without "
             "these libraries). Default: exact.",
@@ -195,7 +196,8 @@ MODES: dict[str, Mode] = {
             "input=DIR": _CHECKPOINT,
             "output=DIR": "The folder to create.",
             "format=NAME": "The format to write: huggingface (a folder of an openai-gpt model for "
-            "transformers) or openai (the files of OpenAI's finetune-transformer-lm).",
+            "transformers) or openai (the files of OpenAI's finetune-transformer-lm). "
+            "Default: huggingface.",
         },
     ),
     "ablate": Mode(

@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -349,6 +350,13 @@ def run_explain(_: Command) -> None:
         is_folder = bool(output_path) and (os.path.isdir(output_path) or not ending)
         is_folder = is_folder and not os.path.isfile(output_path)
         require(is_folder, f"--output={output_path}: give a folder for the .{format} pictures")
+        place = pathlib.Path(output_path).absolute()
+        while not place.exists():
+            place = place.parent
+        require(place.is_dir(), f"--output={output_path}: {place} is no folder")
+        for name in ("compare", "other_text", "weights"):
+            given = flags.FLAGS[name].present
+            require(not given, f"--{name}: pictures do not show it; leave it out with --format")
         pictures.fonts(flags.LANGUAGE.value)
     heads = _heads(flags.HEADS.value)
     gpt = _load()

@@ -6,18 +6,21 @@ residual stream.
 
 import contextlib
 import dataclasses
-import difflib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 
+from gptjax.batch import TokenType
+from gptjax.checkpoint.load import open_checkpoint
 from gptjax.checkpoint.store import FOLDER, CheckpointStore
 from gptjax.config.schema import Stage
 from gptjax.errors import UserError, require
 from gptjax.explain import outcome as outcome_lib
+from gptjax.explain import words as words_lib
 from gptjax.explain.outcome import Outcome
 from gptjax.infer import inside, predictor
 from gptjax.infer.predictor import GPT
@@ -29,6 +32,8 @@ Models = Sequence["GPT | str | os.PathLike[str]"]
 
 # The largest number of checkpoints that are found without a name, and that can be named.
 _MOST_FOUND, _MOST_NAMED = 12, 32
+# The checkpoints of larger models are read only if they are named, because that takes long.
+_MOST_PARAMETERS = 20_000_000
 _NEXT = 3
 
 
@@ -58,8 +63,8 @@ def _step_folder(path: str) -> epath.Path | None:
     if remote.is_remote(path) and not path.startswith("gs://"):
         return None
     place = remote.absolute(path)
-    is_step = place.name.isdigit() and place.parent.name in tuple(Stage)
-    return place if is_step else None
+    is_step = place.name.isdecimal() and place.parent.name in tuple(Stage)
+    return place if is_step and place.parent.parent.name == FOLDER else None
 
 
 def _evenly(paths: list[str], own: int) -> list[str]:
@@ -80,34 +85,60 @@ def checkpoints(
       row: the text.
       found: its activations `attention`, `embedding` and `blocks`, and `logits`.
       own: what the model makes of the row.
-      others: the other models. None means the checkpoints that the run of the model kept, and
-        those that cannot be read are left out.
+      others: the other models. None means the checkpoints that the run of the model kept, if it
+        has at most 20 million parameters. Those of them that cannot be read are left out.
 
     Raises:
       UserError: a model that was named cannot be read, or reads other tokens.
     """
-    is_named = others is not None
-    wanted: Models = kept(gpt) if others is None else others
-    require(
-        len(wanted) <= _MOST_NAMED, f"`compare`: {len(wanted)} models; give at most {_MOST_NAMED}"
-    )
-    require(not isinstance(wanted, str), "`compare`: must be a sequence of models or paths")
-    entries, left_out = [], []
+    wanted: Models = _found(gpt) if others is None else _checked(others)
+    entries: list[dict[str, Any]] = []
+    left_out: list[dict[str, Any]] = []
+    seen: set[str] = set()
     for model in wanted:
-        if not isinstance(model, GPT) and os.fspath(model) == gpt.path:
-            entries.append(_entry(gpt, gpt, row, found, own))
-            continue
         try:
-            other = model if isinstance(model, GPT) else predictor.load(model, None, "compare")
+            other = model if isinstance(model, GPT) else _opened(model, gpt)
+            # One checkpoint can have several paths. Models in memory can share a path.
+            name = str(id(other)) if isinstance(model, GPT) or other is gpt else other.path
+            if name in seen:
+                continue
+            seen.add(name)
+            if other is gpt:
+                entries.append(_entry(gpt, gpt, row, found, own))
+                continue
             _require_equal_tokens(gpt, other, row)
             entries.append(_read(gpt, other, row, found))
         except UserError as error:
-            if is_named:
+            if others is not None:
                 raise
             left_out.append({"name": str(model), "reason": str(error)})
     if entries and not any(entry["shown"] for entry in entries):
         entries.append(_entry(gpt, gpt, row, found, own))
     return (entries if len(entries) > 1 else []), left_out
+
+
+def _found(gpt: GPT) -> list[str]:
+    """Returns the checkpoints that are compared if the user names none."""
+    count = sum(x.size for x in jax.tree.leaves(gpt.params))
+    return kept(gpt) if count <= _MOST_PARAMETERS else []
+
+
+def _checked(models: Models) -> Models:
+    is_sequence = isinstance(models, Sequence) and not isinstance(models, str | bytes)
+    require(is_sequence, f"`compare`: is a {type(models).__name__}; give a list of models or paths")
+    for model in models:
+        is_known = isinstance(model, GPT | str | os.PathLike)
+        require(is_known, f"`compare`: has a {type(model).__name__}; give models or paths")
+    require(
+        len(models) <= _MOST_NAMED, f"`compare`: {len(models)} models; give at most {_MOST_NAMED}"
+    )
+    return models
+
+
+def _opened(path: str | os.PathLike[str], gpt: GPT) -> GPT:
+    """Returns the model at a path. It is `gpt` itself if the path leads to its checkpoint."""
+    checkpoint = open_checkpoint(os.fspath(path), "compare")
+    return gpt if checkpoint.path == gpt.path else predictor.from_checkpoint(checkpoint)
 
 
 def _require_equal_tokens(gpt: GPT, other: GPT, row: Row) -> None:
@@ -153,24 +184,35 @@ def _entry(
         "losses": {
             "lm": result.lm,
             "task": result.task if same_task else None,
-            "total": result.total if same_task else None,
+            # With the weights of the page's model, so that the totals can be compared.
+            "total": _total(gpt, result) if same_task else None,
         },
         "answer": result.answer if same_task else None,
         "surprise": result.surprise,
         "next": _next(other, theirs),
-        "heads": _attention_distance(found["attention"], theirs["attention"]),
-        "states": _similarity(found, theirs),
+        "heads": _attention_distance(found["attention"], theirs["attention"], _is_read(row)),
+        "states": _similarity(found, theirs, _is_read(row)),
     }
+
+
+def _total(gpt: GPT, result: Outcome) -> float | None:
+    is_known = result.task is not None or gpt.task is None
+    return outcome_lib.objective(gpt).total(result.task, result.lm) if is_known else None
+
+
+def _is_read(row: Row) -> np.ndarray:
+    """Returns which tokens are not padding, bool [T]."""
+    return np.asarray(row.batch.token_types[0] != TokenType.PADDING)
 
 
 def _next(gpt: GPT, found: Mapping[str, np.ndarray]) -> list[list[dict[str, Any]]]:
     """Returns the most likely next tokens after each token."""
     logits_TV = found["logits"]
-    best_TK = np.argsort(-logits_TV, axis=1, kind="stable")[:, :_NEXT]
+    best_TK = outcome_lib.largest(logits_TV, _NEXT)
     total_T = np.asarray(inside.lm_normaliser(gpt.opened, gpt.params, states(found)[-1:]))[0]
     return [
         [
-            {"id": int(i), "text": gpt.tokenizer.token(int(i)),
+            {"id": int(i), "text": words_lib.readable(gpt.tokenizer.token(int(i))),
              "p": round(float(np.exp(logits[i] - total)), 6)}
             for i in best
         ]
@@ -178,16 +220,20 @@ def _next(gpt: GPT, found: Mapping[str, np.ndarray]) -> list[list[dict[str, Any]
     ]  # fmt: skip
 
 
-def _attention_distance(a_LHTS: np.ndarray, b_LHTS: np.ndarray) -> list[list[float]] | None:
+def _attention_distance(
+    a_LHTS: np.ndarray, b_LHTS: np.ndarray, is_read_T: np.ndarray
+) -> list[list[float]] | None:
     """Returns for each head the total variation between two attentions, meaned over the queries.
 
     It is 0 for equal weights, and 1 if the two look at entirely different tokens. It is None if the
-    models have different heads.
+    models have different heads. Padding is no query.
     """
     if a_LHTS.shape != b_LHTS.shape:
         return None
-    distance_LHT = np.abs(a_LHTS.astype(np.float64) - b_LHTS).sum(axis=-1) / 2
-    means: list[list[float]] = distance_LHT.mean(axis=-1).tolist()
+    means = []
+    for a_HTS, b_HTS in zip(a_LHTS, b_LHTS, strict=True):  # one layer at a time, for the memory
+        distance_HT = np.abs(a_HTS - b_HTS).sum(axis=-1, dtype=np.float64) / 2
+        means.append(distance_HT[:, is_read_T].mean(axis=-1).tolist())
     return means
 
 
@@ -197,13 +243,16 @@ def states(found: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def _similarity(
-    found: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
+    found: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray], is_read_T: np.ndarray
 ) -> list[float] | None:
-    """Returns the mean cosine of each state of the residual stream with that of another model."""
+    """Returns the mean cosine of each state of the residual stream with that of another model.
+
+    It is None if the models have other sizes. The states of padding do not count.
+    """
     a_NTD, b_NTD = states(found), states(theirs)
     if a_NTD.shape != b_NTD.shape:
         return None
-    means: list[float] = _cosine(a_NTD, b_NTD).mean(axis=-1).tolist()
+    means: list[float] = _cosine(a_NTD, b_NTD)[:, is_read_T].mean(axis=-1).tolist()
     return means
 
 
@@ -216,16 +265,46 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def match(ids: Sequence[int], other_ids: Sequence[int]) -> list[int | None]:
     """Returns for each token of the other text the equal token of the text, or None.
 
-    The tokens are matched in order, as few as possible are left over (difflib's longest blocks).
+    The tokens are matched in order, and as many as possible: it is a longest common subsequence.
 
     >>> match([5, 7, 9], [5, 8, 9])
     [0, None, 2]
     """
+    # longest[i][j] is that of ids[i:] and other_ids[j:].
+    longest = [[0] * (len(other_ids) + 1)]
+    for first in reversed(ids):
+        row, below = [0], longest[-1]
+        for j in range(len(other_ids) - 1, -1, -1):
+            equal = first == other_ids[j]
+            row.append(below[j + 1] + 1 if equal else max(below[j], row[-1]))
+        longest.append(row[::-1])
+    longest.reverse()
     found: list[int | None] = [None] * len(other_ids)
-    blocks = difflib.SequenceMatcher(None, list(ids), list(other_ids), autojunk=False)
-    for start, other_start, size in blocks.get_matching_blocks():
-        for i in range(size):
-            found[other_start + i] = start + i
+    i = j = 0
+    while i < len(ids) and j < len(other_ids):
+        if ids[i] == other_ids[j]:
+            found[j] = i
+            i, j = i + 1, j + 1
+        elif longest[i + 1][j] >= longest[i][j + 1]:
+            i += 1
+        else:
+            j += 1
+    return found
+
+
+def _match_rows(row: Row, other: Row) -> list[int | None]:
+    """Matches each sequence of a row with the same sequence of another row, without padding."""
+    found: list[int | None] = [None] * other.length
+    for (start, stop), (other_start, other_stop) in zip(
+        row.sequences, other.sequences, strict=False
+    ):
+        own, theirs = (
+            np.arange(a, b)[_is_read(each)[a:b]]
+            for each, a, b in ((row, start, stop), (other, other_start, other_stop))
+        )
+        pairs = match(row.batch.tokens[0, own].tolist(), other.batch.tokens[0, theirs].tolist())
+        for place, partner in zip(theirs, pairs, strict=True):
+            found[place] = None if partner is None else int(own[partner])
     return found
 
 
@@ -244,7 +323,7 @@ def text(gpt: GPT, row: Row, found: Mapping[str, np.ndarray], other: Row) -> dic
     """
     theirs = inside.activations(gpt.opened, gpt.params, other.batch, ["embedding", "blocks"])
     result = outcome_lib.of(gpt, gpt.params, other.batch)
-    matched = match(row.batch.tokens[0].tolist(), other.batch.tokens[0].tolist())
+    matched = _match_rows(row, other)
     a_NTD, b_NTD = states(found), states(theirs)
     pairs = [(i, j) for j, i in enumerate(matched) if i is not None]
     distance_NT: list[list[float | None]] = [[None] * other.length for _ in a_NTD]

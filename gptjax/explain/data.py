@@ -65,7 +65,7 @@ def explain(
       heads: the heads whose queries, keys and values are shown. An empty sequence means the most
         telling ones.
       compare: other models, or the paths of their checkpoints, which read the same text. None means
-        the checkpoints that the run of the model kept.
+        the checkpoints that the run of the model kept, if it has at most 20 million parameters.
       other_text: another text, as `texts`, which the model reads too.
       weights: whether the parameters must travel, as in `gptjax.explain.weights.of`.
 
@@ -74,7 +74,7 @@ def explain(
         be read, or the parameters cannot travel.
     """
     row = gpt.read(texts, label)
-    other_row = None if other_text is None else _read_other(gpt, other_text, label)
+    other_row = None if other_text is None else _read_other(gpt, other_text)
     config = gpt.config
     pairs = not isinstance(heads, str) and all(
         isinstance(pair, Sequence) and len(pair) == 2 for pair in heads
@@ -114,11 +114,13 @@ def how_long(gpt: GPT, texts: Texts) -> str:
     )
 
 
-def _read_other(gpt: GPT, texts: Texts, label: Any) -> Row:
+def _read_other(gpt: GPT, texts: Texts) -> Row:
+    """Reads another text. It has no label, because that of the first text may be wrong for it."""
     try:
-        return gpt.read(texts, label)
+        return gpt.read(texts)
     except UserError as error:
-        raise UserError(str(error).replace("`text`", "`other_text`", 1)) from error
+        named = str(error).replace("`text`", "`other_text`", 1)
+        raise UserError(named.replace("the text:", "the other text:", 1)) from error
 
 
 class _Page:
@@ -453,7 +455,7 @@ class _Page:
             logits_TV = np.asarray(inside.lm_lens(gpt.opened, gpt.params, x_TD[None]))[0]
             logits_TV = logits_TV.astype(np.float64)
             total_T = np.asarray(inside.lm_normaliser(gpt.opened, gpt.params, x_TD[None]))[0]
-            best_TK = _largest(logits_TV, _LENS)
+            best_TK = outcome_lib.largest(logits_TV, _LENS)
             top.append([
                 [{**self._token(i), "p": float(np.exp(logits[i] - total))} for i in best]
                 for logits, total, best in zip(logits_TV, total_T, best_TK, strict=True)
@@ -476,7 +478,7 @@ class _Page:
         wanted, banned_V = self.is_predicted_T, self.gpt.never_drawn
         drawn_TV = np.where(banned_V, -np.inf, logits_TV.astype(np.float64))
         count = min(_TOP_TOKENS, int((~banned_V).sum()))
-        last_TK = np.take_along_axis(logits_TV, _largest(drawn_TV, count), axis=1)
+        last_TK = np.take_along_axis(logits_TV, outcome_lib.largest(drawn_TV, count), axis=1)
         top = []
         for logits, last in zip(logits_TV, last_TK[:, -1], strict=True):
             # The largest tokens that can be drawn, and the others that are as large.
@@ -550,15 +552,6 @@ def _telling(patterns: list[dict[str, Any]]) -> list[tuple[int, int]]:
             if place < len(order) and len(chosen) < _HEADS:
                 chosen[order[place]["layer"], order[place]["head"]] = None
     return sorted(chosen)
-
-
-def _largest(logits_TV: np.ndarray, count: int) -> np.ndarray:
-    """Returns the indices of the largest logits of each row, largest first, [T, count]."""
-    count = min(count, logits_TV.shape[1])
-    some = np.argpartition(-logits_TV, count - 1, axis=1)[:, :count]
-    values = np.take_along_axis(logits_TV, some, axis=1)
-    order = np.lexsort((some, -values), axis=1)
-    return np.take_along_axis(some, order, axis=1)
 
 
 def _norms(x: np.ndarray) -> np.ndarray:

@@ -98,3 +98,12 @@ def _forward(
     next_T1 = lm_targets(batch)[0][:, None]
     normaliser_T = inside.lm_normaliser(model, params, x_BTD)[0]
     return sums, logits, normaliser_T - jnp.take_along_axis(logits_TV, next_T1, axis=1)[:, 0]
+
+
+def largest(logits_TV: np.ndarray, count: int) -> np.ndarray:
+    """Returns the indices of the largest logits of each row, largest first, [T, count]."""
+    count = min(count, logits_TV.shape[1])
+    some = np.argpartition(-logits_TV, count - 1, axis=1)[:, :count]
+    values = np.take_along_axis(logits_TV, some, axis=1)
+    order = np.lexsort((some, -values), axis=1)
+    return np.take_along_axis(some, order, axis=1)

@@ -4,6 +4,7 @@ The letters of shapes are defined in `gptjax.batch`.
 """
 
 import base64
+import contextlib
 import functools
 import io
 import json
@@ -75,8 +76,8 @@ def draw(
     }  # fmt: skip
     t = functools.partial(_text, _strings(language))
     makers: dict[str, Callable[[], Figure]] = {"mask": functools.partial(_mask, data, t)}
-    for layer in range(data["model"]["layers"]):
-        makers[f"attention_{layer}"] = functools.partial(_attention, data, t, layer)
+    for layer, weights_HTS in enumerate(weights(data)):
+        makers[f"attention_{layer}"] = functools.partial(_attention, data, t, layer, weights_HTS)
     makers["steps"] = functools.partial(_steps, data, t)
     makers["surprise"] = functools.partial(_surprise, data, t)
     if data["attribution"]:
@@ -139,7 +140,8 @@ def fonts(language: str) -> list[str]:
         # matplotlib keeps a list of fonts, which does not have those that were installed later.
         for path in font_manager.findSystemFonts():
             if _CHINESE_FILES.search(os.path.basename(path)):
-                font_manager.fontManager.addfont(path)
+                with contextlib.suppress(Exception):  # a broken file is no font
+                    font_manager.fontManager.addfont(path)
     if language == "zh" and not chinese():
         raise UserError(
             "`language`=zh: this machine has no font with Chinese characters; install one, such as "
@@ -296,10 +298,10 @@ def _font_size(length: int) -> float:
     return 7 if length <= 32 else 5.5
 
 
-def _attention(data: Data, t: Callable[..., str], layer: int) -> "Figure":
+def _attention(data: Data, t: Callable[..., str], layer: int, weights_HTS: np.ndarray) -> "Figure":
     from matplotlib.colors import PowerNorm
 
-    weights_HTS, seen_TS, names = _weights(data)[layer], visible(data), _names(data, t)
+    seen_TS, names = visible(data), _names(data, t)
     heads, length = len(weights_HTS), len(names)
     columns = min(heads, 4 if length <= 40 else 3)
     rows = -(-heads // columns)
@@ -332,23 +334,6 @@ def _attention(data: Data, t: Callable[..., str], layer: int) -> "Figure":
     bar.tick_params(labelsize=6, length=2)
     bar.text(1.06, 0.5, t("picture_weight"), transform=bar.transAxes, va="center", fontsize=7)
     return figure
-
-
-@functools.lru_cache(maxsize=1)
-def _weights_of(keys: str, values: str, packed: str, shape: tuple[int, int, int]) -> np.ndarray:
-    layers, heads, length = shape
-    data = {
-        "model": {"layers": layers, "heads": heads}, "tokens": [None] * length,
-        "attention": {"weights": packed, "top": {"keys": keys, "values": values}},
-    }  # fmt: skip
-    return weights(data)
-
-
-def _weights(data: Data) -> np.ndarray:
-    """Returns `weights(data)`, which all blocks share."""
-    attention, model = data["attention"], data["model"]
-    shape = model["layers"], model["heads"], len(data["tokens"])
-    return _weights_of(**attention["top"], packed=attention["weights"], shape=shape)
 
 
 def _short(count: int) -> str:

@@ -85,6 +85,11 @@ def test_comparisons(tmp_path):
         (["--text=a", "--language=fr"], "language"),
         (["--text=a", "--format=png"], "--output=page.html: give a folder for the .png pictures"),
         (["--text=a", "--format=openai"], "--format=openai: must be one of png, svg, pdf"),
+        (
+            ["--text=a", "--format=png", "--output=p", "--weights"],
+            "--weights: pictures do not show",
+        ),
+        (["--text=a", "--format=png", f"--output={__file__}/p"], "test_explain.py is no folder"),
         (["--text=a", "--compare=runs/nowhere"], "--compare=runs/nowhere: no checkpoint there"),
         (["--text=a", "--compare=none,runs/a"], "--compare=none: no checkpoint there"),
     ],

@@ -1,6 +1,7 @@
 """The same text in other models, and another text in the same model."""
 
 import dataclasses
+import itertools
 import os
 import shutil
 
@@ -13,6 +14,7 @@ import small
 from scipy import special
 
 import gptjax
+from gptjax.config import schema
 from gptjax.data.tokens import tokenizer
 from gptjax.errors import UserError
 from gptjax.explain import comparison, data
@@ -108,16 +110,30 @@ def test_another_task_has_no_answer():
     np.testing.assert_allclose(known, nats[: len(known)], **CLOSE)
 
 
+def is_subsequence(some, of):
+    rest = iter(of)
+    return all(each in rest for each in some)
+
+
 def test_tokens_are_matched_in_order():
     rng = np.random.default_rng(0)
-    for _ in range(200):
-        ids, others = (rng.integers(0, 6, rng.integers(1, 12)).tolist() for _ in range(2))
+    for _ in range(100):
+        ids, others = (rng.integers(0, 6, rng.integers(1, 9)).tolist() for _ in range(2))
         found = comparison.match(ids, others)
         pairs = [(i, j) for j, i in enumerate(found) if i is not None]
         assert all(ids[i] == others[j] for i, j in pairs)
         assert pairs == sorted(pairs)
         assert len({i for i, _ in pairs}) == len(pairs)
         assert comparison.match(ids, ids) == list(range(len(ids)))
+        # As many as in any choice of tokens: each subsequence of the shorter, longest first.
+        short, long = sorted((ids, others), key=len)
+        most = max(
+            size
+            for size in range(len(short) + 1)
+            for chosen in itertools.combinations(short, size)
+            if is_subsequence(chosen, long)
+        )
+        assert len(pairs) == most
 
 
 @pytest.mark.slow
@@ -126,7 +142,7 @@ def test_a_change_spreads_to_later_tokens_only():
     texts = "the cat sat on a mat", "the cat ran on a mat"
     page = data.explain(gpt, texts[0], 1, compare=[], other_text=texts[1])
     found = page["comparison"]["other"]
-    alone = data.explain(gpt, texts[1], 1, compare=[])
+    alone = data.explain(gpt, texts[1], compare=[])
     assert found["answer"] == alone["answer"]["probabilities"]
     assert found["losses"] == {name: alone["losses"][name] for name in ("lm", "task", "total")}
     assert found["surprise"] == alone["lm"]["surprise"]
@@ -161,9 +177,68 @@ def test_the_run_gives_its_checkpoints():
         for step in steps_of(f"{workdir}/checkpoints/{stage}")
     ]
     assert kept == [f"{workdir}/checkpoints/{stage}/{step}" for stage, step in steps]
+    # Other names of the same checkpoint are this checkpoint, and each is shown once.
+    step = gpt.path
+    odd = [
+        workdir,
+        step,
+        f"{step}/",
+        f"{workdir}/checkpoints/pretrain",
+        f"{workdir}/./checkpoints/pretrain",
+    ]
+    few = data.explain(gpt, "the old man saw a tree", compare=odd)["comparison"]["checkpoints"]
+    assert [(each["stage"], each["shown"]) for each in few] == [
+        ("finetune", True),
+        ("pretrain", False),
+    ]
     entries = gpt.explain("the old man saw a tree", "yes").data["comparison"]["checkpoints"]
     assert [(each["stage"], each["step"]) for each in entries] == steps
     assert [each["path"] for each in entries if each["shown"]] == [gpt.path]
+
+
+@pytest.mark.slow
+def test_totals_have_the_weights_of_the_page():
+    """Another run can have another lambda. Its losses are weighed as those of the page."""
+    gpt = loaded.model("classification")
+    experiment = schema.from_dict(schema.Experiment, gpt.meta.experiment, "test")
+    finetune = dataclasses.replace(experiment.finetune, lm_weight=7.0)
+    experiment = dataclasses.replace(experiment, finetune=finetune)
+    meta = dataclasses.replace(gpt.meta, experiment=schema.to_dict(experiment))
+    page = data.explain(gpt, "the cat sat on a mat", 1, compare=[other(gpt, meta=meta)])
+    losses = page["comparison"]["checkpoints"][0]["losses"]
+    expected = losses["task"] + loaded.LM_WEIGHT * losses["lm"]
+    np.testing.assert_allclose(losses["total"], expected, rtol=1e-6)
+    texts = [each["text"] for each in page["comparison"]["checkpoints"][1]["next"][3]]
+    assert texts == [each["text"] for each in page["lm"]["top"][3][:3]]
+
+
+@pytest.mark.slow
+def test_sequences_are_matched_with_their_own():
+    """The second answer is equal in both texts, although the first has changed."""
+    gpt = loaded.model("multiple_choice")
+    texts = loaded.texts(gpt)
+    changed = texts | {gpt.task.choices[0]: texts[gpt.task.choices[0]] + " again"}
+    found = data.explain(gpt, texts, compare=[], other_text=changed)["comparison"]["other"]
+    row, other_row = gpt.read(texts), gpt.read(changed)
+    (start, stop), (new_start, new_stop) = row.sequences[1], other_row.sequences[1]
+    assert found["match"][new_start:new_stop] == list(range(start, stop))
+    assert found["losses"]["task"] is None
+
+
+def test_large_models_are_compared_only_by_name(monkeypatch):
+    gpt = loaded.model("")
+    monkeypatch.setattr(comparison, "kept", lambda _: ["somewhere"])
+    assert comparison._found(gpt) == ["somewhere"]
+    monkeypatch.setattr(comparison, "_MOST_PARAMETERS", 10)
+    assert comparison._found(gpt) == []
+
+
+@pytest.mark.parametrize(
+    "path", ["/finetune/7", "/models/pretrain/117", "/a/finetune/²", "hf://a/b"]
+)
+def test_other_places_keep_no_checkpoints(path):
+    gpt = dataclasses.replace(loaded.model(""), path=path)
+    assert comparison.kept(gpt) == []
 
 
 def test_many_checkpoints_are_thinned():
@@ -194,7 +269,10 @@ def test_a_damaged_checkpoint_is_left_out_and_named(tmp_path):
     ("compare", "message"),
     [
         (lambda gpt: ["nowhere"], "`compare`=nowhere: no checkpoint there"),
-        (lambda gpt: "runs/a", "`compare`: must be a sequence"),
+        (lambda gpt: "runs/a", "`compare`: is a str; give a list of models or paths"),
+        (lambda gpt: gpt, "`compare`: is a GPT; give a list of models or paths"),
+        (lambda gpt: (each for each in ["a"]), "`compare`: is a generator; give a list"),
+        (lambda gpt: [None], "`compare`: has a NoneType; give models or paths"),
         (lambda gpt: [other(gpt)] * 33, "`compare`: 33 models; give at most 32"),
         (
             lambda gpt: [other(gpt, config=dataclasses.replace(gpt.config, context_length=3))],

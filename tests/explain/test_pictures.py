@@ -1,6 +1,7 @@
 """The pictures of the page: their numbers are those of the data, and their files are sound."""
 
 import base64
+import functools
 import io
 import itertools
 import warnings
@@ -89,8 +90,10 @@ def test_darker_means_more_attention():
     data = pages.of("classification")
     with matplotlib.rc_context({"font.family": pictures.fonts("en")}):
         strings = pictures._strings("en")
-        figure = pictures._attention(data, lambda *a, **k: pictures._text(strings, *a, **k), 1)
-    weights, seen = pictures.weights(data)[1], pictures.visible(data)
+        weights = pictures.weights(data)[1]
+        name = functools.partial(pictures._text, strings)
+        figure = pictures._attention(data, name, 1, weights)
+    seen = pictures.visible(data)
     heads = [axis for axis in figure.axes if axis.images and axis.images[0].get_array().ndim == 2]
     for axis, weight in zip(heads[: len(weights)], weights, strict=True):
         image = axis.images[0]

@@ -17,8 +17,8 @@ async function readMore() {
   data.attention.weights = get(more.attention.weights);
   data.attention.top = all(more.attention.top);
   data.heads.forEach((each, i) => Object.assign(each, all(more.heads[i])));
-  isComplete = true;
   if (data.weights) Object.assign(data.weights, more.weights, { float16: get(more.weights.float16) });
+  isComplete = true;
 }
 
 const T = data.tokens.length;
@@ -99,7 +99,8 @@ const scoresOf = memo((head) => {
 }, 4);
 
 function softmax(logits, temperature = 1) {
-  const largest = Math.max(...logits);
+  // Not Math.max(...logits): a vocabulary can have more entries than a call takes arguments.
+  const largest = logits.reduce((most, logit) => Math.max(most, logit), -Infinity);
   const powers = logits.map((x) => Math.exp((x - largest) / temperature));
   const sum = powers.reduce((a, b) => a + b, 0);
   return powers.map((x) => x / sum);

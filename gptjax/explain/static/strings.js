@@ -305,7 +305,7 @@ const STRINGS = {
   checkpoints_text: ["{count} checkpoints have read the same text. Move the slider to go through them. Everything below compares the chosen one with the model of this page.", "共有 {count} 个检查点读了同一段文本。拖动滑块逐个查看，下面的内容都是所选检查点与本页模型的比较。"],
   stage_pretrain: ["pretraining", "预训练"], stage_finetune: ["fine-tuning", "微调"], stage_finetune_from_scratch: ["fine-tuning from random weights", "从随机参数微调"],
   checkpoint_losses_caption: ["The losses of each checkpoint on this text. The larger points are the model of this page. A click chooses a checkpoint.", "每个检查点在这段文本上的损失。大圆点是本页的模型，点击可选择检查点。"],
-  no_task_head: ["This checkpoint was not trained for the task, so it has no answer. Its LM loss can be compared.", "这个检查点没有为该任务训练，因此没有答案，但可以比较语言模型损失。"],
+  no_task_head: ["This checkpoint has no task, or other columns or labels, so its answer cannot be compared. Its LM loss can.", "这个检查点没有任务，或者列、标签不同，答案无法比较，但可以比较语言模型损失。"],
   checkpoint_bars_caption: ["The answer of the chosen checkpoint. The thin marks are the model of this page.", "所选检查点的答案，细线是本页的模型。"],
   time_surprise: ["Which tokens became easier?", "哪些词元变得更容易预测？"],
   time_surprise_text: ["Blue tokens are less surprising for the model of this page than for the chosen checkpoint, orange ones more.", "蓝色词元对本页模型来说比对所选检查点更容易预测，橙色则更难。"],

@@ -77,12 +77,17 @@ function Lab() {
   const [texts, setTexts] = useState(givenTexts);
   const [now, setNow] = useState(null);
   const [short, setShort] = useState(false);
+  const [failed, setFailed] = useState(false);
+  const fail = (error) => {
+    console.error(error);
+    setFailed(true);
+  };
   const off = useMemo(() => listed(state.off, L * H), [state.off]);
-  useEffect(() => whenSeen(box.current, () => lab(0).then(setOwn)), []);
+  useEffect(() => whenSeen(box.current, () => lab(0).then(setOwn, fail)), []);
   useEffect(() => {
     if (!own) return undefined;
     const mine = ++version.current;
-    const timer = setTimeout(async () => {
+    const compute = async () => {
       const edited = texts.some((text, i) => text !== givenTexts[i]);
       const row = edited ? Live.rowOf(own.model, own.spec.special, columnsOf(own, texts)) : own.row;
       const few = !data.task && row.ids.length < 2;
@@ -92,7 +97,8 @@ function Lab() {
       const work = Live.forward(own.model, row, { factors: factorsOf(off), hidden });
       const found = await Live.complete(work, () => version.current !== mine);
       if (found) setNow({ row, hidden, tokens: tokensOf(own, row), same: aligned(row, own.row), edited, ...answerOf(found.value), ms: found.ms });
-    }, now ? 120 : 0);
+    };
+    const timer = setTimeout(() => compute().catch(fail), now ? 120 : 0);
     return () => clearTimeout(timer);
   }, [own, texts, state.off, state.mute]);
   const change = (i, text) => {
@@ -115,7 +121,7 @@ function Lab() {
     ${short ? html`<p class="notice">${t("live_short")}</p>` : ""}
     ${now && now.row.cut ? html`<p class="notice">${t("answer_cut")}</p>` : ""}
     ${now ? html`<${NowAnswer} own=${own} now=${now} texts=${texts} /><${NowTokens} own=${own} now=${now} /><${Switches} off=${off} /><${Writer} own=${own} texts=${texts} off=${off} />`
-      : html`<p class="soft" aria-live="polite">${t("live_wait")}</p>`}
+      : html`<p class=${failed ? "notice" : "soft"} aria-live="polite">${t(failed ? "failed" : "live_wait")}</p>`}
   </div>`;
 }
 

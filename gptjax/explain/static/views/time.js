@@ -192,6 +192,6 @@ function Other() {
       <p class="legend"><${Scale} from="0" to=${number(most, 2)} colour=${(x) => heatColour(0.95 * Math.sqrt(x))} /> ${t("spread_unit")}</p></${Figure}>
     <${Behind} title=${t("spread")} head=${[t("place"), t("token"), t("surprise"), ...distance.map((_, n) => layerName(n))]}
       rows=${() => tokens.map((_, i) => [i, labels[i], i && surprise[i - 1] !== null ? number(surprise[i - 1]) : "–", ...distance.map((values) => number(values[i], 3))])} />
-    ${task && !isRegression && data.lens.task ? html`<${Behind} title=${t("task_lens")} head=${[t("col_layer"), ...options.flatMap((each) => [show(each), `${show(each)} (${t("other_text")})`])]}
+    ${task && !isRegression && data.lens.task ? html`<${Behind} title=${t("task_lens")} head=${[t("col_layer"), ...(isChoice ? data.task.labels : options).flatMap((each) => [show(each), `${show(each)} (${t("other_text")})`])]}
       rows=${() => task.map((each, n) => [layerName(n), ...each.flatMap((p, i) => [percent(data.lens.task[n][i]), percent(p)])])} />` : ""}`;
 }
