@@ -1,5 +1,6 @@
 """The model in the page computes what gptjax computes on the same float16-rounded parameters."""
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -499,3 +500,155 @@ def test_size_decides_what_travels(monkeypatch):
     monkeypatch.setattr(weights_lib, "AT_MOST", count - 1)
     with pytest.raises(UserError, match=f"has {count:,} parameters, and a page holds at most"):
         weights_lib.of(gpt, wanted=True)
+
+
+def test_a_tokenizer_with_other_rules_is_named():
+    values = json.loads(small.small_tokenizer().to_json())
+    other = values | {"pre_tokenizer": {"type": "Whitespace"}}
+    fused = values | {"model": values["model"] | {"fuse_unk": True}}
+    found = [
+        weights_lib._rules(tokenizer_lib.from_json(json.dumps(each)))
+        for each in (values, other, fused)
+    ]
+    assert found == ["fast", None, None]
+
+
+# ---- more of the text that the model writes
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["untied", "mean"])
+def test_a_model_of_a_task_writes_the_text_of_generate(browser, name):
+    """Also after a text that fills the context, or is longer."""
+    kind, changes = MODELS[name]
+    gpt = loaded.model(kind, **changes)
+    context, banned = gpt.config.context_length, gpt.never_drawn
+    ids = gpt.tokenizer.encode(" ".join([small.WORDS] * 3))
+    rule = generate_lib.make_sampler(banned, temperature=0)
+    with Script(browser, data_lib.explain(gpt, loaded.texts(gpt))) as script:
+        common = {"count": 2 * context, "seed": 0, "settings": GREEDY, "off": []}
+        for prompt in (ids[:4], ids[: context - 1], ids[:context], ids[: context + 5]):
+            drawn = script(
+                WRITE, common | {"prompt": prompt, "banned": np.flatnonzero(banned).tolist()}
+            )
+            decoder = rounded(gpt)._decoder
+            want = generate_lib.generate(decoder, np.array(prompt), 2 * context, 1, rule)
+            np.testing.assert_array_equal(drawn, want[0])
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_equal_logits_are_treated_alike(browser):
+    gpt = loaded.model("")
+    logits = np.round(np.random.default_rng(1).normal(size=60), 1).astype(np.float32)
+    assert len(set(logits.tolist())) < 40
+    script = "({logits, settings}) => [...it.Live.distribution(logits, settings)]"
+    with Script(browser, data_lib.explain(gpt, loaded.texts(gpt))) as page:
+        for top_k, top_p in ((5, 1), (0, 0.6), (9, 0.8), (1, 1), (500, 0.01)):
+            rule = generate_lib.make_sampler(np.zeros(60, bool), 0, 0.7, top_k, top_p)
+            want = jax.nn.softmax(generate_lib.filtered(jnp.asarray(logits)[None], rule))[0]
+            settings = {"temperature": 0.7, "topk": top_k, "topp": top_p}
+            found = page(script, {"logits": logits.tolist(), "settings": settings})
+            np.testing.assert_allclose(found, want, atol=1e-5)
+
+
+# ---- the view, for all kinds
+
+
+@contextlib.contextmanager
+def view(browser, path, data, hash=""):
+    """The page of some data, which must say nothing on the console and ask for nothing else."""
+    path.write_text(page_lib.render(data), encoding="utf-8")
+    context = browser.new_context(viewport={"width": 1280, "height": 900}, offline=True)
+    page, said, asked = context.new_page(), [], []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"file://{path}#at=live{hash}")
+    page.wait_for_selector("html[data-ready]")
+    page.locator("#view-live").scroll_into_view_if_needed()
+    yield page
+    assert said == []
+    assert asked == [f"file://{path}"]
+    context.close()
+
+
+CHANGED = "(was) => document.querySelector('#live-answer').innerText !== was"
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_the_view_of_each_kind(browser, tmp_path, name):
+    kind, changes = MODELS[name]
+    gpt = loaded.model(kind, **changes)
+    row = gpt.read(loaded.texts(gpt))
+    data = data_lib.explain(gpt, loaded.texts(gpt))
+    with view(browser, tmp_path / "page.html", data) as page:
+        answer = page.locator("#live-answer")
+        answer.wait_for()
+        before = answer.inner_text()
+        # The keyboard: the first stop is the name of a block, the next one its first head.
+        page.locator("#live-heads [tabindex='0']").focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        page.wait_for_function(CHANGED, arg=before)
+        assert page.locator("#live-heads [aria-checked=false]").count() == 1
+        off = Changes(heads_off=[(0, 0)])
+        log_p = np.asarray(jax.nn.log_softmax(rounded(gpt).inside(row, ["logits"], off)["logits"]))
+        predicts = np.flatnonzero(row.batch.lm_weights[0])
+        mean = -log_p[predicts, row.batch.tokens[0, predicts + 1]].mean()
+        # The mean surprise now and the one of the original are the last numbers of the sentence.
+        number = answer.locator(".given").all_inner_texts()[-2]
+        assert float(number) == pytest.approx(mean, abs=2e-3)
+        # Another text, and back
+        page.locator("#view-live textarea").first.fill("again some dogs ran home")
+        page.wait_for_selector("#live-tokens .token.new")
+        page.click("#live-reset")
+        page.wait_for_function(f"(was) => !({CHANGED})(was)", arg=before)
+        page.emulate_media(media="print")
+        assert not page.locator("#view-live").is_visible()
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_a_state_for_another_text_does_nothing(browser, tmp_path):
+    data = pages.of("classification")
+    last = len(data["tokens"]) - 1
+    with view(browser, tmp_path / "page.html", data, f"&off=999,x&mute=77,{last},-1") as page:
+        page.wait_for_selector("#live-answer")
+        assert page.locator("#live-heads [aria-checked=false]").count() == 0
+        assert page.locator("#live-tokens [aria-pressed=true]").count() == 0
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_an_unknown_tokenizer_leaves_heads_and_tokens(browser, tmp_path):
+    data = pages.of("classification")
+    unknown = data["weights"]["tokenizer"] | {"rules": None}
+    data = data | {"weights": data["weights"] | {"tokenizer": unknown}}
+    with view(browser, tmp_path / "page.html", data) as page:
+        answer = page.locator("#live-answer")
+        answer.wait_for()
+        before = answer.inner_text()
+        assert page.locator("#view-live textarea").is_disabled()
+        page.click("#live-tokens [data-i='2']")
+        page.wait_for_function(CHANGED, arg=before)
+        page.fill("#live-count", "5")
+        page.click("#live-draw")
+        page.wait_for_selector("#live-written[aria-busy=false]")
+
+
+@needs_chromium
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "words"),
+    [(3_000_000, "--weights"), (30_000_000, "30,000,000 parameters"), (1000, "half precision")],
+)
+def test_a_page_without_the_model_says_why(browser, tmp_path, count, words):
+    data = pages.of("classification")
+    data = data | {"weights": None, "model": data["model"] | {"parameters": count}}
+    with view(browser, tmp_path / "page.html", data) as page:
+        assert words in page.locator("#view-live p").first.inner_text()
+        assert page.locator("#view-live textarea").count() == 0
